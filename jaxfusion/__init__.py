@@ -1,0 +1,1 @@
+"""jaxfusion: multilingual encoders in front of English-centric LLMs, in JAX."""

@@ -1,0 +1,24 @@
+"""The one error that users see: a single line that says what was got, wanted, and how to mend it."""
+
+import difflib
+from collections.abc import Iterable
+
+
+class InputError(ValueError):
+    """Something the user gave is wrong. The scripts print its text alone, without a traceback."""
+
+
+def near_match(name: str, options: Iterable[str]) -> str:
+    """`" (did you mean 'x'?)"` for the option closest to `name`, or an empty string."""
+    found = difflib.get_close_matches(name, list(options), n=1, cutoff=0.5)
+    return f" (did you mean '{found[0]}'?)" if found else ""
+
+
+def choose(what: str, name: str, options: Iterable[str]) -> str:
+    """Returns `name` if it is one of `options`, and raises InputError with the near match if not."""
+    options = list(options)
+    if name not in options:
+        raise InputError(
+            f"unknown {what} '{name}'{near_match(name, options)}; known: {', '.join(options)}"
+        )
+    return name

@@ -1,0 +1,202 @@
+"""The bridge (2401.10695, 2508.09091): encoder → fusion → projector → splice → decoder.
+
+Everything here is a function of a parameter tree `{'encoder', 'fusion', 'projector', 'decoder'}`
+and a batch; nothing is stored.
+"""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jaxtyping import Array, Bool, Float, Int
+
+from jaxfusion.nn.decoder import Cache, Decoder
+from jaxfusion.nn.fusion import GlobalSoftmax, TransformerSoftmax, second_pass_mix
+from jaxfusion.nn.mt5 import MT5Encoder
+from jaxfusion.nn.projector import Projector
+
+Params = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One batch of fixed shape. Padding may lie anywhere in a decoder row.
+
+    Attributes:
+      enc_tokens, enc_mask: [B S] encoder ids, and True at real ones.
+      dec_tokens: [B N] ids at text slots, 0 elsewhere.
+      dec_source: [B N] which encoder slot fills a prefix slot; S for the end vector; -1 for text.
+      dec_positions: [B N] place among the row's real tokens.
+      dec_segments: [B N] 0 at padding, 1 at real slots.
+      target_slots: [B T] decoder slots whose next token is a target.
+      target_tokens, target_mask: [B T] those tokens, and True where there is one.
+    """
+
+    enc_tokens: Int[Array, "B S"]
+    enc_mask: Bool[Array, "B S"]
+    dec_tokens: Int[Array, "B N"]
+    dec_source: Int[Array, "B N"]
+    dec_positions: Int[Array, "B N"]
+    dec_segments: Int[Array, "B N"]
+    target_slots: Int[Array, "B T"]
+    target_tokens: Int[Array, "B T"]
+    target_mask: Bool[Array, "B T"]
+
+
+jax.tree_util.register_dataclass(
+    Batch, data_fields=list(Batch.__dataclass_fields__), meta_fields=[]
+)
+
+
+@dataclass(frozen=True)
+class Bridge:
+    """The four parts and how the fusion reads the encoder.
+
+    Attributes:
+      encoder, decoder, projector: modules.
+      fusion: a name in `FUSIONS`.
+      fusion_layer: l of `layer`, 1 … L as Hugging Face numbers states.
+      fusion_dropout, fusion_d_ff: of `transformer_softmax`.
+      backward: of `global_softmax` in training: 'stack' keeps all states, 'second_pass' none.
+    """
+
+    encoder: MT5Encoder
+    decoder: Decoder
+    projector: Projector
+    fusion: str
+    fusion_layer: int = 0
+    fusion_dropout: float = 0.1
+    fusion_d_ff: int = 2048
+    backward: str = "stack"
+
+    @property
+    def fusion_module(self) -> nn.Module | None:
+        """The fusion's Linen module; None for those without parameters."""
+        c = self.encoder.config
+        if self.fusion == "global_softmax":
+            return GlobalSoftmax(c.num_layers)
+        if self.fusion == "transformer_softmax":
+            return TransformerSoftmax(
+                c.num_layers, c.d_model, self.fusion_d_ff, self.fusion_dropout
+            )
+        return None
+
+    def init(self, key: Array, parts: tuple[str, ...] = ("fusion", "projector")) -> Params:
+        """Fresh parameters of the named parts, boxed with their logical axis names."""
+        c, tokens = self.encoder.config, jnp.zeros((1, 2), jnp.int32)
+        real, features = tokens == 0, jnp.zeros((1, 2, c.d_model))
+        keys = dict(zip(("encoder", "fusion", "projector", "decoder"),
+                        jax.random.split(key, 4), strict=True))
+        make = {
+            "encoder": lambda k: self.encoder.init(k, tokens, real),
+            "decoder": lambda k: self.decoder.init(k, tokens, tokens, tokens, method="score"),
+            "projector": lambda k: self.projector.init(k, features),
+            "fusion": lambda k: self._init_fusion(k, features, real),
+        }
+        return {part: make[part](keys[part]).get("params", {}) for part in parts}
+
+    def _init_fusion(self, key, features, real):
+        if self.fusion_module is None:
+            return {}
+        if self.fusion == "global_softmax":
+            return self.fusion_module.init(key)
+        states = jnp.zeros((self.encoder.config.num_layers, *features.shape))
+        return self.fusion_module.init(key, states, real)
+
+    def fuse(
+        self, params: Params, batch: Batch, key: Array | None = None
+    ) -> tuple[Float[Array, "B S D"], Array | None]:
+        """Features of every encoder token, and the layer weights behind them.
+
+        Args:
+          key: for dropout; None (evaluation) has none, and holds a stack of states only for
+            `transformer_softmax`.
+
+        Returns:
+          Features; weights [L] (`layer`, `global_softmax`), [L B S] (`transformer_softmax`), or
+          None (`last`).
+        """
+        train = key is not None
+        rngs = {"dropout": jax.random.fold_in(key, 0)} if train else {}
+
+        def encode(encoder_params, **read):
+            return self.encoder.apply(
+                {"params": encoder_params}, batch.enc_tokens, batch.enc_mask,
+                deterministic=not train, rngs=rngs, **read,
+            )
+
+        if self.fusion == "last":
+            return encode(params["encoder"]), None
+        if self.fusion == "layer":
+            mix = jax.nn.one_hot(self.fusion_layer - 1, self.encoder.config.num_layers)
+            return encode(params["encoder"], mix=mix), mix
+        fusion = partial(self.fusion_module.apply, {"params": params["fusion"]})
+        if self.fusion == "transformer_softmax":
+            states = encode(params["encoder"], states=True)
+            rngs = {"dropout": jax.random.fold_in(key, 1)} if train else {}
+            return fusion(states, batch.enc_mask, deterministic=not train, rngs=rngs)
+        mix = fusion()
+        if not train:
+            return encode(params["encoder"], mix=mix), mix
+        if self.backward == "second_pass":
+            return second_pass_mix(encode, params["encoder"], mix), mix
+        states = encode(params["encoder"], states=True)
+        return jnp.einsum("l,lbsd->bsd", mix, states, preferred_element_type=jnp.float32), mix
+
+    def splice(self, params: Params, batch: Batch, prefix: Float[Array, "B P E"]) -> Array:
+        """Decoder inputs: prefix slots from `prefix`, the others embedded text. [B N E]"""
+        text = self._decode(params, batch.dec_tokens, method="embed")
+        index = jnp.maximum(batch.dec_source, 0)[:, :, None]
+        from_prefix = jnp.take_along_axis(prefix, index, axis=1).astype(text.dtype)
+        return jnp.where((batch.dec_source >= 0)[:, :, None], from_prefix, text)
+
+    def inputs(self, params: Params, batch: Batch, key: Array | None = None) -> Array:
+        """Decoder inputs of a batch. [B N E]"""
+        features, _ = self.fuse(params, batch, key)
+        prefix = self.projector.apply({"params": params["projector"]}, features)
+        return self.splice(params, batch, prefix)
+
+    def text_inputs(self, params: Params, batch: Batch) -> Array:
+        """Decoder inputs of a batch without prefix, for the bare LLM. [B N E]"""
+        return self._decode(params, batch.dec_tokens, method="embed")
+
+    def decode(
+        self, params: Params, embeddings: Array, positions, segments,
+        cache: Cache | None = None, start: Array | int = 0,
+    ) -> tuple[Array, Cache | None]:
+        """The decoder's hidden states and cache; see `Decoder.__call__`."""
+        return self._decode(params, embeddings, positions, segments, cache, start)
+
+    def logits(self, params: Params, hidden: Array) -> Array:
+        """Next-token logits of hidden states, float32."""
+        return self._decode(params, hidden, method="logits")
+
+    def embed(self, params: Params, tokens: Array) -> Array:
+        """Decoder embeddings of token ids."""
+        return self._decode(params, tokens, method="embed")
+
+    def target_logits(
+        self, params: Params, batch: Batch, key: Array | None = None
+    ) -> Float[Array, "B T V"]:
+        """Logits at the target slots alone; the vocabulary is never spread over all N slots."""
+        hidden, _ = self.decode(
+            params, self.inputs(params, batch, key), batch.dec_positions, batch.dec_segments
+        )
+        wanted = jnp.take_along_axis(hidden, batch.target_slots[:, :, None], axis=1)
+        return self.logits(params, wanted)
+
+    def loss(
+        self, params: Params, batch: Batch, key: Array | None = None
+    ) -> tuple[Float[Array, ""], Float[Array, ""]]:
+        """Summed cross-entropy of the target tokens over their global number, and that number."""
+        logits = self.target_logits(params, batch, key)
+        log_probs = jax.nn.log_softmax(logits, axis=-1)
+        taken = jnp.take_along_axis(log_probs, batch.target_tokens[:, :, None], axis=-1)[..., 0]
+        count = jnp.sum(batch.target_mask)
+        return -jnp.sum(jnp.where(batch.target_mask, taken, 0.0)) / jnp.maximum(count, 1), count
+
+    def _decode(self, params: Params, *args, **kwargs):
+        return self.decoder.apply({"params": params["decoder"]}, *args, **kwargs)

@@ -1,0 +1,132 @@
+"""Layers that both towers share. Einsum letters: docs/architecture.md."""
+
+import math
+import re
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jaxtyping import Array, Bool, Float, Int
+
+Names = tuple[str | None, ...]
+# Large enough to silence a masked score, small enough that float32 sums of it stay finite.
+MASKED = -1e30
+
+
+def fan_in_normal(fan_in: int, gain: float = 1.0) -> Callable:
+    """Normal initialiser with standard deviation `gain / sqrt(fan_in)`."""
+    return nn.initializers.normal(gain / math.sqrt(fan_in))
+
+
+def symmetric_uniform(bound: float) -> Callable:
+    """Uniform initialiser on [-bound, bound]; PyTorch's `nn.Linear` has bound `1/sqrt(fan_in)`."""
+
+    def init(key, shape, dtype=jnp.float32):
+        return jax.random.uniform(key, shape, dtype, -bound, bound)
+
+    return init
+
+
+def named(init: Callable, *names: str | None) -> Callable:
+    """The initialiser `init` of a parameter whose axes bear these logical names."""
+    return nn.with_logical_partitioning(init, names)
+
+
+class Einsum(nn.Module):
+    """A linear map, written as an einsum between the input and one kernel.
+
+    Attributes:
+      equation: e.g. `'bsd,dnh->bsnh'`; the kernel's output axes come last in the result.
+      shape: the kernel's shape.
+      names: the kernel's logical axes.
+      init: the kernel's initialiser.
+      bias_init: the bias's initialiser; None has no bias.
+    """
+
+    equation: str
+    shape: tuple[int, ...]
+    names: Names
+    init: Callable
+    dtype: jnp.dtype = jnp.float32
+    bias_init: Callable | None = None
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        init = named(self.init, *self.names)
+        kernel = self.param("kernel", init, self.shape, self.dtype)
+        y = jnp.einsum(self.equation, x.astype(self.dtype), kernel.astype(self.dtype))
+        if self.bias_init is None:
+            return y
+        inputs, kernel_axes, outputs = re.split(",|->", self.equation)
+        kept = [i for i, axis in enumerate(kernel_axes) if axis in outputs and axis not in inputs]
+        shape, names = zip(*((self.shape[i], self.names[i]) for i in kept), strict=True)
+        init = named(self.bias_init, *names)
+        return y + self.param("bias", init, shape, self.dtype).astype(self.dtype)
+
+
+class RMSNorm(nn.Module):
+    """`x / rms(x) * scale`, in float32 whatever the dtype of x (Zhang & Sennrich, 2019)."""
+
+    epsilon: float
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
+        init = named(nn.initializers.ones, "norm")
+        scale = self.param("scale", init, (x.shape[-1],), self.dtype)
+        wide = x.astype(jnp.float32)
+        normed = wide * jax.lax.rsqrt(jnp.mean(wide**2, axis=-1, keepdims=True) + self.epsilon)
+        return (normed * scale).astype(self.dtype)
+
+
+class Embedding(nn.Module):
+    """A table of token embeddings; `attend` is the tied output head."""
+
+    vocab_size: int
+    d_model: int
+    init: Callable
+    dtype: jnp.dtype = jnp.float32
+
+    def setup(self):
+        init = named(self.init, "vocab", "embed")
+        self.embedding = self.param(
+            "embedding", init, (self.vocab_size, self.d_model), self.dtype
+        )
+
+    def __call__(self, tokens: Int[Array, "*B"]) -> Float[Array, "*B D"]:
+        return jnp.take(self.embedding.astype(self.dtype), tokens, axis=0)
+
+    def attend(self, x: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
+        """Logits against every embedding, accumulated in float32."""
+        return jnp.einsum(
+            "...d,vd->...v", x, self.embedding.astype(self.dtype),
+            preferred_element_type=jnp.float32,
+        )
+
+
+def dot_product_attention(
+    q: Float[Array, "B S N H"],
+    k: Float[Array, "B T K H"],
+    v: Float[Array, "B T K H"],
+    mask: Bool[Array, "B S T"],
+    *,
+    scale: float,
+    bias: Float[Array, "N S T"] | None = None,
+    dropout: Callable[[Array], Array] = lambda weights: weights,
+) -> Float[Array, "B S N H"]:
+    """Softmax attention with an optional additive bias; query heads may share key-value heads.
+
+    The softmax runs in float32. A query that may attend nowhere gets a mean over all values; such
+    queries are padding, and nothing reads them.
+    """
+    batch, length, heads, _ = q.shape
+    groups = heads // k.shape[2]
+    grouped = q.reshape(batch, length, k.shape[2], groups, -1)
+    scores = jnp.einsum("bskgh,btkh->bkgst", grouped, k, preferred_element_type=jnp.float32)
+    scores = scores * scale
+    if bias is not None:
+        scores = scores + bias.reshape(k.shape[2], groups, *bias.shape[1:])
+    scores = jnp.where(mask[:, None, None], scores, MASKED)
+    weights = dropout(jax.nn.softmax(scores, axis=-1)).astype(v.dtype)
+    return jnp.einsum("bkgst,btkh->bskgh", weights, v).reshape(batch, length, heads, -1)

@@ -1,0 +1,46 @@
+"""Logical axis names of parameters and activations, and the mesh axes they map to: one table."""
+
+from collections.abc import Sequence
+
+import jax
+from jax.sharding import PartitionSpec
+
+from jaxfusion.errors import InputError, near_match
+
+# Logical name -> mesh axis (or axes). None: held whole on every device.
+RULES: dict[str, str | tuple[str, ...] | None] = {
+    "batch": ("data", "fsdp"),
+    "length": None,
+    "layers": None,
+    "vocab": "tensor",
+    "embed": "fsdp",
+    "heads": "tensor",
+    "kv_heads": "tensor",
+    "head_dim": None,
+    "mlp": "tensor",
+    "norm": None,
+    "buckets": None,
+    # The trained parts are small and every device needs all of them at every step.
+    "bridge_in": None,
+    "bridge_out": None,
+}
+
+
+def spec(names: Sequence[str | None]) -> PartitionSpec:
+    """The PartitionSpec of an array whose axes bear these logical names (None: not sharded).
+
+    Raises:
+      InputError: a name is not in `RULES`; replicating it silently would hide the mistake.
+    """
+    for name in names:
+        if name is not None and name not in RULES:
+            raise InputError(f"unknown logical axis '{name}'{near_match(name, RULES)}")
+    return PartitionSpec(*(None if name is None else RULES[name] for name in names))
+
+
+def constrain(x: jax.Array, *names: str | None) -> jax.Array:
+    """Pins an activation's sharding by logical names; without a mesh set, returns `x` as it is."""
+    resolved = spec(names)
+    if jax.sharding.get_abstract_mesh().empty:
+        return x
+    return jax.lax.with_sharding_constraint(x, resolved)
