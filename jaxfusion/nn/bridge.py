@@ -57,7 +57,7 @@ class Bridge:
 
     Attributes:
       encoder, decoder, projector: modules.
-      fusion: a name in `FUSIONS`.
+      fusion: `last`, `layer`, `global_softmax` or `transformer_softmax`.
       fusion_layer: l of `layer`, 1 … L as Hugging Face numbers states.
       fusion_dropout, fusion_d_ff: of `transformer_softmax`.
       backward: of `global_softmax` in training: 'stack' keeps all states, 'second_pass' none.

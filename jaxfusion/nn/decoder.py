@@ -14,7 +14,6 @@ from jaxfusion.nn.layers import Einsum, Embedding, RMSNorm, dot_product_attentio
 from jaxfusion.sharding.rules import constrain
 
 REMAT_POLICIES = {
-    "none": None,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     "full": jax.checkpoint_policies.nothing_saveable,
 }
@@ -195,7 +194,7 @@ class Decoder(nn.Module):
     Attributes:
       config: shape and features.
       dtype: of parameters and activations; norms, softmax and logits run in float32.
-      remat: what the backward pass recomputes: a name in `REMAT_POLICIES`.
+      remat: what the backward pass recomputes: `none`, or a name in `REMAT_POLICIES`.
     """
 
     config: DecoderConfig

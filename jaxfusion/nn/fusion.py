@@ -14,9 +14,6 @@ from jaxtyping import Array, Bool, Float
 
 from jaxfusion.nn.layers import Einsum, named, symmetric_uniform
 
-FUSIONS = ("last", "layer", "global_softmax", "transformer_softmax")
-BACKWARDS = ("stack", "second_pass")
-
 
 class GlobalSoftmax(nn.Module):
     """`α = softmax(τ·w)`, one weight per layer (2508.09091, Global Softmax).

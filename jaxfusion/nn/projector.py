@@ -7,14 +7,12 @@ from jaxtyping import Array, Float
 
 from jaxfusion.nn.layers import Einsum, named, symmetric_uniform
 
-PROJECTORS = ("linear", "ffn")
-
 
 class Projector(nn.Module):
     """`linear`: D→E with bias. `ffn`: D→2D, exact (erf) GELU, →E. Then one learned end vector.
 
     Attributes:
-      kind: a name in `PROJECTORS`.
+      kind: `linear` or `ffn`.
       d_out: E.
       end_std: standard deviation the end vector starts with (LangBridge 1, 2508.09091 0).
     """

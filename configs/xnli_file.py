@@ -1,0 +1,27 @@
+"""Inference on XNLI's own TSV files (`dev-LANGUAGE.tsv`), split by premise into train, dev, test.
+
+    python -m jaxfusion.testing.checkpoints checkpoints/pocket --size pocket
+    python train.py --config configs/xnli_file.py --config.data.path=PATH/TO/xnli
+    python eval.py --workdir runs/xnli_file
+
+Needs: a CPU; the directory of the TSV files (rows 0-1889 train, 1890-2189 dev, 2190-2489 test, no
+premise in two of them). On random weights, as written, English is learned and nothing transfers.
+
+Published: none on these splits; the classes are balanced (33.3%).
+"""
+
+from jaxfusion.config import default_config, finish
+
+
+def get_config(arg=None):
+    config = default_config()
+    config.encoder.checkpoint = "checkpoints/pocket/encoder"
+    config.decoder.checkpoint = "checkpoints/pocket/decoder"
+    config.data.task = "xnli"
+    config.optimizer.groups.bridge.learning_rate = 1e-3
+    config.optimizer.b1 = 0.9
+    config.train.batch_size = 16
+    config.train.epochs = 3
+    config.train.eval_every = config.train.checkpoint_every = 200
+    config.eval.max_encoder_tokens = 256
+    return finish(config, arg)

@@ -1,0 +1,21 @@
+"""Accuracy and its interval."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+Z95 = 1.959963984540054  # the normal distribution's 97.5% quantile
+
+
+def wilson_interval(correct: int, n: int, z: float = Z95) -> tuple[float, float]:
+    """Score interval of a proportion (Wilson, 1927), both ends as fractions."""
+    rate, shrink = correct / n, 1 + z**2 / n
+    centre = (rate + z**2 / (2 * n)) / shrink
+    half = z * math.sqrt(rate * (1 - rate) / n + z**2 / (4 * n**2)) / shrink
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def accuracy(correct: Sequence[bool]) -> dict[str, Any]:
+    """`{accuracy, n, ci95: [low, high]}` as fractions."""
+    hits, n = sum(correct), len(correct)
+    return {"accuracy": hits / n, "n": n, "ci95": list(wilson_interval(hits, n))}

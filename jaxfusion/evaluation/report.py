@@ -1,0 +1,76 @@
+"""`eval/results.json` and the table on the terminal."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+# task -> language -> scoring -> {accuracy, n, ci95}
+Results = dict[str, dict[str, dict[str, dict[str, Any]]]]
+
+
+def merge_results(file: Path, new: Results, about: dict[str, Any]) -> Results:
+    """Adds results to a file, which keeps what it has of other tasks and languages.
+
+    Results of something else (another checkpoint, another limit on rows) do not mix: a file that
+    is about something else is kept under the name of its step.
+
+    Args:
+      about: what the results are of; stored beside them as `NAME.about.json`. Has a field `step`.
+    """
+    file.parent.mkdir(parents=True, exist_ok=True)
+    about_file = file.with_suffix(".about.json")
+    results: Results = {}
+    if file.is_file() and about_file.is_file():
+        old = json.loads(about_file.read_text("utf-8"))
+        if old == about:
+            results = json.loads(file.read_text("utf-8"))
+        else:
+            kept = _free_name(file, f"step{old['step']}")
+            file.rename(kept)
+            about_file.rename(kept.with_suffix(".about.json"))
+    for task, languages in new.items():
+        results.setdefault(task, {}).update(languages)
+    _write(about_file, about)
+    _write(file, results)
+    return results
+
+
+def _free_name(file: Path, tag: str) -> Path:
+    """`results.TAG.json`, or `results.TAG-2.json` … where that is taken."""
+    candidate, number = file.with_suffix(f".{tag}.json"), 1
+    while candidate.exists():
+        number += 1
+        candidate = file.with_suffix(f".{tag}-{number}.json")
+    return candidate
+
+
+def _write(file: Path, content: Any) -> None:
+    partial = file.with_suffix(".partial")
+    partial.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", "utf-8")
+    partial.rename(file)
+
+
+def print_table(results: Results, title: str) -> None:
+    """One table per task: a row per language with accuracy and 95% interval, and the mean."""
+    for task, languages in results.items():
+        scorings = sorted({name for scores in languages.values() for name in scores})
+        table = Table("language", "n", *scorings, title=f"{title}: {task} (accuracy %, 95% interval)")
+        for language, scores in languages.items():
+            n = next(iter(scores.values()))["n"]
+            table.add_row(language, str(n), *(_cell(scores[name]) for name in scorings))
+        if len(languages) > 1:
+            table.add_section()
+            means = [
+                sum(scores[name]["accuracy"] for scores in languages.values()) / len(languages)
+                for name in scorings
+            ]
+            table.add_row("mean", "", *(f"{100 * mean:5.1f}" for mean in means))
+        Console(width=None if Console().is_terminal else 100).print(table)
+
+
+def _cell(score: dict[str, Any]) -> str:
+    low, high = score["ci95"]
+    return f"{100 * score['accuracy']:5.1f}  [{100 * low:.1f}, {100 * high:.1f}]"

@@ -1,0 +1,113 @@
+"""Turns a pickle checkpoint into safetensors, once: `python -m jaxfusion.hf.convert SRC OUT`.
+
+SRC is a directory with `pytorch_model.bin` (or shards and an index), or a hub id. Needs the extra
+`convert` (PyTorch). Tensors are unpickled with `weights_only=True`, one shard at a time, memory-
+mapped where the file's format allows it.
+"""
+
+import argparse
+import json
+import shutil
+import sys
+from pathlib import Path
+
+from jaxfusion.errors import InputError
+from jaxfusion.hf.hub import HUB_ID, WANTED, download
+from jaxfusion.hf.load import INDEX, PICKLES, SINGLE
+from jaxfusion.hf.save import new_directory
+
+# Everything of a model directory but its weights.
+NOT_WEIGHTS = [pattern for pattern in WANTED if "safetensors" not in pattern]
+
+
+def convert(source: str, out: Path, revision: str | None = None) -> None:
+    """Writes the checkpoint `source` as safetensors to the new directory `out`.
+
+    Raises:
+      InputError: no pickle is there, a shard is missing or unreadable, or `out` is not empty.
+    """
+    path = Path(source).expanduser()
+    if not path.is_dir():
+        if not HUB_ID.fullmatch(source):
+            raise InputError(f"'{source}' is neither a directory here nor a hub id owner/name")
+        path = Path(download(source, revision, [*NOT_WEIGHTS, "pytorch_model*"]))
+    shards = _shards(path)
+    with new_directory(Path(out)) as partial:
+        weight_map: dict[str, str] = {}
+        for i, shard in enumerate(shards):
+            many = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
+            file = SINGLE if len(shards) == 1 else many
+            names = _convert_shard(path / shard, partial / file)
+            weight_map |= dict.fromkeys(names, file)
+            print(f"{shard} -> {file}: {len(names)} tensors", flush=True)
+        if len(shards) > 1:
+            index = {"metadata": {}, "weight_map": weight_map}
+            (partial / INDEX).write_text(json.dumps(index, indent=2), "utf-8")
+        for pattern in NOT_WEIGHTS:
+            for file in path.glob(pattern):
+                shutil.copyfile(file, partial / file.name)
+
+
+def _shards(path: Path) -> list[str]:
+    single, index = PICKLES
+    if (path / index).is_file():
+        weight_map = json.loads((path / index).read_text("utf-8"))["weight_map"]
+        shards = sorted(set(weight_map.values()))
+    elif (path / single).is_file():
+        shards = [single]
+    else:
+        raise InputError(f"{path} holds neither {single} nor {index}: nothing to convert")
+    missing = [shard for shard in shards if not (path / shard).is_file()]
+    if missing:
+        raise InputError(f"{path} is half a checkpoint: {', '.join(missing)} missing")
+    return shards
+
+
+def _convert_shard(source: Path, out: Path) -> list[str]:
+    """Writes one shard and returns its tensors' names; aliases of one tensor are written once."""
+    import torch
+    from safetensors.torch import save_file
+
+    tensors = _unpickle(source)
+    kept: dict[str, torch.Tensor] = {}
+    seen: dict[tuple, str] = {}
+    for name, tensor in tensors.items():
+        place = (tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype)
+        if place in seen:
+            print(f"{name} is the same tensor as {seen[place]} and is left out", flush=True)
+            continue
+        seen[place] = name
+        kept[name] = tensor.contiguous().clone()
+    save_file(kept, out, metadata={"format": "pt"})
+    return list(kept)
+
+
+def _unpickle(source: Path) -> dict:
+    import torch
+
+    load = {"map_location": "cpu", "weights_only": True}
+    try:
+        try:
+            return torch.load(source, mmap=True, **load)
+        except RuntimeError:  # written before PyTorch 1.6: a format that cannot be mapped
+            return torch.load(source, **load)
+    except Exception as error:
+        raise InputError(f"{source} cannot be read: {str(error).splitlines()[0]}") from None
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("source", metavar="SRC", help="directory or hub id")
+    parser.add_argument("out", metavar="OUT", type=Path, help="directory to write")
+    parser.add_argument("--revision", help="branch, tag or commit of a hub id")
+    args = parser.parse_args()
+    try:
+        convert(args.source, args.out, args.revision)
+    except InputError as error:
+        sys.exit(f"error: {error}")
+    except ModuleNotFoundError as error:
+        sys.exit(f"error: {error.name} is not installed: pip install 'jaxfusion[convert]'")
+
+
+if __name__ == "__main__":
+    main()

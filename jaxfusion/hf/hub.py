@@ -1,0 +1,70 @@
+"""A checkpoint's name → a directory on disk: a local path, or a hub id at a pinned revision."""
+
+import re
+from pathlib import Path
+
+from jaxfusion.errors import InputError
+
+WANTED = [
+    "config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json",
+    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "*.model", "vocab*", "merges.txt",
+]
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+def resolve(name: str, revision: str | None = None) -> tuple[Path, str | None]:
+    """The checkpoint's directory, and the hub commit it is (None for a local path).
+
+    Args:
+      name: a directory, or a hub id such as `google/mt5-large`.
+      revision: branch, tag or commit of a hub id; None is the newest of the main branch. Callers
+        keep the returned commit, so that a later start reads the same bytes.
+
+    Raises:
+      InputError: no such directory; or the hub repository is absent, gated, out of reach, or
+        holds only pickles.
+    """
+    local = Path(name).expanduser()
+    if local.is_dir():
+        return local, None
+    if not HUB_ID.fullmatch(name) or name.startswith(("./", "../")):
+        raise InputError(
+            f"'{name}' is neither a directory here nor a hub id of the form owner/name"
+        )
+    path = Path(download(name, revision, WANTED))
+    if not list(path.glob("*.safetensors")):
+        raise InputError(convert_hint(name, "holds no safetensors weights", name.split("/")[-1]))
+    return path, path.name
+
+
+def convert_hint(source: str, problem: str, out: str) -> str:
+    """The refusal of a pickle checkpoint, with the command that mends it."""
+    return (
+        f"{source} {problem}; pickles are never loaded here. Convert it once (needs the extra "
+        f"'convert'): python -m jaxfusion.hf.convert {source} checkpoints/{out}"
+    )
+
+
+def download(name: str, revision: str | None, patterns: list[str]) -> str:
+    """`snapshotdownload` with each of its failures as one line."""
+    from huggingface_hub import errors, snapshotdownload
+
+    page = f"https://huggingface.co/{name}"
+    try:
+        return snapshotdownload(name, revision=revision, allow_patterns=patterns)
+    except errors.GatedRepoError:
+        raise InputError(
+            f"{name} is gated: accept its licence at {page}, then log in with `hf auth login`"
+        ) from None
+    except errors.RevisionNotFoundError:
+        raise InputError(f"{name} has no revision '{revision}'; see {page}/commits/main") from None
+    except errors.RepositoryNotFoundError:
+        raise InputError(
+            f"{name} is not on the hub, or is private: check {page}; for a private or gated "
+            "model log in with `hf auth login`"
+        ) from None
+    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, OSError):
+        raise InputError(
+            f"{name} is no directory here and the hub cannot be reached: download it elsewhere "
+            f"from {page} and give its directory (gated models also need `hf auth login`)"
+        ) from None

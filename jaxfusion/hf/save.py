@@ -1,0 +1,86 @@
+"""Parameter trees → Hugging Face directories."""
+
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from flax import traverse_util
+from safetensors.numpy import save_file
+
+from jaxfusion.errors import InputError
+from jaxfusion.hf.load import INDEX, SINGLE
+from jaxfusion.hf.tables import TRANSFORMS, Table
+
+SHARD_BYTES = 5_000_000_000
+
+
+def to_tensors(table: Table, params: dict[str, Any]) -> Iterator[tuple[str, np.ndarray]]:
+    """Every Hugging Face tensor of a parameter tree, by name."""
+    flat = traverse_util.flatten_dict(params, sep="/")
+    for row in table.rows:
+        array = np.asarray(flat[row.ours])
+        to_theirs = TRANSFORMS[row.transform].to_theirs
+        if not row.stacked:
+            yield row.theirs, to_theirs(array)
+            continue
+        for i, layer in enumerate(array):
+            yield row.theirs.format(i=i), to_theirs(layer)
+
+
+def write_shards(
+    out: Path, tensors: Iterable[tuple[str, np.ndarray]], shard_bytes: int = SHARD_BYTES
+) -> None:
+    """Writes tensors as `model.safetensors`, or as shards with an index where one is too large."""
+    shards: list[list[str]] = []
+    held: dict[str, np.ndarray] = {}
+    total = 0
+
+    def flush() -> None:
+        # Contiguous on purpose: `save_file` writes a transposed array's buffer as it lies.
+        arrays = {name: np.ascontiguousarray(array) for name, array in held.items()}
+        save_file(arrays, out / f"shard-{len(shards)}", metadata={"format": "pt"})
+        shards.append(list(held))
+        held.clear()
+
+    for name, array in tensors:
+        if held and sum(a.nbytes for a in held.values()) + array.nbytes > shard_bytes:
+            flush()
+        held[name] = array
+        total += array.nbytes
+    flush()
+    if len(shards) == 1:
+        (out / "shard-0").rename(out / SINGLE)
+        return
+    weight_map = {}
+    for i, names in enumerate(shards):
+        file = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
+        (out / f"shard-{i}").rename(out / file)
+        weight_map |= dict.fromkeys(names, file)
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (out / INDEX).write_text(json.dumps(index, indent=2), "utf-8")
+
+
+@contextmanager
+def new_directory(out: Path) -> Iterator[Path]:
+    """A directory that appears under its name only when the block ends well.
+
+    Raises:
+      InputError: the name is taken by something other than an empty directory.
+    """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise InputError(f"{out} is not empty; give another directory or remove it")
+    partial = out.with_name(f".{out.name}.partial-{os.getpid()}")
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    if out.exists():
+        out.rmdir()
+    partial.rename(out)

@@ -1,0 +1,94 @@
+"""What a run says: a live line on the terminal, metrics as JSONL and for TensorBoard."""
+
+import json
+import sys
+import time
+from pathlib import Path
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from tensorboardX import SummaryWriter
+
+METRICS = "metrics.jsonl"
+
+
+class RunLog:
+    """Metrics of one run; a resumed run goes on after the restored step.
+
+    Args:
+      workdir: `metrics.jsonl` and `tensorboard/` are written here.
+      steps: of the whole run. first: steps already done; later records are dropped.
+    """
+
+    def __init__(self, workdir: Path, steps: int, first: int):
+        self.file = workdir / METRICS
+        _drop_after(self.file, first)
+        self.tensorboard = SummaryWriter(str(workdir / "tensorboard"), purge_step=first + 1)
+        self.console = Console(file=sys.stderr)
+        self.progress = Progress(
+            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
+            TextColumn("{task.fields[status]}"), TimeRemainingColumn(),
+            console=self.console, disable=not self.console.is_terminal,
+        )
+        self.task = self.progress.add_task("train", total=steps, completed=first, status="")
+        self.steps, self.clock, self.clock_step = steps, time.monotonic(), first
+
+    def __enter__(self) -> "RunLog":
+        self.progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.progress.stop()
+        self.tensorboard.close()
+
+    def train(self, step: int, metrics: dict[str, float], examples: int) -> None:
+        """Logs a step's metrics; `examples` were trained on since the last call."""
+        seconds = time.monotonic() - self.clock
+        rate = examples / seconds
+        left = seconds / max(step - self.clock_step, 1) * (self.steps - step)
+        self.clock, self.clock_step = time.monotonic(), step
+        status = f"loss {metrics['loss']:.4f}  {rate:.1f} examples/s"
+        self.progress.update(self.task, completed=step, status=status)
+        if not self.console.is_terminal:
+            self.say(f"step {step}/{self.steps}  {status}  {clock(left)} left")
+        self.write(step, {**metrics, "examples_per_second": rate})
+
+    def write(self, step: int, metrics: dict[str, float]) -> None:
+        """Appends a record to the JSONL file and to TensorBoard."""
+        with self.file.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step, **metrics}) + "\n")
+        for name, value in metrics.items():
+            self.tensorboard.add_scalar(name, value, step)
+
+    def say(self, line: str) -> None:
+        """One line on the terminal, above the live one."""
+        self.progress.console.print(line, highlight=False, soft_wrap=True)
+
+    def restart_clock(self) -> None:
+        """Leaves out of the speed what was no training, such as an evaluation."""
+        self.clock = time.monotonic()
+
+
+def clock(seconds: float) -> str:
+    """`h:mm:ss`."""
+    minutes, seconds = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}"
+
+
+def _drop_after(file: Path, step: int) -> None:
+    """Removes records past `step`, which a resumed run writes again, and a half-written line."""
+    if not file.is_file():
+        return
+    kept = []
+    for line in file.read_text("utf-8").splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+        except ValueError:
+            continue
+    partial = file.with_suffix(".partial")
+    partial.write_text("".join(kept), "utf-8")
+    partial.rename(file)

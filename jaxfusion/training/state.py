@@ -1,0 +1,213 @@
+"""From a config to a model on the mesh: what is frozen, what trains, and where each part lies."""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import linen as nn
+from flax import traverse_util
+from jax.sharding import Mesh, NamedSharding
+from jaxtyping import Array, Int
+
+from jaxfusion.config import BACKWARDS, DTYPES, FUSIONS, PROJECTORS, REMATS, Config
+from jaxfusion.data.tokenizers import Tokenizers, load_tokenizer
+from jaxfusion.errors import InputError, choose
+from jaxfusion.hf.configs import decoder_config, encoder_config
+from jaxfusion.hf.hub import resolve
+from jaxfusion.hf.load import load_params, read_config
+from jaxfusion.hf.tables import table
+from jaxfusion.nn.bridge import Bridge, Params
+from jaxfusion.nn.decoder import Decoder
+from jaxfusion.nn.mt5 import MT5Encoder
+from jaxfusion.nn.projector import Projector
+from jaxfusion.sharding.rules import spec
+from jaxfusion.training.optimizer import group_of_each
+
+Flat = dict[str, Any]  # parameter path, as 'decoder/blocks/attn/q/kernel' -> array
+
+
+@dataclass(frozen=True)
+class State:
+    """What a training step changes, and a checkpoint holds.
+
+    Attributes:
+      step: steps done.
+      trainable: trained parameters by path, float32.
+      opt_state: the optimiser's.
+    """
+
+    step: Int[Array, ""]
+    trainable: Flat
+    opt_state: optax.OptState
+
+
+jax.tree_util.register_dataclass(
+    State, data_fields=["step", "trainable", "opt_state"], meta_fields=[]
+)
+
+
+@dataclass(frozen=True)
+class Model:
+    """A bridge with its parameters, split in two.
+
+    Attributes:
+      config: with the hub commits that were resolved.
+      trainable, frozen: parameters by path; together all of them.
+      groups: the optimiser group of every trained parameter.
+    """
+
+    config: Config
+    bridge: Bridge
+    tokenizers: Tokenizers
+    trainable: Flat
+    frozen: Flat
+    groups: dict[str, str]
+
+
+def merge(trainable: Flat, frozen: Flat) -> Params:
+    """The parameter tree that the bridge takes."""
+    nested = traverse_util.unflatten_dict({**frozen, **trainable}, sep="/")
+    return {"fusion": {}, **nested}
+
+
+def count(flat: Flat) -> int:
+    """Number of scalars in a flat tree."""
+    return sum(x.size for x in flat.values())
+
+
+def load_model(config: Config, mesh: Mesh) -> Model:
+    """Reads both towers, starts fusion and projector, and puts all of it on the mesh.
+
+    Raises:
+      InputError: whatever is wrong with names, files, shapes, tokenizers or patterns.
+    """
+    paths, config = _resolve(config)
+    shapes = {
+        "encoder": encoder_config(read_config(paths["encoder"]), f"{paths['encoder']}/config.json"),
+        "decoder": decoder_config(read_config(paths["decoder"]), f"{paths['decoder']}/config.json"),
+    }
+    tokenizers = Tokenizers(
+        load_tokenizer(paths["encoder"], shapes["encoder"].vocab_size, "encoder",
+                       config.encoder.added_tokens),
+        load_tokenizer(paths["decoder"], shapes["decoder"].vocab_size, "decoder"),
+    )
+    bridge = make_bridge(config, shapes["encoder"], shapes["decoder"])
+    abstract, shardings = _describe(bridge, mesh)
+    groups = group_of_each(abstract, config.optimizer.groups)
+    if config.fusion.backward == "second_pass" and any(p.startswith("encoder/") for p in groups):
+        raise InputError(
+            "fusion.backward='second_pass' gives the encoder no gradient, but "
+            "optimizer.groups train part of it; use fusion.backward='stack'"
+        )
+    flat = _start(bridge, config, shardings)
+    for role in ("encoder", "decoder"):
+        flat |= _read_tower(role, paths[role], table(shapes[role]), abstract, shardings, groups)
+    return Model(
+        config, bridge, tokenizers,
+        trainable={path: flat[path] for path in flat if path in groups},
+        frozen={path: flat[path] for path in flat if path not in groups},
+        groups=groups,
+    )
+
+
+def overlay(model: Model, trained: dict[str, np.ndarray], source: str) -> Model:
+    """The model with another run's trained part in place of its own parameters of those names.
+
+    Raises:
+      InputError: a parameter that this model lacks or has in another shape.
+    """
+    current = model.frozen | model.trainable
+    for path, array in trained.items():
+        if path not in current or current[path].shape != array.shape:
+            have = list(current[path].shape) if path in current else "no such parameter"
+            raise InputError(
+                f"{source} does not fit this config: '{path}' is {list(array.shape)} there, "
+                f"{have} here"
+            )
+    placed = {
+        path: jax.device_put(array.astype(current[path].dtype), current[path].sharding)
+        for path, array in trained.items()
+    }
+    return replace(
+        model,
+        trainable={path: placed.get(path, x) for path, x in model.trainable.items()},
+        frozen={path: placed.get(path, x) for path, x in model.frozen.items()},
+    )
+
+
+def make_bridge(config: Config, encoder, decoder) -> Bridge:
+    """The bridge of a config over towers of these shapes.
+
+    Raises:
+      InputError: unknown names, or a layer that the encoder does not have.
+    """
+    fusion, layers = config.fusion, encoder.num_layers
+    if choose("fusion", fusion.name, FUSIONS) == "layer" and not 1 <= fusion.layer <= layers:
+        raise InputError(f"fusion.layer is {fusion.layer}, the encoder has layers 1 to {layers}")
+    dtypes = [jnp.dtype(choose("dtype", tower.dtype, DTYPES))
+              for tower in (config.encoder, config.decoder)]
+    return Bridge(
+        MT5Encoder(encoder, dtypes[0], config.encoder.dropout),
+        Decoder(decoder, dtypes[1], choose("remat", config.decoder.remat, REMATS)),
+        Projector(choose("projector", config.projector.name, PROJECTORS), decoder.d_model,
+                  config.projector.end_std),
+        fusion.name, fusion.layer, fusion.dropout, fusion.d_ff,
+        choose("fusion.backward", fusion.backward, BACKWARDS),
+    )
+
+
+def _resolve(config: Config):
+    """Both checkpoint directories, and the config with the commits that hub ids resolved to."""
+    paths = {}
+    for role in ("encoder", "decoder"):
+        tower = getattr(config, role)
+        paths[role], commit = resolve(tower.checkpoint, tower.revision)
+        config = replace(config, **{role: replace(tower, revision=commit)})
+    return paths, config
+
+
+def _describe(bridge: Bridge, mesh: Mesh) -> tuple[Flat, dict[str, NamedSharding]]:
+    """Every parameter's shape and sharding, without making any."""
+    every = ("encoder", "fusion", "projector", "decoder")
+    boxed = jax.eval_shape(lambda: bridge.init(jax.random.key(0), every))
+    is_box = lambda x: isinstance(x, nn.LogicallyPartitioned)  # noqa: E731
+    flat = {
+        "/".join(str(key.key) for key in path): box
+        for path, box in jax.tree_util.tree_leaves_with_path(boxed, is_leaf=is_box)
+    }
+    unnamed = [path for path, box in flat.items() if not is_box(box)]
+    if unnamed:
+        raise AssertionError(f"parameters without logical axis names: {unnamed}")
+    shardings = {path: NamedSharding(mesh, spec(box.names)) for path, box in flat.items()}
+    return {path: box.value for path, box in flat.items()}, shardings
+
+
+def _start(bridge: Bridge, config: Config, shardings: dict[str, NamedSharding]) -> Flat:
+    """Fresh fusion and projector, made where they belong."""
+
+    def init():
+        params = nn.unbox(bridge.init(jax.random.key(config.train.seed)))
+        return traverse_util.flatten_dict(params, sep="/")
+
+    out = {path: shardings[path] for path in jax.eval_shape(init)}
+    return jax.jit(init, out_shardings=out)()
+
+
+def _read_tower(role, path, rows, abstract: Flat, shardings, groups) -> Flat:
+    """One tower's parameters; trained ones in float32 whatever the tower's dtype."""
+    prefix = f"{role}/"
+    wanted = {
+        name.removeprefix(prefix): jax.ShapeDtypeStruct(
+            leaf.shape, jnp.float32 if name in groups else leaf.dtype
+        )
+        for name, leaf in abstract.items() if name.startswith(prefix)
+    }
+
+    def place(name: str, array: np.ndarray) -> jax.Array:
+        return jax.device_put(array, shardings[prefix + name])
+
+    nested = load_params(path, rows, traverse_util.unflatten_dict(wanted, sep="/"), place)
+    return {prefix + name: x for name, x in traverse_util.flatten_dict(nested, sep="/").items()}

@@ -1,0 +1,43 @@
+"""One training step: loss of the trained part, its gradient, its update. Nothing else is touched."""
+
+from collections.abc import Callable
+
+import jax
+import optax
+from jaxtyping import Array
+
+from jaxfusion.nn.bridge import Batch, Bridge
+from jaxfusion.training.state import Flat, State, merge
+
+Metrics = dict[str, Array]
+
+
+def make_train_step(
+    bridge: Bridge, optimizer: optax.GradientTransformation, schedules: dict[str, Callable]
+) -> Callable[[State, Flat, Batch, Array], tuple[State, Metrics]]:
+    """The jitted step `(state, frozen, batch, key) -> (state, metrics)`; the state is donated.
+
+    Args:
+      schedules: learning rate by group name, for the metrics.
+    """
+
+    def loss(trainable: Flat, frozen: Flat, batch: Batch, key: Array):
+        return bridge.loss(merge(trainable, frozen), batch, key)
+
+    def step(state: State, frozen: Flat, batch: Batch, key: Array) -> tuple[State, Metrics]:
+        # The key depends on the step alone, so a resumed run drops what an undisturbed one drops.
+        key = jax.random.fold_in(key, state.step)
+        (value, targets), grads = jax.value_and_grad(loss, has_aux=True)(
+            state.trainable, frozen, batch, key
+        )
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable)
+        trainable = optax.apply_updates(state.trainable, updates)
+        metrics = {
+            "loss": value,
+            "grad_norm": optax.global_norm(grads),
+            "target_tokens": targets,
+            **{f"learning_rate/{name}": rate(state.step) for name, rate in schedules.items()},
+        }
+        return State(state.step + 1, trainable, opt_state), metrics
+
+    return jax.jit(step, donate_argnums=0)

@@ -1,0 +1,40 @@
+"""Trains a bridge: `python train.py --config configs/NAME.py[:arg] [--workdir DIR] [--config.x.y=v]`.
+
+The same command started again resumes where the run stands.
+"""
+
+import re
+from pathlib import Path
+
+from absl import app, flags
+from ml_collections import config_flags
+
+from jaxfusion.cli import run_main, set_up_logging
+from jaxfusion.config import from_config_dict
+
+CONFIG = config_flags.DEFINE_config_file("config", None, "configs/NAME.py[:arg]", lock_config=True)
+WORKDIR = flags.DEFINE_string("workdir", None, "default: runs/<config name>")
+flags.mark_flag_as_required("config")
+
+
+def default_workdir(config_flag: str) -> Path:
+    """`configs/xnli_paper.py:debug` -> `runs/xnli_paper_debug`."""
+    path, _, arg = config_flag.partition(":")
+    return Path("runs") / re.sub(r"\W+", "_", f"{Path(path).stem}_{arg}").strip("_")
+
+
+def main(_) -> None:
+    set_up_logging()
+    config = from_config_dict(CONFIG.value)
+    workdir = Path(WORKDIR.value or default_workdir(config_flags.get_config_filename(
+        flags.FLAGS["config"])))
+    # jax, and all that stands on it, is imported only once the config is known to be right.
+    from jaxfusion.testing.debug import make_inputs
+    from jaxfusion.training.loop import train
+
+    train(make_inputs(config), workdir)
+    print(f"done: {workdir}; score it with: python eval.py --workdir {workdir}")
+
+
+if __name__ == "__main__":
+    run_main(lambda: app.run(main))
