@@ -1,4 +1,4 @@
-"""Trains a bridge: `python train.py --config configs/NAME.py[:arg] [--workdir DIR] [--config.x.y=v]`.
+"""Trains a bridge: `train.py --config configs/NAME.py[:arg] [--workdir DIR] [--config.x.y=v]`.
 
 The same command started again resumes where the run stands.
 """

@@ -14,7 +14,6 @@ from jaxfusion.data.batching import Cut, find_shapes, tokenize
 from jaxfusion.data.pipeline import Batches, iterate, steps_per_epoch, subset
 from jaxfusion.data.sources import Example, read_examples
 from jaxfusion.data.tasks import check_languages, get_task
-
 from jaxfusion.errors import InputError
 from jaxfusion.evaluation.metrics import accuracy
 from jaxfusion.evaluation.scoring import Scorer

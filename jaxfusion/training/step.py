@@ -1,4 +1,4 @@
-"""One training step: loss of the trained part, its gradient, its update. Nothing else is touched."""
+"""One training step: loss and gradient of the trained part, and its update.
 
 from collections.abc import Callable
 
