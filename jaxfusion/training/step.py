@@ -1,4 +1,4 @@
-"""One training step: loss and gradient of the trained part, and its update.
+"""One training step: loss and gradient of the trained part, and its update."""
 
 from collections.abc import Callable
 
