@@ -6,7 +6,7 @@ Writes `DIR/eval/results.json` (`llm_only.json` for the bare LLM) and prints a t
 
 from pathlib import Path
 
-from absl import app, flags
+from absl import flags
 
 from jaxfusion.cli import run_main, set_up_logging
 
@@ -28,4 +28,4 @@ def main(_) -> None:
 
 
 if __name__ == "__main__":
-    run_main(lambda: app.run(main))
+    run_main(main)

@@ -6,7 +6,7 @@ The same command started again resumes where the run stands.
 import re
 from pathlib import Path
 
-from absl import app, flags
+from absl import flags
 from ml_collections import config_flags
 
 from jaxfusion.cli import run_main, set_up_logging
@@ -37,4 +37,4 @@ def main(_) -> None:
 
 
 if __name__ == "__main__":
-    run_main(lambda: app.run(main))
+    run_main(main)

@@ -4,7 +4,7 @@ import logging
 import sys
 from collections.abc import Callable
 
-from absl import flags
+from absl import app, flags
 from absl import logging as absl_logging
 
 from jaxfusion.errors import InputError
@@ -20,9 +20,20 @@ def set_up_logging() -> None:
     logger.setLevel(logging.INFO)
 
 
-def run_main(run: Callable[[], None]) -> None:
+def run_main(main: Callable[[list[str]], None]) -> None:
     """Runs a script; what the user gave wrong ends it with one line and exit status 1."""
     try:
-        run()
-    except (InputError, flags.Error) as error:
+        app.run(main, flags_parser=_parse_flags)
+    except InputError as error:
         sys.exit(f"error: {error}")
+
+
+def _parse_flags(argv: list[str]) -> list[str]:
+    """The words that are no flags. Config files run while flags are parsed; so do overrides."""
+    try:
+        return flags.FLAGS(argv)
+    except InputError:
+        raise
+    except (flags.Error, OSError, KeyError, AttributeError, TypeError, ValueError) as error:
+        text = error.args[0] if isinstance(error, KeyError) else error
+        raise InputError(" ".join(str(text).split())) from None

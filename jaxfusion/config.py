@@ -88,7 +88,7 @@ class DataConfig:
 class GroupConfig:
     """Parameters that train, by pattern of their path, and how fast."""
 
-    patterns: tuple[str, ...] = ("fusion/.*", "projector/.*")
+    patterns: tuple[str, ...] = ("(fusion|projector)/.*",)
     learning_rate: float = 3e-5
     weight_decay: float = 3e-7
 

@@ -12,7 +12,8 @@ def wilson_interval(correct: int, n: int, z: float = Z95) -> tuple[float, float]
     rate, shrink = correct / n, 1 + z**2 / n
     centre = (rate + z**2 / (2 * n)) / shrink
     half = z * math.sqrt(rate * (1 - rate) / n + z**2 / (4 * n**2)) / shrink
-    return max(0.0, centre - half), min(1.0, centre + half)
+    # Exact at the ends, where rounding would leave the interval beside its own proportion.
+    return (0.0 if correct == 0 else centre - half), (1.0 if correct == n else centre + half)
 
 
 def accuracy(correct: Sequence[bool]) -> dict[str, Any]:

@@ -46,12 +46,12 @@ def convert_hint(source: str, problem: str, out: str) -> str:
 
 
 def download(name: str, revision: str | None, patterns: list[str]) -> str:
-    """`snapshotdownload` with each of its failures as one line."""
-    from huggingface_hub import errors, snapshotdownload
+    """`snapshot_download` with each of its failures as one line."""
+    from huggingface_hub import errors, snapshot_download
 
     page = f"https://huggingface.co/{name}"
     try:
-        return snapshotdownload(name, revision=revision, allow_patterns=patterns)
+        return snapshot_download(name, revision=revision, allow_patterns=patterns)
     except errors.GatedRepoError:
         raise InputError(
             f"{name} is gated: accept its licence at {page}, then log in with `hf auth login`"

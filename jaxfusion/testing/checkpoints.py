@@ -28,7 +28,7 @@ from jaxfusion.testing.text import train_tokenizer
 
 LLAMA32_ROPE = {"rope_theta": 500_000.0, "rope_scaling": Llama3Scaling(32.0, 1.0, 4.0, 8192)}
 
-# Vocabulary sizes are those of the tokenizers that go with them.
+# Vocabulary sizes are those of the tokenizers that go with them, and some spare rows.
 SIZES: dict[str, tuple[MT5Config, DecoderConfig]] = {
     "tiny": (
         MT5Config(0, d_model=64, d_ff=128, num_layers=4, num_heads=4, head_dim=16),
@@ -94,7 +94,7 @@ def write_checkpoints(
             else:
                 train_tokenizer(role).save_pretrained(path)
             vocab = _tokenizer_size(path)
-            write_tower(path, replace(config, vocab_size=-(-vocab // 32) * 32), seed=seed)
+            write_tower(path, replace(config, vocab_size=(vocab // 32 + 1) * 32), seed=seed)
 
 
 def _tokenizer_size(path: Path) -> int:

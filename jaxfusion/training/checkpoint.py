@@ -37,7 +37,9 @@ class Checkpoints:
                 preservation_policy=policy, best_fn=lambda metrics: metrics[BEST],
                 cleanup_tmp_directories=True,
             ),
-            item_names=("state", "data"),
+            item_handlers={
+                "state": ocp.PyTreeCheckpointHandler(), "data": ocp.JsonCheckpointHandler()
+            },
         )
 
     def save(self, state: State, data: dict[str, Any], score: float | None) -> None:
@@ -45,7 +47,7 @@ class Checkpoints:
         self.manager.save(
             int(state.step),
             args=ocp.args.Composite(
-                state=ocp.args.StandardSave(state), data=ocp.args.JsonSave(data)
+                state=ocp.args.PyTreeSave(state), data=ocp.args.JsonSave(data)
             ),
             metrics=None if score is None else {BEST: score},
         )
@@ -75,7 +77,11 @@ class Checkpoints:
                 restored = self.manager.restore(
                     step,
                     args=ocp.args.Composite(
-                        state=ocp.args.StandardRestore(abstract), data=ocp.args.JsonRestore()
+                        state=ocp.args.PyTreeRestore(
+                            abstract,
+                            restore_args=ocp.checkpoint_utils.construct_restore_args(abstract),
+                        ),
+                        data=ocp.args.JsonRestore(),
                     ),
                 )
                 return restored["state"], restored["data"]
@@ -108,18 +114,14 @@ class Checkpoints:
         step = best if best is not None else self.manager.latest_step()
         if step is None:
             raise InputError(f"{self.path} holds no checkpoint: train first")
-        checkpointer = ocp.PyTreeCheckpointer()
-        path = self.path / str(step) / "state"
-        stored = checkpointer.metadata(path).item_metadata.tree["trainable"]
-        as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), dict(stored))
-        restored = checkpointer.restore(
-            path,
-            args=ocp.args.PyTreeRestore(
-                {"trainable": dict(stored)}, restore_args={"trainable": as_numpy},
-                partial_restore=True,
+        stored = dict(self.manager.item_metadata(step)["state"].tree["trainable"])
+        as_numpy = dict.fromkeys(stored, ocp.RestoreArgs(restore_type=np.ndarray))
+        restored = self.manager.restore(step, args=ocp.args.Composite(
+            state=ocp.args.PyTreeRestore(
+                {"trainable": stored}, restore_args={"trainable": as_numpy}, partial_restore=True
             ),
-        )
-        return step, restored["trainable"]
+        ))
+        return step, restored["state"]["trainable"]
 
 
 def abstract_like(tree: Any) -> Any:

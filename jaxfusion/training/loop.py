@@ -151,10 +151,12 @@ def _run(run: Run, checkpoints: Checkpoints, workdir: Path, mesh) -> State:
         data.set_state(position)
         logger.info("resuming %s at step %d", workdir, int(state.step))
     score = _dev_scorer(run)
-    step_fn = make_train_step(model.bridge, optimizer, {
+    schedules = {
         name: make_schedule(config.optimizer, group.learning_rate, run.steps)
         for name, group in config.optimizer.groups.items()
-    })
+    }
+    shardings = jax.tree.map(lambda x: x.sharding, state)
+    step_fn = make_train_step(model.bridge, optimizer, schedules, shardings)
     with RunLog(workdir, run.steps, int(state.step)) as log:
         state = _loop(run, state, step_fn, data, checkpoints, score, log, mesh)
     checkpoints.wait()

@@ -13,12 +13,14 @@ Metrics = dict[str, Array]
 
 
 def make_train_step(
-    bridge: Bridge, optimizer: optax.GradientTransformation, schedules: dict[str, Callable]
+    bridge: Bridge, optimizer: optax.GradientTransformation, schedules: dict[str, Callable],
+    shardings: State | None = None,
 ) -> Callable[[State, Flat, Batch, Array], tuple[State, Metrics]]:
     """The jitted step `(state, frozen, batch, key) -> (state, metrics)`; the state is donated.
 
     Args:
       schedules: learning rate by group name, for the metrics.
+      shardings: of the state; it comes out as it went in, or the second step compiles again.
     """
 
     def loss(trainable: Flat, frozen: Flat, batch: Batch, key: Array):
@@ -34,10 +36,10 @@ def make_train_step(
         trainable = optax.apply_updates(state.trainable, updates)
         metrics = {
             "loss": value,
-            "grad_norm": optax.global_norm(grads),
+            "grad_norm": optax.tree.norm(grads),
             "target_tokens": targets,
             **{f"learning_rate/{name}": rate(state.step) for name, rate in schedules.items()},
         }
         return State(state.step + 1, trainable, opt_state), metrics
 
-    return jax.jit(step, donate_argnums=0)
+    return jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))

@@ -1,0 +1,291 @@
+"""A whole training step of the bridge: ours, PyTorch's, and ours without its two ideas.
+
+    python benchmarks/train_step.py --size small --out train_step.json
+
+Encoder and LLM are frozen, the Transformer Softmax and the projector train; the weights are random
+and the same for all, float32, no dropout, AdamW with clipped gradients. The contenders:
+
+  jaxfusion       collapsed fusion, logits at target slots alone, padded to a bucket
+  torch           the fusion as written, logits at every slot, padded to the longest row
+  plain_jax       what torch does, compiled by XLA: tells our ideas' gain from the compiler's
+  collapsed_only  plain_jax with the collapsed fusion
+  targets_only    plain_jax with logits at target slots alone
+"""
+
+import math
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from types import SimpleNamespace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import torch
+from flax import linen as nn
+from flax import traverse_util
+from timing import alternate, compiled, machine, medians, parser, report, show, speedup
+from transformers import LlamaForCausalLM, MT5EncoderModel
+from transformers.utils.logging import disable_progress_bar
+
+from jaxfusion.config import DataConfig, GroupConfig, OptimizerConfig
+from jaxfusion.data.batching import Shapes, TokenRow, collate, find_shapes
+from jaxfusion.data.tokenizers import Tokenizers
+from jaxfusion.nn.bridge import Batch, Bridge, Params
+from jaxfusion.nn.decoder import Decoder, DecoderConfig
+from jaxfusion.nn.mt5 import MT5Config, MT5Encoder
+from jaxfusion.nn.projector import Projector
+from jaxfusion.testing import torch_reference
+from jaxfusion.testing.checkpoints import SIZES, random_params, write_tower
+from jaxfusion.training.optimizer import group_of_each, make_optimizer
+from jaxfusion.training.state import State
+from jaxfusion.training.step import make_train_step
+
+# Vocabulary sizes: mT5's own takes most of a small encoder, and costs nothing but memory.
+VOCABULARIES = {"pocket": (32_000, 32_000), "small": (250_112, 32_000)}
+OPTIMIZER = OptimizerConfig(schedule="constant", warmup_fraction=0.0)
+BOS, EOS = 1, 2
+TOKENIZERS = Tokenizers(None, SimpleNamespace(bos_token_id=BOS, eos_token_id=EOS))
+TOLERANCE = 1e-4  # by which losses may differ from PyTorch's, relative
+
+
+class WrittenFusion(Bridge):
+    """The bridge with the fusion as its authors write it."""
+
+    def fuse(self, params: Params, batch: Batch, key: jax.Array | None = None):
+        states = self.encoder.apply(
+            {"params": params["encoder"]}, batch.enc_tokens, batch.enc_mask, states=True
+        )
+        fused, weights = written_fusion(params["fusion"], jnp.moveaxis(states, 0, 2))
+        return jnp.where(batch.enc_mask[:, :, None], fused, 0.0), weights
+
+
+class FullLogits(Bridge):
+    """The bridge with the loss as it is usually written: logits at every slot of the decoder."""
+
+    def loss(self, params: Params, batch: Batch, key: jax.Array | None = None):
+        inputs = self.inputs(params, batch, key)
+        hidden, _ = self.decode(params, inputs, batch.dec_positions, batch.dec_segments)
+        log_probs = jax.nn.log_softmax(self.logits(params, hidden), axis=-1)
+        at = (jnp.arange(len(inputs))[:, None], batch.target_slots)
+        labels = jnp.zeros(inputs.shape[:2], jnp.int32).at[at].add(batch.target_tokens)
+        wanted = jnp.zeros(inputs.shape[:2], bool).at[at].max(batch.target_mask)
+        taken = jnp.take_along_axis(log_probs, labels[:, :, None], axis=-1)[..., 0]
+        count = jnp.sum(wanted)
+        return -jnp.sum(jnp.where(wanted, taken, 0.0)) / count, count
+
+
+class PlainBridge(WrittenFusion, FullLogits):
+    """Neither of our ideas."""
+
+
+def written_fusion(p: Params, states: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The whole post-norm layer over `[cls, h_1 + p_1, …, h_L + p_L]` of every token.
+
+    Args:
+      p: the fusion's parameters.
+      states: [B S L D], as PyTorch stacks them.
+
+    Returns:
+      Features [B S D] and layer weights [B S L].
+    """
+    batch, length, _, width = states.shape
+    cls = jnp.broadcast_to(p["cls"], (batch, length, 1, width))
+    x = jnp.concatenate([cls, states + p["positions"]], axis=2)
+    q, k, v = (x @ p[f"{name}_kernel"] + p[f"{name}_bias"] for name in "qkv")
+    scores = jnp.einsum("bsld,bsmd->bslm", q, k) / math.sqrt(width)
+    mixed = jnp.einsum("bslm,bsmd->bsld", jax.nn.softmax(scores, axis=-1), v)
+    x = _layer_norm(p["attn_norm"], x + mixed @ p["o_kernel"] + p["o_bias"])
+    hidden = jax.nn.relu(_linear(p["up"], x))
+    x = _layer_norm(p["mlp_norm"], x + _linear(p["down"], hidden))
+    weights = jax.nn.softmax(_linear(p["weigh"], x[:, :, 0]), axis=-1)
+    return jnp.einsum("bsl,bsld->bsd", weights, states), weights
+
+
+def _linear(p: Params, x: jax.Array) -> jax.Array:
+    return x @ p["kernel"] + p["bias"]
+
+
+def _layer_norm(p: Params, x: jax.Array) -> jax.Array:
+    return nn.LayerNorm(epsilon=1e-5, use_fast_variance=False).apply({"params": p}, x)
+
+
+class JaxTrainer:
+    """Training steps of a bridge; every call carries the (donated) state one step on."""
+
+    def __init__(self, kind: type[Bridge], towers, params: Params, batch: Batch):
+        bridge, flat = make_bridge(kind, towers), traverse_util.flatten_dict(params, sep="/")
+        groups = group_of_each(flat, OPTIMIZER.groups)
+        optimizer = make_optimizer(OPTIMIZER, groups, steps=1)
+        trainable = {path: jnp.copy(flat[path]) for path in groups}
+        self.state = State(jnp.zeros((), jnp.int32), trainable, optimizer.init(trainable))
+        frozen = {path: x for path, x in flat.items() if path not in groups}
+        self.rest = (frozen, batch, jax.random.key(0))
+        step = make_train_step(bridge, optimizer, {})
+        self.program, self.compile_seconds = compiled(step, self.state, *self.rest)
+
+    def __call__(self) -> float:
+        """One step; returns the loss before it."""
+        self.state, metrics = jax.block_until_ready(self.program(self.state, *self.rest))
+        self.loss = float(metrics["loss"])
+        return self.loss
+
+
+class TorchTrainer:
+    """Training steps of the PyTorch reference."""
+
+    compile_seconds = 0.0
+
+    def __init__(self, towers, params: Params, rows: list[TokenRow]):
+        self.bridge = load_torch(towers, params)
+        self.rows = ([row.query for row in rows], [row.target for row in rows])
+        self.trained = [p for p in self.bridge.parameters() if p.requires_grad]
+        group: GroupConfig = OPTIMIZER.groups["bridge"]
+        self.optimizer = torch.optim.AdamW(
+            self.trained, group.learning_rate, (OPTIMIZER.b1, OPTIMIZER.b2), OPTIMIZER.eps,
+            group.weight_decay,
+        )
+
+    def __call__(self) -> float:
+        """One step; returns the loss before it."""
+        self.optimizer.zero_grad()
+        loss = self.bridge(*self.rows, BOS)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.trained, OPTIMIZER.clip_norm)
+        self.optimizer.step()
+        self.loss = loss.item()
+        return self.loss
+
+
+def make_bridge(kind: type[Bridge], towers: tuple[MT5Config, DecoderConfig]) -> Bridge:
+    """A bridge of this kind over towers of these shapes."""
+    encoder, decoder = towers
+    return kind(
+        MT5Encoder(encoder), Decoder(decoder), Projector("linear", decoder.d_model, end_std=0.0),
+        "transformer_softmax", fusion_dropout=0.0,
+    )
+
+
+def make_params(towers: tuple[MT5Config, DecoderConfig]) -> Params:
+    """Random parameters of all four parts; the towers' are those that `load_torch` reads."""
+    trained = nn.unbox(make_bridge(Bridge, towers).init(jax.random.key(0)))
+    encoder, decoder = (random_params(config, seed=0) for config in towers)
+    return {"encoder": encoder, "decoder": decoder, **trained}
+
+
+def load_torch(
+    towers: tuple[MT5Config, DecoderConfig], params: Params
+) -> torch_reference.TorchBridge:
+    """The PyTorch bridge with the same parameters, the towers by way of Hugging Face files."""
+    with TemporaryDirectory() as place:
+        paths = [Path(place) / role for role in ("encoder", "decoder")]
+        for path, config in zip(paths, towers, strict=True):
+            path.mkdir()
+            write_tower(path, config, seed=0)
+        encoder = MT5EncoderModel.from_pretrained(paths[0], dropout_rate=0.0)
+        llm = LlamaForCausalLM.from_pretrained(paths[1])
+    fusion = torch_reference.TransformerSoftmax(
+        towers[0].num_layers, towers[0].d_model, dropout=0.0
+    )
+    bridge = torch_reference.TorchBridge(encoder, llm, fusion)
+    torch_reference.copy_params(params, fusion=fusion, bridge=bridge)
+    return bridge.train()
+
+
+def make_rows(size: int, towers: tuple[MT5Config, DecoderConfig]) -> list[TokenRow]:
+    """Examples with lengths like XNLI's: queries of 45 tokens on average, answers of 3 or 4."""
+    rng = np.random.default_rng(0)
+    spread = 0.5
+    drawn = rng.lognormal(math.log(45) - spread**2 / 2, spread, size)
+    lengths = np.clip(np.rint(drawn), 8, 200).astype(int)
+
+    def draw(vocab_size: int, n: int, end: int) -> list[int]:
+        return [*rng.integers(3, vocab_size, n).tolist(), end]
+
+    encoder, decoder = (config.vocab_size for config in towers)
+    return [
+        TokenRow(draw(encoder, n - 1, end=1), [], draw(decoder, int(rng.integers(3, 5)), EOS))
+        for n in lengths
+    ]
+
+
+def make_contenders(towers, rows: list[TokenRow]) -> dict[str, Callable[[], float]]:
+    """All contenders at the start of their training."""
+    params = make_params(towers)
+    bucketed = collate(rows, find_shapes(rows, DataConfig().buckets), TOKENIZERS, len(rows))
+    targets = max(len(row.target) for row in rows)
+    longest = Shapes((max(len(row.query) for row in rows),), (targets,), targets)
+    padded = collate(rows, longest, TOKENIZERS, len(rows))
+    return {
+        "jaxfusion": JaxTrainer(Bridge, towers, params, bucketed),
+        "torch": TorchTrainer(towers, params, rows),
+        "plain_jax": JaxTrainer(PlainBridge, towers, params, padded),
+        "collapsed_only": JaxTrainer(FullLogits, towers, params, padded),
+        "targets_only": JaxTrainer(WrittenFusion, towers, params, padded),
+    }
+
+
+def compare(losses: dict[str, float]) -> dict[str, float]:
+    """The losses, and the largest relative difference from PyTorch's.
+
+    Raises:
+      SystemExit: the contenders do not compute the same.
+    """
+    worst = max(abs(loss / losses["torch"] - 1) for loss in losses.values())
+    if worst > TOLERANCE:
+        sys.exit(f"error: losses differ by {worst:.1e}, at most {TOLERANCE} is allowed: {losses}")
+    return {**losses, "largest_relative_difference": worst}
+
+
+def measure(towers, rows: list[TokenRow], repeats: int) -> dict[str, Any]:
+    """Checks that all contenders have the same loss, times them, and checks once more."""
+    contenders = make_contenders(towers, rows)
+    first = compare({name: step() for name, step in contenders.items()})
+    seconds = alternate(contenders, repeats)
+    median = medians(seconds)
+    return {
+        "first_loss": first,
+        "last_loss": compare({name: step.loss for name, step in contenders.items()}),
+        "compile_seconds": {name: step.compile_seconds for name, step in contenders.items()},
+        "seconds": seconds,
+        "median_seconds": median,
+        "examples_per_second": {name: len(rows) / time for name, time in median.items()},
+        "jaxfusion_times_faster_than": {
+            name: speedup(seconds, "jaxfusion", name) for name in contenders if name != "jaxfusion"
+        },
+    }
+
+
+def main() -> None:
+    flags = parser(__doc__, repeats=7)
+    flags.add_argument("--size", choices=list(VOCABULARIES), default="pocket")
+    flags.add_argument("--batch", type=int, default=8, help="examples in a batch")
+    args = flags.parse_args()
+    disable_progress_bar()
+    towers = tuple(
+        replace(config, vocab_size=size)
+        for config, size in zip(SIZES[args.size], VOCABULARIES[args.size], strict=True)
+    )
+    rows = make_rows(args.batch, towers)
+    result = {
+        "benchmark": "train_step", "machine": machine(), "size": args.size,
+        "encoder_lengths": [len(row.query) for row in rows],
+    }
+    result |= measure(towers, rows, args.repeats)
+    faster = result["jaxfusion_times_faster_than"]
+    table = [
+        [name, f"{1e3 * time:.0f} ms", f"{result['examples_per_second'][name]:.1f}",
+         f"{faster[name]['of_medians']:.2f}×" if name in faster else "",
+         f"{result['compile_seconds'][name]:.1f} s"]
+        for name, time in result["median_seconds"].items()
+    ]
+    show(f"Training step, size {args.size}, {args.batch} examples",
+         ["", "step", "examples/s", "jaxfusion is faster", "compilation"], table)
+    report(result, args.out)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,201 @@
+"""The assembled bridge: splice, padding, second pass, and what a compiled step holds in memory."""
+
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import relative
+from flax import linen as nn
+
+from jaxfusion.config import OptimizerConfig
+from jaxfusion.nn.bridge import Batch, Bridge
+from jaxfusion.nn.decoder import Decoder, DecoderConfig
+from jaxfusion.nn.mt5 import MT5Config, MT5Encoder
+from jaxfusion.nn.projector import Projector
+from jaxfusion.training.optimizer import group_of_each, make_optimizer
+from jaxfusion.training.state import State, merge
+from jaxfusion.training.step import make_train_step
+
+ENCODER = MT5Config(61, d_model=24, d_ff=32, num_layers=4, num_heads=2, head_dim=8)
+DECODER = DecoderConfig(67, d_model=32, d_ff=48, num_layers=2, num_heads=4, num_kv_heads=2,
+                        head_dim=8)
+PARTS = ("encoder", "fusion", "projector", "decoder")
+FUSIONS = ("last", "layer", "global_softmax", "transformer_softmax")
+
+
+def make_bridge(fusion, projector="linear", encoder=ENCODER, decoder=DECODER, **options) -> Bridge:
+    projector = Projector(projector, decoder.d_model, 1.0)
+    return Bridge(MT5Encoder(encoder), Decoder(decoder), projector, fusion, 2,
+                  fusion_d_ff=16, **options)
+
+
+def make_params(bridge, seed=0):
+    params = nn.unbox(bridge.init(jax.random.key(seed), PARTS))
+    # Away from the start, where weights are uniform and a mistake in them would not show.
+    keys = iter(jax.random.split(jax.random.key(seed + 1), 99))
+    params["fusion"] = jax.tree.map(
+        lambda x: x + (1e-2 if x.ndim else 1e-7) * jax.random.normal(next(keys), x.shape),
+        params["fusion"],
+    )
+    return params
+
+
+def make_batch(query, text, target, *, slots, length, order=None) -> Batch:
+    """One row: real decoder slots in the given places, in order, garbage in all others."""
+    rng = np.random.default_rng(0)
+    n = len(query)
+    source = [-1, *range(n), slots, *[-1] * (len(text) + len(target))]
+    tokens = [1, *[0] * (n + 1), *text, *target]
+    places = np.arange(len(tokens)) if order is None else np.asarray(order)
+    row = {
+        "dec_tokens": rng.integers(0, 60, length), "dec_source": rng.integers(-1, slots, length),
+        "dec_positions": rng.integers(0, 40, length), "dec_segments": np.zeros(length, int),
+    }
+    row["dec_tokens"][places], row["dec_source"][places] = tokens, source
+    row["dec_positions"][places], row["dec_segments"][places] = np.arange(len(tokens)), 1
+    total, k = len(tokens), len(target)
+    return Batch(
+        enc_tokens=np.array([query + [7] * (slots - n)]),
+        enc_mask=(np.arange(slots) < n)[None],
+        **{name: value[None] for name, value in row.items()},
+        target_slots=places[total - k - 1 : total - 1][None],
+        target_tokens=np.array([target]), target_mask=np.ones((1, k), bool),
+    )
+
+
+QUERY, TEXT, TARGET = [5, 9, 11, 3, 30], [8, 4], [12, 40, 2]
+
+
+@pytest.mark.parametrize("projector", ["linear", "ffn"])
+@pytest.mark.parametrize("fusion", FUSIONS)
+def test_padding_anywhere_changes_nothing(fusion, projector):
+    bridge = make_bridge(fusion, projector)
+    params = make_params(bridge)
+    alone = make_batch(QUERY, TEXT, TARGET, slots=5, length=12)
+    scattered = make_batch(QUERY, TEXT, TARGET, slots=9, length=31,
+                           order=np.sort(np.random.default_rng(3).permutation(31)[:12]))
+    assert relative(
+        bridge.target_logits(params, scattered), bridge.target_logits(params, alone)
+    ) < 1e-5
+
+
+def test_prefix_is_spliced_in_order():
+    """BOS, projected features of real tokens, end vector, text: written out with embeddings."""
+    bridge = make_bridge("last")
+    params = make_params(bridge)
+    batch = make_batch(QUERY, TEXT, TARGET, slots=8, length=14)
+    features, _ = bridge.fuse(params, batch)
+    out = params["projector"]["out"]
+    prefix = features[0, :5] @ out["kernel"] + out["bias"]
+    embed = params["decoder"]["embed"]["embedding"]
+    expected = jnp.concatenate(
+        [embed[jnp.array([1])], prefix, params["projector"]["end"][None],
+         embed[jnp.array(TEXT + TARGET)]]
+    )
+    assert relative(bridge.inputs(params, batch)[0, :12], expected) < 1e-6
+
+
+def test_layer_reads_the_state_of_that_number():
+    bridge = make_bridge("layer")
+    params = make_params(bridge)
+    batch = make_batch(QUERY, TEXT, TARGET, slots=5, length=12)
+    states = bridge.encoder.apply(
+        {"params": params["encoder"]}, batch.enc_tokens, batch.enc_mask, states=True
+    )
+    assert relative(bridge.fuse(params, batch)[0], states[1]) < 1e-6
+
+
+def test_second_pass_gives_the_stack_s_gradients():
+    batch = make_batch(QUERY, TEXT, TARGET, slots=8, length=14)
+    stack = make_bridge("global_softmax", encoder=ENCODER)
+    stack = replace(stack, encoder=replace(stack.encoder, dropout=0.1))
+    second = replace(stack, backward="second_pass")
+    params, key = make_params(stack), jax.random.key(5)
+
+    def gradient(bridge):
+        loss = lambda trained: bridge.loss({**params, **trained}, batch, key)[0]  # noqa: E731
+        return jax.grad(loss)({"fusion": params["fusion"], "projector": params["projector"]})
+
+    ours, theirs = gradient(second), gradient(stack)
+    assert float(jnp.abs(theirs["fusion"]["w"]).max()) > 1e-3
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), ours, theirs)
+
+
+# What a compiled step holds, by XLA's own account; shapes only, nothing is allocated.
+
+WIDE = {
+    "encoder": MT5Config(20_000, d_model=64, d_ff=64, num_layers=16, num_heads=2, head_dim=16),
+    "decoder": DecoderConfig(30_000, d_model=64, d_ff=64, num_layers=2, num_heads=2,
+                             num_kv_heads=2, head_dim=16),
+}
+B, S, N, T = 4, 256, 264, 4
+
+
+def wide_batch() -> Batch:
+    ints = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.int32)  # noqa: E731
+    bools = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.bool)  # noqa: E731
+    return Batch(ints(B, S), bools(B, S), ints(B, N), ints(B, N), ints(B, N), ints(B, N),
+                 ints(B, T), ints(B, T), bools(B, T))
+
+
+def abstract_flat(bridge):
+    from flax import traverse_util
+
+    params = jax.eval_shape(lambda: nn.unbox(bridge.init(jax.random.key(0), PARTS)))
+    return traverse_util.flatten_dict(params, sep="/")
+
+
+def size(tree) -> int:
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+
+@pytest.mark.parametrize("fusion", FUSIONS)
+def test_training_step_memory(fusion):
+    bridge = make_bridge(fusion, **WIDE, fusion_dropout=0.0)
+    flat = abstract_flat(bridge)
+    config = OptimizerConfig()
+    groups = group_of_each(flat, config.groups)
+    trainable = {path: x for path, x in flat.items() if path in groups}
+    frozen = {path: x for path, x in flat.items() if path not in groups}
+    optimizer = make_optimizer(config, groups, 10)
+    state = State(jax.ShapeDtypeStruct((), jnp.int32), trainable,
+                  jax.eval_shape(optimizer.init, trainable))
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    compiled = make_train_step(bridge, optimizer, {}).lower(
+        state, frozen, wide_batch(), key
+    ).compile()
+    memory = compiled.memory_analysis()
+    logits, vocabulary = 4 * B * N * 30_000, 4 * 64 * 20_000
+    assert f"f32[{B},{N},30000]" not in compiled.as_text()
+    assert memory.temp_size_in_bytes < logits
+    # No gradient of frozen weights leaves the step: outputs are the state and a few scalars.
+    assert memory.output_size_in_bytes < size(state) + 4096
+    # Neither a gradient nor a copy of a frozen table lives inside: the smaller one would show.
+    for shape in ("f32[20000,64]", "f32[30000,64]"):
+        made = [line for line in compiled.as_text().splitlines()
+                if f"= {shape}" in line and "parameter(" not in line]
+        assert not made, made
+    assert vocabulary < size(frozen)
+
+
+@pytest.mark.parametrize("fusion", FUSIONS)
+def test_evaluation_holds_no_stack_of_states(fusion):
+    bridge = make_bridge(fusion, **WIDE)
+    from flax import traverse_util
+
+    params = {"fusion": {}, **traverse_util.unflatten_dict(abstract_flat(bridge), sep="/")}
+    compiled = jax.jit(lambda p, b: bridge.fuse(p, b)[0]).lower(params, wide_batch()).compile()
+    stack = f"f32[16,{B},{S},64]"
+    assert (stack in compiled.as_text()) == (fusion == "transformer_softmax")
+
+
+def test_frozen_and_trainable_merge_to_the_whole():
+    bridge = make_bridge("last")
+    flat = abstract_flat(bridge)
+    groups = group_of_each(flat, OptimizerConfig().groups)
+    split = [{p: x for p, x in flat.items() if (p in groups) == trained}
+             for trained in (True, False)]
+    assert set(merge(*split)) == {"encoder", "fusion", "projector", "decoder"}
+    assert all(path.startswith("projector/") for path in groups)

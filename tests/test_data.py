@@ -1,0 +1,244 @@
+"""Rows, tokenizers, batches: what is read, what is refused, and that nothing gets lost."""
+
+import json
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from jaxfusion.data.batching import (
+    TokenRow,
+    collate,
+    doubling_buckets,
+    epoch_plan,
+    find_bare_shapes,
+    find_shapes,
+    in_order,
+    tokenize,
+)
+from jaxfusion.data.pipeline import Batches, iterate, subset
+from jaxfusion.data.sources import Example, read_examples
+from jaxfusion.data.tasks import TASKS, check_languages, get_task
+from jaxfusion.data.tokenizers import Tokenizers, load_tokenizer
+from jaxfusion.errors import InputError
+
+
+@pytest.fixture(scope="module")
+def tokenizers(tiny):
+    return Tokenizers(
+        load_tokenizer(tiny / "encoder", 512, "encoder"),
+        load_tokenizer(tiny / "decoder", 512, "decoder"),
+    )
+
+
+def write_sib(path, lines):
+    file = path / "data" / "annotated" / "eng_Latn" / "train.tsv"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text("\n".join(["index_id\tcategory\ttext", *lines]) + "\n", "utf-8")
+
+
+def read_sib(path):
+    return read_examples("sib200", TASKS["sib200"], "train", "eng_Latn", str(path))
+
+
+def test_tsv_rows_become_prompts_and_labels(tmp_path):
+    write_sib(tmp_path, ['3\tsports\tHe said "run\r', "4\ttravel\tසිංහල"])
+    first, second = read_sib(tmp_path)
+    assert first == Example('Sentence: He said "run Topic: ', "sports", 3)
+    assert second == Example("Sentence: සිංහල Topic: ", "travel", 1)
+
+
+@pytest.mark.parametrize("line,message", [
+    ("3\tsports", r"train\.tsv:3: 2 tab-separated fields, wanted 3"),
+    ("", r"train\.tsv:3: 1 tab-separated fields"),
+    ("3\tsport\tx", r"train\.tsv:3: label 'sport' is none of science/technology"),
+    ("3\tsports\t  ", r"train\.tsv:3: column 'text' is empty"),
+])
+def test_a_malformed_row_is_named_with_file_and_line(tmp_path, line, message):
+    write_sib(tmp_path, ["1\tsports\tfine", line, "2\tsports\tfine"])
+    with pytest.raises(InputError, match=message):
+        read_sib(tmp_path)
+
+
+def test_other_encodings_and_missing_files_are_said(tmp_path):
+    with pytest.raises(InputError, match=r"train\.tsv is missing"):
+        read_sib(tmp_path)
+    write_sib(tmp_path, [])
+    with pytest.raises(InputError, match="is empty"):
+        read_sib(tmp_path)
+    file = tmp_path / "data" / "annotated" / "eng_Latn" / "train.tsv"
+    file.write_bytes("index_id\tcategory\ttext\n1\tsports\tcafé\n".encode("latin-1"))
+    with pytest.raises(InputError, match="is not UTF-8"):
+        read_sib(tmp_path)
+
+
+def test_jsonl_serves_every_task(tmp_path):
+    rows = [{"premise": "a", "hypothesis": "b", "label": x} for x in (1, "2", "entailment")]
+    file = tmp_path / "test-sw.jsonl"
+    file.write_text("\n".join(json.dumps(row) for row in rows), "utf-8")
+    read = read_examples("xnli", TASKS["xnli"], "test", "sw", str(tmp_path))
+    assert [x.label for x in read] == [1, 2, 0]
+    assert read[0].query == "Premise: a Hypothesis: b Label: " and read[0].target == "Neutral"
+    file.write_text('{"premise": "a", "label": 1}\n', "utf-8")
+    with pytest.raises(InputError, match=r"column 'hypothesis' is missing"):
+        read_examples("xnli", TASKS["xnli"], "test", "sw", str(tmp_path))
+    file.write_text('{"premise": "a"\n', "utf-8")
+    with pytest.raises(InputError, match=r"test-sw\.jsonl:1: no JSON"):
+        read_examples("xnli", TASKS["xnli"], "test", "sw", str(tmp_path))
+
+
+def test_unknown_tasks_and_languages_are_refused():
+    with pytest.raises(InputError, match=r"unknown task 'xnly' \(did you mean 'xnli'\?\)"):
+        get_task("xnly")
+    with pytest.raises(InputError, match="has no language 'si'; it has en, ar"):
+        check_languages("xnli", ("si",))
+
+
+def test_real_xnli_splits_share_no_premise(real_data):
+    seen = {}
+    for split in ("train", "dev", "test"):
+        rows = read_examples("xnli", TASKS["xnli"], split, "en", str(real_data / "xnli"))
+        seen[split] = {row.query.split(" Hypothesis: ")[0] for row in rows}
+        labels = [row.label for row in rows]
+        assert len(rows) % 3 == 0 and labels.count(0) == labels.count(1) == labels.count(2)
+    assert not (seen["train"] & seen["dev"] or seen["train"] & seen["test"])
+
+
+# Tokenizers
+
+
+def test_a_tokenizer_of_another_model_is_refused(tiny):
+    with pytest.raises(InputError, match=r"does not belong to the encoder: it has \d+ tokens"):
+        load_tokenizer(tiny / "encoder", 100, "encoder")
+    with pytest.raises(InputError, match="does not belong to the decoder"):
+        load_tokenizer(tiny / "decoder", 32_000, "decoder")
+
+
+def test_an_absent_tokenizer_is_one_line(tmp_path):
+    with pytest.raises(InputError, match="has no decoder tokenizer that can be read") as error:
+        load_tokenizer(tmp_path, 100, "decoder")
+    assert "\n" not in str(error.value)
+
+
+def test_real_sentencepiece_tokenizers(real_data, tmp_path):
+    import shutil
+
+    folder = real_data / "tokenizers"
+    spm = folder / "sentencepiece_cc_all.32000.100extra-sentencepiece.model"
+    shutil.copy(spm, tmp_path / "spiece.model")
+    (tmp_path / "config.json").write_text('{"model_type": "mt5"}')
+    encoder = load_tokenizer(tmp_path, 32_256, "encoder", ("\n", "  "))
+    ids = encoder("Premise: one\n two")["input_ids"]
+    assert ids[-1] == encoder.eos_token_id == 1
+    assert encoder.convert_tokens_to_ids("\n") in ids
+
+
+def test_answers_continue_prompts(tokenizers):
+    prompts, answers = ["lala Label: ", ""], ["bako", "bako"]
+    first, second = tokenizers.encode_answers(prompts, answers)
+    whole = tokenizers.encode_texts(["lala Label:"])[0] + first
+    assert tokenizers.decoder.decode(whole) == "lala Label: bako"
+    assert tokenizers.decoder.decode(second) == "bako"
+
+
+# Batches
+
+EXAMPLES = [Example(f"{'la ' * n}Label: ", "bako", 0) for n in (1, 3, 30, 2, 60, 8)]
+
+
+def make_rows(tokenizers, **limits):
+    limits = {"max_encoder_tokens": 200, "max_decoder_tokens": 50, **limits}
+    return tokenize(EXAMPLES, tokenizers, text_prompt="", with_target=True, **limits)
+
+
+def test_too_long_examples_are_counted_and_keep_their_end(tokenizers):
+    whole, cut = make_rows(tokenizers)
+    assert not cut.any
+    rows, cut = make_rows(tokenizers, max_encoder_tokens=20, max_decoder_tokens=2)
+    longer = sum(len(row.query) > 20 for row in whole)
+    assert cut.queries == longer > 0 and cut.targets == len(EXAMPLES)
+    assert all(row.query[-1] == tokenizers.encoder.eos_token_id for row in rows)
+    assert max(len(row.query) for row in rows) == 20
+    assert f"{longer} queries at 20 encoder tokens" in str(cut)
+
+
+def test_a_batch_holds_its_rows(tokenizers):
+    rows, _ = make_rows(tokenizers)
+    batch = collate(rows[:2], find_shapes(rows, (16, 32, 64, 128)), tokenizers, 3)
+    assert batch.enc_tokens.shape == (3, 16)
+    for i, row in enumerate(rows[:2]):
+        n, k = len(row.query), len(row.target)
+        real = batch.dec_segments[i] == 1
+        assert batch.enc_tokens[i][batch.enc_mask[i]].tolist() == row.query
+        expected = [-1, *range(n), 16, *[-1] * k]
+        assert batch.dec_source[i][real].tolist() == expected
+        assert batch.dec_tokens[i][real].tolist() == [1, *[0] * (n + 1), *row.target]
+        assert batch.dec_positions[i][real].tolist() == list(range(n + 2 + k))
+        # The slot before each target predicts it.
+        slots = batch.target_slots[i][batch.target_mask[i]]
+        assert batch.dec_tokens[i][slots + 1].tolist() == row.target
+    assert not batch.enc_mask[2].any() and not batch.target_mask[2].any()
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.integers(0, 3), min_size=1, max_size=40), st.integers(1, 9), st.integers(0, 5))
+def test_an_epoch_sees_every_row_once(buckets, batch_size, epoch):
+    plan = epoch_plan(np.array(buckets), batch_size, seed=3, epoch=epoch)
+    assert sorted(np.concatenate(plan)) == list(range(len(buckets)))
+    assert sorted(map(len, plan))[1:] == [batch_size] * (len(plan) - 1)
+
+
+def test_epochs_differ_and_seeds_differ():
+    plan = lambda seed, epoch: np.concatenate(  # noqa: E731
+        epoch_plan(np.zeros(50, int), 5, seed, epoch)
+    ).tolist()
+    assert plan(0, 0) == plan(0, 0)
+    assert plan(0, 0) != plan(0, 1) and plan(0, 0) != plan(1, 0)
+
+
+def test_batches_resume_where_they_were(tokenizers):
+    rows, _ = make_rows(tokenizers)
+    batches = Batches(rows, find_shapes(rows, (16, 64, 128)), tokenizers, 4, seed=0, steps=9)
+    everything = [batch.enc_tokens for batch in iterate(batches)]
+    assert len(everything) == 9
+    data = iterate(batches)
+    for _ in range(4):
+        next(data)
+    resumed = iterate(batches)
+    resumed.set_state(data.get_state())
+    for batch, expected in zip(resumed, everything[4:], strict=True):
+        assert np.array_equal(batch.enc_tokens, expected)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 70), st.integers(0, 9), st.integers(0, 4)), min_size=1))
+def test_shapes_hold_every_row(lengths):
+    rows = [TokenRow([5] * q, [6] * t, [7] * k) for q, t, k in lengths]
+    shapes = find_shapes(rows, (8, 16, 32))
+    for row in rows:
+        bucket = shapes.bucket(row)
+        assert len(row.query) <= shapes.buckets[bucket]
+        assert len(row.text) + len(row.target) <= shapes.texts[bucket]
+        assert len(row.target) <= shapes.targets
+
+
+def test_evaluation_order_covers_all(tokenizers):
+    rows, _ = make_rows(tokenizers)
+    numbers = [n for n, _ in in_order(rows, find_shapes(rows, (16, 64, 128)), tokenizers, 4)]
+    assert sorted(np.concatenate(numbers)) == list(range(len(rows)))
+    bare = [TokenRow([], [3] * n, []) for n in (3, 40, 70)]
+    shapes = find_bare_shapes(bare, doubling_buckets(100))
+    assert shapes.buckets == (0, 0, 0) and shapes.texts == (32, 64, 100)
+    assert doubling_buckets(512) == (32, 64, 128, 256, 512)
+
+
+def test_balanced_subset():
+    examples = [Example("q", "t", label) for label in (0, 1, 2, 0, 0, 1, 2, 0)]
+    labels = [x.label for x in subset(examples, 6, balanced=True, seed=1)]
+    assert sorted(labels) == [0, 0, 1, 1, 2, 2]
+    assert subset(examples, None, balanced=True, seed=0) == examples
+    with pytest.raises(InputError, match="fewer than 3 rows"):
+        subset(examples, 9, balanced=True, seed=0)
+    with pytest.raises(InputError, match="only 8 rows"):
+        subset(examples, 9, balanced=False, seed=0)

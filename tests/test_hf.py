@@ -1,0 +1,273 @@
+"""Hugging Face directories: rows both ways, what is refused and how, conversion of pickles."""
+
+import json
+import shutil
+import subprocess
+import sys
+from unittest.mock import Mock
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from flax import traverse_util
+from safetensors.numpy import load_file, save_file
+
+from jaxfusion.errors import InputError
+from jaxfusion.hf import hub
+from jaxfusion.hf.configs import decoder_config, encoder_config
+from jaxfusion.hf.convert import convert
+from jaxfusion.hf.load import INDEX, SINGLE, load_params, open_tensors, read_config
+from jaxfusion.hf.save import to_tensors, write_shards
+from jaxfusion.hf.tables import table
+from jaxfusion.testing.checkpoints import random_params
+
+
+def config_of(path):
+    read = {"encoder": encoder_config, "decoder": decoder_config}[path.name]
+    return read(read_config(path), "config.json")
+
+
+def load(path, dtype=jnp.float32):
+    config = config_of(path)
+    abstract = jax.eval_shape(lambda: random_params(config, 0))
+    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), abstract)
+    return load_params(path, table(config), abstract, lambda name, array: array)
+
+
+@pytest.fixture
+def checkpoint(tiny, tmp_path):
+    """A copy of the tiny checkpoint that a test may damage."""
+    return shutil.copytree(tiny, tmp_path / "copy")
+
+
+def edit(path, change):
+    """Rewrites the tensors of a directory after `change(tensors)`."""
+    tensors = load_file(path / SINGLE)
+    change(tensors)
+    save_file(tensors, path / SINGLE)
+
+
+@pytest.mark.parametrize("role", ["encoder", "decoder"])
+def test_load_then_export_gives_the_same_tensors(tiny, role, tmp_path):
+    params = load(tiny / role)
+    write_shards(tmp_path, to_tensors(table(config_of(tiny / role)), params))
+    before, after = load_file(tiny / role / SINGLE), load_file(tmp_path / SINGLE)
+    assert before.keys() == after.keys()
+    assert all(np.array_equal(before[name], after[name]) for name in before)
+
+
+def test_shards_hold_what_one_file_holds(tiny, tmp_path):
+    path = tiny / "decoder"
+    write_shards(tmp_path, load_file(path / SINGLE).items(), shard_bytes=100_000)
+    shutil.copy(path / "config.json", tmp_path / "config.json")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 2
+    sharded = tmp_path.rename(tmp_path.with_name("decoder"))
+    for ours, whole in zip(jax.tree.leaves(load(sharded)), jax.tree.leaves(load(path)), strict=True):
+        assert np.array_equal(ours, whole)
+
+
+def test_bfloat16_is_read_and_made(tiny, checkpoint):
+    edit(checkpoint / "encoder", lambda t: t.update(
+        {name: x.astype(jnp.bfloat16) for name, x in t.items()}
+    ))
+    as_float = load(checkpoint / "encoder")["embed"]["embedding"]
+    as_bf16 = load(tiny / "encoder", jnp.bfloat16)["embed"]["embedding"]
+    assert as_float.dtype == np.float32 and as_bf16.dtype == jnp.bfloat16
+    assert np.array_equal(as_float, as_bf16.astype(np.float32))
+
+
+def test_either_name_of_the_embedding_serves(tiny, checkpoint):
+    edit(checkpoint / "encoder", lambda t: t.update(
+        {"encoder.embed_tokens.weight": t.pop("shared.weight")}
+    ))
+    one, other = load(tiny / "encoder"), load(checkpoint / "encoder")
+    assert np.array_equal(one["embed"]["embedding"], other["embed"]["embedding"])
+
+
+def test_every_wrong_tensor_is_named_at_once(checkpoint):
+    def damage(tensors):
+        tensors["model.extra.weight"] = tensors.pop("model.norm.weight")
+        name = "model.layers.1.mlp.up_proj.weight"
+        tensors[name] = tensors[name][:-1]
+
+    edit(checkpoint / "decoder", damage)
+    with pytest.raises(InputError) as error:
+        load(checkpoint / "decoder")
+    text = str(error.value)
+    assert "missing: model.norm.weight" in text and "unused: model.extra.weight" in text
+    assert "model.layers.1.mlp.up_proj.weight is [127, 64], wanted [128, 64]" in text
+    assert "\n" not in text
+
+
+def test_half_directories_say_which_file(checkpoint, tmp_path):
+    (checkpoint / "encoder" / "config.json").unlink()
+    with pytest.raises(InputError, match=r"config\.json is missing"):
+        read_config(checkpoint / "encoder")
+    with pytest.raises(InputError, match=r"model\.safetensors .* is missing"):
+        open_tensors(tmp_path)
+    index = {"weight_map": {"a": "model-00001-of-00002.safetensors"}}
+    (tmp_path / INDEX).write_text(json.dumps(index))
+    with pytest.raises(InputError, match="model-00001-of-00002.safetensors missing"):
+        open_tensors(tmp_path)
+
+
+def test_a_file_cut_short_is_named(checkpoint):
+    file = checkpoint / "decoder" / SINGLE
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(InputError, match="damaged or cut short"):
+        load(checkpoint / "decoder")
+
+
+def test_unsupported_configs_are_refused_by_name():
+    with pytest.raises(InputError, match="'mamba' is not supported as decoder; known: llama"):
+        decoder_config({"model_type": "mamba"}, "config.json")
+    with pytest.raises(InputError, match="feed_forward_proj is 'relu'"):
+        encoder_config({"model_type": "t5", "feed_forward_proj": "relu"}, "config.json")
+    with pytest.raises(InputError, match="rope_type 'yarn' is not supported"):
+        decoder_config({
+            "model_type": "llama", "num_attention_heads": 2, "hidden_size": 8,
+            "rope_scaling": {"rope_type": "yarn", "factor": 2.0},
+        }, "config.json")
+
+
+# Pickles
+
+
+def to_pickle(path, *, shards=1, legacy=False):
+    """Replaces a directory's safetensors by what `torch.save` writes."""
+    names = list(load_file(path / SINGLE).items())
+    tensors = {name: torch.from_numpy(x) for name, x in names}
+    (path / SINGLE).unlink()
+    if shards == 1:
+        torch.save(tensors, path / "pytorch_model.bin",
+                   _use_new_zipfile_serialization=not legacy)
+        return
+    weight_map = {}
+    for i in range(shards):
+        part = dict(list(tensors.items())[i::shards])
+        file = f"pytorch_model-{i + 1:05d}-of-{shards:05d}.bin"
+        torch.save(part, path / file)
+        weight_map |= dict.fromkeys(part, file)
+    (path / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": weight_map}))
+
+
+def test_a_pickle_is_refused_with_the_command_that_mends_it(checkpoint, tmp_path):
+    path = checkpoint / "encoder"
+    to_pickle(path)
+    with pytest.raises(InputError) as error:
+        open_tensors(path)
+    command = f"python -m jaxfusion.hf.convert {path} checkpoints/encoder"
+    assert str(error.value).endswith(command)
+    # The command does what it says (from another place, so that OUT is ours).
+    words = [sys.executable, *command.split()[1:-1], str(tmp_path / "out" / "encoder")]
+    subprocess.run(words, check=True, capture_output=True)
+    assert open_tensors(tmp_path / "out" / "encoder").files
+
+
+@pytest.mark.parametrize("shards,legacy", [(1, False), (1, True), (3, False)])
+def test_converted_is_what_was_pickled(tiny, checkpoint, shards, legacy, tmp_path):
+    to_pickle(checkpoint / "decoder", shards=shards, legacy=legacy)
+    out = tmp_path / "out" / "decoder"
+    out.parent.mkdir()
+    convert(str(checkpoint / "decoder"), out)
+    for ours, whole in zip(jax.tree.leaves(load(out)), jax.tree.leaves(load(tiny / "decoder")),
+                           strict=True):
+        assert np.array_equal(ours, whole)
+    assert (out / "tokenizer.json").is_file()
+
+
+def test_aliases_are_converted_once(checkpoint, tmp_path):
+    path = checkpoint / "encoder"
+    tensors = {name: torch.from_numpy(x) for name, x in load_file(path / SINGLE).items()}
+    tensors["encoder.embed_tokens.weight"] = tensors["shared.weight"]
+    (path / SINGLE).unlink()
+    torch.save(tensors, path / "pytorch_model.bin")
+    convert(str(path), tmp_path / "encoder")
+    assert "encoder.embed_tokens.weight" not in open_tensors(tmp_path / "encoder").files
+    load(tmp_path / "encoder")
+
+
+def test_conversion_leaves_nothing_half_written(checkpoint, tmp_path):
+    path = checkpoint / "decoder"
+    to_pickle(path, shards=2)
+    shard = path / "pytorch_model-00002-of-00002.bin"
+    shard.write_bytes(b"no pickle")
+    with pytest.raises(InputError, match="cannot be read"):
+        convert(str(path), tmp_path / "out")
+    assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".out*"))
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "mine").write_text("precious")
+    with pytest.raises(InputError, match="is not empty"):
+        convert(str(path), tmp_path / "full")
+    assert (tmp_path / "full" / "mine").read_text() == "precious"
+
+
+def test_code_in_a_pickle_is_not_run(checkpoint, tmp_path):
+    class Bomb:
+        def __reduce__(self):
+            return open, (str(tmp_path / "ran"), "w")
+
+    path = checkpoint / "decoder"
+    (path / SINGLE).unlink()
+    torch.save({"model.norm.weight": Bomb()}, path / "pytorch_model.bin")
+    with pytest.raises(InputError, match="cannot be read"):
+        convert(str(path), tmp_path / "out")
+    assert not (tmp_path / "ran").exists()
+
+
+# Names
+
+
+def test_local_paths_win_and_absent_ones_are_said(tiny):
+    assert hub.resolve(str(tiny)) == (tiny, None)
+    with pytest.raises(InputError, match="neither a directory here nor a hub id"):
+        hub.resolve("/no/such/directory")
+
+
+@pytest.mark.parametrize("kind,expected", [
+    ("GatedRepoError", "accept its licence at https://huggingface.co/a/b, then log in with"),
+    ("RepositoryNotFoundError", "a/b is not on the hub"),
+    ("RevisionNotFoundError", "has no revision 'abc'"),
+])
+def test_each_failure_of_the_hub_is_one_line(monkeypatch, kind, expected):
+    import huggingface_hub
+
+    def refuse(*args, **kwargs):
+        raise getattr(huggingface_hub.errors, kind)("long\nstory", response=Mock())
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", refuse)
+    with pytest.raises(InputError) as error:
+        hub.resolve("a/b", "abc")
+    assert expected in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_hub_out_of_reach_is_one_line():
+    with pytest.raises(InputError, match="the hub cannot be reached: download it elsewhere"):
+        hub.resolve("google/mt5-large")
+
+
+def test_a_hub_id_is_pinned_to_the_commit_it_resolved_to(monkeypatch, tiny, tmp_path):
+    import huggingface_hub
+
+    snapshot = shutil.copytree(tiny / "encoder", tmp_path / "snapshots" / "c0ffee")
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *a, **k: str(snapshot))
+    assert hub.resolve("a/b") == (snapshot, "c0ffee")
+    (snapshot / SINGLE).unlink()
+    with pytest.raises(InputError, match=r"jaxfusion\.hf\.convert a/b checkpoints/b"):
+        hub.resolve("a/b")
+
+
+def test_random_weights_spread_over_several_units(tiny):
+    from jaxfusion.nn.decoder import Decoder
+
+    config = config_of(tiny / "decoder")
+    tokens = np.random.default_rng(0).integers(0, config.vocab_size, (2, 20))
+    positions = np.broadcast_to(np.arange(20), (2, 20))
+    logits = Decoder(config).apply(
+        {"params": load(tiny / "decoder")}, tokens, positions, np.ones_like(positions),
+        method="score",
+    )
+    assert 1.5 < float(jnp.std(logits)) < 6
+    assert traverse_util.flatten_dict(load(tiny / "decoder"))

@@ -1,0 +1,83 @@
+"""The encoder against transformers' PyTorch one, and its three ways to be read."""
+
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from conftest import relative
+from transformers import MT5EncoderModel, UMT5EncoderModel
+
+from jaxfusion.nn.mt5 import MT5Config, MT5Encoder
+from jaxfusion.testing.checkpoints import random_params, write_tower
+
+# Unlike the defaults in everything: heads × head_dim is not d_model.
+UNUSUAL = MT5Config(
+    vocab_size=97, d_model=40, d_ff=72, num_layers=5, num_heads=3, head_dim=12,
+    num_buckets=18, max_distance=23, norm_eps=3e-4,
+)
+CASES = {"mt5": UNUSUAL, "umt5": replace(UNUSUAL, bias_per_layer=True)}
+
+
+@pytest.fixture(scope="module")
+def batch():
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(2, 97, (3, 40))
+    mask = np.arange(40) < np.array([[40], [29], [1]])
+    return np.where(mask, tokens, 0), mask
+
+
+@pytest.mark.parametrize("family", CASES)
+def test_every_state_equals_transformers(family, batch, tmp_path):
+    config, (tokens, mask) = CASES[family], batch
+    write_tower(tmp_path, config)
+    model = {"mt5": MT5EncoderModel, "umt5": UMT5EncoderModel}[family]
+    theirs = model.from_pretrained(tmp_path).eval()
+    with torch.no_grad():
+        out = theirs(torch.tensor(tokens), torch.tensor(mask), output_hidden_states=True)
+    apply = lambda **read: MT5Encoder(config).apply(  # noqa: E731
+        {"params": random_params(config, 0)}, tokens, mask, **read
+    )
+    states = apply(states=True)
+    assert len(states) == len(out.hidden_states) - 1
+    for ours, reference in zip(states, out.hidden_states[1:], strict=True):
+        assert relative(ours[mask], reference.numpy()[mask]) < 1e-5
+    assert relative(apply()[mask], out.last_hidden_state.numpy()[mask]) < 1e-5
+
+
+def test_mix_and_probe_equal_the_stack(batch):
+    tokens, mask = batch
+    encoder, params = MT5Encoder(UNUSUAL), {"params": random_params(UNUSUAL, 1)}
+    states = encoder.apply(params, tokens, mask, states=True)
+    weights = jax.random.normal(jax.random.key(0), (5,))
+    probe = jax.random.normal(jax.random.key(1), states.shape[1:])
+    mixed = encoder.apply(params, tokens, mask, mix=weights)
+    assert relative(mixed, jnp.einsum("l,lbsd->bsd", weights, states)) < 1e-5
+    dots = encoder.apply(params, tokens, mask, probe=probe)
+    assert relative(dots, jnp.einsum("bsd,lbsd->l", probe, states)) < 1e-5
+
+
+@pytest.mark.parametrize("left", [0, 7])
+def test_padding_on_either_side_changes_nothing(batch, left):
+    tokens, mask = batch
+    encoder, params = MT5Encoder(UNUSUAL), {"params": random_params(UNUSUAL, 1)}
+    padded = np.full((3, 55), 5)
+    wide_mask = np.zeros((3, 55), bool)
+    padded[:, left : left + 40], wide_mask[:, left : left + 40] = tokens, mask
+    alone = encoder.apply(params, tokens, mask)
+    wide = encoder.apply(params, padded, wide_mask)
+    assert relative(wide[:, left : left + 40][mask], alone[mask]) < 1e-6
+
+
+def test_dropout_acts_only_when_asked(batch):
+    tokens, mask = batch
+    encoder, params = MT5Encoder(UNUSUAL, dropout=0.1), {"params": random_params(UNUSUAL, 1)}
+    plain = encoder.apply(params, tokens, mask)
+    run = lambda seed: encoder.apply(  # noqa: E731
+        params, tokens, mask, deterministic=False, rngs={"dropout": jax.random.key(seed)}
+    )
+    assert np.array_equal(plain, MT5Encoder(UNUSUAL).apply(params, tokens, mask))
+    assert np.array_equal(run(0), run(0))
+    assert not np.array_equal(run(0), plain) and not np.array_equal(run(0), run(1))

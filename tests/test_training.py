@@ -1,0 +1,360 @@
+"""Training: a PyTorch twin, exact resume, what is frozen, what is refused."""
+
+import json
+import logging
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+
+from jaxfusion.config import Config, GroupConfig, default_config, finish, from_config_dict
+from jaxfusion.data.sources import read_examples
+from jaxfusion.data.tasks import TASKS
+from jaxfusion.errors import InputError
+from jaxfusion.evaluation.scoring import Scorer
+from jaxfusion.sharding.mesh import make_mesh
+from jaxfusion.testing import torch_reference as reference
+from jaxfusion.testing.checkpoints import write_checkpoints
+from jaxfusion.testing.debug import make_inputs
+from jaxfusion.training import loop
+from jaxfusion.training.checkpoint import Checkpoints
+from jaxfusion.training.logs import RunLog
+from jaxfusion.training.loop import prepare, put_batch, train
+from jaxfusion.training.optimizer import group_of_each, make_optimizer
+from jaxfusion.training.state import State, load_model, merge
+from jaxfusion.training.step import make_train_step
+
+ROOT = Path(__file__).parent.parent
+
+
+def make_config(cache_dir, arg="last,debug", **fields) -> Config:
+    """A debug config; fields as `train__steps=4`."""
+    config = finish(default_config(), arg).unlock()
+    for name, value in fields.items():
+        group, field = name.split("__")
+        config[group][field] = value
+    return make_inputs(from_config_dict(config))
+
+
+def equal(a, b) -> bool:
+    same = jax.tree.map(lambda x, y: np.array_equal(np.asarray(x), np.asarray(y)), a, b)
+    return all(jax.tree.leaves(same))
+
+
+def records(workdir):
+    """Metrics by step and name, without speeds."""
+    lines = [json.loads(x) for x in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in x.items() if k != "examples_per_second"} for x in lines]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(cache_dir, tmp_path_factory):
+    """A whole run: its config, workdir and final state."""
+    config = make_config(cache_dir, "transformer_softmax,debug")
+    workdir = tmp_path_factory.mktemp("runs") / "undisturbed"
+    return config, workdir, jax.device_get(train(config, workdir))
+
+
+# The twin
+
+
+@pytest.mark.parametrize("fusion", ["last", "global_softmax", "transformer_softmax"])
+def test_twenty_steps_equal_a_pytorch_twin(cache_dir, fusion):
+    """Same weights, same rows, AdamW with warm-up and cosine: losses within 1e-4."""
+    config = make_config(cache_dir, f"{fusion},debug", train__steps=20, fusion__dropout=0.0)
+    # Global Softmax's scale moves 1e5 times as fast as its parameter.
+    rate = 1e-4 if fusion == "global_softmax" else 1e-2
+    config = replace(config, optimizer=replace(config.optimizer, groups={
+        "bridge": GroupConfig(("projector/.*",), 1e-2, 0.1),
+        **({} if fusion == "last" else {"fusion": GroupConfig(("fusion/.*",), rate, 0.1)}),
+    }))
+    mesh = make_mesh()
+    run = prepare(config, mesh)
+    if fusion == "global_softmax":
+        # Away from uniform weights, where the scale's gradient is rounding and Adam steps on it.
+        run.model.trainable["fusion/w"] = jnp.linspace(-0.01, 0.01, 4)
+    ours = _our_losses(run, config, mesh)
+    theirs = _twin_losses(run, config)
+    assert max(theirs) - min(theirs) > 0.5, "a run that does not move compares nothing"
+    np.testing.assert_allclose(ours, theirs, rtol=1e-4)
+
+
+def _our_losses(run, config, mesh):
+    model = run.model
+    optimizer = make_optimizer(config.optimizer, model.groups, 20)
+    # Copies: the step donates its state, and the twin starts from the same parameters.
+    start = jax.tree.map(jnp.copy, model.trainable)
+    state = State(jnp.zeros((), jnp.int32), start, optimizer.init(start))
+    step, losses = make_train_step(model.bridge, optimizer, {}), []
+    for i in range(20):
+        batch = put_batch(run.batches[i], mesh)
+        state, metrics = step(state, model.frozen, batch, jax.random.key(0))
+        losses.append(float(metrics["loss"]))
+    return losses
+
+
+def _twin_losses(run, config):
+    model = run.model
+    params = merge(model.trainable, model.frozen)
+    layers, width = model.bridge.encoder.config.num_layers, model.bridge.encoder.config.d_model
+    fusion = {
+        "last": lambda: None,
+        "global_softmax": lambda: reference.GlobalSoftmax(layers),
+        "transformer_softmax": lambda: reference.TransformerSoftmax(
+            layers, width, config.fusion.d_ff, dropout=0.0),
+    }[config.fusion.name]()
+    encoder = reference.MT5EncoderModel.from_pretrained(config.encoder.checkpoint).eval()
+    llm = reference.LlamaForCausalLM.from_pretrained(config.decoder.checkpoint).eval()
+    twin = reference.TorchBridge(encoder, llm, fusion)
+    reference.copy_params(params, fusion=fusion, bridge=twin)
+    trained = [p for p in twin.parameters() if p.requires_grad]
+    parts = {"bridge": [*twin.projector.parameters(), twin.end],
+             "fusion": [] if fusion is None else list(fusion.parameters())}
+    o = config.optimizer
+    adamw = torch.optim.AdamW([
+        {"params": parts[name], "lr": group.learning_rate, "weight_decay": group.weight_decay}
+        for name, group in o.groups.items()
+    ], betas=(o.b1, o.b2), eps=o.eps)
+    warmup = round(o.warmup_fraction * 20)
+    schedule = torch.optim.lr_scheduler.LambdaLR(adamw, lambda step: (
+        step / warmup if step < warmup
+        else 0.5 * (1 + np.cos(np.pi * (step - warmup) / (20 - warmup)))
+    ))
+    losses = []
+    for i in range(20):
+        epoch, number = divmod(i, run.batches.per_epoch)
+        rows = [run.batches.rows[j] for j in run.batches.plan(epoch)[number]]
+        loss = twin([row.query for row in rows], [row.target for row in rows],
+                    model.tokenizers.bos[0])
+        adamw.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained, o.clip_norm)
+        adamw.step()
+        schedule.step()
+        losses.append(loss.item())
+    return losses
+
+
+# What a step touches
+
+
+def test_frozen_weights_stay_and_buckets_compile_once(cache_dir, tmp_path, monkeypatch):
+    steps = []
+
+    def spy(*args):
+        steps.append(make_train_step(*args))
+        return steps[-1]
+
+    monkeypatch.setattr(loop, "make_train_step", spy)
+    config = make_config(cache_dir, data__buckets=(46, 52, 58, 64), train__steps=15)
+    mesh = make_mesh()
+    run = prepare(config, mesh)
+    before = jax.device_get(run.model.frozen)
+    monkeypatch.setattr(loop, "prepare", lambda *args: run)
+    state = train(config, tmp_path / "run")
+    assert equal(before, jax.device_get(run.model.frozen))
+    seen = {run.batches[i].enc_tokens.shape for i in range(15)}
+    assert len(seen) >= 3 and steps[0]._cache_size() == len(seen)
+    fresh = load_model(config, mesh).trainable
+    assert all(not equal(fresh[path], state.trainable[path]) for path in fresh)
+
+
+def test_patterns_choose_what_trains(cache_dir):
+    paths = ["encoder/embed/embedding", "fusion/w", "projector/out/kernel"]
+    groups = default_config().optimizer.groups
+    groups.embeddings = {
+        "patterns": ("encoder/embed/.*",), "learning_rate": 1e-3, "weight_decay": 0.1
+    }
+    config = default_config()
+    config.optimizer.groups = groups
+    optimizer = from_config_dict(config).optimizer
+    assert group_of_each(paths, optimizer.groups) == {
+        "encoder/embed/embedding": "embeddings", "fusion/w": "bridge",
+        "projector/out/kernel": "bridge",
+    }
+    with pytest.raises(InputError, match=r"pattern 'encoder/embed/\.\*' matches no parameter"):
+        group_of_each(paths[1:], optimizer.groups)
+    groups.embeddings.patterns = ("projector/.*",)
+    with pytest.raises(InputError, match="in two groups"):
+        group_of_each(paths, from_config_dict(config).optimizer.groups)
+
+
+def test_encoder_embeddings_train_in_float32_in_a_bfloat16_tower(cache_dir, tmp_path):
+    """LangBridge's recipe: the embeddings train too, whatever the frozen dtype."""
+    config = finish(default_config(), "last,debug").unlock()
+    config.encoder.dtype, config.train.steps = "bfloat16", 3
+    config.optimizer.groups.embeddings = {
+        "patterns": ("encoder/embed/.*",), "learning_rate": 1e-2, "weight_decay": 0.0
+    }
+    config = make_inputs(from_config_dict(config))
+    state = train(config, tmp_path / "run")
+    path = "encoder/embed/embedding"
+    fresh = load_model(config, make_mesh())
+    assert state.trainable[path].dtype == jnp.float32
+    assert fresh.frozen["encoder/blocks/attn/q/kernel"].dtype == jnp.bfloat16
+    assert not equal(fresh.trainable[path], state.trainable[path])
+    # Tokens that never occur get no gradient, and without weight decay stay as they were.
+    moved = np.any(np.asarray(fresh.trainable[path]) != np.asarray(state.trainable[path]), axis=1)
+    assert 0 < moved.sum() < len(moved)
+    with pytest.raises(InputError, match="use fusion.backward='stack'"):
+        load_model(replace(config, fusion=replace(config.fusion, backward="second_pass")),
+                   make_mesh())
+
+
+# Resume
+
+
+def interrupt_at(monkeypatch, step):
+    """Stops the next run when it logs this step."""
+    original = RunLog.train
+
+    def stop(self, at, *args):
+        original(self, at, *args)
+        if at == step:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(RunLog, "train", stop)
+
+
+def test_a_stopped_run_ends_bit_identical(undisturbed, tmp_path, monkeypatch):
+    config, whole, expected = undisturbed
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, 10)
+        with pytest.raises(KeyboardInterrupt):
+            train(config, tmp_path / "run")
+    assert Checkpoints(tmp_path / "run").steps == [6]
+    with (tmp_path / "run" / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 11, "lo')  # killed while writing
+    assert equal(jax.device_get(train(config, tmp_path / "run")), expected)
+    assert records(tmp_path / "run") == records(whole)
+    # Once more changes nothing.
+    assert equal(jax.device_get(train(config, tmp_path / "run")), expected)
+
+
+def test_a_killed_process_resumes(cache_dir, tmp_path):
+    """SIGKILL in the middle; the same command again ends as an undisturbed run does."""
+    config = make_config(cache_dir, train__steps=400, train__checkpoint_every=20,
+                         train__eval_every=400, train__log_every=20, data__task="xnli")
+    train(config, tmp_path / "whole")
+    command = [sys.executable, "train.py", "--config=configs/xnli_file.py:last,debug",
+               f"--workdir={tmp_path / 'run'}", "--config.train.steps=400",
+               "--config.train.checkpoint_every=20", "--config.train.eval_every=400",
+               "--config.train.log_every=20", "--config.optimizer.b1=0.8",
+               "--config.optimizer.groups.bridge.learning_rate=3e-5"]
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL)
+    while not (tmp_path / "run" / "checkpoints" / "20").is_dir() and process.poll() is None:
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert "resuming" in done.stderr and "score it with" in done.stdout
+    assert records(tmp_path / "run") == records(tmp_path / "whole")
+
+
+def test_a_damaged_newest_checkpoint_is_passed_over(undisturbed, tmp_path, caplog):
+    config, whole, expected = undisturbed
+    workdir = shutil.copytree(whole, tmp_path / "run")
+    for file in (workdir / "checkpoints" / "12" / "state").rglob("*"):
+        if file.is_file():
+            file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    with caplog.at_level(logging.WARNING):
+        state = train(config, workdir)
+    assert "checkpoints/12 is damaged and set aside as 12.damaged; the one before" in caplog.text
+    assert equal(jax.device_get(state), expected)
+    assert (workdir / "checkpoints" / "12.damaged").is_dir()
+
+
+def test_another_config_s_workdir_is_refused(undisturbed):
+    config, workdir, _ = undisturbed
+    other = replace(config, train=replace(config.train, seed=7, log_every=3),
+                    encoder=replace(config.encoder, dtype="bfloat16"))
+    with pytest.raises(InputError, match=r"undo: train\.seed: 0 -> 7$"):
+        train(other, workdir)
+    with pytest.raises(InputError, match=r"train\.steps: 12 -> 6"):
+        train(replace(config, train=replace(config.train, steps=6)), workdir)
+
+
+def test_a_larger_step_count_and_log_interval_may_change(undisturbed, tmp_path):
+    config, whole, _ = undisturbed
+    workdir = shutil.copytree(whole, tmp_path / "run")
+    longer = replace(config, train=replace(config.train, steps=14, log_every=1))
+    assert int(train(longer, workdir).step) == 14
+    assert records(workdir)[: len(records(whole))] == records(whole)
+
+
+def test_a_foreign_directory_is_left_alone(cache_dir, tmp_path):
+    (tmp_path / "thesis.tex").write_text("precious")
+    with pytest.raises(InputError, match="is not empty and no run's workdir"):
+        train(make_config(cache_dir), tmp_path)
+    assert os.listdir(tmp_path) == ["thesis.tex"]
+
+
+def test_a_second_stage_starts_from_the_first(undisturbed, cache_dir, tmp_path):
+    """MindMerger's two stages: the trained part goes on with the query as text behind it."""
+    _, first, expected = undisturbed
+    config = make_config(cache_dir, "transformer_softmax,debug", train__init_from=str(first),
+                         train__steps=1, data__text_prompt="{query}")
+    still = {"bridge": replace(config.optimizer.groups["bridge"], learning_rate=0.0)}
+    config = replace(config, optimizer=replace(config.optimizer, groups=still))
+    state = train(config, tmp_path / "second")
+    assert equal(jax.device_get(state.trainable), expected.trainable)
+    other = replace(config, fusion=replace(config.fusion, name="global_softmax"))
+    with pytest.raises(InputError, match=r"'fusion/.*' is .* there, no such parameter here"):
+        train(other, tmp_path / "third")
+    assert not (tmp_path / "third").exists()
+
+
+# It learns
+
+
+@pytest.mark.parametrize("fusion", [
+    "transformer_softmax",
+    pytest.param("last", marks=pytest.mark.slow),
+    pytest.param("global_softmax", marks=pytest.mark.slow),
+])
+def test_thirty_two_real_rows_are_learned(real_data, cache_dir, tmp_path, fusion):
+    """SIB-200 through real SentencePiece tokenizers: above 90% exact match on its own rows."""
+    spm = real_data / "tokenizers"
+    write_checkpoints(
+        tmp_path / "tiny", "tiny",
+        encoder_tokenizer=spm / "sentencepiece_cc_all.32000.100extra-sentencepiece.model",
+        decoder_tokenizer=spm / "tokenizer.mistral-v1",
+    )
+    config = make_config(
+        cache_dir, f"{fusion},debug", data__task="sib200", data__language="eng_Latn",
+        data__path=str(real_data / "sib200"), data__train_rows=32, data__dev_rows=8,
+        data__max_encoder_tokens=200, train__batch_size=16, train__steps=300, fusion__dropout=0.0,
+        train__log_every=50, train__eval_every=300, train__checkpoint_every=300,
+        encoder__checkpoint=str(tmp_path / "tiny" / "encoder"),
+        decoder__checkpoint=str(tmp_path / "tiny" / "decoder"),
+    )
+    groups = {"bridge": replace(config.optimizer.groups["bridge"], learning_rate=1e-2)}
+    config = replace(config, optimizer=replace(config.optimizer, groups=groups, b1=0.9))
+    state = train(config, tmp_path / "run")
+    model = load_model(config, make_mesh())
+    task = TASKS["sib200"]
+    rows = read_examples("sib200", task, "train", "eng_Latn", str(real_data / "sib200"))
+    rows = loop.subset(rows, 32, balanced=False, seed=config.train.seed)
+    scorer = Scorer(model.bridge, model.tokenizers, config.eval)
+    scored = scorer(merge(state.trainable, model.frozen), rows, task.labels)
+    assert np.mean(scored.correct["greedy_exact"]) > 0.9
+
+
+def test_a_loss_that_is_no_number_ends_the_run(cache_dir, tmp_path):
+    config = make_config(cache_dir, train__log_every=1)
+    groups = {"bridge": replace(config.optimizer.groups["bridge"], learning_rate=1e30)}
+    config = replace(config, optimizer=replace(config.optimizer, groups=groups))
+    start = time.monotonic()
+    with pytest.raises(InputError, match="the loss is .* lower the learning rate"):
+        train(config, tmp_path / "run")
+    assert time.monotonic() - start < 60
