@@ -189,13 +189,16 @@ def _debug(config: ml_collections.ConfigDict) -> None:
     config.data.path = "made:rows"
     config.data.train_rows = config.data.dev_rows = None
     config.data.balanced = False
-    config.data.max_encoder_tokens = config.eval.max_encoder_tokens = 64
+    config.data.max_encoder_tokens = config.eval.max_encoder_tokens = 128
+    config.data.buckets = (64, 128)
     config.data.max_decoder_tokens = config.eval.max_decoder_tokens = 128
     config.fusion.d_ff = 64
     config.train.batch_size = config.eval.batch_size = 8
-    config.train.steps = 12
-    config.train.log_every = 2
-    config.train.eval_every = config.train.checkpoint_every = 6
+    for group in config.optimizer.groups.values():
+        group.learning_rate = 1e-2
+    config.train.steps = 200
+    config.train.log_every = 20
+    config.train.eval_every = config.train.checkpoint_every = 100
     config.eval.tasks = config.eval.languages = ()
 
 

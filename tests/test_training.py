@@ -38,8 +38,10 @@ ROOT = Path(__file__).parent.parent
 
 
 def make_config(cache_dir, arg="last,debug", **fields) -> Config:
-    """A debug config; fields as `train__steps=4`."""
+    """A debug config of 12 steps; fields as `train__steps=4`."""
     config = finish(default_config(), arg).unlock()
+    fields = {"train__steps": 12, "train__log_every": 2, "train__eval_every": 6,
+              "train__checkpoint_every": 6, "data__dev_rows": 12, **fields}
     for name, value in fields.items():
         group, field = name.split("__")
         config[group][field] = value
@@ -156,7 +158,7 @@ def test_frozen_weights_stay_and_buckets_compile_once(cache_dir, tmp_path, monke
         return steps[-1]
 
     monkeypatch.setattr(loop, "make_train_step", spy)
-    config = make_config(cache_dir, data__buckets=(46, 52, 58, 64), train__steps=15)
+    config = make_config(cache_dir, data__buckets=(48, 60, 72, 128), train__steps=15)
     mesh = make_mesh()
     run = prepare(config, mesh)
     before = jax.device_get(run.model.frozen)
@@ -249,8 +251,8 @@ def test_a_killed_process_resumes(cache_dir, tmp_path):
     command = [sys.executable, "train.py", "--config=configs/xnli_file.py:last,debug",
                f"--workdir={tmp_path / 'run'}", "--config.train.steps=400",
                "--config.train.checkpoint_every=20", "--config.train.eval_every=400",
-               "--config.train.log_every=20", "--config.optimizer.b1=0.8",
-               "--config.optimizer.groups.bridge.learning_rate=3e-5"]
+               "--config.train.log_every=20", "--config.data.dev_rows=12",
+               "--config.optimizer.b1=0.8"]
     process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL)
     while not (tmp_path / "run" / "checkpoints" / "20").is_dir() and process.poll() is None:
         time.sleep(0.005)

@@ -57,7 +57,8 @@ def print_table(results: Results, title: str) -> None:
     """One table per task: a row per language with accuracy and 95% interval, and the mean."""
     for task, languages in results.items():
         scorings = sorted({name for scores in languages.values() for name in scores})
-        table = Table("language", "n", *scorings, title=f"{title}: {task} (accuracy %, 95% interval)")
+        table = Table("language", "n", *scorings, title=f"{task}: {title}",
+                      caption="accuracy in %, with its 95% interval")
         for language, scores in languages.items():
             n = next(iter(scores.values()))["n"]
             table.add_row(language, str(n), *(_cell(scores[name]) for name in scorings))

@@ -12,7 +12,7 @@ from jaxfusion.testing.checkpoints import write_checkpoints
 from jaxfusion.testing.text import write_rows
 
 MADE = "made:"
-ROWS = {"train": 40, "dev": 12, "test": 12}
+ROWS = {"train": 300, "dev": 60, "test": 60}
 # Part of the directories' names, so that those of another version are left alone.
 VERSION = 1
 

@@ -42,13 +42,13 @@ def train_tokenizer(role: str):
 def write_rows(out: Path, task: Task, *, rows: dict[str, int], seed: int = 0) -> None:
     """Writes `{split}-{language}.jsonl` for a task's first two languages.
 
-    The answer can be learned: each class has a word of its own in the first column of the prompt
-    (free text answers with the first word itself).
+    The answer can be learned: each class has a word of its own, which begins the first column of
+    the prompt (free text answers with that word). Languages share no such word.
     """
     rng = random.Random(seed)
     columns = re.findall(r"{(\w+)}", task.prompt)
-    cues = [word(rng) for _ in range(max(len(task.labels), 8))]
     for language in task.languages[:2]:
+        cues = [word(rng) for _ in range(max(len(task.labels), 8))]
         for split in SPLITS:
             lines = [
                 json.dumps(_row(rng, task, columns, cues, i), ensure_ascii=False)
