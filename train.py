@@ -11,6 +11,7 @@ from ml_collections import config_flags
 
 from jaxfusion.cli import run_main, set_up_logging
 from jaxfusion.config import from_config_dict
+from jaxfusion.errors import InputError
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "configs/NAME.py[:arg]", lock_config=True)
 WORKDIR = flags.DEFINE_string("workdir", None, "default: runs/<config name>")
@@ -25,9 +26,12 @@ def default_workdir(config_flag: str) -> Path:
 
 def main(_) -> None:
     set_up_logging()
+    name = config_flags.get_config_filename(flags.FLAGS["config"])
+    file = name.partition(":")[0]
+    if not Path(file).is_file():
+        raise InputError(f"there is no config file {file}; this project's own are in configs/")
     config = from_config_dict(CONFIG.value)
-    workdir = Path(WORKDIR.value or default_workdir(config_flags.get_config_filename(
-        flags.FLAGS["config"])))
+    workdir = Path(WORKDIR.value or default_workdir(name))
     # jax, and all that stands on it, is imported only once the config is known to be right.
     from jaxfusion.testing.debug import make_inputs
     from jaxfusion.training.loop import train

@@ -2,8 +2,9 @@
 
     python benchmarks/fusion.py --out fusion.json
 
-Same parameters, same states, float32, no dropout. Timed are the forward pass and the gradient of
-a scalar of the features with respect to the fusion's parameters; the states are frozen inputs.
+Same parameters, same states, float32, no dropout. Timed are the forward pass, and the gradient
+(forward and backward) of a scalar of the features with respect to the fusion's parameters; the
+states are frozen inputs and get none.
 """
 
 import copy

@@ -15,6 +15,9 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+# The CPU, where PyTorch runs too, also on a machine with an accelerator.
+jax.config.update("jax_platforms", "cpu")
+
 
 def alternate(contenders: dict[str, Callable[[], Any]], repeats: int) -> dict[str, list[float]]:
     """Seconds of every call, the contenders taking turns (A B A B …) after one untimed turn each.

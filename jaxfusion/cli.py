@@ -35,5 +35,7 @@ def _parse_flags(argv: list[str]) -> list[str]:
     except InputError:
         raise
     except (flags.Error, OSError, KeyError, AttributeError, TypeError, ValueError) as error:
-        text = error.args[0] if isinstance(error, KeyError) else error
-        raise InputError(" ".join(str(text).split())) from None
+        text = str(error.args[0] if isinstance(error, KeyError) else error)
+        if "Traceback" in text:  # a config file that fails: where and how it did is the last line
+            text = text.strip().splitlines()[-1].removeprefix("jaxfusion.errors.InputError: ")
+        raise InputError(" ".join(text.split())) from None

@@ -79,6 +79,7 @@ class DataConfig:
     max_encoder_tokens: int = 200  # longer examples are cut, counted and reported
     max_decoder_tokens: int = 200  # of text prompt, and of target with its EOS
     buckets: tuple[int, ...] = (32, 64, 96, 128, 160, 200)  # encoder lengths that get compiled
+    pack: bool = False  # several short examples in a row, told apart by masks and positions
     train_rows: int | None = None  # a seeded subset of the training rows
     balanced: bool = False  # draw that subset with the same number from every class
     dev_rows: int | None = None  # the first so many development rows

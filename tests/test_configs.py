@@ -29,7 +29,9 @@ def get_config(file, arg=None):
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
 def test_debug_runs_from_start_to_results(file, cache_dir, tmp_path):
-    config = make_inputs(from_config_dict(get_config(file, "debug")))
+    config = get_config(file, "debug").unlock()
+    config.train.steps, config.train.eval_every, config.data.dev_rows = 10, 10, 8
+    config = make_inputs(from_config_dict(config))
     state = train(config, tmp_path / "run")
     assert int(state.step) == config.train.steps
     results = evaluate(tmp_path / "run", limit=5)

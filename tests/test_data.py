@@ -17,6 +17,7 @@ from jaxfusion.data.batching import (
     in_order,
     tokenize,
 )
+from jaxfusion.data.packing import find_packing, sizes, stratified_plan
 from jaxfusion.data.pipeline import Batches, iterate, subset
 from jaxfusion.data.sources import Example, read_examples
 from jaxfusion.data.tasks import TASKS, check_languages, get_task
@@ -165,12 +166,13 @@ def test_too_long_examples_are_counted_and_keep_their_end(tokenizers):
 
 def test_a_batch_holds_its_rows(tokenizers):
     rows, _ = make_rows(tokenizers)
-    batch = collate(rows[:2], find_shapes(rows, (16, 32, 64, 128)), tokenizers, 3)
+    shapes = find_shapes(rows, (16, 32, 64, 128))
+    batch = collate(*shapes.place(rows[:2], 1, 3), tokenizers)
     assert batch.enc_tokens.shape == (3, 16)
     for i, row in enumerate(rows[:2]):
         n, k = len(row.query), len(row.target)
         real = batch.dec_segments[i] == 1
-        assert batch.enc_tokens[i][batch.enc_mask[i]].tolist() == row.query
+        assert batch.enc_tokens[i][batch.enc_segments[i] == 1].tolist() == row.query
         expected = [-1, *range(n), 16, *[-1] * k]
         assert batch.dec_source[i][real].tolist() == expected
         assert batch.dec_tokens[i][real].tolist() == [1, *[0] * (n + 1), *row.target]
@@ -178,7 +180,7 @@ def test_a_batch_holds_its_rows(tokenizers):
         # The slot before each target predicts it.
         slots = batch.target_slots[i][batch.target_mask[i]]
         assert batch.dec_tokens[i][slots + 1].tolist() == row.target
-    assert not batch.enc_mask[2].any() and not batch.target_mask[2].any()
+    assert not batch.enc_segments[2].any() and not batch.target_mask[2].any()
 
 
 @settings(max_examples=40, deadline=None)
@@ -242,3 +244,32 @@ def test_balanced_subset():
         subset(examples, 9, balanced=True, seed=0)
     with pytest.raises(InputError, match="only 8 rows"):
         subset(examples, 9, balanced=False, seed=0)
+
+
+# Packing
+
+
+def test_packed_rows_lose_nothing_and_fill_their_slots():
+    rng = np.random.default_rng(0)
+    # Lengths like XNLI's: about 45 tokens, a long tail.
+    lengths = np.clip(rng.lognormal(3.7, 0.45, 2000).astype(int), 8, 200)
+    rows = [TokenRow(list(range(2, 2 + n)), [], [7, 8, 9, 2]) for n in lengths]
+    packing = find_packing(rows, 64, bos=1, seed=0, longest_row=400)
+    plan = stratified_plan(lengths, 64, seed=0, epoch=1)
+    real = total = 0
+    for numbers in plan[:-1]:
+        groups, shape = packing.place([rows[i] for i in numbers], 1, 64)
+        assert sorted(map(id, sum(groups, []))) == sorted(id(rows[i]) for i in numbers)
+        used = [sum(sizes(row, 1) for row in group) for group in groups]
+        assert (np.max(used, axis=0) <= [shape.slots, shape.length, shape.targets]).all()
+        real += np.sum(used, axis=0)[:2].sum()
+        total += shape.rows * (shape.slots + shape.length)
+    assert real / total > 0.9
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.integers(0, 99), min_size=1, max_size=60), st.integers(1, 9), st.integers(0, 5))
+def test_a_stratified_epoch_sees_every_row_once(lengths, batch_size, epoch):
+    plan = stratified_plan(np.array(lengths), batch_size, seed=3, epoch=epoch)
+    assert sorted(np.concatenate(plan)) == list(range(len(lengths)))
+    assert max(map(len, plan)) <= batch_size and len(plan) == -(-len(lengths) // batch_size)

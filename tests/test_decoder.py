@@ -1,6 +1,7 @@
 """The decoder against transformers' PyTorch Llama: logits, cached decoding, masks."""
 
 from dataclasses import replace
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +29,11 @@ CASES = {
 }
 
 
+def apply(config, params, *args, method="__call__", remat="none"):
+    """The decoder, compiled as a whole."""
+    return jax.jit(partial(Decoder(config, remat=remat).apply, method=method))(params, *args)
+
+
 def plain(tokens):
     """Positions and segments of rows without padding."""
     positions = np.broadcast_to(np.arange(tokens.shape[1]), tokens.shape)
@@ -47,7 +53,7 @@ def test_logits_equal_transformers(case, tokens, tmp_path):
     with torch.no_grad():
         reference = theirs(torch.tensor(tokens)).logits.numpy()
     params = {"params": random_params(config, 0)}
-    logits = Decoder(config).apply(params, tokens, *plain(tokens), method="score")
+    logits = apply(config, params, tokens, *plain(tokens), method="score")
     assert relative(logits, reference) < 1e-5
     assert np.std(reference) > 1.0, "logits must spread, or the comparison says little"
 
@@ -72,16 +78,17 @@ def test_cached_decoding_equals_transformers(case, tokens, tmp_path):
     theirs = LlamaForCausalLM.from_pretrained(tmp_path).eval()
     with torch.no_grad():
         reference = theirs(torch.tensor(tokens)).logits.numpy()
-    decoder, params = Decoder(config), {"params": random_params(config, 0)}
+    params = {"params": random_params(config, 0)}
+    run = jax.jit(Decoder(config).apply)
     cache = init_cache(config, 2, 30, jnp.float32)
     positions, segments = plain(tokens)
     logits = []
     # A prompt of 20 tokens at once, then one by one.
     for start, end in [(0, 20), *((i, i + 1) for i in range(20, 30))]:
         part = slice(start, end)
-        x = decoder.apply(params, tokens[:, part], method="embed")
-        x, cache = decoder.apply(params, x, positions[:, part], segments[:, part], cache, start)
-        logits.append(decoder.apply(params, x, method="logits"))
+        x = apply(config, params, tokens[:, part], method="embed")
+        x, cache = run(params, x, positions[:, part], segments[:, part], cache, start)
+        logits.append(apply(config, params, x, method="logits"))
     assert relative(jnp.concatenate(logits, axis=1), reference) < 1e-5
 
 
@@ -94,21 +101,22 @@ def test_no_gradient_from_the_future(tokens):
         hidden, _ = decoder.apply(params, x, positions, segments)
         return jnp.sum(hidden[:, slot] ** 3)
 
+    gradient = jax.jit(jax.grad(at))
     for slot in (0, 13, 29):
-        reach = np.abs(jax.grad(at)(x, slot)).sum(axis=(0, 2))
+        reach = np.abs(gradient(x, slot)).sum(axis=(0, 2))
         assert (reach[: slot + 1] > 0).all() and (reach[slot + 1 :] == 0).all()
 
 
 def test_padding_anywhere_and_neighbours_change_nothing(tokens):
     """Real tokens scattered among padding of any content, and another segment between them."""
-    decoder, params = Decoder(BASE), {"params": random_params(BASE, 0)}
-    alone = decoder.apply(params, tokens, *plain(tokens), method="score")
+    params = {"params": random_params(BASE, 0)}
+    alone = apply(BASE, params, tokens, *plain(tokens), method="score")
     rng = np.random.default_rng(1)
     slots = np.sort(rng.permutation(50)[:30])
     wide, positions = rng.integers(0, 101, (2, 50)), rng.integers(0, 60, (2, 50))
     segments = rng.integers(0, 2, (2, 50)) * 2  # padding, or the segment 2
     wide[:, slots], positions[:, slots], segments[:, slots] = tokens, np.arange(30), 1
-    spread = decoder.apply(params, wide, positions, segments, method="score")
+    spread = apply(BASE, params, wide, positions, segments, method="score")
     assert relative(spread[:, slots], alone) < 1e-5
 
 
@@ -118,8 +126,8 @@ def test_remat_gives_the_same_gradients(tokens):
     x = Decoder(BASE).apply(params, tokens, method="embed")
 
     def gradient(remat):
-        decoder = Decoder(BASE, remat=remat)
-        return jax.grad(lambda x: jnp.sum(decoder.apply(params, x, positions, segments)[0] ** 3))(x)
+        out = lambda x: apply(BASE, params, x, positions, segments, remat=remat)[0]  # noqa: E731
+        return jax.jit(jax.grad(lambda x: jnp.sum(out(x) ** 3)))(x)
 
     for remat in ("dots", "full"):
         assert relative(gradient(remat), gradient("none")) < 1e-5

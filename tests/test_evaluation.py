@@ -63,7 +63,7 @@ def test_greedy_and_likelihood_equal_a_full_pass(model, params):
     bridge, tokenizers = model.bridge, model.tokenizers
     rows = rows_of(model, EXAMPLES[:2], text_prompt="so")
     shapes = find_shapes(rows, (64,))
-    batch = collate(rows, shapes, tokenizers, 2)
+    batch = collate(*shapes.place(rows, 1, 2), tokenizers)
     options = np.array([[[7, 9, 30, 2], [7, 9, 30, 2]], [[8, 0, 0, 0], [9, 5, 0, 0]]])
     mask = options > 0
     score = make_scorer(bridge, 5, tokenizers.eos, bare=False)
@@ -72,7 +72,7 @@ def test_greedy_and_likelihood_equal_a_full_pass(model, params):
     def logits_after(i, answer):
         """Logits before each token of `answer` in row i, from one uncached pass."""
         row = type(rows[i])(rows[i].query, rows[i].text, list(answer))
-        whole = collate([row], find_shapes([row], (64,)), tokenizers, 1)
+        whole = collate(*find_shapes([row], (64,)).place([row], 1, 1), tokenizers)
         return bridge.target_logits(params, whole)[0, : len(answer)]
 
     for i in range(2):

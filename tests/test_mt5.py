@@ -21,6 +21,12 @@ UNUSUAL = MT5Config(
 CASES = {"mt5": UNUSUAL, "umt5": replace(UNUSUAL, bias_per_layer=True)}
 
 
+def apply(config, params, tokens, mask, states=False, **read):
+    """The encoder, compiled as a whole."""
+    run = jax.jit(lambda *args, **read: MT5Encoder(config).apply(*args, states=states, **read))
+    return run(params, tokens, mask, **read)
+
+
 @pytest.fixture(scope="module")
 def batch():
     rng = np.random.default_rng(0)
@@ -37,37 +43,36 @@ def test_every_state_equals_transformers(family, batch, tmp_path):
     theirs = model.from_pretrained(tmp_path).eval()
     with torch.no_grad():
         out = theirs(torch.tensor(tokens), torch.tensor(mask), output_hidden_states=True)
-    apply = lambda **read: MT5Encoder(config).apply(  # noqa: E731
-        {"params": random_params(config, 0)}, tokens, mask, **read
-    )
-    states = apply(states=True)
+    params = {"params": random_params(config, 0)}
+    states = apply(config, params, tokens, mask, states=True)
     assert len(states) == len(out.hidden_states) - 1
     for ours, reference in zip(states, out.hidden_states[1:], strict=True):
         assert relative(ours[mask], reference.numpy()[mask]) < 1e-5
-    assert relative(apply()[mask], out.last_hidden_state.numpy()[mask]) < 1e-5
+    last = apply(config, params, tokens, mask)
+    assert relative(last[mask], out.last_hidden_state.numpy()[mask]) < 1e-5
 
 
 def test_mix_and_probe_equal_the_stack(batch):
     tokens, mask = batch
-    encoder, params = MT5Encoder(UNUSUAL), {"params": random_params(UNUSUAL, 1)}
-    states = encoder.apply(params, tokens, mask, states=True)
+    params = {"params": random_params(UNUSUAL, 1)}
+    states = apply(UNUSUAL, params, tokens, mask, states=True)
     weights = jax.random.normal(jax.random.key(0), (5,))
     probe = jax.random.normal(jax.random.key(1), states.shape[1:])
-    mixed = encoder.apply(params, tokens, mask, mix=weights)
+    mixed = apply(UNUSUAL, params, tokens, mask, mix=weights)
     assert relative(mixed, jnp.einsum("l,lbsd->bsd", weights, states)) < 1e-5
-    dots = encoder.apply(params, tokens, mask, probe=probe)
+    dots = apply(UNUSUAL, params, tokens, mask, probe=probe)
     assert relative(dots, jnp.einsum("bsd,lbsd->l", probe, states)) < 1e-5
 
 
 @pytest.mark.parametrize("left", [0, 7])
 def test_padding_on_either_side_changes_nothing(batch, left):
     tokens, mask = batch
-    encoder, params = MT5Encoder(UNUSUAL), {"params": random_params(UNUSUAL, 1)}
+    params = {"params": random_params(UNUSUAL, 1)}
     padded = np.full((3, 55), 5)
     wide_mask = np.zeros((3, 55), bool)
     padded[:, left : left + 40], wide_mask[:, left : left + 40] = tokens, mask
-    alone = encoder.apply(params, tokens, mask)
-    wide = encoder.apply(params, padded, wide_mask)
+    alone = apply(UNUSUAL, params, tokens, mask)
+    wide = apply(UNUSUAL, params, padded, wide_mask)
     assert relative(wide[:, left : left + 40][mask], alone[mask]) < 1e-6
 
 

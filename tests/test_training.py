@@ -245,12 +245,12 @@ def test_a_stopped_run_ends_bit_identical(undisturbed, tmp_path, monkeypatch):
 
 def test_a_killed_process_resumes(cache_dir, tmp_path):
     """SIGKILL in the middle; the same command again ends as an undisturbed run does."""
-    config = make_config(cache_dir, train__steps=400, train__checkpoint_every=20,
-                         train__eval_every=400, train__log_every=20, data__task="xnli")
+    config = make_config(cache_dir, train__steps=200, train__checkpoint_every=20,
+                         train__eval_every=200, train__log_every=20, data__task="xnli")
     train(config, tmp_path / "whole")
     command = [sys.executable, "train.py", "--config=configs/xnli_file.py:last,debug",
-               f"--workdir={tmp_path / 'run'}", "--config.train.steps=400",
-               "--config.train.checkpoint_every=20", "--config.train.eval_every=400",
+               f"--workdir={tmp_path / 'run'}", "--config.train.steps=200",
+               "--config.train.checkpoint_every=20", "--config.train.eval_every=200",
                "--config.train.log_every=20", "--config.data.dev_rows=12",
                "--config.optimizer.b1=0.8"]
     process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL)

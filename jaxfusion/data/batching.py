@@ -29,6 +29,10 @@ class TokenRow:
     target: list[int]
 
 
+# The examples of each row of a batch, and the batch's shape.
+Placed = tuple[list[list[TokenRow]], "Shape"]
+
+
 @dataclass(frozen=True)
 class Cut:
     """How many examples were longer than a limit and by what limit they were cut."""
@@ -106,8 +110,18 @@ def tokenize_bare(
 
 
 @dataclass(frozen=True)
+class Shape:
+    """The sizes of one batch: rows, encoder slots, decoder slots and target slots of a row."""
+
+    rows: int
+    slots: int
+    length: int
+    targets: int
+
+
+@dataclass(frozen=True)
 class Shapes:
-    """The few batch shapes of a set of rows: one per bucket of encoder lengths.
+    """The few batch shapes of a set of rows, one example in each: by buckets of lengths.
 
     Attributes:
       buckets: encoder lengths, ascending.
@@ -126,6 +140,13 @@ class Shapes:
             i for i, (query, text) in enumerate(fits)
             if len(row.query) <= query and len(row.text) + len(row.target) <= text
         )
+
+    def place(self, rows: Sequence[TokenRow], bos: int, batch_size: int) -> Placed:
+        """Each example in a row of its own, in the smallest shape that holds all of them."""
+        index = max(self.bucket(row) for row in rows)
+        slots = self.buckets[index]
+        length = bos + slots + (1 if slots else 0) + self.texts[index]
+        return [[row] for row in rows], Shape(batch_size, slots, length, self.targets)
 
 
 def find_shapes(rows: Sequence[TokenRow], buckets: Sequence[int]) -> Shapes:
@@ -164,42 +185,45 @@ def doubling_buckets(longest: int, first: int = 32) -> tuple[int, ...]:
 
 
 def collate(
-    rows: Sequence[TokenRow], shapes: Shapes, tokenizers: Tokenizers, size: int
+    groups: Sequence[Sequence[TokenRow]], shape: Shape, tokenizers: Tokenizers
 ) -> Batch:
-    """One batch of `size` rows in the smallest shape that holds them; missing rows are padding."""
-    index = max(shapes.bucket(row) for row in rows)
-    slots = shapes.buckets[index]
-    length = len(tokenizers.bos) + slots + (1 if slots else 0) + shapes.texts[index]
-    encoder, decoder, target = (size, slots), (size, length), (size, shapes.targets)
-    ints, bools = partial(np.zeros, dtype=np.int32), partial(np.zeros, dtype=bool)
+    """One batch: the examples of each group side by side in a row, the rest padding."""
+    encoder, decoder = (shape.rows, shape.slots), (shape.rows, shape.length)
+    target = (shape.rows, shape.targets)
+    ints = partial(np.zeros, dtype=np.int32)
     batch = Batch(
-        enc_tokens=ints(encoder), enc_mask=bools(encoder),
+        enc_tokens=ints(encoder), enc_segments=ints(encoder),
         dec_tokens=ints(decoder), dec_source=ints(decoder) - 1,
         dec_positions=ints(decoder), dec_segments=ints(decoder),
-        target_slots=ints(target), target_tokens=ints(target), target_mask=bools(target),
+        target_slots=ints(target), target_tokens=ints(target),
+        target_mask=np.zeros(target, bool),
     )
-    for i, row in enumerate(rows):
-        _fill(batch, i, row, tokenizers.bos, slots)
+    for i, group in enumerate(groups):
+        start = (0, 0, 0)
+        for segment, row in enumerate(group, start=1):
+            start = _fill(batch, i, segment, start, row, tokenizers.bos)
     return batch
 
 
-def _fill(batch: Batch, i: int, row: TokenRow, bos: list[int], slots: int) -> None:
-    """Writes one row: real slots first, then padding."""
-    n = len(row.query)
-    batch.enc_tokens[i, :n] = row.query
-    batch.enc_mask[i, :n] = True
-    prefix = [*range(n), slots] if n else []  # the end vector is slot S of the prefix
-    source = [-1] * len(bos) + prefix
+def _fill(
+    batch: Batch, i: int, segment: int, start: tuple[int, int, int], row: TokenRow, bos: list[int]
+) -> tuple[int, int, int]:
+    """Writes one example into row i; returns the first free encoder, decoder and target slot."""
+    (e, d, t), n, k = start, len(row.query), len(row.target)
+    end_slot = batch.enc_tokens.shape[1]  # where the end vector stands in the prefix
+    prefix = [*range(e, e + n), end_slot] if n else []
     tokens = [*bos, *([0] * len(prefix)), *row.text, *row.target]
     total = len(tokens)
-    batch.dec_tokens[i, :total] = tokens
-    batch.dec_source[i, : len(source)] = source
-    batch.dec_positions[i, :total] = np.arange(total)
-    batch.dec_segments[i, :total] = 1
-    k = len(row.target)
-    batch.target_slots[i, :k] = np.arange(total - k - 1, total - 1)
-    batch.target_tokens[i, :k] = row.target
-    batch.target_mask[i, :k] = True
+    batch.enc_tokens[i, e : e + n] = row.query
+    batch.enc_segments[i, e : e + n] = segment
+    batch.dec_tokens[i, d : d + total] = tokens
+    batch.dec_source[i, d + len(bos) : d + len(bos) + len(prefix)] = prefix
+    batch.dec_positions[i, d : d + total] = np.arange(total)
+    batch.dec_segments[i, d : d + total] = segment
+    batch.target_slots[i, t : t + k] = np.arange(d + total - k - 1, d + total - 1)
+    batch.target_tokens[i, t : t + k] = row.target
+    batch.target_mask[i, t : t + k] = True
+    return e + n, d + total, t + k
 
 
 def epoch_plan(buckets: np.ndarray, batch_size: int, seed: int, epoch: int) -> list[np.ndarray]:
@@ -228,4 +252,5 @@ def in_order(
     order = np.argsort(buckets, kind="stable")
     for start in range(0, len(rows), batch_size):
         numbers = order[start : start + batch_size]
-        yield numbers, collate([rows[i] for i in numbers], shapes, tokenizers, batch_size)
+        placed = shapes.place([rows[i] for i in numbers], len(tokenizers.bos), batch_size)
+        yield numbers, collate(*placed, tokenizers)

@@ -8,6 +8,7 @@ import jax
 import numpy as np
 
 from jaxfusion.data.batching import Shapes, TokenRow, collate, epoch_plan
+from jaxfusion.data.packing import Packing, stratified_plan
 from jaxfusion.data.sources import Example
 from jaxfusion.data.tokenizers import Tokenizers
 from jaxfusion.errors import InputError
@@ -49,17 +50,20 @@ class Batches:
     """
 
     def __init__(
-        self, rows: Sequence[TokenRow], shapes: Shapes, tokenizers: Tokenizers,
+        self, rows: Sequence[TokenRow], layout: Shapes | Packing, tokenizers: Tokenizers,
         batch_size: int, seed: int, steps: int,
     ):
         hosts = jax.process_count()
         if batch_size % hosts:
             raise InputError(f"batch_size {batch_size} does not divide by {hosts} hosts")
-        self.rows, self.shapes, self.tokenizers = rows, shapes, tokenizers
+        self.rows, self.layout, self.tokenizers = rows, layout, tokenizers
         self.batch_size, self.steps = batch_size, steps
         self.per_epoch = steps_per_epoch(len(rows), batch_size)
-        buckets = np.array([shapes.bucket(row) for row in rows])
-        self.plan = lru_cache(2)(lambda epoch: epoch_plan(buckets, batch_size, seed, epoch))
+        if isinstance(layout, Packing):
+            plan, keys = stratified_plan, np.array([len(row.query) for row in rows])
+        else:
+            plan, keys = epoch_plan, np.array([layout.bucket(row) for row in rows])
+        self.plan = lru_cache(2)(lambda epoch: plan(keys, batch_size, seed, epoch))
 
     def __len__(self) -> int:
         return self.steps
@@ -68,8 +72,9 @@ class Batches:
         epoch, number = divmod(step, self.per_epoch)
         rows = [self.rows[i] for i in self.plan(epoch)[number]]
         # All hosts agree on the shape, which only the whole batch tells.
-        whole = collate(rows, self.shapes, self.tokenizers, self.batch_size)
-        share = self.batch_size // jax.process_count()
+        placed = self.layout.place(rows, len(self.tokenizers.bos), self.batch_size)
+        whole = collate(*placed, self.tokenizers)
+        share = whole.enc_tokens.shape[0] // jax.process_count()
         mine = slice(jax.process_index() * share, (jax.process_index() + 1) * share)
         return jax.tree.map(lambda x: x[mine], whole)
 

@@ -26,17 +26,18 @@ class Batch:
     """One batch of fixed shape. Padding may lie anywhere in a decoder row.
 
     Attributes:
-      enc_tokens, enc_mask: [B S] encoder ids, and True at real ones.
+      enc_tokens: [B S] encoder ids.
+      enc_segments: [B S] 0 at padding; tokens of an example share a number and lie side by side.
       dec_tokens: [B N] ids at text slots, 0 elsewhere.
       dec_source: [B N] which encoder slot fills a prefix slot; S for the end vector; -1 for text.
-      dec_positions: [B N] place among the row's real tokens.
-      dec_segments: [B N] 0 at padding, 1 at real slots.
+      dec_positions: [B N] place among the example's real tokens.
+      dec_segments: [B N] 0 at padding, else the example's number in its row.
       target_slots: [B T] decoder slots whose next token is a target.
       target_tokens, target_mask: [B T] those tokens, and True where there is one.
     """
 
     enc_tokens: Int[Array, "B S"]
-    enc_mask: Bool[Array, "B S"]
+    enc_segments: Int[Array, "B S"]
     dec_tokens: Int[Array, "B N"]
     dec_source: Int[Array, "B N"]
     dec_positions: Int[Array, "B N"]
@@ -124,7 +125,7 @@ class Bridge:
 
         def encode(encoder_params, **read):
             return self.encoder.apply(
-                {"params": encoder_params}, batch.enc_tokens, batch.enc_mask,
+                {"params": encoder_params}, batch.enc_tokens, batch.enc_segments,
                 deterministic=not train, rngs=rngs, **read,
             )
 
@@ -137,7 +138,7 @@ class Bridge:
         if self.fusion == "transformer_softmax":
             states = encode(params["encoder"], states=True)
             rngs = {"dropout": jax.random.fold_in(key, 1)} if train else {}
-            return fusion(states, batch.enc_mask, deterministic=not train, rngs=rngs)
+            return fusion(states, batch.enc_segments != 0, deterministic=not train, rngs=rngs)
         mix = fusion()
         if not train:
             return encode(params["encoder"], mix=mix), mix

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from jaxfusion.nn.layers import (
     Einsum,
@@ -172,17 +172,18 @@ class MT5Encoder(nn.Module):
     def __call__(
         self,
         tokens: Int[Array, "B S"],
-        mask: Bool[Array, "B S"],
+        segments: Int[Array, "B S"],
         *,
         mix: Float[Array, "L"] | None = None,
         probe: Float[Array, "B S D"] | None = None,
         states: bool = False,
         deterministic: bool = True,
     ):
-        """Encodes; a row's real tokens must lie side by side (padding before or after them).
+        """Encodes; the tokens of a segment must lie side by side, wherever the padding is.
 
         Args:
-          tokens: ids. mask: True at real tokens.
+          tokens: ids.
+          segments: 0 (or False) at padding; tokens see only their own segment.
           mix: layer weights; the weighted sum is carried along, no stack of states is held.
           probe: returns the inner product of every state with this array, again without a stack.
           states: returns all of h_1 … h_L.
@@ -198,7 +199,7 @@ class MT5Encoder(nn.Module):
                           name="embed")
         x = constrain(drop(embed(tokens)), "batch", "length", None)
         bias = None if c.bias_per_layer else RelativeBias(c, name="relative_bias")(x.shape[1])
-        attend = jnp.broadcast_to(mask[:, None, :], (*mask.shape, mask.shape[1]))
+        attend = (segments[:, :, None] == segments[:, None, :]) & (segments != 0)[:, None, :]
 
         emit = "states" if states else "dots" if probe is not None else ""
         blocks = nn.scan(

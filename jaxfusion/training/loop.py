@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jaxfusion import config as configs
 from jaxfusion.config import Config
 from jaxfusion.data.batching import Cut, find_shapes, tokenize
+from jaxfusion.data.packing import find_packing
 from jaxfusion.data.pipeline import Batches, iterate, steps_per_epoch, subset
 from jaxfusion.data.sources import Example, read_examples
 from jaxfusion.data.tasks import check_languages, get_task
@@ -106,12 +107,17 @@ def prepare(config: Config, mesh) -> Run:
         max_encoder_tokens=config.data.max_encoder_tokens,
         max_decoder_tokens=config.data.max_decoder_tokens, with_target=True,
     )
-    shapes = find_shapes(rows, config.data.buckets)
+    layout = find_shapes(rows, config.data.buckets)
+    if config.data.pack:
+        layout = find_packing(
+            rows, config.train.batch_size, len(model.tokenizers.bos), config.train.seed,
+            2 * config.data.max_encoder_tokens,
+        )
     steps = config.train.steps or config.train.epochs * steps_per_epoch(
         len(rows), config.train.batch_size
     )
     batches = Batches(
-        rows, shapes, model.tokenizers, config.train.batch_size, config.train.seed, steps
+        rows, layout, model.tokenizers, config.train.batch_size, config.train.seed, steps
     )
     _describe(model, len(rows), cut, steps)
     return Run(model, batches, dev[: config.data.dev_rows], task.labels, steps)
