@@ -1,11 +1,13 @@
-"""A whole training step of the bridge: ours, PyTorch's, and ours without its two ideas.
+"""A whole training step of the bridge: ours, PyTorch's, and ours without its ideas.
 
     python benchmarks/train_step.py --size small --out train_step.json
 
 Encoder and LLM are frozen, the Transformer Softmax and the projector train; the weights are random
-and the same for all, float32, no dropout, AdamW with clipped gradients. The contenders:
+and the same for all, float32, no dropout, AdamW with clipped gradients. All take the same batch,
+one of an epoch over examples with lengths like XNLI's. The contenders:
 
-  jaxfusion       collapsed fusion, logits at target slots alone, padded to a bucket
+  jaxfusion       collapsed fusion, logits at target slots alone, examples packed into rows
+  unpacked        the same with an example in every row, padded to a bucket
   torch           the fusion as written, logits at every slot, padded to the longest row
   plain_jax       what torch does, compiled by XLA: tells our ideas' gain from the compiler's
   collapsed_only  plain_jax with the collapsed fusion
@@ -33,6 +35,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from jaxfusion.config import DataConfig, GroupConfig, OptimizerConfig
 from jaxfusion.data.batching import Shapes, TokenRow, collate, find_shapes
+from jaxfusion.data.packing import find_packing, stratified_plan
 from jaxfusion.data.tokenizers import Tokenizers
 from jaxfusion.nn.bridge import Batch, Bridge, Params
 from jaxfusion.nn.decoder import Decoder, DecoderConfig
@@ -47,7 +50,9 @@ from jaxfusion.training.step import make_train_step
 # Vocabulary sizes: mT5's own takes most of a small encoder, and costs nothing but memory.
 VOCABULARIES = {"pocket": (32_000, 32_000), "small": (250_112, 32_000)}
 OPTIMIZER = OptimizerConfig(schedule="constant", warmup_fraction=0.0)
+EPOCH = 32  # batches, whose lengths decide the shapes
 BOS, EOS = 1, 2
+MAX_TOKENS = 200  # of a query, as the papers train
 TOKENIZERS = Tokenizers(None, SimpleNamespace(bos_token_id=BOS, eos_token_id=EOS))
 TOLERANCE = 1e-4  # by which losses may differ from PyTorch's, relative
 
@@ -57,10 +62,10 @@ class WrittenFusion(Bridge):
 
     def fuse(self, params: Params, batch: Batch, key: jax.Array | None = None):
         states = self.encoder.apply(
-            {"params": params["encoder"]}, batch.enc_tokens, batch.enc_mask, states=True
+            {"params": params["encoder"]}, batch.enc_tokens, batch.enc_segments, states=True
         )
         fused, weights = written_fusion(params["fusion"], jnp.moveaxis(states, 0, 2))
-        return jnp.where(batch.enc_mask[:, :, None], fused, 0.0), weights
+        return jnp.where((batch.enc_segments != 0)[:, :, None], fused, 0.0), weights
 
 
 class FullLogits(Bridge):
@@ -195,12 +200,12 @@ def load_torch(
     return bridge.train()
 
 
-def make_rows(size: int, towers: tuple[MT5Config, DecoderConfig]) -> list[TokenRow]:
+def make_examples(number: int, towers: tuple[MT5Config, DecoderConfig]) -> list[TokenRow]:
     """Examples with lengths like XNLI's: queries of 45 tokens on average, answers of 3 or 4."""
     rng = np.random.default_rng(0)
     spread = 0.5
-    drawn = rng.lognormal(math.log(45) - spread**2 / 2, spread, size)
-    lengths = np.clip(np.rint(drawn), 8, 200).astype(int)
+    drawn = rng.lognormal(math.log(45) - spread**2 / 2, spread, number)
+    lengths = np.clip(np.rint(drawn), 8, MAX_TOKENS).astype(int)
 
     def draw(vocab_size: int, n: int, end: int) -> list[int]:
         return [*rng.integers(3, vocab_size, n).tolist(), end]
@@ -212,19 +217,40 @@ def make_rows(size: int, towers: tuple[MT5Config, DecoderConfig]) -> list[TokenR
     ]
 
 
-def make_contenders(towers, rows: list[TokenRow]) -> dict[str, Callable[[], float]]:
+def make_batches(
+    examples: list[TokenRow], size: int
+) -> tuple[list[TokenRow], dict[str, Batch]]:
+    """One batch of an epoch: its examples, and their layouts by name.
+
+    The shapes of `packed` and `bucketed` serve the whole epoch; `longest` fits this batch alone.
+    """
+    bos = len(TOKENIZERS.bos)
+    plan = stratified_plan(np.array([len(row.query) for row in examples]), size, seed=0, epoch=0)
+    rows = [examples[i] for i in plan[0]]
+    targets = max(len(row.target) for row in rows)
+    layouts = {
+        "packed": find_packing(examples, size, bos, seed=0, longest_row=2 * MAX_TOKENS),
+        "bucketed": find_shapes(examples, DataConfig().buckets),
+        "longest": Shapes((max(len(row.query) for row in rows),), (targets,), targets),
+    }
+    return rows, {
+        name: collate(*layout.place(rows, bos, size), TOKENIZERS)
+        for name, layout in layouts.items()
+    }
+
+
+def make_contenders(
+    towers: tuple[MT5Config, DecoderConfig], rows: list[TokenRow], batches: dict[str, Batch]
+) -> dict[str, Callable[[], float]]:
     """All contenders at the start of their training."""
     params = make_params(towers)
-    bucketed = collate(rows, find_shapes(rows, DataConfig().buckets), TOKENIZERS, len(rows))
-    targets = max(len(row.target) for row in rows)
-    longest = Shapes((max(len(row.query) for row in rows),), (targets,), targets)
-    padded = collate(rows, longest, TOKENIZERS, len(rows))
     return {
-        "jaxfusion": JaxTrainer(Bridge, towers, params, bucketed),
+        "jaxfusion": JaxTrainer(Bridge, towers, params, batches["packed"]),
+        "unpacked": JaxTrainer(Bridge, towers, params, batches["bucketed"]),
         "torch": TorchTrainer(towers, params, rows),
-        "plain_jax": JaxTrainer(PlainBridge, towers, params, padded),
-        "collapsed_only": JaxTrainer(FullLogits, towers, params, padded),
-        "targets_only": JaxTrainer(WrittenFusion, towers, params, padded),
+        "plain_jax": JaxTrainer(PlainBridge, towers, params, batches["longest"]),
+        "collapsed_only": JaxTrainer(FullLogits, towers, params, batches["longest"]),
+        "targets_only": JaxTrainer(WrittenFusion, towers, params, batches["longest"]),
     }
 
 
@@ -240,9 +266,10 @@ def compare(losses: dict[str, float]) -> dict[str, float]:
     return {**losses, "largest_relative_difference": worst}
 
 
-def measure(towers, rows: list[TokenRow], repeats: int) -> dict[str, Any]:
+def measure(
+    contenders: dict[str, Callable[[], float]], examples: int, repeats: int
+) -> dict[str, Any]:
     """Checks that all contenders have the same loss, times them, and checks once more."""
-    contenders = make_contenders(towers, rows)
     first = compare({name: step() for name, step in contenders.items()})
     seconds = alternate(contenders, repeats)
     median = medians(seconds)
@@ -252,7 +279,7 @@ def measure(towers, rows: list[TokenRow], repeats: int) -> dict[str, Any]:
         "compile_seconds": {name: step.compile_seconds for name, step in contenders.items()},
         "seconds": seconds,
         "median_seconds": median,
-        "examples_per_second": {name: len(rows) / time for name, time in median.items()},
+        "examples_per_second": {name: examples / time for name, time in median.items()},
         "jaxfusion_times_faster_than": {
             name: speedup(seconds, "jaxfusion", name) for name in contenders if name != "jaxfusion"
         },
@@ -269,12 +296,13 @@ def main() -> None:
         replace(config, vocab_size=size)
         for config, size in zip(SIZES[args.size], VOCABULARIES[args.size], strict=True)
     )
-    rows = make_rows(args.batch, towers)
+    rows, batches = make_batches(make_examples(EPOCH * args.batch, towers), args.batch)
     result = {
         "benchmark": "train_step", "machine": machine(), "size": args.size,
         "encoder_lengths": [len(row.query) for row in rows],
+        "decoder_rows_and_slots": {name: x.dec_tokens.shape for name, x in batches.items()},
     }
-    result |= measure(towers, rows, args.repeats)
+    result |= measure(make_contenders(towers, rows, batches), args.batch, args.repeats)
     faster = result["jaxfusion_times_faster_than"]
     table = [
         [name, f"{1e3 * time:.0f} ms", f"{result['examples_per_second'][name]:.1f}",

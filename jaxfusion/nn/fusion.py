@@ -118,8 +118,17 @@ class TransformerSoftmax(nn.Module):
 def weigh(
     weights: Float[Array, "L B S"], states: Float[Array, "L B S D"], dtype=jnp.float32
 ) -> Float[Array, "B S D"]:
-    """`Σ_l weights_l h_l` for every token, accumulated in `dtype`."""
-    return jnp.einsum("lbs,lbsd->bsd", weights, states, preferred_element_type=dtype)
+    """`Σ_l weights_l h_l` for every token, accumulated in `dtype`.
+
+    A loop over the layers, as each state is read once where it lies; an einsum over `l` would
+    first transpose the whole stack.
+    """
+
+    def add(total, layer):
+        weight, state = layer
+        return total + weight[:, :, None] * state.astype(dtype), None
+
+    return jax.lax.scan(add, jnp.zeros(states.shape[1:], dtype), (weights, states))[0]
 
 
 def second_pass_mix(encode, params, mix: Float[Array, "L"]) -> Float[Array, "B S D"]:
