@@ -191,7 +191,7 @@ def _debug(config: ml_collections.ConfigDict) -> None:
     config.data.train_rows = config.data.dev_rows = None
     config.data.balanced = False
     config.data.max_encoder_tokens = config.eval.max_encoder_tokens = 128
-    config.data.buckets = (64, 128)
+    config.data.buckets = (128,)
     config.data.max_decoder_tokens = config.eval.max_decoder_tokens = 128
     config.fusion.d_ff = 64
     config.train.batch_size = config.eval.batch_size = 8

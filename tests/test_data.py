@@ -231,8 +231,8 @@ def test_evaluation_order_covers_all(tokenizers):
     assert sorted(np.concatenate(numbers)) == list(range(len(rows)))
     bare = [TokenRow([], [3] * n, []) for n in (3, 40, 70)]
     shapes = find_bare_shapes(bare, doubling_buckets(100))
-    assert shapes.buckets == (0, 0, 0) and shapes.texts == (32, 64, 100)
-    assert doubling_buckets(512) == (32, 64, 128, 256, 512)
+    assert shapes.buckets == (0, 0) and shapes.texts == (64, 100)
+    assert doubling_buckets(512) == (64, 128, 256, 512)
 
 
 def test_balanced_subset():
@@ -264,7 +264,7 @@ def test_packed_rows_lose_nothing_and_fill_their_slots():
         assert (np.max(used, axis=0) <= [shape.slots, shape.length, shape.targets]).all()
         real += np.sum(used, axis=0)[:2].sum()
         total += shape.rows * (shape.slots + shape.length)
-    assert real / total > 0.9
+    assert real / total > 0.94
 
 
 @settings(max_examples=40, deadline=None)

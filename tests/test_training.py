@@ -158,7 +158,7 @@ def test_frozen_weights_stay_and_buckets_compile_once(cache_dir, tmp_path, monke
         return steps[-1]
 
     monkeypatch.setattr(loop, "make_train_step", spy)
-    config = make_config(cache_dir, data__buckets=(48, 60, 72, 128), train__steps=15)
+    config = make_config(cache_dir, data__buckets=(60, 76, 128), train__steps=15)
     mesh = make_mesh()
     run = prepare(config, mesh)
     before = jax.device_get(run.model.frozen)
@@ -243,24 +243,21 @@ def test_a_stopped_run_ends_bit_identical(undisturbed, tmp_path, monkeypatch):
     assert equal(jax.device_get(train(config, tmp_path / "run")), expected)
 
 
-def test_a_killed_process_resumes(cache_dir, tmp_path):
+def test_a_killed_process_resumes(undisturbed, tmp_path):
     """SIGKILL in the middle; the same command again ends as an undisturbed run does."""
-    config = make_config(cache_dir, train__steps=200, train__checkpoint_every=20,
-                         train__eval_every=200, train__log_every=20, data__task="xnli")
-    train(config, tmp_path / "whole")
-    command = [sys.executable, "train.py", "--config=configs/xnli_file.py:last,debug",
-               f"--workdir={tmp_path / 'run'}", "--config.train.steps=200",
-               "--config.train.checkpoint_every=20", "--config.train.eval_every=200",
-               "--config.train.log_every=20", "--config.data.dev_rows=12",
-               "--config.optimizer.b1=0.8"]
+    _, whole, _ = undisturbed
+    command = [sys.executable, "train.py", "--config=configs/xnli_paper.py:debug",
+               f"--workdir={tmp_path / 'run'}", "--config.train.steps=12",
+               "--config.train.log_every=2", "--config.train.eval_every=6",
+               "--config.train.checkpoint_every=2", "--config.data.dev_rows=12"]
     process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL)
-    while not (tmp_path / "run" / "checkpoints" / "20").is_dir() and process.poll() is None:
+    while not (tmp_path / "run" / "checkpoints" / "2").is_dir() and process.poll() is None:
         time.sleep(0.005)
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     assert "resuming" in done.stderr and "score it with" in done.stdout
-    assert records(tmp_path / "run") == records(tmp_path / "whole")
+    assert records(tmp_path / "run") == records(whole)
 
 
 def test_a_damaged_newest_checkpoint_is_passed_over(undisturbed, tmp_path, caplog):
@@ -335,8 +332,8 @@ def test_thirty_two_real_rows_are_learned(real_data, cache_dir, tmp_path, fusion
     config = make_config(
         cache_dir, f"{fusion},debug", data__task="sib200", data__language="eng_Latn",
         data__path=str(real_data / "sib200"), data__train_rows=32, data__dev_rows=8,
-        data__max_encoder_tokens=200, train__batch_size=16, train__steps=300, fusion__dropout=0.0,
-        train__log_every=50, train__eval_every=300, train__checkpoint_every=300,
+        data__max_encoder_tokens=128, train__batch_size=16, train__steps=130, fusion__dropout=0.0,
+        train__log_every=50, train__eval_every=130, train__checkpoint_every=130,
         encoder__checkpoint=str(tmp_path / "tiny" / "encoder"),
         decoder__checkpoint=str(tmp_path / "tiny" / "decoder"),
     )

@@ -174,8 +174,8 @@ def _first_at_least(buckets: Sequence[int], length: int) -> int:
     return min((b for b in buckets if b >= length), default=length)
 
 
-def doubling_buckets(longest: int, first: int = 32) -> tuple[int, ...]:
-    """32, 64, 128 … up to and including `longest`."""
+def doubling_buckets(longest: int, first: int = 64) -> tuple[int, ...]:
+    """64, 128, 256 … up to and including `longest`."""
     buckets = [longest]
     size = first
     while size < longest:

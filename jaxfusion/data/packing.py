@@ -12,8 +12,9 @@ import numpy as np
 
 from jaxfusion.data.batching import Placed, Shape, TokenRow
 
-STEP = 16  # slots are rounded up to this
-SAMPLE = 32  # batches that the shape is chosen on
+STEP = 16  # encoder slots are rounded up to this
+DECODER_STEP = 8
+SAMPLE = 512  # examples that the shape is chosen on, in whole batches
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,10 @@ class Packing:
         """The examples first-fit, longest first."""
         groups = pack(rows, self.shape, bos)
         return groups, replace(self.shape, rows=max(self.shape.rows, len(groups)))
+
+    def shape_for(self, rows: Sequence[TokenRow], bos: int) -> Shape:
+        """The shape that these examples take."""
+        return self.place(rows, bos, len(rows))[1]
 
 
 def sizes(row: TokenRow, bos: int) -> np.ndarray:
@@ -59,37 +64,37 @@ def pack(rows: Sequence[TokenRow], shape: Shape, bos: int) -> list[list[TokenRow
 def find_packing(
     rows: Sequence[TokenRow], batch_size: int, bos: int, seed: int, longest_row: int
 ) -> Packing:
-    """The shape with the least work on a sample of batches.
+    """The shape with the least work, on average over a sample of batches.
 
     Args:
       longest_row: encoder slots of a row at most (but never fewer than the longest example has).
     """
     plan = stratified_plan(np.array([len(r.query) for r in rows]), batch_size, seed, epoch=0)
-    batches = [[rows[i] for i in numbers] for numbers in plan[:SAMPLE]]
-    least = _round_up(max(len(row.query) for row in rows))
-    candidates = [
-        _tight_shape(batches, slots, bos)
-        for slots in range(least, max(least, _round_up(longest_row)) + 1, STEP)
-    ]
+    batches = [[rows[i] for i in numbers] for numbers in plan[: max(1, SAMPLE // batch_size)]]
     # No example may be too large for an empty row.
-    most = np.max([sizes(row, bos) for row in rows], axis=0)
-    candidates = [
-        replace(shape, length=max(shape.length, int(most[1])),
-                targets=max(shape.targets, int(most[2])))
-        for shape in candidates
+    least = np.max([sizes(row, bos) for row in rows], axis=0)
+    first, last = (_round_up(n, STEP) for n in (least[0], max(least[0], longest_row)))
+    shapes = [
+        shape for slots in range(first, last + 1, STEP)
+        for shape in _candidates(batches, slots, least, bos)
     ]
-    return Packing(min(candidates, key=_work))
+    work = [np.mean([_work(place.shape_for(rows, bos)) for rows in batches])
+            for place in map(Packing, shapes)]
+    return Packing(shapes[int(np.argmin(work))])
 
 
-def _tight_shape(batches: list[list[TokenRow]], slots: int, bos: int) -> Shape:
-    """The smallest shape with that many encoder slots that holds the batches."""
-    unlimited = Shape(0, slots, 10**9, 10**9)
-    packed = [pack(rows, unlimited, bos) for rows in batches]
-    used = np.max(
-        [sum(sizes(row, bos) for row in group) for groups in packed for group in groups], axis=0
-    )
-    length = -(-int(used[1]) // 8) * 8
-    return Shape(max(map(len, packed)), slots, length, int(used[2]))
+def _candidates(
+    batches: list[list[TokenRow]], slots: int, least: np.ndarray, bos: int
+) -> list[Shape]:
+    """Shapes with that many encoder slots: decoders for the fullest row, or for most rows only."""
+    packed = [pack(rows, Shape(0, slots, 10**9, 10**9), bos) for rows in batches]
+    used = [sum(sizes(row, bos) for row in group) for groups in packed for group in groups]
+    targets = int(max(least[2], np.max(used, axis=0)[2]))
+    lengths = np.maximum(np.quantile(used, [0.5, 0.8, 1.0], axis=0)[:, 1], least[1])
+    count = int(np.median([len(groups) for groups in packed]))
+    return [
+        Shape(count, slots, _round_up(length, DECODER_STEP), targets) for length in set(lengths)
+    ]
 
 
 def _work(shape: Shape) -> float:
@@ -97,8 +102,8 @@ def _work(shape: Shape) -> float:
     return shape.rows * sum(n * (1 + n / 2048) for n in (shape.slots, shape.length))
 
 
-def _round_up(n: int) -> int:
-    return -(-n // STEP) * STEP
+def _round_up(n: float, step: int) -> int:
+    return -(-int(n) // step) * step
 
 
 def stratified_plan(
