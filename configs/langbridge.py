@@ -1,4 +1,4 @@
-"""LangBridge (arXiv:2401.10695) on its labelled mathematics corpus: mT5-XL (LM-adapted), MetaMath-7B.
+"""LangBridge (arXiv:2401.10695) on its labelled mathematics corpus: mT5-XL, MetaMath-7B.
 
     python train.py --config configs/langbridge.py
 
@@ -9,7 +9,8 @@ Published: 70.36 is LangBridge on XNLI as 2508.09091 reran it (configs/xnli_pape
 LangBridge paper itself reports MGSM by extracted answer, which is not scored here.
 
 The encoder's embeddings train as well, for the whitespace tokens that are added. For unlabelled
-corpora the authors train the whole encoder: `--config.optimizer.groups.encoder.patterns="('encoder/.*',)"`.
+corpora the authors train the whole encoder:
+`--config.optimizer.groups.encoder.patterns="('encoder/.*',)"`.
 """
 
 from jaxfusion.config import default_config, finish

@@ -1,4 +1,4 @@
-"""The one error that users see: a single line that says what was got, wanted, and how to mend it."""
+"""The one error that users see: a line that says what was got, wanted, and how to mend it."""
 
 import difflib
 from collections.abc import Iterable
@@ -15,7 +15,7 @@ def near_match(name: str, options: Iterable[str]) -> str:
 
 
 def choose(what: str, name: str, options: Iterable[str]) -> str:
-    """Returns `name` if it is one of `options`, and raises InputError with the near match if not."""
+    """`name`, if it is one of `options`; raises InputError with the near match if not."""
     options = list(options)
     if name not in options:
         raise InputError(

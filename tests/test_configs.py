@@ -82,7 +82,7 @@ def test_every_field_is_read_somewhere():
 def test_unknown_fields_and_wrong_types_are_named():
     config = default_config()
     config.fusion.nam = "last"
-    with pytest.raises(InputError, match=r"unknown config field 'fusion\.nam' \(did you mean 'name'"):
+    with pytest.raises(InputError, match=r"field 'fusion\.nam' \(did you mean 'name'"):
         from_config_dict(config)
     config = default_config()
     with config.ignore_type():

@@ -259,7 +259,8 @@ def test_packed_rows_lose_nothing_and_fill_their_slots():
     real = total = 0
     for numbers in plan[:-1]:
         groups, shape = packing.place([rows[i] for i in numbers], 1, 64)
-        assert sorted(map(id, sum(groups, []))) == sorted(id(rows[i]) for i in numbers)
+        packed = sorted(id(row) for group in groups for row in group)
+        assert packed == sorted(id(rows[i]) for i in numbers)
         used = [sum(sizes(row, 1) for row in group) for group in groups]
         assert (np.max(used, axis=0) <= [shape.slots, shape.length, shape.targets]).all()
         real += np.sum(used, axis=0)[:2].sum()

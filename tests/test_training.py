@@ -208,7 +208,7 @@ def test_encoder_embeddings_train_in_float32_in_a_bfloat16_tower(cache_dir, tmp_
     # Tokens that never occur get no gradient, and without weight decay stay as they were.
     moved = np.any(np.asarray(fresh.trainable[path]) != np.asarray(state.trainable[path]), axis=1)
     assert 0 < moved.sum() < len(moved)
-    with pytest.raises(InputError, match="use fusion.backward='stack'"):
+    with pytest.raises(InputError, match=r"use fusion\.backward='stack'"):
         load_model(replace(config, fusion=replace(config.fusion, backward="second_pass")),
                    make_mesh())
 
@@ -354,6 +354,6 @@ def test_a_loss_that_is_no_number_ends_the_run(cache_dir, tmp_path):
     groups = {"bridge": replace(config.optimizer.groups["bridge"], learning_rate=1e30)}
     config = replace(config, optimizer=replace(config.optimizer, groups=groups))
     start = time.monotonic()
-    with pytest.raises(InputError, match="the loss is .* lower the learning rate"):
+    with pytest.raises(InputError, match=r"the loss is .* lower the learning rate"):
         train(config, tmp_path / "run")
     assert time.monotonic() - start < 60

@@ -78,7 +78,10 @@ TASKS: dict[str, Task] = {
     "xnli": Task(
         NLI_PROMPT,
         NLI_LABELS,
-        tuple(["en", "ar", "bg", "de", "el", "es", "fr", "hi", "ru", "sw", "th", "tr", "ur", "vi", "zh"]),
+        (
+            "en", "ar", "bg", "de", "el", "es", "fr", "hi", "ru", "sw", "th", "tr", "ur", "vi",
+            "zh",
+        ),
         hub=Hub("facebook/xnli", "{language}"),
         # XNLI's released TSVs hold 830 premises of 3 pairs each; cuts fall between premises.
         files=Files(
@@ -90,7 +93,7 @@ TASKS: dict[str, Task] = {
     "indicxnli": Task(
         NLI_PROMPT,
         NLI_LABELS,
-        tuple(["as", "bn", "gu", "hi", "kn", "ml", "mr", "or", "pa", "ta", "te"]),
+        ("as", "bn", "gu", "hi", "kn", "ml", "mr", "or", "pa", "ta", "te"),
         hub=Hub("Divyanshu/indicxnli", "{language}"),
     ),
     # The authors' loader reads the configuration train_{language} for testing too; this one reads
@@ -107,15 +110,17 @@ TASKS: dict[str, Task] = {
     "amazon_reviews": Task(
         "Review: {text} Label: ",
         ("Very Negative", "Negative", "Neutral", "Positive", "Very Positive"),
-        tuple(["en", "es", "fr", "de", "zh", "ja"]),
+        ("en", "es", "fr", "de", "zh", "ja"),
         hub=Hub("mteb/amazon_reviews_multi", "{language}"),
     ),
     "sib200": Task(
         "Sentence: {text} Topic: ",
         ("science/technology", "travel", "politics", "sports", "health", "entertainment",
          "geography"),
-        tuple(
-            ["eng_Latn", "sin_Sinh", "tam_Taml", "swh_Latn", "urd_Arab", "asm_Beng", "ben_Beng", "guj_Gujr", "hin_Deva", "kan_Knda", "mal_Mlym", "mar_Deva", "ory_Orya", "pan_Guru", "tel_Telu", "arb_Arab", "jpn_Jpan", "kor_Hang", "spa_Latn", "zho_Hans"]
+        (
+            "eng_Latn", "sin_Sinh", "tam_Taml", "swh_Latn", "urd_Arab", "asm_Beng", "ben_Beng",
+            "guj_Gujr", "hin_Deva", "kan_Knda", "mal_Mlym", "mar_Deva", "ory_Orya", "pan_Guru",
+            "tel_Telu", "arb_Arab", "jpn_Jpan", "kor_Hang", "spa_Latn", "zho_Hans",
         ),
         hub=Hub("Davlan/sib200", "{language}", rename={"category": "label"}),
         files=Files(

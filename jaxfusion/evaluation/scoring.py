@@ -1,4 +1,4 @@
-"""Scores a bridge, or its bare LLM, on examples: greedy exact match and likelihood of the labels."""
+"""Scores a bridge, or its bare LLM: greedy exact match, and likelihood of the labels."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

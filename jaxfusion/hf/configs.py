@@ -44,7 +44,8 @@ def decoder_config(json: dict[str, Any], where: str) -> DecoderConfig:
       InputError: another family, or a feature that the decoder does not have.
     """
     _check_family(json, DECODER_FAMILIES, "decoder", where)
-    for feature, plain in {"attention_bias": False, "mlp_bias": False, "hidden_act": "silu"}.items():
+    only = {"attention_bias": False, "mlp_bias": False, "hidden_act": "silu"}
+    for feature, plain in only.items():
         if json.get(feature, plain) != plain:
             raise InputError(
                 f"{where}: {feature} is {json[feature]!r}, supported is {plain!r}"
@@ -119,7 +120,9 @@ def _rope(json: dict[str, Any], where: str):
             float(rope["factor"]), float(rope["low_freq_factor"]),
             float(rope["high_freq_factor"]), int(rope["original_max_position_embeddings"]),
         )
-    raise InputError(f"{where}: rope_type '{kind}' is not supported; known: default, linear, llama3")
+    raise InputError(
+        f"{where}: rope_type '{kind}' is not supported; known: default, linear, llama3"
+    )
 
 
 def _check_family(json, families, role, where) -> None:

@@ -246,9 +246,8 @@ class Decoder(nn.Module):
         k_positions, k_segments, kv = positions, segments, None
         if cache is not None:
             write = partial(jax.lax.dynamic_update_slice_in_dim, start_index=start, axis=1)
-            k_positions, k_segments = write(cache.positions, positions), write(
-                cache.segments, segments
-            )
+            k_positions = write(cache.positions, positions)
+            k_segments = write(cache.segments, segments)
             kv = (cache.k, cache.v)
         mask = causal_mask(positions, segments, k_positions, k_segments)
         x = constrain(embeddings.astype(self.dtype), "batch", "length", None)

@@ -119,7 +119,8 @@ def main() -> None:
     except (InputError, OSError) as error:
         sys.exit(f"error: {error}")
     for role in ("encoder", "decoder"):
-        print(f"{args.out / role}: {', '.join(sorted(p.name for p in (args.out / role).iterdir()))}")
+        names = sorted(file.name for file in (args.out / role).iterdir())
+        print(f"{args.out / role}: {', '.join(names)}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Checkpoints of the trained part: asynchronous, newest and best kept, a damaged one passed over."""
+"""Checkpoints of the trained part: asynchronous; newest and best kept; damaged ones skipped."""
 
 import logging
 import shutil

@@ -4,6 +4,7 @@ import logging
 from pathlib import Path
 
 import jax
+from rich.console import Console
 from rich.progress import Progress
 
 from jaxfusion import config as configs
@@ -93,7 +94,8 @@ def _at_hand(config: Config, name: str) -> tuple[str, ...]:
 
 def _score(scorer: Scorer, params, rows: Rows) -> Results:
     results: Results = {}
-    with Progress(transient=True) as progress:
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
         bar = progress.add_task("scoring", total=sum(len(examples) for examples in rows.values()))
         for (name, language), examples in rows.items():
             progress.update(bar, description=f"{name} {language}")

@@ -61,7 +61,9 @@ def check_workdir(config: Config, workdir: Path) -> Config:
     file = workdir / CONFIG_FILE
     if not file.is_file():
         if workdir.exists() and any(workdir.iterdir()):
-            raise InputError(f"{workdir} is not empty and no run's workdir: {CONFIG_FILE} is missing")
+            raise InputError(
+                f"{workdir} is not empty and no run's workdir: {CONFIG_FILE} is missing"
+            )
         return config
     old = configs.load(file)
     for role in ("encoder", "decoder"):
@@ -155,7 +157,9 @@ def _run(run: Run, checkpoints: Checkpoints, workdir: Path, mesh) -> State:
     if restored is not None:
         state, position = restored
         data.set_state(position)
-        logger.info("resuming %s at step %d", workdir, int(state.step))
+        done = int(state.step)
+        logger.info("%s %s at step %d", "resuming" if done < run.steps else "finished:",
+                    workdir, done)
     score = _dev_scorer(run)
     schedules = {
         name: make_schedule(config.optimizer, group.learning_rate, run.steps)

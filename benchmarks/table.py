@@ -1,0 +1,98 @@
+"""Makes docs/benchmarks.md from the JSON of the benchmarks: `python benchmarks/table.py`.
+
+    python benchmarks/fusion.py --out benchmarks/results/fusion.json
+    python benchmarks/train_step.py --size pocket --out benchmarks/results/train_step_pocket.json
+    python benchmarks/train_step.py --size small --out benchmarks/results/train_step_small.json
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+
+HEAD = """\
+# Benchmarks
+
+Made by `benchmarks/table.py` from `benchmarks/results/`. Contenders take turns in one process;
+figures are medians; compilation is apart. Weights are random and the same for all, float32.
+"""
+SIZES = {
+    "pocket": "mT5 of 6 blocks and width 128, Llama of 4 blocks and width 128, vocabularies 32,000",
+    "small": "mT5-small and a Llama of 100 million parameters, vocabularies 250,112 and 32,000",
+}
+
+
+def read(name: str) -> dict[str, Any]:
+    return json.loads((RESULTS / f"{name}.json").read_text("utf-8"))
+
+
+def machine(result: dict[str, Any]) -> str:
+    m = result["machine"]
+    return (
+        f"Machine: {m['cores']} cores of {m['cpu']}, no accelerator; Python {m['python']}, "
+        f"jax {m['jax']}, torch {m['torch']}."
+    )
+
+
+def table(header: list[str], rows: list[list[str]]) -> list[str]:
+    lines = [header, ["---"] * len(header), *rows]
+    return ["| " + " | ".join(line) + " |" for line in lines]
+
+
+def fusion(result: dict[str, Any]) -> list[str]:
+    """The collapsed Transformer Softmax against PyTorch's layer."""
+    rows = []
+    for what, label in (("forward", "forward"), ("gradient", "forward and backward")):
+        seconds, faster = result[what]["median_seconds"], result[what]["times_faster"]
+        low, high = min(faster["of_pairs"]), max(faster["of_pairs"])
+        rows.append([
+            label, f"{1e3 * seconds['jaxfusion']:.0f} ms", f"{1e3 * seconds['torch']:.0f} ms",
+            f"**{faster['of_medians']:.1f}×** ({low:.1f} to {high:.1f})",
+        ])
+    return [
+        "## The collapsed fusion against the layer as written", "",
+        f"`benchmarks/fusion.py`: {result['tokens']} tokens in 4 rows, D={result['d_model']}, "
+        f"L={result['layers']}.", "",
+        *table(["", "jaxfusion", "PyTorch", "times faster (range of pairs)"], rows), "",
+        machine(result), "",
+    ]
+
+
+def train_step(result: dict[str, Any]) -> list[str]:
+    """A whole training step against the papers' pipeline, idea by idea."""
+    faster = result["jaxfusion_times_faster_than"]
+    rows = [
+        [name, f"{1e3 * seconds:.0f} ms", f"{result['examples_per_second'][name]:.1f}",
+         f"{faster[name]['of_medians']:.2f}×" if name in faster else ""]
+        for name, seconds in result["median_seconds"].items()
+    ]
+    examples = len(result["encoder_lengths"])
+    return [
+        f"## A training step, size `{result['size']}`", "",
+        f"`benchmarks/train_step.py`: {SIZES[result['size']]}; {examples} examples with lengths "
+        "like XNLI's, Transformer Softmax.", "",
+        *table(["", "step", "examples/s", "jaxfusion is faster by"], rows), "", machine(result), "",
+    ]
+
+
+NOTES = """\
+`torch` is the papers' pipeline (fusion as written, full-vocabulary logits, padding to the longest
+row); `plain_jax` the same compiled by XLA, so what lies between them is the compiler's;
+`collapsed_only` and `targets_only` have one idea each; `unpacked` has both, with an example in
+every row; `jaxfusion` packs examples into rows as well (`data.pack=True`; the papers' recipes
+leave it off and run as `unpacked`).
+"""
+
+
+def main() -> None:
+    parts = [
+        HEAD, *fusion(read("fusion")), *train_step(read("train_step_pocket")),
+        *train_step(read("train_step_small")), NOTES,
+    ]
+    (ROOT / "docs" / "benchmarks.md").write_text("\n".join(parts), "utf-8")
+
+
+if __name__ == "__main__":
+    main()
