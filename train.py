@@ -9,7 +9,7 @@ from pathlib import Path
 from absl import flags
 from ml_collections import config_flags
 
-from jaxfusion.cli import run_main, set_up_logging
+from jaxfusion.cli import refuse_words, run_main, set_up_logging
 from jaxfusion.config import from_config_dict
 from jaxfusion.errors import InputError
 
@@ -24,7 +24,8 @@ def default_workdir(config_flag: str) -> Path:
     return Path("runs") / re.sub(r"\W+", "_", f"{Path(path).stem}_{arg}").strip("_")
 
 
-def main(_) -> None:
+def main(argv: list[str]) -> None:
+    refuse_words(argv)
     set_up_logging()
     name = config_flags.get_config_filename(flags.FLAGS["config"])
     file = name.partition(":")[0]

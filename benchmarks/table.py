@@ -81,8 +81,9 @@ NOTES = """\
 `torch` is the papers' pipeline (fusion as written, full-vocabulary logits, padding to the longest
 row); `plain_jax` the same compiled by XLA, so what lies between them is the compiler's;
 `collapsed_only` and `targets_only` have one idea each; `unpacked` has both, with an example in
-every row; `jaxfusion` packs examples into rows as well (`data.pack=True`; the papers' recipes
-leave it off and run as `unpacked`).
+every row; `jaxfusion` packs examples into rows as well. Packing is `--config.data.pack=True`: the
+papers' recipes leave it off and run as `unpacked`, so what they gain over `torch` is the ratio of
+those two rows.
 """
 
 

@@ -8,8 +8,8 @@ converted once where the hub holds a pickle (`python -m jaxfusion.hf.convert HUB
 Published: 70.36 is LangBridge on XNLI as 2508.09091 reran it (configs/xnli_paper.py:last); the
 LangBridge paper itself reports MGSM by extracted answer, which is not scored here.
 
-The encoder's embeddings train as well, for the whitespace tokens that are added. For unlabelled
-corpora the authors train the whole encoder:
+The encoder's embeddings train as well, for the whitespace tokens that are added. On unlabelled
+corpora, whose splitting at a random point is not built yet, the authors train the whole encoder:
 `--config.optimizer.groups.encoder.patterns="('encoder/.*',)"`.
 """
 
@@ -42,6 +42,7 @@ def get_config(arg=None):
     }
     config.optimizer.b1 = 0.9
     config.optimizer.schedule = "constant"
+    config.optimizer.warmup_fraction = 0.0
     config.train.batch_size = 128
     config.train.epochs = 1
     config.train.eval_every = config.train.checkpoint_every = 200

@@ -1,13 +1,15 @@
-"""Topic classification on SIB-200 (arXiv:2309.07445): English training, 20 languages tested.
+r"""Topic classification on SIB-200 (arXiv:2309.07445): English training, 20 languages tested.
 
-    python -m jaxfusion.testing.checkpoints checkpoints/pocket --size pocket
+    python -m jaxfusion.testing.checkpoints checkpoints/pocket --size pocket \
+        --encoder_tokenizer PATH/TO/T5.model --decoder_tokenizer PATH/TO/LLM.model
     python train.py --config configs/sib200.py --config.data.path=PATH/TO/sib200
     python eval.py --workdir runs/sib200
 
-Needs: a CPU; a clone of the SIB-200 repository (its `data/annotated/LANGUAGE/SPLIT.tsv`). Without
-`--config.data.path` the rows come from the hub. The checkpoints above have random weights: with
-them every part of the path runs and English is learned, but nothing transfers; give
-`--config.encoder.checkpoint` and `--config.decoder.checkpoint` real ones.
+Needs: a CPU; two SentencePiece models (without these flags small tokenizers are trained); a clone
+of the SIB-200 repository (its `data/annotated/LANGUAGE/SPLIT.tsv`; without `--config.data.path` the
+rows come from the hub). The checkpoints above have random weights: with them every part of the
+path runs and English is learned, but nothing transfers; give `--config.encoder.checkpoint` and
+`--config.decoder.checkpoint` real ones.
 
 Published: none for a bridge; the largest class makes up 25% of each split.
 """

@@ -1,11 +1,13 @@
-"""Inference on XNLI's own TSV files (`dev-LANGUAGE.tsv`), split by premise into train, dev, test.
+r"""Inference on XNLI's own TSV files (`dev-LANGUAGE.tsv`), split by premise into train, dev, test.
 
-    python -m jaxfusion.testing.checkpoints checkpoints/pocket --size pocket
+    python -m jaxfusion.testing.checkpoints checkpoints/pocket --size pocket \
+        --encoder_tokenizer PATH/TO/T5.model --decoder_tokenizer PATH/TO/LLM.model
     python train.py --config configs/xnli_file.py --config.data.path=PATH/TO/xnli
     python eval.py --workdir runs/xnli_file
 
-Needs: a CPU; the directory of the TSV files (rows 0-1889 train, 1890-2189 dev, 2190-2489 test, no
-premise in two of them). On random weights, as written, English is learned and nothing transfers.
+Needs: a CPU; two SentencePiece models (without these flags small tokenizers are trained); the
+directory of the TSV files (rows 0-1889 train, 1890-2189 dev, 2190-2489 test, no premise in two of
+them). On random weights, as written, nothing transfers.
 
 Published: none on these splits; the classes are balanced (33.3%).
 """

@@ -20,6 +20,12 @@ def set_up_logging() -> None:
     logger.setLevel(logging.INFO)
 
 
+def refuse_words(argv: list[str]) -> None:
+    """Raises InputError if words without dashes stand on the command line."""
+    if len(argv) > 1:
+        raise InputError(f"'{argv[1]}' is no flag; flags begin with --")
+
+
 def run_main(main: Callable[[list[str]], None]) -> None:
     """Runs a script; what the user gave wrong ends it with one line and exit status 1."""
     try:

@@ -157,7 +157,7 @@ class Config:
     mesh: MeshConfig = MeshConfig()
 
 
-# May differ when a run is resumed: they change neither the numbers asked for nor their order.
+# May differ when a run is resumed, besides a larger number of steps.
 FREE_ON_RESUME = ("mesh", "encoder.dtype", "decoder.dtype", "train.log_every")
 
 
@@ -209,7 +209,33 @@ def from_config_dict(config: ml_collections.ConfigDict) -> Config:
     Raises:
       InputError: an unknown field (with the near match), or a value of the wrong type.
     """
-    return _from_dict(Config, config.to_dict(), "")
+    run = _from_dict(Config, config.to_dict(), "")
+    check(run)
+    return run
+
+
+# Fields that count something, and so are 1 or more (or left out).
+COUNTS = (
+    "data.max_encoder_tokens", "data.max_decoder_tokens", "data.train_rows", "data.dev_rows",
+    "train.batch_size", "train.epochs", "train.steps", "train.log_every", "train.eval_every",
+    "train.checkpoint_every", "eval.batch_size", "eval.max_encoder_tokens",
+    "eval.max_decoder_tokens", "eval.max_new_tokens",
+)
+
+
+def check(config: Config) -> None:
+    """Raises InputError for a value that no run can have."""
+    flat = _flat(dataclasses.asdict(config))
+    for name in COUNTS:
+        if flat[name] is not None and flat[name] < 1:
+            raise InputError(f"config field '{name}' is {flat[name]}, wanted 1 or more")
+    if not 0 <= config.optimizer.warmup_fraction < 1:
+        raise InputError(
+            f"config field 'optimizer.warmup_fraction' is {config.optimizer.warmup_fraction}, "
+            "wanted at least 0 and less than 1"
+        )
+    if config.data.balanced and config.data.train_rows is None:
+        raise InputError("data.balanced needs data.train_rows: how many rows to draw")
 
 
 def save(config: Config, file: Path) -> None:
@@ -228,7 +254,10 @@ def load(file: Path) -> Config:
     """
     if not file.is_file():
         raise InputError(f"{file.parent} is no workdir of a run: {file.name} is missing")
-    return _from_dict(Config, json.loads(file.read_text("utf-8")), "")
+    try:
+        return _from_dict(Config, json.loads(file.read_text("utf-8")), "")
+    except json.JSONDecodeError as error:
+        raise InputError(f"{file} is no JSON: {error}") from None
 
 
 def changed(old: Config, new: Config) -> list[str]:
@@ -242,8 +271,8 @@ def changed(old: Config, new: Config) -> list[str]:
 
 
 def _may_change(name: str, before: dict[str, Any], after: dict[str, Any]) -> bool:
-    if name in ("train.steps", "train.epochs"):
-        return (after[name] or 0) > (before[name] or 0)
+    if name in ("train.steps", "train.epochs"):  # a larger one, counted the same way
+        return None not in (before[name], after[name]) and after[name] > before[name]
     return any(name == free or name.startswith(f"{free}.") for free in FREE_ON_RESUME)
 
 

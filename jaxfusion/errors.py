@@ -8,6 +8,11 @@ class InputError(ValueError):
     """Something the user gave is wrong. The scripts print its text alone, without a traceback."""
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of an exception's message, or its name where it has none."""
+    return next(iter(str(error).splitlines()), type(error).__name__)
+
+
 def near_match(name: str, options: Iterable[str]) -> str:
     """`" (did you mean 'x'?)"` for the option closest to `name`, or an empty string."""
     found = difflib.get_close_matches(name, list(options), n=1, cutoff=0.5)

@@ -168,9 +168,8 @@ def test_training_step_memory(fusion):
         state, frozen, wide_batch(), key
     ).compile()
     memory = compiled.memory_analysis()
-    logits, vocabulary = 4 * B * N * 30_000, 4 * 64 * 20_000
     assert f"f32[{B},{N},30000]" not in compiled.as_text()
-    assert memory.temp_size_in_bytes < logits
+    assert memory.temp_size_in_bytes < 4 * B * N * 30_000
     # No gradient of frozen weights leaves the step: outputs are the state and a few scalars.
     assert memory.output_size_in_bytes < size(state) + 4096
     # Neither a gradient nor a copy of a frozen table lives inside: the smaller one would show.
@@ -178,7 +177,6 @@ def test_training_step_memory(fusion):
         made = [line for line in compiled.as_text().splitlines()
                 if f"= {shape}" in line and "parameter(" not in line]
         assert not made, made
-    assert vocabulary < size(frozen)
 
 
 @pytest.mark.parametrize("fusion", FUSIONS)

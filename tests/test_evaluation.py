@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jaxfusion.config import Config, EvalConfig, default_config, finish, from_config_dict
+from jaxfusion.config import EvalConfig, default_config, finish, from_config_dict
 from jaxfusion.data.batching import collate, find_shapes, tokenize
 from jaxfusion.data.sources import Example
 from jaxfusion.evaluation.generate import make_scorer
@@ -123,7 +123,3 @@ def test_results_grow_and_do_not_mix(tmp_path):
     kept = json.loads((tmp_path / "eval" / "results.step5.json").read_text())
     assert set(kept["xnli"]) == {"sw", "th"}
     assert (tmp_path / "eval" / "results.step8.json").is_file()
-
-
-def test_config_types():
-    assert isinstance(from_config_dict(default_config()), Config)

@@ -161,10 +161,11 @@ def test_frozen_weights_stay_and_buckets_compile_once(cache_dir, tmp_path, monke
     config = make_config(cache_dir, data__buckets=(60, 76, 128), train__steps=15)
     mesh = make_mesh()
     run = prepare(config, mesh)
-    before = jax.device_get(run.model.frozen)
-    monkeypatch.setattr(loop, "prepare", lambda *args: run)
+    monkeypatch.setattr(loop, "prepare", lambda *args, **kwargs: run)
     state = train(config, tmp_path / "run")
-    assert equal(before, jax.device_get(run.model.frozen))
+    # What was handed to the steps, against the files; and a checkpoint holds nothing else.
+    assert equal(load_model(config, mesh).frozen, run.model.frozen)
+    assert set(state.trainable) == {"projector/out/kernel", "projector/out/bias", "projector/end"}
     seen = {run.batches[i].enc_tokens.shape for i in range(15)}
     assert len(seen) >= 3 and steps[0]._cache_size() == len(seen)
     fresh = load_model(config, mesh).trainable
@@ -316,12 +317,12 @@ def test_a_second_stage_starts_from_the_first(undisturbed, cache_dir, tmp_path):
 # It learns
 
 
-@pytest.mark.parametrize("fusion", [
-    "transformer_softmax",
-    pytest.param("last", marks=pytest.mark.slow),
-    pytest.param("global_softmax", marks=pytest.mark.slow),
+@pytest.mark.parametrize("fusion,steps", [
+    ("transformer_softmax", 130),
+    pytest.param("last", 400, marks=pytest.mark.slow),
+    pytest.param("global_softmax", 400, marks=pytest.mark.slow),
 ])
-def test_thirty_two_real_rows_are_learned(real_data, cache_dir, tmp_path, fusion):
+def test_thirty_two_real_rows_are_learned(real_data, cache_dir, tmp_path, fusion, steps):
     """SIB-200 through real SentencePiece tokenizers: above 90% exact match on its own rows."""
     spm = real_data / "tokenizers"
     write_checkpoints(
@@ -332,8 +333,8 @@ def test_thirty_two_real_rows_are_learned(real_data, cache_dir, tmp_path, fusion
     config = make_config(
         cache_dir, f"{fusion},debug", data__task="sib200", data__language="eng_Latn",
         data__path=str(real_data / "sib200"), data__train_rows=32, data__dev_rows=8,
-        data__max_encoder_tokens=128, train__batch_size=16, train__steps=130, fusion__dropout=0.0,
-        train__log_every=50, train__eval_every=130, train__checkpoint_every=130,
+        data__max_encoder_tokens=128, train__batch_size=16, train__steps=steps, fusion__dropout=0.0,
+        train__log_every=50, train__eval_every=steps, train__checkpoint_every=steps,
         encoder__checkpoint=str(tmp_path / "tiny" / "encoder"),
         decoder__checkpoint=str(tmp_path / "tiny" / "decoder"),
     )

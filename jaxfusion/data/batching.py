@@ -69,7 +69,7 @@ def tokenize(
     Args:
       text_prompt: what follows the prefix; `{query}` is replaced by the encoder's text.
       max_encoder_tokens: of the query; its end token is kept when it is cut.
-      max_decoder_tokens: of the text prompt, and of the target with its EOS.
+      max_decoder_tokens: of the text prompt, whose end is kept, and of the target with its EOS.
       with_target: False leaves the answer to be generated.
     """
     prompts = [text_prompt.replace("{query}", example.query) for example in examples]
@@ -89,7 +89,7 @@ def tokenize(
         TokenRow(
             query if len(query) <= max_encoder_tokens
             else [*query[: max_encoder_tokens - 1], query[-1]],
-            text[:max_decoder_tokens], target[:max_decoder_tokens],
+            text[-max_decoder_tokens:], target[:max_decoder_tokens],
         )
         for query, text, target in zip(queries, texts, targets, strict=True)
     ]

@@ -10,10 +10,9 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from jaxfusion.data.batching import Placed, Shape, TokenRow
+from jaxfusion.data.batching import DECODER_STEP, Placed, Shape, TokenRow
 
 STEP = 16  # encoder slots are rounded up to this
-DECODER_STEP = 8
 SAMPLE = 512  # examples that the shape is chosen on, in whole batches
 
 
@@ -23,14 +22,17 @@ class Packing:
 
     Attributes:
       shape: of nearly every batch; one that does not fit takes more rows, and compiles once more.
+      multiple: of which the number of rows is one, so that devices get the same share.
     """
 
     shape: Shape
+    multiple: int = 1
 
     def place(self, rows: Sequence[TokenRow], bos: int, batch_size: int) -> Placed:
         """The examples first-fit, longest first."""
         groups = pack(rows, self.shape, bos)
-        return groups, replace(self.shape, rows=max(self.shape.rows, len(groups)))
+        rows_needed = _round_up(max(self.shape.rows, len(groups)), self.multiple)
+        return groups, replace(self.shape, rows=rows_needed)
 
     def shape_for(self, rows: Sequence[TokenRow], bos: int) -> Shape:
         """The shape that these examples take."""
@@ -62,7 +64,8 @@ def pack(rows: Sequence[TokenRow], shape: Shape, bos: int) -> list[list[TokenRow
 
 
 def find_packing(
-    rows: Sequence[TokenRow], batch_size: int, bos: int, seed: int, longest_row: int
+    rows: Sequence[TokenRow], batch_size: int, bos: int, seed: int, longest_row: int,
+    multiple: int = 1,
 ) -> Packing:
     """The shape with the least work, on average over a sample of batches.
 
@@ -78,9 +81,10 @@ def find_packing(
         shape for slots in range(first, last + 1, STEP)
         for shape in _candidates(batches, slots, least, bos)
     ]
-    work = [np.mean([_work(place.shape_for(rows, bos)) for rows in batches])
-            for place in map(Packing, shapes)]
-    return Packing(shapes[int(np.argmin(work))])
+    packings = [Packing(shape, multiple) for shape in shapes]
+    work = [np.mean([_work(packing.shape_for(rows, bos)) for rows in batches])
+            for packing in packings]
+    return packings[int(np.argmin(work))]
 
 
 def _candidates(

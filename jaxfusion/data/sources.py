@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxfusion.data.tasks import Files, Task
-from jaxfusion.errors import InputError
+from jaxfusion.errors import InputError, first_line
 
 SLICE = re.compile(r"(.*?)(?:\[(\d*):(\d*)\])?")
 
@@ -63,9 +63,9 @@ def _example(task: Task, row: dict[str, Any], where: str) -> Example:
 
 
 def _label(task: Task, value: Any, where: str) -> int:
-    """The class from its number, its label in any case, or the source's own name for it."""
+    """The class from its label, in any case, or its number."""
     text = str(value).strip().casefold()
-    for names in (task.labels, task.values, range(len(task.labels))):
+    for names in (task.labels, range(len(task.labels))):
         found = [str(name).casefold() for name in names]
         if text in found:
             return found.index(text)
@@ -138,7 +138,7 @@ def _hub_rows(name, task, split, language) -> Iterator[tuple[dict[str, Any], str
     try:
         data = datasets.load_dataset(hub.name, config, split=hub.splits[split])
     except Exception as error:
-        reason = str(error).splitlines()[0]
+        reason = first_line(error)
         raise InputError(
             f"dataset {hub.name} ({config}, {hub.splits[split]}) cannot be read: {reason}. "
             f"Without the hub, put {split}-{language}.jsonl in a directory and set "

@@ -49,14 +49,12 @@ class Task:
       prompt: the encoder's text; `{column}` names a column of the data.
       labels: what the LLM answers, by class; empty for free text, read from column `target`.
       languages: as the data source writes them.
-      values: how the source writes the classes where it writes neither label nor number.
       hub: its dataset. files: its files below `data.path`; `{split}-{language}.jsonl` works too.
     """
 
     prompt: str
     labels: tuple[str, ...]
     languages: tuple[str, ...]
-    values: tuple[str, ...] = ()
     hub: Hub | None = None
     files: Files = Files()
 
@@ -135,7 +133,7 @@ TASKS: dict[str, Task] = {
         ("en",),
         hub=Hub(
             "meta-math/MetaMathQA", None,
-            {"train": "train[500:]", "dev": "train[:500]", "test": "train[:500]"},
+            {"train": "train[1000:]", "dev": "train[:500]", "test": "train[500:1000]"},
             rename={"response": "target"},
         ),
     ),

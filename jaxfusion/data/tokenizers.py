@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from jaxfusion.errors import InputError
+from jaxfusion.errors import InputError, first_line
 
 # A tokenizer of a model covers its embedding table up to the padding of the table's size.
 LEAST_COVERAGE = 0.9
@@ -73,7 +73,7 @@ def load_tokenizer(
     except Exception as error:
         raise InputError(
             f"{path} has no {role} tokenizer that can be read (tokenizer.json or a SentencePiece "
-            f"model): {str(error).splitlines()[0]}"
+            f"model): {first_line(error)}"
         ) from None
     if added_tokens:
         tokenizer.add_tokens(list(added_tokens))

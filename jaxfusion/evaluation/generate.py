@@ -28,7 +28,8 @@ def make_scorer(bridge: Bridge, max_new_tokens: int, eos: int, bare: bool) -> Sc
         cache, logits = prefill(bridge, params, batch, slots, bare)
         position = jnp.max(batch.dec_positions, axis=1) + 1
         start = batch.dec_tokens.shape[1]
-        tokens = greedy(bridge, params, cache, logits, position, start, max_new_tokens, eos)
+        empty = ~jnp.any(batch.dec_segments != 0, axis=1)
+        tokens = greedy(bridge, params, cache, logits, position, start, max_new_tokens, eos, empty)
 
         def likelihood(option):
             return log_likelihood(bridge, params, cache, logits, position, start, *option)
@@ -56,13 +57,14 @@ def prefill(
 
 def greedy(
     bridge: Bridge, params: Params, cache: Cache, logits: Float[Array, "B V"],
-    position: Int[Array, "B"], start: int, max_new_tokens: int, eos: int,
+    position: Int[Array, "B"], start: int, max_new_tokens: int, eos: int, done: Bool[Array, "B"],
 ) -> Int[Array, "B T"]:
     """The most likely next token, again and again, until every row has ended.
 
     Args:
       cache, logits: from `prefill`.
       position: of the first new token in each row. start: its slot in the cache.
+      done: rows that need no answer.
     """
     rows = position.shape[0]
     tokens = jnp.full((rows, max_new_tokens), eos, jnp.int32)
@@ -83,7 +85,7 @@ def greedy(
         logits = bridge.logits(params, hidden[:, 0])
         return step + 1, tokens, done | (chosen == eos), cache, logits
 
-    state = (0, tokens, jnp.zeros(rows, bool), cache, logits)
+    state = (0, tokens, done, cache, logits)
     return jax.lax.while_loop(unfinished, extend, state)[1]
 
 

@@ -11,7 +11,7 @@ import shutil
 import sys
 from pathlib import Path
 
-from jaxfusion.errors import InputError
+from jaxfusion.errors import InputError, first_line
 from jaxfusion.hf.hub import HUB_ID, WANTED, download
 from jaxfusion.hf.load import INDEX, PICKLES, SINGLE
 from jaxfusion.hf.save import new_directory
@@ -92,7 +92,7 @@ def _unpickle(source: Path) -> dict:
         except RuntimeError:  # written before PyTorch 1.6: a format that cannot be mapped
             return torch.load(source, **load)
     except Exception as error:
-        raise InputError(f"{source} cannot be read: {str(error).splitlines()[0]}") from None
+        raise InputError(f"{source} cannot be read: {first_line(error)}") from None
 
 
 def main() -> None:
@@ -103,7 +103,7 @@ def main() -> None:
     args = parser.parse_args()
     try:
         convert(args.source, args.out, args.revision)
-    except InputError as error:
+    except (InputError, OSError) as error:
         sys.exit(f"error: {error}")
     except ModuleNotFoundError as error:
         sys.exit(f"error: {error.name} is not installed: pip install 'jaxfusion[convert]'")

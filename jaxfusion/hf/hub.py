@@ -63,7 +63,7 @@ def download(name: str, revision: str | None, patterns: list[str]) -> str:
             f"{name} is not on the hub, or is private: check {page}; for a private or gated "
             "model log in with `hf auth login`"
         ) from None
-    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, OSError):
+    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, ConnectionError):
         raise InputError(
             f"{name} is no directory here and the hub cannot be reached: download it elsewhere "
             f"from {page} and give its directory (gated models also need `hf auth login`)"

@@ -64,7 +64,10 @@ def open_tensors(path: Path) -> TensorFiles:
       InputError: only pickles are there, a shard is missing, or a file is damaged.
     """
     if (path / INDEX).is_file():
-        files = json.loads((path / INDEX).read_text("utf-8"))["weight_map"]
+        try:
+            files = json.loads((path / INDEX).read_text("utf-8"))["weight_map"]
+        except (ValueError, KeyError) as error:
+            raise InputError(f"{path / INDEX} is damaged: {error}") from None
         missing = sorted({file for file in files.values() if not (path / file).is_file()})
         if missing:
             raise InputError(f"{path} is half a checkpoint: {', '.join(missing)} missing")

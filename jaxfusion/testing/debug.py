@@ -7,8 +7,9 @@ from pathlib import Path
 
 from jaxfusion.config import Config
 from jaxfusion.data.tasks import get_task
+from jaxfusion.errors import choose
 from jaxfusion.hf.save import new_directory
-from jaxfusion.testing.checkpoints import write_checkpoints
+from jaxfusion.testing.checkpoints import SIZES, write_checkpoints
 from jaxfusion.testing.text import write_rows
 
 MADE = "made:"
@@ -27,7 +28,7 @@ def make_inputs(config: Config) -> Config:
     for role in ("encoder", "decoder"):
         tower = getattr(config, role)
         if tower.checkpoint.startswith(MADE):
-            size = tower.checkpoint.removeprefix(MADE)
+            size = choose("checkpoint size", tower.checkpoint.removeprefix(MADE), SIZES)
             towers = cache / f"{size}-v{VERSION}"
             _make(towers, lambda out, size=size: write_checkpoints(out, size))
             tower = replace(tower, checkpoint=str(towers / role))

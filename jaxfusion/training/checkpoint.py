@@ -10,7 +10,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy as keep
 
-from jaxfusion.errors import InputError
+from jaxfusion.errors import InputError, first_line
 from jaxfusion.training.state import State
 
 logger = logging.getLogger(__name__)
@@ -24,8 +24,10 @@ class Checkpoints:
     development split.
     """
 
-    def __init__(self, workdir: Path):
+    def __init__(self, workdir: Path, read_only: bool = False):
         self.path = (workdir / "checkpoints").absolute()
+        if read_only and not self.path.is_dir():
+            raise InputError(f"{self.path} holds no checkpoint: train first")
         policy = keep.AnyPreservationPolicy([
             keep.LatestN(2),
             keep.BestN(get_metric_fn=lambda metrics: metrics[BEST], n=1, reverse=False,
@@ -35,7 +37,8 @@ class Checkpoints:
             self.path,
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=policy, best_fn=lambda metrics: metrics[BEST],
-                cleanup_tmp_directories=True,
+                # A reader leaves alone what another process may be writing just now.
+                cleanup_tmp_directories=not read_only, read_only=read_only,
             ),
             item_handlers={
                 "state": ocp.PyTreeCheckpointHandler(), "data": ocp.JsonCheckpointHandler()
@@ -66,13 +69,14 @@ class Checkpoints:
     def restore_newest(self, abstract: State) -> tuple[State, dict[str, Any]] | None:
         """The newest checkpoint that can be read, or None if there is none.
 
-        A damaged one is set aside as `STEP.damaged`, and said; the one before it is tried.
+        One that cannot be read is set aside as `STEP.damaged`, and said, once the one before it
+        could be; where none can be read, all stay as they are.
 
         Raises:
           InputError: there are checkpoints, but none can be read.
         """
-        steps = self.steps
-        for step in reversed(steps):
+        failed: list[tuple[int, Exception]] = []
+        for step in reversed(self.steps):
             try:
                 restored = self.manager.restore(
                     step,
@@ -84,21 +88,28 @@ class Checkpoints:
                         data=ocp.args.JsonRestore(),
                     ),
                 )
-                return restored["state"], restored["data"]
             except Exception as error:
-                self._set_aside(step, error)
-        if steps:
-            raise InputError(
-                f"no checkpoint in {self.path} can be read; start anew with another --workdir"
-            )
+                failed.append((step, error))
+                continue
+            for damaged, error in failed:
+                self._set_aside(damaged, error)
+            return restored["state"], restored["data"]
+        if failed:
+            raise self._none_readable(failed[0][1])
         return None
+
+    def _none_readable(self, error: Exception) -> InputError:
+        return InputError(
+            f"no checkpoint in {self.path} can be read ({first_line(error)}); nothing was changed; "
+            "mend the cause, or start anew with another --workdir"
+        )
 
     def _set_aside(self, step: int, error: Exception) -> None:
         damaged = self.path / str(step)
         aside = damaged.with_name(f"{step}.damaged")
         logger.warning(
             "checkpoint %s is damaged and set aside as %s; the one before it is used (%s)",
-            damaged, aside.name, str(error).splitlines()[0],
+            damaged, aside.name, first_line(error),
         )
         shutil.rmtree(aside, ignore_errors=True)
         damaged.rename(aside)
@@ -107,13 +118,25 @@ class Checkpoints:
     def restore_trained(self) -> tuple[int, dict[str, np.ndarray]]:
         """Step and trained parameters of the best checkpoint (the newest where none was scored).
 
+        One that cannot be read is passed over, and said, for the newest that can.
+
         Raises:
-          InputError: the workdir has no checkpoint.
+          InputError: the workdir has no checkpoint, or none that can be read.
         """
-        best = self.manager.best_step()
-        step = best if best is not None else self.manager.latest_step()
-        if step is None:
+        best, steps = self.manager.best_step(), self.steps[::-1]
+        if not steps:
             raise InputError(f"{self.path} holds no checkpoint: train first")
+        error: Exception | None = None
+        for step in dict.fromkeys([*([] if best is None else [best]), *steps]):
+            try:
+                return step, self._trained(step)
+            except Exception as failure:
+                logger.warning("checkpoint %s cannot be read and is passed over (%s)",
+                               self.path / str(step), first_line(failure))
+                error = error or failure
+        raise self._none_readable(error)
+
+    def _trained(self, step: int) -> dict[str, np.ndarray]:
         stored = dict(self.manager.item_metadata(step)["state"].tree["trainable"])
         as_numpy = dict.fromkeys(stored, ocp.RestoreArgs(restore_type=np.ndarray))
         restored = self.manager.restore(step, args=ocp.args.Composite(
@@ -121,7 +144,7 @@ class Checkpoints:
                 {"trainable": stored}, restore_args={"trainable": as_numpy}, partial_restore=True
             ),
         ))
-        return step, restored["state"]["trainable"]
+        return restored["state"]["trainable"]
 
 
 def abstract_like(tree: Any) -> Any:

@@ -25,7 +25,7 @@ Rows = dict[tuple[str, str], list[Example]]  # by task and language
 
 def evaluate(
     workdir: Path, *, tasks: tuple[str, ...] = (), languages: tuple[str, ...] = (),
-    limit: int | None = None, llm_only: bool = False,
+    limit: int | None = None, llm_only: bool = False, data_path: str | None = None,
 ) -> Results:
     """Scores the test split and writes `eval/results.json` (or `eval/llm_only.json`).
 
@@ -33,6 +33,8 @@ def evaluate(
       tasks, languages: default to the config's, and these to the training task and all of its
         languages. limit: rows of each.
       llm_only: the LLM alone, on the text prompt.
+      data_path: directory of the tasks' files; defaults to the config's for the training task, and
+        to the hub for others.
 
     Returns:
       All results that the file now holds.
@@ -41,13 +43,13 @@ def evaluate(
       InputError: no such run, task, language or data.
     """
     config = configs.load(workdir / CONFIG_FILE)
-    rows = read_rows(config, tasks, languages, limit)
+    rows = read_rows(config, tasks, languages, limit, data_path)
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     with jax.set_mesh(mesh):
         model = load_model(config, mesh)
         step = 0
         if not llm_only:
-            checkpoints = Checkpoints(workdir)
+            checkpoints = Checkpoints(workdir, read_only=True)
             try:
                 step, trained = checkpoints.restore_trained()
             finally:
@@ -68,28 +70,27 @@ def evaluate(
 
 
 def read_rows(
-    config: Config, tasks: tuple[str, ...], languages: tuple[str, ...], limit: int | None
+    config: Config, tasks: tuple[str, ...], languages: tuple[str, ...], limit: int | None,
+    data_path: str | None,
 ) -> Rows:
     """Test rows of every task and language asked for, all read before anything is scored."""
     wanted = {}
     for name in tasks or config.eval.tasks or (config.data.task,):
         task = get_task(name)
-        chosen = languages or config.eval.languages or _at_hand(config, name)
-        check_languages(name, chosen)
         # Another task's rows are not where the training task's files are.
-        path = config.data.path if name == config.data.task else None
+        path = data_path or (config.data.path if name == config.data.task else None)
+        chosen = languages or config.eval.languages or _at_hand(name, path)
+        check_languages(name, chosen)
         for language in chosen:
             wanted[name, language] = read_examples(name, task, "test", language, path)[:limit]
     return wanted
 
 
-def _at_hand(config: Config, name: str) -> tuple[str, ...]:
-    """All languages of a task, but of made-up rows those that were made."""
+def _at_hand(name: str, path: str | None) -> tuple[str, ...]:
+    """All languages of a task; of a directory of JSONL files, those that are there."""
     languages = get_task(name).languages
-    made = Path(config.data.path or "") / f"test-{languages[0]}.jsonl"
-    if not made.is_file():
-        return languages
-    return tuple(x for x in languages if made.with_name(f"test-{x}.jsonl").is_file())
+    there = tuple(x for x in languages if Path(path or "", f"test-{x}.jsonl").is_file())
+    return there or languages
 
 
 def _score(scorer: Scorer, params, rows: Rows) -> Results:

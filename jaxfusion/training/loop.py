@@ -1,6 +1,8 @@
 """The run: load, resume, step, score, save."""
 
 import logging
+import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,6 +29,7 @@ from jaxfusion.training.state import Model, State, count, load_model, merge, ove
 from jaxfusion.training.step import make_train_step
 
 CONFIG_FILE = "config.json"
+COMMIT = re.compile(r"[0-9a-f]{40}")  # what a branch or tag was resolved to at the first start
 logger = logging.getLogger(__name__)
 
 
@@ -42,7 +45,7 @@ def train(config: Config, workdir: Path) -> State:
     config = check_workdir(config, workdir)
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     with jax.set_mesh(mesh):
-        run = prepare(config, mesh)
+        run = prepare(config, mesh, fresh=not any((workdir / "checkpoints").glob("*")))
         workdir.mkdir(parents=True, exist_ok=True)
         configs.save(run.model.config, workdir / CONFIG_FILE)
         checkpoints = Checkpoints(workdir)
@@ -68,7 +71,8 @@ def check_workdir(config: Config, workdir: Path) -> Config:
     old = configs.load(file)
     for role in ("encoder", "decoder"):
         was, now = getattr(old, role), getattr(config, role)
-        if now.revision is None and now.checkpoint == was.checkpoint:
+        moving = now.revision is None or not COMMIT.fullmatch(now.revision)
+        if moving and now.checkpoint == was.checkpoint:
             config = replace(config, **{role: replace(now, revision=was.revision)})
     differences = configs.changed(old, config)
     if differences:
@@ -90,19 +94,23 @@ class Run:
     steps: int
 
 
-def prepare(config: Config, mesh) -> Run:
-    """Loads data and model, and says what was found."""
+def prepare(config: Config, mesh, fresh: bool = True) -> Run:
+    """Loads data and model, and says what was found; only a fresh run starts from another."""
     task = get_task(config.data.task)
     check_languages(config.data.task, (config.data.language,))
-    if config.train.batch_size < 1:
-        raise InputError(f"train.batch_size is {config.train.batch_size}, wanted 1 or more")
+    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    if config.train.batch_size % shards:
+        raise InputError(
+            f"train.batch_size {config.train.batch_size} does not divide by mesh data×fsdp "
+            f"= {shards}"
+        )
     examples, dev = (
         read_examples(config.data.task, task, split, config.data.language, config.data.path)
         for split in ("train", "dev")
     )
     examples = subset(examples, config.data.train_rows, config.data.balanced, config.train.seed)
     model = load_model(config, mesh)
-    if config.train.init_from is not None:
+    if config.train.init_from is not None and fresh:
         model = start_from(model, Path(config.train.init_from))
     rows, cut = tokenize(
         examples, model.tokenizers, text_prompt=config.data.text_prompt,
@@ -113,7 +121,7 @@ def prepare(config: Config, mesh) -> Run:
     if config.data.pack:
         layout = find_packing(
             rows, config.train.batch_size, len(model.tokenizers.bos), config.train.seed,
-            2 * config.data.max_encoder_tokens,
+            2 * config.data.max_encoder_tokens, multiple=shards,
         )
     steps = config.train.steps or config.train.epochs * steps_per_epoch(
         len(rows), config.train.batch_size
@@ -129,12 +137,15 @@ def start_from(model: Model, workdir: Path) -> Model:
     """The model with the trained part of another run (the second stage of a two-stage recipe)."""
     if not (workdir / CONFIG_FILE).is_file():
         raise InputError(f"train.init_from: {workdir} is no workdir of a run")
-    checkpoints = Checkpoints(workdir)
+    checkpoints = Checkpoints(workdir, read_only=True)
     try:
         step, trained = checkpoints.restore_trained()
     finally:
         checkpoints.close()
     logger.info("starting from step %d of %s", step, workdir)
+    absent = sorted(set(model.trainable) - set(trained))
+    if absent:
+        logger.warning("it has no %s: these start afresh", ", ".join(absent))
     return overlay(model, trained, str(workdir))
 
 
@@ -185,13 +196,14 @@ def _loop(run: Run, state: State, step_fn, data, checkpoints, score, log: RunLog
         if pending is not None:
             logged = _log(log, *pending, logged, config.batch_size)
             pending = None
-        if done % config.log_every == 0 or done == run.steps:
-            pending = (done, metrics)
         evaluate = done % config.eval_every == 0 or done == run.steps
-        if evaluate or done % config.checkpoint_every == 0:
-            if pending is not None:
-                logged = _log(log, *pending, logged, config.batch_size)
-                pending = None
+        save = evaluate or done % config.checkpoint_every == 0
+        if save or done % config.log_every == 0:
+            pending = (done, metrics)
+        if save:
+            # Nothing is saved that was not looked at.
+            logged = _log(log, *pending, logged, config.batch_size)
+            pending = None
             dev = score(state) if evaluate else None
             if dev is not None:
                 log.write(done, {f"dev/{name}": value for name, value in dev.items()})
@@ -205,9 +217,10 @@ def _log(log: RunLog, step: int, metrics, logged: int, batch_size: int) -> int:
     """Writes a step's metrics; training on a loss that is no number ends here."""
     values = {name: float(value) for name, value in jax.device_get(metrics).items()}
     log.train(step, values, (step - logged) * batch_size)
-    if not jnp.isfinite(values["loss"]):
+    if not (math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"])):
         raise InputError(
-            f"the loss is {values['loss']} at step {step}: lower the learning rate, or use "
+            f"the loss is {values['loss']} and its gradient's norm {values['grad_norm']} at step "
+            f"{step}: lower the learning rate, or use "
             "float32 (encoder.dtype, decoder.dtype); the last checkpoint is untouched"
         )
     return step
@@ -220,7 +233,10 @@ def _dev_scorer(run: Run) -> Callable[[State], dict[str, float]]:
 
     def score(state: State) -> dict[str, float]:
         params = merge(state.trainable, model.frozen)
-        correct = scorer(params, run.dev, run.labels).correct
+        scored = scorer(params, run.dev, run.labels)
+        if scored.cut.any:
+            logger.warning("development rows longer than the limits: %s", scored.cut)
+        correct = scored.correct
         return {name: accuracy(rows)["accuracy"] for name, rows in correct.items()}
 
     return score

@@ -165,7 +165,7 @@ def _resolve(config: Config):
     for role in ("encoder", "decoder"):
         tower = getattr(config, role)
         paths[role], commit = resolve(tower.checkpoint, tower.revision)
-        config = replace(config, **{role: replace(tower, revision=commit)})
+        config = replace(config, **{role: replace(tower, revision=commit or tower.revision)})
     return paths, config
 
 
