@@ -11,8 +11,8 @@ from jaxfusion.errors import InputError
 
 
 def set_up_logging() -> None:
-    """This project's messages as plain lines on stderr; libraries speak from warnings on."""
-    absl_logging.set_verbosity(absl_logging.WARNING)
+    """This project's messages as plain lines on stderr; libraries speak of errors alone."""
+    absl_logging.set_verbosity(absl_logging.ERROR)
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("%(message)s"))
     logger = logging.getLogger("jaxfusion")
