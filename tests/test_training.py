@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 
+from jaxfusion import config as configs
 from jaxfusion.config import Config, GroupConfig, default_config, finish, from_config_dict
 from jaxfusion.data.sources import read_examples
 from jaxfusion.data.tasks import TASKS
@@ -306,6 +307,9 @@ def test_a_second_stage_starts_from_the_first(undisturbed, cache_dir, tmp_path):
                          train__steps=1, data__text_prompt="{query}")
     still = {"bridge": replace(config.optimizer.groups["bridge"], learning_rate=0.0)}
     config = replace(config, optimizer=replace(config.optimizer, groups=still))
+    # Killed within its first save, and started again: still from the first stage.
+    (tmp_path / "second" / "checkpoints" / "1.orbax-checkpoint-tmp").mkdir(parents=True)
+    configs.save(config, tmp_path / "second" / "config.json")
     state = train(config, tmp_path / "second")
     assert equal(jax.device_get(state.trainable), expected.trainable)
     other = replace(config, fusion=replace(config.fusion, name="global_softmax"))

@@ -147,6 +147,12 @@ class Checkpoints:
         return restored["state"]["trainable"]
 
 
+def saved_steps(workdir: Path) -> list[int]:
+    """Steps of the finished checkpoints; a save that was cut short leaves none."""
+    names = [path.name for path in (workdir / "checkpoints").glob("*")]
+    return sorted(int(name) for name in names if name.isdigit())
+
+
 def abstract_like(tree: Any) -> Any:
     """Shapes, dtypes and shardings of a tree's arrays."""
     return jax.tree.map(

@@ -22,7 +22,7 @@ from jaxfusion.evaluation.metrics import accuracy
 from jaxfusion.evaluation.scoring import Scorer
 from jaxfusion.nn.bridge import Batch
 from jaxfusion.sharding.mesh import make_mesh, sharding
-from jaxfusion.training.checkpoint import BEST, Checkpoints, abstract_like
+from jaxfusion.training.checkpoint import BEST, Checkpoints, abstract_like, saved_steps
 from jaxfusion.training.logs import RunLog
 from jaxfusion.training.optimizer import make_optimizer, make_schedule
 from jaxfusion.training.state import Model, State, count, load_model, merge, overlay
@@ -45,7 +45,7 @@ def train(config: Config, workdir: Path) -> State:
     config = check_workdir(config, workdir)
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     with jax.set_mesh(mesh):
-        run = prepare(config, mesh, fresh=not any((workdir / "checkpoints").glob("*")))
+        run = prepare(config, mesh, fresh=not saved_steps(workdir))
         workdir.mkdir(parents=True, exist_ok=True)
         configs.save(run.model.config, workdir / CONFIG_FILE)
         checkpoints = Checkpoints(workdir)
