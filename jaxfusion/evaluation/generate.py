@@ -43,7 +43,7 @@ def prefill(
     bridge: Bridge, params: Params, batch: Batch, slots: int, bare: bool
 ) -> tuple[Cache, Float[Array, "B V"]]:
     """Reads the prompts: their cache with `slots` free ones behind, and each row's next logits."""
-    inputs = bridge.text_inputs(params, batch) if bare else bridge.inputs(params, batch)
+    inputs = bridge.embed(params, batch.dec_tokens) if bare else bridge.inputs(params, batch)
     rows, length, _ = inputs.shape
     cache = init_cache(bridge.decoder.config, rows, length + slots, bridge.decoder.dtype)
     hidden, cache = bridge.decode(

@@ -149,7 +149,7 @@ class Bridge:
 
     def splice(self, params: Params, batch: Batch, prefix: Float[Array, "B P E"]) -> Array:
         """Decoder inputs: prefix slots from `prefix`, the others embedded text. [B N E]"""
-        text = self._decode(params, batch.dec_tokens, method="embed")
+        text = self.embed(params, batch.dec_tokens)
         index = jnp.maximum(batch.dec_source, 0)[:, :, None]
         from_prefix = jnp.take_along_axis(prefix, index, axis=1).astype(text.dtype)
         return jnp.where((batch.dec_source >= 0)[:, :, None], from_prefix, text)
@@ -159,10 +159,6 @@ class Bridge:
         features, _ = self.fuse(params, batch, key)
         prefix = self.projector.apply({"params": params["projector"]}, features)
         return self.splice(params, batch, prefix)
-
-    def text_inputs(self, params: Params, batch: Batch) -> Array:
-        """Decoder inputs of a batch without prefix, for the bare LLM. [B N E]"""
-        return self._decode(params, batch.dec_tokens, method="embed")
 
     def decode(
         self, params: Params, embeddings: Array, positions, segments,

@@ -4,7 +4,6 @@
 distribution, `transformer_softmax` by one for every token.
 """
 
-
 from functools import partial
 
 import jax

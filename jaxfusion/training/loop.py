@@ -186,8 +186,8 @@ def _run(run: Run, checkpoints: Checkpoints, workdir: Path, mesh) -> State:
 
 def _loop(run: Run, state: State, step_fn, data, checkpoints, score, log: RunLog, mesh) -> State:
     config, key = run.model.config.train, jax.random.key(run.model.config.train.seed)
-    done = first = int(state.step)
-    pending, logged = None, first
+    done = logged = int(state.step)
+    pending = None
     while done < run.steps:
         batch = put_batch(next(data), mesh)
         state, metrics = step_fn(state, run.model.frozen, batch, key)
