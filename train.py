@@ -1,9 +1,10 @@
-"""Trains a bridge: `train.py --config configs/NAME.py[:arg] [--workdir DIR] [--config.x.y=v]`.
+"""Runs a config: `train.py --config configs/NAME.py[:arg] [--workdir DIR] [--config.x.y=v]`.
 
 The same command started again resumes where the run stands.
 """
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 from absl import flags
@@ -35,10 +36,19 @@ def main(argv: list[str]) -> None:
     workdir = Path(WORKDIR.value or default_workdir(name))
     # jax, and all that stands on it, is imported only once the config is known to be right.
     from jaxfusion.testing.debug import make_inputs
-    from jaxfusion.training.loop import train
+    from jaxfusion.training.bridge import train
+    from jaxfusion.training.compare import compare
+    from jaxfusion.training.pretrain import CHECKPOINT, pretrain
 
-    train(make_inputs(config), workdir)
-    print(f"done: {workdir}; score it with: python eval.py --workdir {workdir}")
+    if config.job == "compare":
+        compare(replace(config, base=make_inputs(config.base)), workdir)
+        print(f"done: {workdir / 'report.md'} and its pictures")
+    elif config.job == "pretrain":
+        pretrain(make_inputs(config), workdir)
+        print(f"done: {workdir / CHECKPOINT} is a Hugging Face directory")
+    else:
+        train(make_inputs(config), workdir)
+        print(f"done: {workdir}; score it with: python eval.py --workdir {workdir}")
 
 
 if __name__ == "__main__":

@@ -129,7 +129,7 @@ class JaxTrainer:
         self.state = State(jnp.zeros((), jnp.int32), trainable, optimizer.init(trainable))
         frozen = {path: x for path, x in flat.items() if path not in groups}
         self.rest = (frozen, batch, jax.random.key(0))
-        step = make_train_step(bridge, optimizer, {})
+        step = make_train_step(bridge.loss, optimizer, {})
         self.program, self.compile_seconds = compiled(step, self.state, *self.rest)
 
     def __call__(self) -> float:

@@ -7,6 +7,7 @@ below and refuses what they do not know. No jax here: configs are read before ja
 
 import dataclasses
 import json
+import re
 import types
 import typing
 from dataclasses import dataclass, field
@@ -17,6 +18,7 @@ import ml_collections
 from ml_collections import config_dict
 
 from jaxfusion.errors import InputError, choose, near_match
+from jaxfusion.files import write_whole
 
 FUSIONS = ("last", "layer", "global_softmax", "transformer_softmax")
 BACKWARDS = ("stack", "second_pass")
@@ -24,6 +26,8 @@ PROJECTORS = ("linear", "ffn")
 SCHEDULES = ("cosine", "constant")
 DTYPES = ("float32", "bfloat16")
 REMATS = ("none", "dots", "full")
+ROLES = ("encoder", "decoder")
+OBJECTIVES = ("causal_lm", "masked_lm", "code_switch")
 
 
 @dataclass(frozen=True)
@@ -64,6 +68,9 @@ class ProjectorConfig:
 
     name: str = "linear"  # linear, ffn
     end_std: float = 0.0  # the end vector's start: 0 (2508.09091) or N(0, 1) (LangBridge)
+    # Start with the ridge regression from the encoder's features of the training texts to the
+    # LLM's own embeddings of them, instead of at random. Not in the papers; `linear` only.
+    warm_start: bool = False
 
 
 @dataclass(frozen=True)
@@ -144,8 +151,9 @@ class MeshConfig:
 
 @dataclass(frozen=True)
 class Config:
-    """One run."""
+    """A bridge between two checkpoints."""
 
+    job: str = "bridge"
     encoder: EncoderConfig = EncoderConfig()
     decoder: DecoderConfig = DecoderConfig()
     fusion: FusionConfig = FusionConfig()
@@ -157,30 +165,116 @@ class Config:
     mesh: MeshConfig = MeshConfig()
 
 
+@dataclass(frozen=True)
+class TowerConfig:
+    """The shape of a tower that is trained from nothing, and the size of its tokenizer."""
+
+    role: str = "encoder"  # encoder (mT5) or decoder (Llama)
+    d_model: int = 128
+    d_ff: int = 256
+    num_layers: int = 6
+    num_heads: int = 4
+    head_dim: int = 32
+    vocab_size: int = 4096  # at most; a tokenizer of that size is trained on the same text
+
+
+@dataclass(frozen=True)
+class CorpusConfig:
+    """What is read: a directory's text-LANGUAGE.txt, pairs-LANGUAGE.tsv, solved-LANGUAGE.tsv."""
+
+    path: str = "made:pocket"
+    languages: tuple[str, ...] = ()  # empty: all of the directory
+    pivot: str = "en"  # the language of the pairs' first column
+    max_tokens: int = 64  # longer texts are cut, counted and reported
+    buckets: tuple[int, ...] = (16, 24, 32, 40, 48, 64)  # lengths that get compiled
+    sampling: float = 0.5  # a language with n texts is drawn in proportion to n**sampling
+    dev_rows: int = 512  # texts held out of all
+
+
+@dataclass(frozen=True)
+class ObjectiveConfig:
+    """What is predicted."""
+
+    name: str = "code_switch"  # causal_lm, masked_lm, code_switch
+    masked: float = 0.2  # of words: hidden, for the encoder to restore
+    switched_texts: float = 0.7  # of texts: some words replaced by a translation (code_switch)
+    switched_words: float = 0.4  # of the words of such a text
+    unchanged_weight: float = 0.1  # of words that were left as they are
+    answer_weight: float = 4.0  # of an answer's tokens against its text's (causal_lm)
+
+
+@dataclass(frozen=True)
+class PretrainConfig:
+    """A tower trained from nothing, for miniatures of a bridge."""
+
+    job: str = "pretrain"
+    tower: TowerConfig = TowerConfig()
+    data: CorpusConfig = CorpusConfig()
+    objective: ObjectiveConfig = ObjectiveConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    train: TrainConfig = TrainConfig()
+    mesh: MeshConfig = MeshConfig()
+
+
+@dataclass(frozen=True)
+class CompareConfig:
+    """Bridges that differ in a few fields, trained and scored side by side."""
+
+    job: str = "compare"
+    base: Config = Config()
+    # The fields that differ by the variant's name, as {"last": {"fusion": {"name": "last"}}}. The
+    # first variant is what the others are compared with.
+    variants: dict[str, Any] = field(default_factory=dict)
+    groups: dict[str, tuple[str, ...]] = field(default_factory=dict)  # of languages, for means
+    development: tuple[str, ...] = ()  # languages on which the recipe was chosen: marked, no mean
+    rows: int | None = None  # test rows of each language
+
+
+JOBS: dict[str, type] = {
+    "bridge": Config, "pretrain": PretrainConfig, "compare": CompareConfig
+}
+Job = Config | PretrainConfig | CompareConfig
+
 # May differ when a run is resumed, besides a larger number of steps.
 FREE_ON_RESUME = ("mesh", "encoder.dtype", "decoder.dtype", "train.log_every")
 
 
-def default_config() -> ml_collections.ConfigDict:
-    """All defaults as an unlocked ConfigDict, with placeholders where the default is None."""
-    return _to_config_dict(Config())
+def default_config(job: str = "bridge") -> ml_collections.ConfigDict:
+    """All defaults of a job as an unlocked ConfigDict, with placeholders where one is None."""
+    return _to_config_dict(JOBS[job]())
 
 
 def finish(config: ml_collections.ConfigDict, arg: str | None) -> ml_collections.ConfigDict:
     """The locked config after its argument, as in `--config configs/NAME.py:arg`.
 
     `debug` shrinks the run to a size that a CPU does in seconds, on checkpoints and rows made for
-    it; a fusion's name sets that fusion; a comma joins them.
+    it; a fusion's name sets that fusion; `compare` makes a comparison of the three fusions of the
+    papers out of a bridge; a comma joins them.
 
     Raises:
       InputError: another argument.
     """
-    for word in arg.split(",") if arg else ():
-        if choose("config argument", word, ("debug", *FUSIONS)) == "debug":
-            _debug(config)
-        else:
+    words = arg.split(",") if arg else []
+    known = ("debug", *(("compare", *FUSIONS) if config.job == "bridge" else ()))
+    for word in words:
+        if choose("config argument", word, known) in FUSIONS:
             config.fusion.name = word
-    return config.lock()
+        elif word == "debug" and config.job == "pretrain":
+            _debug_pretraining(config)
+        elif word == "debug":
+            _debug(config if config.job == "bridge" else config.base)
+    return (_comparison(config) if "compare" in words else config).lock()
+
+
+def _comparison(base: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
+    """The three fusions of the papers under one config."""
+    config = default_config("compare")
+    config.base = base
+    config.variants = {
+        name: {"fusion": {"name": name}}
+        for name in ("last", "global_softmax", "transformer_softmax")
+    }
+    return config
 
 
 def _debug(config: ml_collections.ConfigDict) -> None:
@@ -203,15 +297,32 @@ def _debug(config: ml_collections.ConfigDict) -> None:
     config.eval.tasks = config.eval.languages = ()
 
 
-def from_config_dict(config: ml_collections.ConfigDict) -> Config:
+def _debug_pretraining(config: ml_collections.ConfigDict) -> None:
+    """A tower of a few thousand parameters on a hundredth of the pocket world's text."""
+    config.data.path = "made:pocket_debug"
+    config.data.buckets = (config.data.max_tokens,)
+    config.data.dev_rows = 16
+    config.tower.d_model = config.tower.d_ff = 32
+    config.tower.num_layers = config.tower.num_heads = 2
+    config.tower.head_dim = 16
+    config.train.batch_size = 8
+    config.train.steps = 20
+    config.train.log_every = config.train.eval_every = config.train.checkpoint_every = 10
+
+
+def from_config_dict(config: ml_collections.ConfigDict) -> Job:
     """The dataclass form of a resolved ConfigDict.
 
     Raises:
       InputError: an unknown field (with the near match), or a value of the wrong type.
     """
-    run = _from_dict(Config, config.to_dict(), "")
+    run = _from_json(config.to_dict())
     check(run)
     return run
+
+
+def _from_json(values: dict[str, Any]) -> Job:
+    return _from_dict(JOBS[choose("job", values.get("job", "bridge"), JOBS)], values, "")
 
 
 # Fields that count something, and so are 1 or more (or left out).
@@ -219,34 +330,72 @@ COUNTS = (
     "data.max_encoder_tokens", "data.max_decoder_tokens", "data.train_rows", "data.dev_rows",
     "train.batch_size", "train.epochs", "train.steps", "train.log_every", "train.eval_every",
     "train.checkpoint_every", "eval.batch_size", "eval.max_encoder_tokens",
-    "eval.max_decoder_tokens", "eval.max_new_tokens",
+    "eval.max_decoder_tokens", "eval.max_new_tokens", "data.max_tokens", "tower.d_model",
+    "tower.d_ff", "tower.num_layers", "tower.num_heads", "tower.head_dim", "tower.vocab_size",
+    "rows",
 )
 
 
-def check(config: Config) -> None:
+def variants(config: CompareConfig) -> dict[str, Config]:
+    """The config of each variant.
+
+    Raises:
+      InputError: no variant, or fields that a bridge does not have.
+    """
+    if not config.variants:
+        raise InputError("a comparison needs at least one variant in config.variants")
+    places = [directory_name(name) for name in config.variants]
+    if len(set(places)) < len(places) or "" in places:
+        raise InputError(f"the names of variants must make different directories, got {places}")
+    found = {}
+    for name, fields in config.variants.items():
+        values = ml_collections.ConfigDict(dataclasses.asdict(config.base)).to_dict()
+        _override(values, fields)
+        found[name] = _from_dict(Config, values, f"variants.{name}.")
+        check(found[name])
+    return found
+
+
+def directory_name(variant: str) -> str:
+    """Where a comparison keeps a variant: `layer 3` -> `layer_3`."""
+    return re.sub(r"\W+", "_", variant)
+
+
+def _override(values: dict[str, Any], fields: dict[str, Any]) -> None:
+    """Sets nested fields; None in the place of a group of fields leaves the group out."""
+    for name, value in fields.items():
+        if isinstance(values.get(name), dict) and value is None:
+            del values[name]
+        elif isinstance(values.get(name), dict) and isinstance(value, dict):
+            _override(values[name], value)
+        else:
+            values[name] = value
+
+
+def check(config: Job) -> None:
     """Raises InputError for a value that no run can have."""
     flat = _flat(dataclasses.asdict(config))
     for name in COUNTS:
-        if flat[name] is not None and flat[name] < 1:
+        if flat.get(name) is not None and flat[name] < 1:
             raise InputError(f"config field '{name}' is {flat[name]}, wanted 1 or more")
+    if isinstance(config, CompareConfig):
+        variants(config)  # checks each of them
+        return
     if not 0 <= config.optimizer.warmup_fraction < 1:
         raise InputError(
             f"config field 'optimizer.warmup_fraction' is {config.optimizer.warmup_fraction}, "
             "wanted at least 0 and less than 1"
         )
-    if config.data.balanced and config.data.train_rows is None:
+    if flat.get("data.balanced") and flat["data.train_rows"] is None:
         raise InputError("data.balanced needs data.train_rows: how many rows to draw")
 
 
-def save(config: Config, file: Path) -> None:
+def save(config: Job, file: Path) -> None:
     """Writes the config as JSON."""
-    text = json.dumps(dataclasses.asdict(config), indent=2, ensure_ascii=False)
-    partial = file.with_suffix(".partial")
-    partial.write_text(text, "utf-8")
-    partial.rename(file)
+    write_whole(file, json.dumps(dataclasses.asdict(config), indent=2, ensure_ascii=False))
 
 
-def load(file: Path) -> Config:
+def load(file: Path) -> Job:
     """Reads a config that `save` wrote.
 
     Raises:
@@ -255,12 +404,12 @@ def load(file: Path) -> Config:
     if not file.is_file():
         raise InputError(f"{file.parent} is no workdir of a run: {file.name} is missing")
     try:
-        return _from_dict(Config, json.loads(file.read_text("utf-8")), "")
+        return _from_json(json.loads(file.read_text("utf-8")))
     except json.JSONDecodeError as error:
         raise InputError(f"{file} is no JSON: {error}") from None
 
 
-def changed(old: Config, new: Config) -> list[str]:
+def changed(old: Job, new: Job) -> list[str]:
     """Fields that differ and must not on resume, as `name: old -> new`."""
     before, after = _flat(dataclasses.asdict(old)), _flat(dataclasses.asdict(new))
     return [
@@ -271,8 +420,10 @@ def changed(old: Config, new: Config) -> list[str]:
 
 
 def _may_change(name: str, before: dict[str, Any], after: dict[str, Any]) -> bool:
+    old, new = before.get(name), after.get(name)
+    name = name.removeprefix("base.")
     if name in ("train.steps", "train.epochs"):  # a larger one, counted the same way
-        return None not in (before[name], after[name]) and after[name] > before[name]
+        return None not in (old, new) and new > old
     return any(name == free or name.startswith(f"{free}.") for free in FREE_ON_RESUME)
 
 
@@ -292,7 +443,10 @@ def _to_config_dict(config: Any) -> ml_collections.ConfigDict:
         if dataclasses.is_dataclass(value):
             value = _to_config_dict(value)
         elif isinstance(value, dict):
-            value = ml_collections.ConfigDict({k: _to_config_dict(v) for k, v in value.items()})
+            value = ml_collections.ConfigDict({
+                k: _to_config_dict(v) if dataclasses.is_dataclass(v) else v
+                for k, v in value.items()
+            })
         elif value is None:
             value = config_dict.placeholder(typing.get_args(hints[name])[0])
         setattr(out, name, value)
@@ -316,7 +470,9 @@ def _value(hint: Any, value: Any, where: str) -> Any:
         return _from_dict(hint, value, f"{where}.")
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin is dict:
-        return {k: _from_dict(args[1], v, f"{where}.{k}.") for k, v in value.items()}
+        return {k: _value(args[1], v, f"{where}.{k}") for k, v in value.items()}
+    if hint is Any:  # as JSON has it, so that what is read again is the same
+        return json.loads(json.dumps(value))
     if origin is tuple and isinstance(value, list | tuple):
         return tuple(_value(args[0], v, where) for v in value)
     if origin is types.UnionType:

@@ -164,7 +164,7 @@ def test_training_step_memory(fusion):
     state = State(jax.ShapeDtypeStruct((), jnp.int32), trainable,
                   jax.eval_shape(optimizer.init, trainable))
     key = jax.eval_shape(lambda: jax.random.key(0))
-    compiled = make_train_step(bridge, optimizer, {}).lower(
+    compiled = make_train_step(bridge.loss, optimizer, {}).lower(
         state, frozen, wide_batch(), key
     ).compile()
     memory = compiled.memory_analysis()

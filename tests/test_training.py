@@ -28,9 +28,10 @@ from jaxfusion.testing import torch_reference as reference
 from jaxfusion.testing.checkpoints import write_checkpoints
 from jaxfusion.testing.debug import make_inputs
 from jaxfusion.training import loop
+from jaxfusion.training.bridge import prepare, train
 from jaxfusion.training.checkpoint import Checkpoints
 from jaxfusion.training.logs import RunLog
-from jaxfusion.training.loop import prepare, put_batch, train
+from jaxfusion.training.loop import put_batch, run_to_end
 from jaxfusion.training.optimizer import group_of_each, make_optimizer
 from jaxfusion.training.state import State, load_model, merge
 from jaxfusion.training.step import make_train_step
@@ -85,30 +86,28 @@ def test_twenty_steps_equal_a_pytorch_twin(cache_dir, fusion):
     run = prepare(config, mesh)
     if fusion == "global_softmax":
         # Away from uniform weights, where the scale's gradient is rounding and Adam steps on it.
-        run.model.trainable["fusion/w"] = jnp.linspace(-0.01, 0.01, 4)
+        run.trainable["fusion/w"] = jnp.linspace(-0.01, 0.01, 4)
     ours = _our_losses(run, config, mesh)
-    theirs = _twin_losses(run, config)
+    theirs = _twin_losses(run, load_model(config, mesh))
     assert max(theirs) - min(theirs) > 0.5, "a run that does not move compares nothing"
     np.testing.assert_allclose(ours, theirs, rtol=1e-4)
 
 
 def _our_losses(run, config, mesh):
-    model = run.model
-    optimizer = make_optimizer(config.optimizer, model.groups, 20)
+    optimizer = make_optimizer(config.optimizer, run.groups, 20)
     # Copies: the step donates its state, and the twin starts from the same parameters.
-    start = jax.tree.map(jnp.copy, model.trainable)
+    start = jax.tree.map(jnp.copy, run.trainable)
     state = State(jnp.zeros((), jnp.int32), start, optimizer.init(start))
-    step, losses = make_train_step(model.bridge, optimizer, {}), []
+    step, losses = make_train_step(run.loss, optimizer, {}), []
     for i in range(20):
         batch = put_batch(run.batches[i], mesh)
-        state, metrics = step(state, model.frozen, batch, jax.random.key(0))
+        state, metrics = step(state, run.frozen, batch, jax.random.key(0))
         losses.append(float(metrics["loss"]))
     return losses
 
 
-def _twin_losses(run, config):
-    model = run.model
-    params = merge(model.trainable, model.frozen)
+def _twin_losses(run, model):
+    config, params = model.config, merge(run.trainable, run.frozen)
     layers, width = model.bridge.encoder.config.num_layers, model.bridge.encoder.config.d_model
     fusion = {
         "last": lambda: None,
@@ -162,10 +161,9 @@ def test_frozen_weights_stay_and_buckets_compile_once(cache_dir, tmp_path, monke
     config = make_config(cache_dir, data__buckets=(60, 76, 128), train__steps=15)
     mesh = make_mesh()
     run = prepare(config, mesh)
-    monkeypatch.setattr(loop, "prepare", lambda *args, **kwargs: run)
-    state = train(config, tmp_path / "run")
+    state = run_to_end(config, tmp_path / "run", lambda *args, **kwargs: run)
     # What was handed to the steps, against the files; and a checkpoint holds nothing else.
-    assert equal(load_model(config, mesh).frozen, run.model.frozen)
+    assert equal(load_model(config, mesh).frozen, run.frozen)
     assert set(state.trainable) == {"projector/out/kernel", "projector/out/bias", "projector/end"}
     seen = {run.batches[i].enc_tokens.shape for i in range(15)}
     assert len(seen) >= 3 and steps[0]._cache_size() == len(seen)
@@ -348,7 +346,7 @@ def test_thirty_two_real_rows_are_learned(real_data, cache_dir, tmp_path, fusion
     model = load_model(config, make_mesh())
     task = TASKS["sib200"]
     rows = read_examples("sib200", task, "train", "eng_Latn", str(real_data / "sib200"))
-    rows = loop.subset(rows, 32, balanced=False, seed=config.train.seed)
+    rows = subset(rows, 32, balanced=False, seed=config.train.seed)
     scorer = Scorer(model.bridge, model.tokenizers, config.eval)
     scored = scorer(merge(state.trainable, model.frozen), rows, task.labels)
     assert np.mean(scored.correct["greedy_exact"]) > 0.9

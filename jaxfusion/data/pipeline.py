@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from functools import lru_cache
+from typing import Any
 
 import grain
 import jax
@@ -73,10 +74,16 @@ class Batches:
         rows = [self.rows[i] for i in self.plan(epoch)[number]]
         # All hosts agree on the shape, which only the whole batch tells.
         placed = self.layout.place(rows, len(self.tokenizers.bos), self.batch_size)
-        whole = collate(*placed, self.tokenizers)
-        share = whole.enc_tokens.shape[0] // jax.process_count()
-        mine = slice(jax.process_index() * share, (jax.process_index() + 1) * share)
-        return jax.tree.map(lambda x: x[mine], whole)
+        return own_rows(collate(*placed, self.tokenizers))
+
+
+def own_rows(batch: Any) -> Any:
+    """This host's part of a global batch's rows."""
+    def part(x):
+        share = len(x) // jax.process_count()
+        return x[jax.process_index() * share : (jax.process_index() + 1) * share]
+
+    return jax.tree.map(part, batch)
 
 
 def steps_per_epoch(rows: int, batch_size: int) -> int:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from jaxfusion.data.lexicon import check_version
 from jaxfusion.data.tasks import Files, Task
 from jaxfusion.errors import InputError, first_line
 
@@ -76,6 +77,7 @@ def _label(task: Task, value: Any, where: str) -> int:
 
 
 def _file_rows(name, task, split, language, path) -> Iterator[tuple[dict[str, Any], str]]:
+    check_version(path)
     generic = f"{split}-{language}.jsonl"
     if (path / generic).is_file():
         yield from _read(path / generic, Files(), slice(None))

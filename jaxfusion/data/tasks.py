@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 
+from jaxfusion.data.lexicon import LANGUAGES as POCKET
 from jaxfusion.errors import InputError, choose
 
 SPLITS = ("train", "dev", "test")
@@ -65,6 +66,7 @@ class Task:
 
 NLI_PROMPT = "Premise: {premise} Hypothesis: {hypothesis} Label: "
 NLI_LABELS = ("Entailment", "Neutral", "Contradiction")
+QA_PROMPT = "Text: {text} Question: {question} Answer: "
 
 # The prompt that MetaMath was tuned with (arXiv:2309.12284).
 ALPACA_PROMPT = (
@@ -126,6 +128,9 @@ TASKS: dict[str, Task] = {
             rename={"category": "label"},
         ),
     ),
+    # Of the made-up world in data/pocket.py.
+    "pocket_nli": Task(NLI_PROMPT, NLI_LABELS, tuple(POCKET)),
+    "pocket_qa": Task(QA_PROMPT, (), tuple(POCKET)),
     # LangBridge's labelled corpora: English question and answer, no classes.
     "metamath": Task(
         ALPACA_PROMPT,

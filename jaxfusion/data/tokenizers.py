@@ -1,5 +1,6 @@
 """The two tokenizers of a bridge, and the check that each belongs to its model."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -86,3 +87,42 @@ def load_tokenizer(
     if tokenizer.eos_token_id is None:
         raise InputError(f"the {role} tokenizer in {path} has no end token (eos_token)")
     return tokenizer
+
+
+SPECIALS = {
+    "encoder": ("<pad>", "</s>", "<unk>", "<extra_id_0>"), "decoder": ("<unk>", "<s>", "</s>"),
+}
+
+
+def train_tokenizer(role: str, texts: Iterable[str], vocab_size: int):
+    """A tokenizer of at most `vocab_size` tokens with T5's or Llama's special tokens.
+
+    Both are BPE (arXiv:1508.07909): the encoder's over the characters of words that carry their
+    leading space, as in SentencePiece, the decoder's over bytes, so that it writes any script and
+    falls apart where it was not trained.
+    """
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+    from tokenizers.processors import TemplateProcessing
+    from transformers import PreTrainedTokenizerFast
+
+    kind = {"vocab_size": vocab_size, "special_tokens": list(SPECIALS[role]),
+            "show_progress": False}
+    if role == "decoder":
+        backend = Tokenizer(models.BPE())
+        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+        backend.decoder = decoders.ByteLevel()
+        alphabet = pre_tokenizers.ByteLevel.alphabet()
+        backend.train_from_iterator(texts, trainers.BpeTrainer(initial_alphabet=alphabet, **kind))
+        return PreTrainedTokenizerFast(
+            tokenizer_object=backend, unk_token="<unk>", bos_token="<s>", eos_token="</s>"
+        )
+    backend = Tokenizer(models.BPE(unk_token="<unk>"))
+    backend.normalizer = normalizers.NFKC()
+    backend.pre_tokenizer = pre_tokenizers.Metaspace()
+    backend.decoder = decoders.Metaspace()
+    backend.train_from_iterator(texts, trainers.BpeTrainer(**kind))
+    backend.post_processor = TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, pad_token="<pad>", eos_token="</s>", unk_token="<unk>",
+        mask_token="<extra_id_0>",
+    )

@@ -1,6 +1,7 @@
 """Greedy answers and likelihoods of given answers, both from one pass over the prompt."""
 
 from collections.abc import Callable
+from functools import lru_cache
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,7 @@ from jaxfusion.nn.decoder import Cache, init_cache
 Score = Callable[..., tuple[Int[Array, "B T"], Float[Array, "C B"]]]
 
 
+@lru_cache(8)  # the development scores and the final ones share their compiled programs
 def make_scorer(bridge: Bridge, max_new_tokens: int, eos: int, bare: bool) -> Score:
     """The jitted `(params, batch, options, options_mask) -> (tokens, scores)`.
 

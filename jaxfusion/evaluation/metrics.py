@@ -4,6 +4,8 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+
 Z95 = 1.959963984540054  # the normal distribution's 97.5% quantile
 
 
@@ -20,3 +22,21 @@ def accuracy(correct: Sequence[bool]) -> dict[str, Any]:
     """`{accuracy, n, ci95: [low, high]}` as fractions."""
     hits, n = sum(correct), len(correct)
     return {"accuracy": hits / n, "n": n, "ci95": list(wilson_interval(hits, n))}
+
+
+def bootstrap_mean(
+    values: np.ndarray, resamples: int = 2000, seed: int = 0
+) -> tuple[float, tuple[float, float]]:
+    """Mean over languages and rows, and its 95% percentile interval (Efron, 1979).
+
+    Rows are drawn anew, each with all its languages: the same row in several languages is no
+    independent evidence. Differences between two models on the same rows are paired alike.
+
+    Args:
+      values: [languages, rows].
+    """
+    by_row = np.asarray(values, float).mean(axis=0)
+    rng = np.random.default_rng(seed)
+    means = by_row[rng.integers(len(by_row), size=(resamples, len(by_row)))].mean(axis=1)
+    low, high = np.quantile(means, (0.025, 0.975))
+    return float(by_row.mean()), (float(low), float(high))

@@ -7,6 +7,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from jaxfusion.files import write_whole
+
 # task -> language -> scoring -> {accuracy, n, ci95}
 Results = dict[str, dict[str, dict[str, dict[str, Any]]]]
 
@@ -48,9 +50,7 @@ def _free_name(file: Path, tag: str) -> Path:
 
 
 def _write(file: Path, content: Any) -> None:
-    partial = file.with_suffix(".partial")
-    partial.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", "utf-8")
-    partial.rename(file)
+    write_whole(file, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 
 def print_table(results: Results, title: str) -> None:

@@ -29,11 +29,13 @@ class Scored:
 
     Attributes:
       answers: the greedy text, stripped.
+      likelihoods: [rows, labels] log-likelihood of each label.
       correct: by scoring name, `greedy_exact` and (for tasks with labels) `likelihood`.
       cut: how many examples were longer than the limits.
     """
 
     answers: list[str]
+    likelihoods: np.ndarray
     correct: dict[str, list[bool]]
     cut: Cut
 
@@ -64,13 +66,13 @@ class Scorer:
         if self.bare:
             buckets = doubling_buckets(self.config.max_decoder_tokens)
         shapes = (find_bare_shapes if self.bare else find_shapes)(rows, buckets)
-        answers, likeliest = [""] * len(rows), np.full(len(rows), -1)
+        answers, likelihoods = [""] * len(rows), np.zeros((len(rows), len(labels)))
         for numbers, batch in in_order(rows, shapes, self.tokenizers, self.config.batch_size):
             options, mask = self._options([examples[i] for i in numbers], labels)
             tokens, scores = jax.device_get(self.score(params, batch, options, mask))
             for row, number in enumerate(numbers):
                 answers[number] = self._text(tokens[row])
-                likeliest[number] = np.argmax(scores[:, row])
+                likelihoods[number] = scores[: len(labels), row]
             progress(len(numbers))
         correct = {
             "greedy_exact": [
@@ -80,10 +82,10 @@ class Scorer:
         }
         if labels:
             correct["likelihood"] = [
-                bool(found == example.label)
-                for found, example in zip(likeliest, examples, strict=True)
+                bool(np.argmax(found) == example.label)
+                for found, example in zip(likelihoods, examples, strict=True)
             ]
-        return Scored(answers, correct, cut)
+        return Scored(answers, likelihoods, correct, cut)
 
     def _rows(self, examples: Sequence[Example]) -> tuple[list[TokenRow], Cut]:
         c = self.config

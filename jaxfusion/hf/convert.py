@@ -12,9 +12,9 @@ import sys
 from pathlib import Path
 
 from jaxfusion.errors import InputError, first_line
+from jaxfusion.files import new_directory
 from jaxfusion.hf.hub import HUB_ID, WANTED, download
 from jaxfusion.hf.load import INDEX, PICKLES, SINGLE
-from jaxfusion.hf.save import new_directory
 
 # Everything of a model directory but its weights.
 NOT_WEIGHTS = [pattern for pattern in WANTED if "safetensors" not in pattern]

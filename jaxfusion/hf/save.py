@@ -1,10 +1,7 @@
 """Parameter trees → Hugging Face directories."""
 
 import json
-import os
-import shutil
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +9,6 @@ import numpy as np
 from flax import traverse_util
 from safetensors.numpy import save_file
 
-from jaxfusion.errors import InputError
 from jaxfusion.hf.load import INDEX, SINGLE
 from jaxfusion.hf.tables import TRANSFORMS, Table
 
@@ -63,24 +59,3 @@ def write_shards(
         weight_map |= dict.fromkeys(names, file)
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     (out / INDEX).write_text(json.dumps(index, indent=2), "utf-8")
-
-
-@contextmanager
-def new_directory(out: Path) -> Iterator[Path]:
-    """A directory that appears under its name only when the block ends well.
-
-    Raises:
-      InputError: the name is taken by something other than an empty directory.
-    """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise InputError(f"{out} is not empty; give another directory or remove it")
-    partial = out.with_name(f".{out.name}.partial-{os.getpid()}")
-    partial.mkdir(parents=True)
-    try:
-        yield partial
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-    if out.exists():
-        out.rmdir()
-    partial.rename(out)

@@ -19,12 +19,13 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from jaxfusion.errors import InputError
+from jaxfusion.files import new_directory
 from jaxfusion.hf.configs import decoder_json, encoder_json
-from jaxfusion.hf.save import new_directory, to_tensors, write_shards
+from jaxfusion.hf.save import to_tensors, write_shards
 from jaxfusion.hf.tables import table
 from jaxfusion.nn.decoder import Decoder, DecoderConfig, Llama3Scaling
 from jaxfusion.nn.mt5 import MT5Config, MT5Encoder
-from jaxfusion.testing.text import train_tokenizer
+from jaxfusion.testing.text import made_up_tokenizer
 
 LLAMA32_ROPE = {"rope_theta": 500_000.0, "rope_scaling": Llama3Scaling(32.0, 1.0, 4.0, 8192)}
 
@@ -92,7 +93,7 @@ def write_checkpoints(
                 family = {"model_type": "mt5" if role == "encoder" else "llama"}
                 (path / "config.json").write_text(json.dumps(family), "utf-8")
             else:
-                train_tokenizer(role).save_pretrained(path)
+                made_up_tokenizer(role).save_pretrained(path)
             vocab = _tokenizer_size(path)
             write_tower(path, replace(config, vocab_size=(vocab // 32 + 1) * 32), seed=seed)
 

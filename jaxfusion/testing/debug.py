@@ -5,26 +5,34 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from jaxfusion.config import Config
+from jaxfusion.config import Job, PretrainConfig
+from jaxfusion.data.lexicon import VERSION as WORLD
+from jaxfusion.data.pocket import write_tasks, write_texts
 from jaxfusion.data.tasks import get_task
 from jaxfusion.errors import choose
-from jaxfusion.hf.save import new_directory
+from jaxfusion.files import new_directory
 from jaxfusion.testing.checkpoints import SIZES, write_checkpoints
 from jaxfusion.testing.text import write_rows
 
 MADE = "made:"
+# Parts of the pocket world by the name after `made:`: shares of its texts and training rows.
+WORLDS = {"pocket": 1.0, "pocket_tenth": 0.1, "pocket_debug": 0.01}
 ROWS = {"train": 300, "dev": 60, "test": 60}
 # Part of the directories' names, so that those of another version are left alone.
 VERSION = 1
 
 
-def make_inputs(config: Config) -> Config:
-    """The config with `made:SIZE` checkpoints and `made:rows` replaced by directories.
+def make_inputs(config: Job) -> Job:
+    """The config with `made:SIZE` checkpoints, `made:rows` and `made:pocket` as directories.
 
     They are made where they do not exist yet, below `$JAXFUSION_CACHE` (default
     `~/.cache/jaxfusion`).
     """
     cache = Path(os.environ.get("JAXFUSION_CACHE", Path.home() / ".cache" / "jaxfusion"))
+    if config.data.path and config.data.path.startswith(f"{MADE}pocket"):
+        config = replace(config, data=replace(config.data, path=_world(config, cache)))
+    if isinstance(config, PretrainConfig):
+        return config
     for role in ("encoder", "decoder"):
         tower = getattr(config, role)
         if tower.checkpoint.startswith(MADE):
@@ -38,6 +46,21 @@ def make_inputs(config: Config) -> Config:
         _make(rows, lambda out: _write_rows(out, config.data.task))
         config = replace(config, data=replace(config.data, path=str(rows)))
     return config
+
+
+def _world(config: Job, cache: Path) -> str:
+    """The directory of the world's texts, or of the rows of the task that is trained."""
+    size = choose("pocket world", config.data.path.removeprefix(MADE), WORLDS)
+    part, write = (("texts", write_texts) if isinstance(config, PretrainConfig)
+                   else ("tasks", write_tasks))
+    out = cache / f"{size}-{part}-v{WORLD}"
+
+    def write_new(out: Path) -> None:
+        with new_directory(out) as partial:
+            write(partial, WORLDS[size])
+
+    _make(out, write_new)
+    return str(out if part == "texts" else out / config.data.task)
 
 
 def _write_rows(out: Path, task: str) -> None:

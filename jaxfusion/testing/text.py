@@ -6,9 +6,9 @@ import re
 from pathlib import Path
 
 from jaxfusion.data.tasks import SPLITS, Task
+from jaxfusion.data.tokenizers import train_tokenizer
 
 SYLLABLES = [c + v for c in "bdfgklmnprstvz" for v in "aeiou"]
-SPECIALS = {"encoder": ["<pad>", "</s>", "<unk>"], "decoder": ["<unk>", "<s>", "</s>"]}
 
 
 def word(rng: random.Random) -> str:
@@ -16,27 +16,10 @@ def word(rng: random.Random) -> str:
     return "".join(rng.choice(SYLLABLES) for _ in range(rng.choice((2, 3))))
 
 
-def train_tokenizer(role: str):
-    """A byte-level BPE tokenizer of about 512 tokens, with T5's or Llama's special tokens."""
-    from tokenizers import ByteLevelBPETokenizer
-    from tokenizers.processors import TemplateProcessing
-    from transformers import PreTrainedTokenizerFast
-
+def made_up_tokenizer(role: str):
+    """A tokenizer of about 512 tokens, trained on made-up text."""
     rng = random.Random(0)
-    corpus = [" ".join(word(rng) for _ in range(12)) for _ in range(200)]
-    tokenizer = ByteLevelBPETokenizer()
-    tokenizer.train_from_iterator(
-        corpus, vocab_size=512, special_tokens=SPECIALS[role], show_progress=False
-    )
-    backend = tokenizer._tokenizer
-    if role == "decoder":
-        return PreTrainedTokenizerFast(
-            tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
-        )
-    backend.post_processor = TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend, pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
-    )
+    return train_tokenizer(role, [" ".join(word(rng) for _ in range(12)) for _ in range(200)], 512)
 
 
 def write_rows(out: Path, task: Task, *, rows: dict[str, int], seed: int = 0) -> None:

@@ -14,7 +14,7 @@ from jaxfusion.errors import InputError, first_line
 from jaxfusion.training.state import State
 
 logger = logging.getLogger(__name__)
-BEST = "greedy_exact"  # the development score that decides which checkpoint is best
+SCORE = "score"  # what decides which checkpoint is best; a run says which score that is
 
 
 class Checkpoints:
@@ -30,13 +30,13 @@ class Checkpoints:
             raise InputError(f"{self.path} holds no checkpoint: train first")
         policy = keep.AnyPreservationPolicy([
             keep.LatestN(2),
-            keep.BestN(get_metric_fn=lambda metrics: metrics[BEST], n=1, reverse=False,
+            keep.BestN(get_metric_fn=lambda metrics: metrics[SCORE], n=1, reverse=False,
                        keep_checkpoints_without_metrics=False),
         ])
         self.manager = ocp.CheckpointManager(
             self.path,
             options=ocp.CheckpointManagerOptions(
-                preservation_policy=policy, best_fn=lambda metrics: metrics[BEST],
+                preservation_policy=policy, best_fn=lambda metrics: metrics[SCORE],
                 # A reader leaves alone what another process may be writing just now.
                 cleanup_tmp_directories=not read_only, read_only=read_only,
             ),
@@ -52,7 +52,7 @@ class Checkpoints:
             args=ocp.args.Composite(
                 state=ocp.args.PyTreeSave(state), data=ocp.args.JsonSave(data)
             ),
-            metrics=None if score is None else {BEST: score},
+            metrics=None if score is None else {SCORE: score},
         )
 
     def wait(self) -> None:

@@ -2,32 +2,39 @@
 
 import logging
 from pathlib import Path
+from typing import Any
 
 import jax
 from rich.console import Console
 from rich.progress import Progress
 
 from jaxfusion import config as configs
-from jaxfusion.config import Config
+from jaxfusion.config import CompareConfig, Config, directory_name
 from jaxfusion.data.sources import Example, read_examples
 from jaxfusion.data.tasks import check_languages, get_task
+from jaxfusion.errors import InputError
+from jaxfusion.evaluation.layers import layer_weigher
 from jaxfusion.evaluation.metrics import accuracy
-from jaxfusion.evaluation.report import Results, merge_results, print_table
+from jaxfusion.evaluation.report import Results, merge_results
 from jaxfusion.evaluation.scoring import Scorer
 from jaxfusion.sharding.mesh import make_mesh
 from jaxfusion.training.checkpoint import Checkpoints
 from jaxfusion.training.loop import CONFIG_FILE
-from jaxfusion.training.state import load_model, merge, overlay
+from jaxfusion.training.state import Model, load_model, merge, overlay
 
 logger = logging.getLogger(__name__)
+Details = dict[str, dict[str, dict[str, Any]]]  # by task and language
 Rows = dict[tuple[str, str], list[Example]]  # by task and language
 
 
 def evaluate(
     workdir: Path, *, tasks: tuple[str, ...] = (), languages: tuple[str, ...] = (),
     limit: int | None = None, llm_only: bool = False, data_path: str | None = None,
-) -> Results:
+) -> tuple[Results, Details]:
     """Scores the test split and writes `eval/results.json` (or `eval/llm_only.json`).
+
+    `eval/details.json` (`llm_only_details.json`) has by task and language what is behind them:
+    `correct`, by scoring a 0 or 1 for each row, and a fusion's mean `layer_weights`.
 
     Args:
       tasks, languages: default to the config's, and these to the training task and all of its
@@ -37,36 +44,52 @@ def evaluate(
         to the hub for others.
 
     Returns:
-      All results that the file now holds.
+      All results that the file now holds, and the details of what was scored now.
 
     Raises:
       InputError: no such run, task, language or data.
     """
-    config = configs.load(workdir / CONFIG_FILE)
+    config = load_config(workdir)
     rows = read_rows(config, tasks, languages, limit, data_path)
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     with jax.set_mesh(mesh):
-        model = load_model(config, mesh)
-        step = 0
-        if not llm_only:
-            checkpoints = Checkpoints(workdir, read_only=True)
-            try:
-                step, trained = checkpoints.restore_trained()
-            finally:
-                checkpoints.close()
-            model = overlay(model, trained, str(workdir))
-        scorer = Scorer(
-            model.bridge, model.tokenizers, config.eval, config.data.text_prompt, llm_only
-        )
-        new = _score(scorer, merge(model.trainable, model.frozen), rows)
-    name = "llm_only" if llm_only else "results"
+        step, model = (0, load_model(config, mesh)) if llm_only else load_trained(
+            config, workdir, mesh)
+        new, details = _score(model, rows, llm_only)
+    name, more = ("llm_only", "llm_only_details") if llm_only else ("results", "details")
     about = {"step": step, "limit": limit, "encoder": config.encoder.checkpoint,
              "decoder": config.decoder.checkpoint}
-    results = merge_results(workdir / "eval" / f"{name}.json", new, about)
-    title = "LLM alone" if llm_only else f"{config.fusion.name} + {config.projector.name}"
-    print_table(results, title)
-    print(f"{workdir / 'eval' / name}.json")
-    return results
+    merge_results(workdir / "eval" / f"{more}.json", details, about)
+    return merge_results(workdir / "eval" / f"{name}.json", new, about), details
+
+
+def load_config(workdir: Path) -> Config:
+    """The config of a bridge's workdir.
+
+    Raises:
+      InputError: it is none, or that of another job.
+    """
+    config = configs.load(workdir / CONFIG_FILE)
+    if isinstance(config, CompareConfig):
+        inside = ", ".join(str(workdir / directory_name(name)) for name in config.variants)
+        raise InputError(f"{workdir} is a comparison; give one of its bridges: {inside}")
+    if not isinstance(config, Config):
+        raise InputError(f"{workdir} holds no bridge but a run of job '{config.job}'")
+    return config
+
+
+def load_trained(config: Config, workdir: Path, mesh) -> tuple[int, Model]:
+    """The step of a workdir's best checkpoint, and the model with it.
+
+    Raises:
+      InputError: there is none, or it does not fit.
+    """
+    checkpoints = Checkpoints(workdir, read_only=True)
+    try:
+        step, trained = checkpoints.restore_trained()
+    finally:
+        checkpoints.close()
+    return step, overlay(load_model(config, mesh), trained, str(workdir))
 
 
 def read_rows(
@@ -93,8 +116,11 @@ def _at_hand(name: str, path: str | None) -> tuple[str, ...]:
     return there or languages
 
 
-def _score(scorer: Scorer, params, rows: Rows) -> Results:
-    results: Results = {}
+def _score(model: Model, rows: Rows, llm_only: bool) -> tuple[Results, Details]:
+    config, results, details = model.config, {}, {}
+    scorer = Scorer(model.bridge, model.tokenizers, config.eval, config.data.text_prompt, llm_only)
+    params = merge(model.trainable, model.frozen)
+    weigh = None if llm_only else layer_weigher(model.bridge, model.tokenizers, config.eval)
     console = Console(stderr=True)
     with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
         bar = progress.add_task("scoring", total=sum(len(examples) for examples in rows.values()))
@@ -108,4 +134,9 @@ def _score(scorer: Scorer, params, rows: Rows) -> Results:
             results.setdefault(name, {})[language] = {
                 scoring: accuracy(correct) for scoring, correct in scored.correct.items()
             }
-    return results
+            details.setdefault(name, {})[language] = {
+                "correct": {scoring: [int(right) for right in correct]
+                            for scoring, correct in scored.correct.items()},
+                "layer_weights": weigh and weigh(params, examples),
+            }
+    return results, details

@@ -1,4 +1,4 @@
-"""The run: load, resume, step, score, save."""
+"""The run of any job: resume, step, score, save."""
 
 import logging
 import math
@@ -6,35 +6,56 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
+import grain
 import jax
 import jax.numpy as jnp
 
 from jaxfusion import config as configs
-from jaxfusion.config import Config
-from jaxfusion.data.batching import Cut, find_shapes, tokenize
-from jaxfusion.data.packing import find_packing
-from jaxfusion.data.pipeline import Batches, iterate, steps_per_epoch, subset
-from jaxfusion.data.sources import Example, read_examples
-from jaxfusion.data.tasks import check_languages, get_task
+from jaxfusion.config import Config, Job
+from jaxfusion.data.pipeline import iterate
 from jaxfusion.errors import InputError
-from jaxfusion.evaluation.metrics import accuracy
-from jaxfusion.evaluation.scoring import Scorer
-from jaxfusion.nn.bridge import Batch
 from jaxfusion.sharding.mesh import make_mesh, sharding
-from jaxfusion.training.checkpoint import BEST, Checkpoints, abstract_like, saved_steps
+from jaxfusion.training.checkpoint import Checkpoints, abstract_like, saved_steps
 from jaxfusion.training.logs import RunLog
 from jaxfusion.training.optimizer import make_optimizer, make_schedule
-from jaxfusion.training.state import Model, State, count, load_model, merge, overlay
-from jaxfusion.training.step import make_train_step
+from jaxfusion.training.state import Flat, State, count
+from jaxfusion.training.step import Loss, make_train_step
 
 CONFIG_FILE = "config.json"
 COMMIT = re.compile(r"[0-9a-f]{40}")  # what a branch or tag was resolved to at the first start
 logger = logging.getLogger(__name__)
 
 
-def train(config: Config, workdir: Path) -> State:
+@dataclass(frozen=True)
+class Run:
+    """Everything that a run needs, loaded.
+
+    Attributes:
+      config: as resolved; it is saved in the workdir.
+      loss: of a batch.
+      trainable, frozen: parameters by path. groups: the optimiser group of each trained one.
+      batches: training batches by step number. steps: their number.
+      score: trained parameters -> development scores. best: the score that checkpoints are kept by.
+    """
+
+    config: Job
+    loss: Loss
+    trainable: Flat
+    frozen: Flat
+    groups: dict[str, str]
+    batches: grain.sources.RandomAccessDataSource
+    steps: int
+    score: Callable[[Flat], dict[str, float]]
+    best: str
+
+
+def run_to_end(config: Job, workdir: Path, prepare: Callable[..., Run]) -> State:
     """Runs a config in a workdir from where it stands to its last step.
+
+    Args:
+      prepare: `(config, mesh, fresh) -> Run` of the job; `fresh` is False when it is resumed.
 
     Returns:
       The final state.
@@ -46,8 +67,10 @@ def train(config: Config, workdir: Path) -> State:
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     with jax.set_mesh(mesh):
         run = prepare(config, mesh, fresh=not saved_steps(workdir))
+        logger.info("%s parameters train, %s are frozen; %s steps",
+                    *(f"{n:,}" for n in (count(run.trainable), count(run.frozen), run.steps)))
         workdir.mkdir(parents=True, exist_ok=True)
-        configs.save(run.model.config, workdir / CONFIG_FILE)
+        configs.save(run.config, workdir / CONFIG_FILE)
         checkpoints = Checkpoints(workdir)
         try:
             return _run(run, checkpoints, workdir, mesh)
@@ -55,7 +78,7 @@ def train(config: Config, workdir: Path) -> State:
             checkpoints.close()
 
 
-def check_workdir(config: Config, workdir: Path) -> Config:
+def check_workdir(config: Job, workdir: Path) -> Job:
     """The config, with hub commits as the workdir's earlier start resolved them.
 
     Raises:
@@ -69,7 +92,10 @@ def check_workdir(config: Config, workdir: Path) -> Config:
             )
         return config
     old = configs.load(file)
-    for role in ("encoder", "decoder"):
+    if old.job != config.job:
+        raise InputError(f"{workdir} holds a run of job '{old.job}', this config's job is "
+                         f"'{config.job}'; choose another --workdir")
+    for role in ("encoder", "decoder") if isinstance(config, Config) else ():
         was, now = getattr(old, role), getattr(config, role)
         moving = now.revision is None or not COMMIT.fullmatch(now.revision)
         if moving and now.checkpoint == was.checkpoint:
@@ -83,85 +109,11 @@ def check_workdir(config: Config, workdir: Path) -> Config:
     return config
 
 
-@dataclass(frozen=True)
-class Run:
-    """Everything a run needs, loaded."""
-
-    model: Model
-    batches: Batches
-    dev: list[Example]
-    labels: tuple[str, ...]
-    steps: int
-
-
-def prepare(config: Config, mesh, fresh: bool = True) -> Run:
-    """Loads data and model, and says what was found; only a fresh run starts from another."""
-    task = get_task(config.data.task)
-    check_languages(config.data.task, (config.data.language,))
-    shards = mesh.shape["data"] * mesh.shape["fsdp"]
-    if config.train.batch_size % shards:
-        raise InputError(
-            f"train.batch_size {config.train.batch_size} does not divide by mesh data×fsdp "
-            f"= {shards}"
-        )
-    examples, dev = (
-        read_examples(config.data.task, task, split, config.data.language, config.data.path)
-        for split in ("train", "dev")
-    )
-    examples = subset(examples, config.data.train_rows, config.data.balanced, config.train.seed)
-    model = load_model(config, mesh)
-    if config.train.init_from is not None and fresh:
-        model = start_from(model, Path(config.train.init_from))
-    rows, cut = tokenize(
-        examples, model.tokenizers, text_prompt=config.data.text_prompt,
-        max_encoder_tokens=config.data.max_encoder_tokens,
-        max_decoder_tokens=config.data.max_decoder_tokens, with_target=True,
-    )
-    layout = find_shapes(rows, config.data.buckets)
-    if config.data.pack:
-        layout = find_packing(
-            rows, config.train.batch_size, len(model.tokenizers.bos), config.train.seed,
-            2 * config.data.max_encoder_tokens, multiple=shards,
-        )
-    steps = config.train.steps or config.train.epochs * steps_per_epoch(
-        len(rows), config.train.batch_size
-    )
-    batches = Batches(
-        rows, layout, model.tokenizers, config.train.batch_size, config.train.seed, steps
-    )
-    _describe(model, len(rows), cut, steps)
-    return Run(model, batches, dev[: config.data.dev_rows], task.labels, steps)
-
-
-def start_from(model: Model, workdir: Path) -> Model:
-    """The model with the trained part of another run (the second stage of a two-stage recipe)."""
-    if not (workdir / CONFIG_FILE).is_file():
-        raise InputError(f"train.init_from: {workdir} is no workdir of a run")
-    checkpoints = Checkpoints(workdir, read_only=True)
-    try:
-        step, trained = checkpoints.restore_trained()
-    finally:
-        checkpoints.close()
-    logger.info("starting from step %d of %s", step, workdir)
-    absent = sorted(set(model.trainable) - set(trained))
-    if absent:
-        logger.warning("it has no %s: these start afresh", ", ".join(absent))
-    return overlay(model, trained, str(workdir))
-
-
-def _describe(model: Model, rows: int, cut: Cut, steps: int) -> None:
-    trained, frozen = count(model.trainable), count(model.frozen)
-    logger.info("%s parameters train, %s are frozen", f"{trained:,}", f"{frozen:,}")
-    logger.info("%s training rows, %s steps", f"{rows:,}", f"{steps:,}")
-    if cut.any:
-        logger.warning("longer than the limits: %s", cut)
-
-
 def _run(run: Run, checkpoints: Checkpoints, workdir: Path, mesh) -> State:
     """Restores the newest checkpoint, if any, and steps to the end."""
-    config, model = run.model.config, run.model
-    optimizer = make_optimizer(config.optimizer, model.groups, run.steps)
-    state = State(jnp.zeros((), jnp.int32), model.trainable, optimizer.init(model.trainable))
+    config = run.config
+    optimizer = make_optimizer(config.optimizer, run.groups, run.steps)
+    state = State(jnp.zeros((), jnp.int32), run.trainable, optimizer.init(run.trainable))
     state = jax.tree.map(lambda x: _on_mesh(x, mesh), state)
     data = iterate(run.batches)
     restored = checkpoints.restore_newest(abstract_like(state))
@@ -171,26 +123,25 @@ def _run(run: Run, checkpoints: Checkpoints, workdir: Path, mesh) -> State:
         done = int(state.step)
         logger.info("%s %s at step %d", "resuming" if done < run.steps else "finished:",
                     workdir, done)
-    score = _dev_scorer(run)
     schedules = {
         name: make_schedule(config.optimizer, group.learning_rate, run.steps)
         for name, group in config.optimizer.groups.items()
     }
     shardings = jax.tree.map(lambda x: x.sharding, state)
-    step_fn = make_train_step(model.bridge, optimizer, schedules, shardings)
+    step_fn = make_train_step(run.loss, optimizer, schedules, shardings)
     with RunLog(workdir, run.steps, int(state.step)) as log:
-        state = _loop(run, state, step_fn, data, checkpoints, score, log, mesh)
+        state = _loop(run, state, step_fn, data, checkpoints, log, mesh)
     checkpoints.wait()
     return state
 
 
-def _loop(run: Run, state: State, step_fn, data, checkpoints, score, log: RunLog, mesh) -> State:
-    config, key = run.model.config.train, jax.random.key(run.model.config.train.seed)
+def _loop(run: Run, state: State, step_fn, data, checkpoints, log: RunLog, mesh) -> State:
+    config, key = run.config.train, jax.random.key(run.config.train.seed)
     done = logged = int(state.step)
     pending = None
     while done < run.steps:
         batch = put_batch(next(data), mesh)
-        state, metrics = step_fn(state, run.model.frozen, batch, key)
+        state, metrics = step_fn(state, run.frozen, batch, key)
         done += 1
         # Read the step before this one: the device never waits for the log.
         if pending is not None:
@@ -204,11 +155,11 @@ def _loop(run: Run, state: State, step_fn, data, checkpoints, score, log: RunLog
             # Nothing is saved that was not looked at.
             logged = _log(log, *pending, logged, config.batch_size)
             pending = None
-            dev = score(state) if evaluate else None
+            dev = run.score(state.trainable) if evaluate else None
             if dev is not None:
                 log.write(done, {f"dev/{name}": value for name, value in dev.items()})
                 log.say(f"step {done}  dev " + "  ".join(f"{k} {v:.3f}" for k, v in dev.items()))
-            checkpoints.save(state, data.get_state(), dev and dev[BEST])
+            checkpoints.save(state, data.get_state(), dev and dev[run.best])
             log.restart_clock()
     return state
 
@@ -226,23 +177,7 @@ def _log(log: RunLog, step: int, metrics, logged: int, batch_size: int) -> int:
     return step
 
 
-def _dev_scorer(run: Run) -> Callable[[State], dict[str, float]]:
-    """Accuracy on the development rows, by scoring name."""
-    config, model = run.model.config, run.model
-    scorer = Scorer(model.bridge, model.tokenizers, config.eval, config.data.text_prompt)
-
-    def score(state: State) -> dict[str, float]:
-        params = merge(state.trainable, model.frozen)
-        scored = scorer(params, run.dev, run.labels)
-        if scored.cut.any:
-            logger.warning("development rows longer than the limits: %s", scored.cut)
-        correct = scored.correct
-        return {name: accuracy(rows)["accuracy"] for name, rows in correct.items()}
-
-    return score
-
-
-def put_batch(batch: Batch, mesh) -> Batch:
+def put_batch(batch: Any, mesh) -> Any:
     """A host's rows of a batch, as its part of the global arrays on the mesh."""
     place = sharding(mesh, "batch")
     return jax.tree.map(lambda x: jax.make_array_from_process_local_data(place, x), batch)

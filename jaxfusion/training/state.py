@@ -13,6 +13,7 @@ from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Int
 
 from jaxfusion.config import BACKWARDS, DTYPES, FUSIONS, PROJECTORS, REMATS, Config
+from jaxfusion.data.lexicon import check_version
 from jaxfusion.data.tokenizers import Tokenizers, load_tokenizer
 from jaxfusion.errors import InputError, choose
 from jaxfusion.hf.configs import decoder_config, encoder_config
@@ -165,6 +166,7 @@ def _resolve(config: Config):
     for role in ("encoder", "decoder"):
         tower = getattr(config, role)
         paths[role], commit = resolve(tower.checkpoint, tower.revision)
+        check_version(paths[role])
         config = replace(config, **{role: replace(tower, revision=commit or tower.revision)})
     return paths, config
 

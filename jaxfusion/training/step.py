@@ -1,35 +1,39 @@
 """One training step: loss and gradient of the trained part, and its update."""
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import optax
 from jaxtyping import Array
 
-from jaxfusion.nn.bridge import Batch, Bridge
+from jaxfusion.nn.bridge import Params
 from jaxfusion.training.state import Flat, State, merge
 
 Metrics = dict[str, Array]
+# (parameter tree, batch, dropout key) -> mean loss of the targets, and their number.
+Loss = Callable[[Params, Any, Array], tuple[Array, Array]]
 
 
 def make_train_step(
-    bridge: Bridge, optimizer: optax.GradientTransformation, schedules: dict[str, Callable],
+    loss: Loss, optimizer: optax.GradientTransformation, schedules: dict[str, Callable],
     shardings: State | None = None,
-) -> Callable[[State, Flat, Batch, Array], tuple[State, Metrics]]:
+) -> Callable[[State, Flat, Any, Array], tuple[State, Metrics]]:
     """The jitted step `(state, frozen, batch, key) -> (state, metrics)`; the state is donated.
 
     Args:
+      loss: of a batch, under all parameters.
       schedules: learning rate by group name, for the metrics.
       shardings: of the state; it comes out as it went in, or the second step compiles again.
     """
 
-    def loss(trainable: Flat, frozen: Flat, batch: Batch, key: Array):
-        return bridge.loss(merge(trainable, frozen), batch, key)
+    def of_trainable(trainable: Flat, frozen: Flat, batch: Any, key: Array):
+        return loss(merge(trainable, frozen), batch, key)
 
-    def step(state: State, frozen: Flat, batch: Batch, key: Array) -> tuple[State, Metrics]:
+    def step(state: State, frozen: Flat, batch: Any, key: Array) -> tuple[State, Metrics]:
         # The key depends on the step alone, so a resumed run drops what an undisturbed one drops.
         key = jax.random.fold_in(key, state.step)
-        (value, targets), grads = jax.value_and_grad(loss, has_aux=True)(
+        (value, targets), grads = jax.value_and_grad(of_trainable, has_aux=True)(
             state.trainable, frozen, batch, key
         )
         updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable)

@@ -1,0 +1,34 @@
+"""The pocket LLM: a Llama of a million parameters that reads and answers English alone.
+
+    python train.py --config configs/pocket_decoder.py
+
+Writes runs/pocket_decoder/hf, kept in the repository as pocket/decoder (see pocket/README.md).
+
+Needs: two CPU cores. Learns from English text of the pocket world (jaxfusion/data/pocket.py), some
+of it solved tasks; no frame of a development or test row is among it.
+"""
+
+from jaxfusion.config import default_config, finish
+
+
+def get_config(arg=None):
+    config = default_config("pretrain")
+    config.tower.role = "decoder"
+    config.tower.d_ff = 384
+    config.tower.num_layers = 4
+    config.tower.vocab_size = 1024
+    config.data.languages = ("en",)
+    config.data.buckets = (24, 32, 40)
+    config.data.max_tokens = 48
+    config.objective.name = "causal_lm"
+    config.objective.answer_weight = 30.0
+    config.optimizer.groups = {
+        "tower": {"patterns": ("decoder/.*",), "learning_rate": 1e-3, "weight_decay": 0.1},
+    }
+    config.optimizer.b1 = 0.9
+    config.optimizer.b2 = 0.98
+    config.train.batch_size = 128
+    config.train.steps = 3300
+    config.train.log_every = 150
+    config.train.eval_every = config.train.checkpoint_every = 300
+    return finish(config, arg)

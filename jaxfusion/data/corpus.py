@@ -1,0 +1,122 @@
+"""Text to pretrain on: files of a directory, and a bilingual lexicon induced from its pairs."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from jaxfusion.errors import InputError
+
+Pair = tuple[str, str]
+
+
+@dataclass(frozen=True)
+class Document:
+    """One text; `answer` is what an LLM is asked for after it, or empty."""
+
+    language: str
+    text: str
+    answer: str = ""
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """What a directory holds.
+
+    Attributes:
+      documents: of `text-LANGUAGE.txt`, a text a line, and `solved-LANGUAGE.tsv`, text and answer.
+      pairs: of `pairs-LANGUAGE.tsv`: the pivot (English) and the language, by language.
+    """
+
+    documents: list[Document]
+    pairs: dict[str, list[Pair]]
+
+
+def read_corpus(path: Path, languages: Sequence[str] = ()) -> Corpus:
+    """Reads a directory's texts and pairs, of all its languages or of these.
+
+    Raises:
+      InputError: no such files, or a line with another number of fields.
+    """
+    found = sorted(file.stem.removeprefix("text-") for file in path.glob("text-*.txt"))
+    if not found:
+        raise InputError(f"{path} holds no text-LANGUAGE.txt to pretrain on")
+    absent = [name for name in languages if name not in found]
+    if absent:
+        raise InputError(f"{path} has no text in '{absent[0]}'; it has {', '.join(found)}")
+    documents, pairs = [], {}
+    for name in languages or found:
+        documents += [Document(name, line) for _, line in _lines(path / f"text-{name}.txt")]
+        for text, answer in _fields(path / f"solved-{name}.tsv"):
+            documents.append(Document(name, text, answer))
+        if rows := _fields(path / f"pairs-{name}.tsv"):
+            pairs[name] = rows
+    if not documents:
+        raise InputError(f"the text files in {path} are empty")
+    return Corpus(documents, pairs)
+
+
+def _lines(file: Path) -> list[tuple[int, str]]:
+    """Lines that are not blank, with their numbers."""
+    try:
+        text = file.read_text("utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{file} is not UTF-8: {error}") from None
+    return [(i, line) for i, line in enumerate(text.split("\n"), start=1) if line.strip()]
+
+
+def _fields(file: Path) -> list[Pair]:
+    rows = []
+    for number, line in _lines(file) if file.is_file() else ():
+        fields = tuple(line.split("\t"))
+        if len(fields) != 2:
+            raise InputError(f"{file}:{number}: {len(fields)} tab-separated fields, wanted 2")
+        rows.append(fields)
+    return rows
+
+
+def induce_lexicon(
+    pairs: Sequence[Pair], rounds: int = 8, least: float = 0.3
+) -> tuple[dict[str, str], dict[str, str]]:
+    """Word translations in both directions: IBM Model 1 (Brown et al., 1993), a run each way.
+
+    Args:
+      pairs: sentences and their translations, words apart by spaces.
+      rounds: of expectation maximisation.
+      least: probability below which a translation is left out.
+    """
+    forward = _model_1(pairs, rounds, least)
+    return forward, _model_1([(b, a) for a, b in pairs], rounds, least)
+
+
+def _model_1(pairs: Sequence[Pair], rounds: int, least: float) -> dict[str, str]:
+    """The likeliest translation of every source word: argmax_f t(f | e).
+
+    Each target token is explained by one source token of its sentence or by none (NULL).
+    """
+    sources: dict[str, int] = {"": 0}
+    targets: dict[str, int] = {}
+    e, f, token, tokens = [], [], [], 0
+    for source, target in pairs:
+        from_ids = [0, *(sources.setdefault(w, len(sources)) for w in source.split())]
+        for word in target.split():
+            to = targets.setdefault(word, len(targets))
+            e += from_ids
+            f += [to] * len(from_ids)
+            token += [tokens] * len(from_ids)
+            tokens += 1
+    cells, cell = np.unique(np.array(e) * len(targets) + np.array(f), return_inverse=True)
+    cell_source = cells // len(targets)
+    t = np.ones(len(cells))
+    for _ in range(rounds):
+        share = t[cell]
+        share = share / np.bincount(token, share, tokens)[token]
+        t = np.bincount(cell, share, len(cells))
+        t = t / np.bincount(cell_source, t, len(sources))[cell_source]
+    source_words, target_words = list(sources), list(targets)
+    best: dict[str, str] = {}
+    for i in np.argsort(t):  # ascending, so that the likeliest is written last
+        if t[i] >= least and cell_source[i] != 0:
+            best[source_words[cell_source[i]]] = target_words[cells[i] % len(targets)]
+    return best

@@ -1,0 +1,66 @@
+"""Pictures of a comparison. Labels are Latin: matplotlib's own font has few other scripts."""
+
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")  # no display is needed
+import matplotlib.pyplot as plt
+import numpy as np
+
+from jaxfusion.evaluation.comparison import Comparison
+
+WIDTH = 0.8  # of a language's bars together
+
+
+def draw_accuracy(comparison: Comparison, out: Path, chance: float | None = None) -> None:
+    """A bar per language and model, with intervals, and the level of chance."""
+    c, languages = comparison, comparison.languages
+    figure, axes = plt.subplots(figsize=(1.0 + 0.95 * len(languages), 4.2), layout="constrained")
+    width = WIDTH / len(c.correct)
+    colours = plt.get_cmap("viridis")(np.linspace(0.05, 0.9, len(c.correct) - 1))
+    for i, model in enumerate(c.correct):
+        cells = [c.cell(model, name) for name in languages]
+        values = np.array([value for value, _ in cells])
+        ends = np.array([interval for _, interval in cells])
+        axes.bar(
+            np.arange(len(languages)) + (i + 0.5) * width - WIDTH / 2, 100 * values, width,
+            label=model, color="0.75" if i == 0 else colours[i - 1],
+            yerr=100 * np.abs(ends.T - values), error_kw={"elinewidth": 0.6, "ecolor": "0.3"},
+        )
+    if chance is not None:
+        axes.axhline(100 * chance, color="0.2", linestyle=":", linewidth=1, label="chance")
+    group_of = {name: group for group, names in c.groups.items() for name in names}
+    axes.set_xticks(range(len(languages)), [
+        f"{name}\n{group_of.get(name, '')}" for name in languages
+    ])
+    axes.set(ylabel=f"accuracy on {c.task}, %", ylim=(0, 100))
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(ncols=len(c.correct) + 1, loc="upper center", bbox_to_anchor=(0.5, 1.12),
+                frameon=False, fontsize=9)
+    figure.savefig(out, dpi=150)
+    plt.close(figure)
+
+
+def draw_layers(comparison: Comparison, out: Path) -> None:
+    """The weight of each layer: a panel per fusion, a row per language."""
+    fusions = comparison.layer_weights
+    figure, panels = plt.subplots(
+        1, len(fusions), squeeze=False, layout="constrained",
+        figsize=(1.0 + 4.2 * len(fusions), 1.4 + 0.28 * len(comparison.languages)),
+    )
+    highest = max(max(weights) for by in fusions.values() for weights in by.values())
+    for axes, (name, by_language) in zip(panels[0], fusions.items(), strict=True):
+        languages = [x for x in comparison.languages if x in by_language]
+        weights = np.array([by_language[x] for x in languages])
+        image = axes.imshow(100 * weights, cmap="viridis", vmin=0, vmax=100 * highest,
+                            aspect="auto")
+        for (row, layer), value in np.ndenumerate(weights):
+            axes.text(layer, row, f"{100 * value:.0f}", ha="center", va="center", fontsize=8,
+                      color="black" if value > 0.6 * highest else "white")
+        axes.set_xticks(range(weights.shape[1]), [str(i + 1) for i in range(weights.shape[1])])
+        axes.set_yticks(range(len(languages)), languages)
+        axes.set(title=name, xlabel="encoder layer")
+    figure.colorbar(image, ax=panels[0].tolist(), label="mean weight, %")
+    figure.savefig(out, dpi=150)
+    plt.close(figure)

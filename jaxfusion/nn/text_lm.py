@@ -1,0 +1,78 @@
+"""Language models of one tower alone, for pretraining miniatures."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jaxtyping import Array, Float, Int
+
+from jaxfusion.nn.decoder import Decoder
+from jaxfusion.nn.mt5 import MT5Encoder
+
+
+@dataclass(frozen=True)
+class TextBatch:
+    """One batch of texts and what is to be predicted at each slot.
+
+    Attributes:
+      tokens: [B S] ids as they are read.
+      segments: [B S] 0 at padding.
+      targets: [B S] id to predict at each slot: the next token, or the one that stood here.
+      weights: [B S] of each prediction in the loss; 0 at padding.
+    """
+
+    tokens: Int[Array, "B S"]
+    segments: Int[Array, "B S"]
+    targets: Int[Array, "B S"]
+    weights: Float[Array, "B S"]
+
+
+jax.tree_util.register_dataclass(
+    TextBatch, data_fields=["tokens", "segments", "targets", "weights"], meta_fields=[]
+)
+
+
+@dataclass(frozen=True)
+class TextLM:
+    """An encoder that restores tokens, or a decoder that foretells them.
+
+    The encoder's head is its own embedding table, its states scaled by `1/sqrt(D)` before it as in
+    T5 (arXiv:1910.10683); it is no part of the checkpoint, as mT5 encoders have none.
+    """
+
+    role: str
+    tower: MT5Encoder | Decoder
+
+    def init(self, key: Array) -> dict[str, Any]:
+        """Fresh parameters `{role: …}`, boxed with their logical axis names."""
+        tokens = jnp.zeros((1, 2), jnp.int32)
+        args = (tokens, tokens) if self.role == "encoder" else (tokens, tokens, tokens)
+        method = None if self.role == "encoder" else "score"
+        return {self.role: self.tower.init(key, *args, method=method)["params"]}
+
+    def logits(self, params: dict[str, Any], batch: TextBatch) -> Float[Array, "B S V"]:
+        """Logits of the token at each slot, or of the one after it."""
+        params = params[self.role]
+        if self.role == "decoder":
+            positions = jnp.broadcast_to(jnp.arange(batch.tokens.shape[1]), batch.tokens.shape)
+            return self.tower.apply({"params": params}, batch.tokens, positions, batch.segments,
+                                    method="score")
+        states = self.tower.apply({"params": params}, batch.tokens, batch.segments)
+        scaled = states.astype(jnp.float32) * self.tower.config.d_model**-0.5
+        return jnp.einsum("bsd,vd->bsv", scaled, nn.unbox(params["embed"]["embedding"]))
+
+    def loss(self, params: dict[str, Any], batch: TextBatch, key: Array | None = None):
+        """Weighted mean cross-entropy of the targets, and the sum of the weights."""
+        log_probs = jax.nn.log_softmax(self.logits(params, batch), axis=-1)
+        taken = jnp.take_along_axis(log_probs, batch.targets[:, :, None], axis=-1)[..., 0]
+        weight = jnp.sum(batch.weights)
+        return -jnp.sum(batch.weights * taken) / jnp.maximum(weight, 1e-9), weight
+
+    def hits(self, params: dict[str, Any], batch: TextBatch, least: float):
+        """Of the slots that weigh at least `least`, how many have the target as likeliest token,
+        and how many there are."""
+        right = jnp.argmax(self.logits(params, batch), axis=-1) == batch.targets
+        counted = batch.weights >= least
+        return jnp.sum(counted & right), jnp.sum(counted)

@@ -1,0 +1,213 @@
+"""Pretraining of one tower from nothing, on text files, into a Hugging Face directory."""
+
+import dataclasses
+import json
+import logging
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from flax import traverse_util
+from jax.sharding import NamedSharding
+
+from jaxfusion.config import OBJECTIVES, ROLES, PretrainConfig, TowerConfig
+from jaxfusion.data.corpus import Document, read_corpus
+from jaxfusion.data.lexicon import ABOUT_FILE, WORLD_FILE, check_version
+from jaxfusion.data.objectives import TextBatches, causal_rows, denoising_rows
+from jaxfusion.data.tokenizers import train_tokenizer
+from jaxfusion.errors import InputError, choose
+from jaxfusion.files import new_directory
+from jaxfusion.hf.configs import decoder_json, encoder_json
+from jaxfusion.hf.save import to_tensors, write_shards
+from jaxfusion.hf.tables import table
+from jaxfusion.nn.decoder import Decoder, DecoderConfig
+from jaxfusion.nn.mt5 import MT5Config, MT5Encoder
+from jaxfusion.nn.text_lm import TextLM
+from jaxfusion.sharding.rules import spec
+from jaxfusion.training.loop import Run, put_batch, run_to_end
+from jaxfusion.training.optimizer import group_of_each
+from jaxfusion.training.state import Flat, State, merge
+
+CHECKPOINT = "hf"  # below the workdir
+logger = logging.getLogger(__name__)
+
+
+def pretrain(config: PretrainConfig, workdir: Path) -> State:
+    """Trains a tower and writes `WORKDIR/hf`, an ordinary Hugging Face directory.
+
+    Raises:
+      InputError: see `run_to_end`.
+    """
+    made = {}
+
+    def prepare_and_keep(*args, **kwargs) -> Run:
+        made["run"], made["tower"], made["tokenizer"] = prepare(*args, **kwargs)
+        return made["run"]
+
+    state = run_to_end(config, workdir, prepare_and_keep)
+    out = workdir / CHECKPOINT
+    if not _is_of(out, config):
+        shutil.rmtree(out, ignore_errors=True)  # of fewer steps
+        world = Path(config.data.path) / WORLD_FILE
+        about = {
+            "world": json.loads(world.read_text("utf-8")) if world.is_file() else None,
+            "dev": made["run"].score(state.trainable), "config": dataclasses.asdict(config),
+        }
+        about["config"]["data"]["path"] = Path(config.data.path).name
+        write_checkpoint(
+            out, made["tower"], made["tokenizer"], state.trainable, about
+        )
+    return state
+
+
+def _is_of(out: Path, config: PretrainConfig) -> bool:
+    """True if the directory was written by a run as long as this one."""
+    file = out / ABOUT_FILE
+    if not file.is_file():
+        return False
+    return json.loads(file.read_text("utf-8"))["config"]["train"]["steps"] == config.train.steps
+
+
+def prepare(config: PretrainConfig, mesh, fresh: bool = True):
+    """The run, its tower's shape, and the tokenizer that was trained on the same text."""
+    name = choose("objective", config.objective.name, OBJECTIVES)
+    role = choose("tower.role", config.tower.role, ROLES)
+    if (name == "causal_lm") != (role == "decoder"):
+        raise InputError(f"objective '{name}' does not train a tower of role '{role}': a decoder "
+                         "learns by causal_lm, an encoder by masked_lm or code_switch")
+    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    if config.train.batch_size % shards:
+        raise InputError(f"train.batch_size {config.train.batch_size} does not divide by mesh "
+                         f"data×fsdp = {shards}")
+    path = Path(config.data.path).expanduser()
+    check_version(path)
+    corpus = read_corpus(path, config.data.languages)
+    # Solved rows teach an LLM to answer; an encoder reads plain text.
+    texts = [d for d in corpus.documents if role == "decoder" or not d.answer]
+    if name == "code_switch" and config.data.pivot not in {d.language for d in texts}:
+        raise InputError(f"{path} has no text-{config.data.pivot}.txt; set data.pivot to the "
+                         "language of its pairs' first column")
+    if name == "code_switch" and not corpus.pairs:
+        raise InputError(f"{path} has no pairs-LANGUAGE.tsv, which objective "
+                         "code_switch needs; use masked_lm")
+    tokenizer = train_tokenizer(
+        role, _balanced(texts, config.data.sampling, config.train.seed),
+        config.tower.vocab_size,
+    )
+    order = np.random.default_rng(config.train.seed).permutation(len(texts))
+    held, kept = np.split(order, [config.data.dev_rows])
+    # What is repeated in the text is not held out by taking one copy away.
+    seen = {texts[i].text for i in kept}
+    held = [i for i in held if texts[i].text not in seen]
+    if not len(kept):
+        raise InputError(f"data.dev_rows is {config.data.dev_rows}, but there are only "
+                         f"{len(order)} texts")
+    tower = tower_shape(config.tower, len(tokenizer))
+    model = TextLM(role, MT5Encoder(tower) if role == "encoder" else Decoder(tower))
+    steps = config.train.steps or config.train.epochs * -(-len(kept) // config.train.batch_size)
+
+    def batches(numbers) -> TextBatches:
+        documents = [texts[i] for i in numbers]
+        if role == "decoder":
+            rows, cut = causal_rows(documents, tokenizer, config.objective, config.data.max_tokens)
+        else:
+            rows, cut = denoising_rows(documents, corpus.pairs, tokenizer, config.objective,
+                                       config.data.pivot, config.data.max_tokens)
+        if cut:
+            logger.warning("%d texts are cut at %d tokens", cut, config.data.max_tokens)
+        return TextBatches(rows, [d.language for d in documents], config.data,
+                           config.train.batch_size, config.train.seed, steps)
+
+    logger.info("%s texts, %d tokens in the vocabulary", f"{len(kept):,}", len(tokenizer))
+    trainable = _start(model, config.train.seed, mesh)
+    run = Run(config, model.loss, trainable, {},
+              group_of_each(trainable, config.optimizer.groups), batches(kept), steps,
+              _dev_scorer(model, batches(held), mesh, config), "accuracy")
+    return run, tower, tokenizer
+
+
+def tower_shape(config: TowerConfig, vocab_size: int) -> MT5Config | DecoderConfig:
+    """The tower's config; its table has a multiple of 32 rows."""
+    rows = -(-vocab_size // 32) * 32
+    shape = (rows, config.d_model, config.d_ff, config.num_layers, config.num_heads)
+    if config.role == "encoder":
+        return MT5Config(*shape, head_dim=config.head_dim)
+    return DecoderConfig(*shape, num_kv_heads=config.num_heads, head_dim=config.head_dim,
+                         tie_embeddings=True)
+
+
+def write_checkpoint(
+    out: Path, tower: MT5Config | DecoderConfig, tokenizer, flat: Flat, about: dict[str, Any]
+) -> None:
+    """Writes `config.json`, `model.safetensors`, the tokenizer's files and `pretraining.json`.
+
+    Args:
+      about: what made it, for `pretraining.json`.
+    """
+    role, to_json = (("encoder", encoder_json) if isinstance(tower, MT5Config)
+                     else ("decoder", decoder_json))
+    params = traverse_util.unflatten_dict(jax.device_get(flat), sep="/")[role]
+    with new_directory(out) as partial:
+        (partial / "config.json").write_text(json.dumps(to_json(tower), indent=2), "utf-8")
+        write_shards(partial, to_tensors(table(tower), params))
+        tokenizer.save_pretrained(partial)
+        (partial / ABOUT_FILE).write_text(json.dumps(about, indent=2) + "\n", "utf-8")
+
+
+def _balanced(documents: Sequence[Document], sampling: float, seed: int) -> list[str]:
+    """Texts for the tokenizer, each language's share as in training (n**sampling)."""
+    by_language: dict[str, list[str]] = {}
+    for d in documents:
+        by_language.setdefault(d.language, []).append(f"{d.text} {d.answer}".strip())
+    share = {name: len(texts) ** sampling for name, texts in by_language.items()}
+    scale = max(len(by_language[name]) / share[name] for name in share)
+    rng = np.random.default_rng(seed)
+    return [
+        texts[i % len(texts)]
+        for name, texts in by_language.items()
+        for i in rng.permutation(round(scale * share[name]))
+    ]
+
+
+def _start(model: TextLM, seed: int, mesh) -> Flat:
+    """Fresh parameters, made where they belong."""
+
+    def init():
+        return model.init(jax.random.key(seed))
+
+    shardings = jax.tree.map(lambda box: NamedSharding(mesh, spec(box.names)),
+                             jax.eval_shape(init),
+                             is_leaf=lambda x: isinstance(x, nn.LogicallyPartitioned))
+    params = jax.jit(lambda: nn.unbox(init()), out_shardings=shardings)()
+    return traverse_util.flatten_dict(params, sep="/")
+
+
+def _dev_scorer(model: TextLM, held: TextBatches, mesh, config: PretrainConfig):
+    """Trained parameters -> weighted loss, and accuracy where the objective has its full weight
+    (what was hidden or replaced; an answer), on the texts held out in whole batches."""
+    full = max(1.0, config.objective.answer_weight) if model.role == "decoder" else 1.0
+    rows, rng = len(held.rows.lengths()), np.random.default_rng(0)
+    size = held.batch_size
+    if rows < size:
+        raise InputError(f"only {rows} texts are held out, wanted train.batch_size ({size}) or "
+                         "more; set data.dev_rows higher")
+    dev = [held.batch(range(i, i + size), rng) for i in range(0, rows - size + 1, size)]
+
+    @jax.jit
+    def measure(trainable, batch):
+        params = merge(trainable, {})
+        return jnp.stack([*model.loss(params, batch), *model.hits(params, batch, full)])
+
+    def score(trainable: Flat) -> dict[str, float]:
+        loss, weight, hits, counted = np.array(
+            [measure(trainable, put_batch(batch, mesh)) for batch in dev]
+        ).T
+        return {"loss": float((loss * weight).sum() / weight.sum()),
+                "accuracy": float(hits.sum() / max(counted.sum(), 1))}
+
+    return score

@@ -1,0 +1,159 @@
+"""Comparisons: their figures against rows counted by hand, and a run from start to report."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from test_configs import COMPARISONS, FILES, get_config
+
+from jaxfusion.config import default_config, finish, from_config_dict, variants
+from jaxfusion.data.tasks import TASKS
+from jaxfusion.errors import InputError
+from jaxfusion.evaluation.comparison import Comparison, as_json, markdown, table
+from jaxfusion.evaluation.metrics import bootstrap_mean
+from jaxfusion.testing.debug import make_inputs
+from jaxfusion.training.ask import ask, fill, unknown_words
+from jaxfusion.training.compare import compare
+from jaxfusion.training.loop import check_workdir
+
+QUICKSTART, = COMPARISONS
+
+
+def example():
+    correct = {
+        "LLM alone": {"en": [1, 1, 1, 0], "aa": [0, 0, 1, 0], "bb": [0, 1, 0, 0]},
+        "last": {"en": [1, 1, 0, 0], "aa": [1, 0, 1, 0], "bb": [0, 1, 0, 1]},
+        "all": {"en": [1, 1, 0, 1], "aa": [1, 1, 1, 0], "bb": [0, 1, 1, 1]},
+    }
+    return Comparison("xnli", "likelihood", correct, {"rich": ("aa",), "poor": ("bb",)}, "last",
+                      {"guessing": 0.25}, {"all": {"aa": [0.5, 0.5], "bb": [0.1, 0.9]}}, ("Note.",))
+
+
+def test_figures_of_a_comparison_are_those_of_its_rows():
+    c = example()
+    assert c.languages == ("en", "aa", "bb")
+    assert c.cell("all", "aa")[0] == 0.75
+    assert c.mean("all", "all groups")[0] == pytest.approx(6 / 8)
+    difference, (low, high) = c.mean("all", "all groups", minus="last")
+    assert difference == pytest.approx(2 / 8) and low <= difference <= high
+    assert c.mean("last", "poor", minus="last") == (0.0, (0.0, 0.0))
+    header, *rows = table(c)
+    assert header == ["", "", "LLM alone", "last", "all"]
+    assert [row[0] for row in rows] == [
+        "en", "aa", "bb", "mean of rich", "mean of poor", "mean of all groups", "minus last"]
+    assert rows[1][3].startswith("50.0 [") and rows[-1][4].startswith("+25.0 [")
+    page = markdown(c)
+    assert "| aa | rich |" in page and "guessing 25.0" in page and "Note." in page
+    assert json.loads(json.dumps(as_json(c)))["differences"]["all"]["all groups"]["accuracy"] == (
+        pytest.approx(0.25))
+
+
+def test_rows_of_one_sentence_in_many_languages_are_one_observation():
+    rng = np.random.default_rng(0)
+    rows = rng.random((1, 400)) < 0.6
+    _, alone = bootstrap_mean(rows)
+    _, copied = bootstrap_mean(np.repeat(rows, 8, axis=0))
+    assert copied == alone
+    # Against the normal approximation of a mean.
+    half = 1.96 * rows.std() / 20
+    assert (alone[1] - alone[0]) / 2 == pytest.approx(half, rel=0.1)
+
+
+def test_variants_set_leave_out_and_check_fields():
+    config = from_config_dict(get_config(QUICKSTART))
+    runs = variants(config)
+    assert [run.fusion.name for run in runs.values()] == [
+        "last", "layer", "global_softmax", "transformer_softmax"]
+    assert set(runs["last"].optimizer.groups) == {"projector"}
+    assert {run.train for run in runs.values()} == {config.base.train}
+    wrong = get_config(QUICKSTART).unlock()
+    wrong.variants = {"odd": {"fusion": {"nam": "last"}}}
+    with pytest.raises(InputError, match=r"variants\.odd\.fusion\.nam"):
+        from_config_dict(wrong)
+    with pytest.raises(InputError, match="at least one variant"):
+        from_config_dict(default_config("compare"))
+
+
+def test_every_bridge_config_makes_a_comparison():
+    file = next(file for file in FILES if file.stem == "sib200")
+    config = from_config_dict(get_config(file, "compare"))
+    assert config.base == from_config_dict(get_config(file)) and len(variants(config)) == 3
+    with pytest.raises(InputError, match="unknown config argument 'compare'"):
+        finish(default_config("pretrain"), "compare")
+
+
+@pytest.fixture(scope="module")
+def debug_run(cache_dir, tmp_path_factory):
+    config = get_config(QUICKSTART, "debug").unlock()
+    config.base.train.steps = config.base.train.eval_every = 10
+    config.base.data.dev_rows, config.rows = 8, 6
+    config = from_config_dict(config)
+    config = replace(config, base=make_inputs(config.base))
+    workdir = tmp_path_factory.mktemp("quickstart") / "run"
+    return workdir, compare(config, workdir), config
+
+
+def test_a_comparison_runs_from_start_to_report(debug_run):
+    workdir, comparison, config = debug_run
+    assert list(comparison.correct) == [
+        "LLM alone", "last", "layer 3", "global_softmax", "transformer_softmax"]
+    rows = {len(x) for by in comparison.correct.values() for x in by.values()}
+    assert rows == {6}
+    assert set(comparison.layer_weights) == {"global_softmax", "transformer_softmax"}
+    for by_language in comparison.layer_weights.values():
+        for weights in by_language.values():
+            assert len(weights) == 4 and sum(weights) == pytest.approx(1, abs=1e-4)
+    assert "Warm start" in comparison.notes[0]
+    page = (workdir / "report.md").read_text()
+    assert all(name in page for name in comparison.correct)
+    assert json.loads((workdir / "report.json").read_text())["seconds"]["last"]["train"] > 0
+    for picture in ("accuracy.png", "layers.png"):
+        assert (workdir / picture).read_bytes().startswith(b"\x89PNG")
+    # Each variant is an ordinary workdir.
+    scores = json.loads((workdir / "last" / "eval" / "results.json").read_text())
+    english = scores["pocket_nli"]["en"]["likelihood"]
+    assert english["accuracy"] == comparison.cell("last", "en")[0]
+    with pytest.raises(InputError, match="another config"):
+        compare(replace(config, rows=5), workdir)
+
+
+@pytest.mark.parametrize("fusion", ["last", "global_softmax", "transformer_softmax"])
+def test_one_input_is_answered_with_its_layers(debug_run, fusion, capsys):
+    answer = ask(debug_run[0] / fusion, "bida kuno | ломо")
+    said = capsys.readouterr().out
+    assert f"answer: {answer}" in said and "%  Entailment" in said
+    assert "not in the encoder's vocabulary" in said and "ломо" in said
+    assert ("layer 4" in said) == (fusion != "last")
+
+
+def test_an_input_with_other_columns_is_refused():
+    with pytest.raises(InputError, match=r'got 1 .*write: --ask "PREMISE \| HYPOTHESIS"'):
+        fill(TASKS["pocket_nli"], "the dog runs")
+    assert fill(TASKS["pocket_nli"], "a | b") == "Premise: a Hypothesis: b Label: "
+
+
+def test_known_words_are_not_called_unknown():
+    from jaxfusion.data.tokenizers import train_tokenizer
+
+    tokenizer = train_tokenizer("encoder", ["the dog runs near the river"] * 50, 60)
+    assert unknown_words(tokenizer, "the dog | runs") == []
+    assert unknown_words(tokenizer, "the dog | നദി") == ["നദി"]
+
+
+def test_a_comparison_that_cannot_start_leaves_nothing(debug_run, tmp_path):
+    config = debug_run[2]
+    encoder = replace(config.base.encoder, checkpoint="/no/where")
+    with pytest.raises(InputError, match="neither a directory here nor a hub id"):
+        compare(replace(config, base=replace(config.base, encoder=encoder)), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    with pytest.raises(InputError, match="has no language 'hindi'"):
+        compare(replace(config, groups={"rich": ("hindi",)}), tmp_path / "run")
+
+
+def test_a_comparison_is_not_taken_for_one_of_its_bridges(debug_run):
+    workdir, _, config = debug_run
+    with pytest.raises(InputError, match=r"is a comparison; give one of its bridges: .*layer_3"):
+        ask(workdir, "a | b")
+    with pytest.raises(InputError, match="holds a run of job 'compare'"):
+        check_workdir(config.base, workdir)
