@@ -4,8 +4,8 @@
     python train.py --config configs/pocket_qa.py:compare       # all three fusions
     python eval.py --workdir runs/pocket_qa
 
-Needs: two CPU cores, a few minutes. The projector starts at a ridge regression, which is no part of
-the papers' method: `--config.projector.warm_start=False` starts it at random.
+Needs: two CPU cores, a few minutes. The projector starts at a regression onto the LLM's embeddings,
+which is no part of the papers' method: `--config.projector.warm_start=False` starts it at random.
 
 Published: none; the pocket world is this project's own.
 """

@@ -6,8 +6,9 @@ Trains four bridges between pocket/encoder and pocket/decoder on English alone a
 LLM alone and a lookup of surface features in every language of the pocket world. Writes
 runs/quickstart/report.md, accuracy.png and layers.png, and a run's workdir for each bridge.
 
-Needs: two CPU cores, three minutes. The projector starts at a ridge regression, which is no part of
-the papers' method: `--config.base.projector.warm_start=False` starts it at random.
+Needs: two CPU cores, three minutes. The projector starts at a regression onto the LLM's embeddings,
+which is no part of the papers' method: `--config.base.projector.warm_start=False` starts it at
+random.
 """
 
 from pathlib import Path
@@ -34,7 +35,7 @@ def get_config(arg=None):
         "projector": {
             "patterns": ("projector/.*",), "learning_rate": 1e-3, "weight_decay": 0.0,
         },
-        "fusion": {"patterns": ("fusion/.*",), "learning_rate": 1e-2, "weight_decay": 0.0},
+        "fusion": {"patterns": ("fusion/.*",), "learning_rate": 1e-3, "weight_decay": 0.0},
     }
     base.optimizer.b1 = 0.9
     base.train.batch_size = 32
@@ -49,7 +50,13 @@ def get_config(arg=None):
     config.variants = {
         "last": {"fusion": {"name": "last"}, **only_projector},
         "layer 3": {"fusion": {"name": "layer", "layer": 3}, **only_projector},
-        "global_softmax": {"fusion": {"name": "global_softmax"}},
+        # Its scale `t` moves 1e5 times as fast as it is told to: at such rates it stays as it is.
+        "global_softmax": {
+            "fusion": {"name": "global_softmax"},
+            "optimizer": {"groups": {
+                "fusion": {"patterns": ("fusion/w",), "learning_rate": 3e-4},
+            }},
+        },
         "transformer_softmax": {"fusion": {"name": "transformer_softmax"}},
     }
     config.groups = {

@@ -31,7 +31,7 @@ def get_config(arg=None):
     config.optimizer.b1 = 0.9
     config.optimizer.b2 = 0.98
     config.train.batch_size = 64
-    config.train.steps = 400
+    config.train.steps = 300
     config.train.log_every = 50
     config.train.eval_every = config.train.checkpoint_every = 100
     return finish(config, arg)

@@ -14,7 +14,7 @@ from jaxfusion.config import default_config, finish
 
 def get_config(arg=None):
     config = default_config("pretrain")
-    config.tower.vocab_size = 16_000
+    config.tower.vocab_size = 8_000
     config.data.path = "runs/realtext_data"
     config.data.pivot = "eng_Latn"
     config.data.buckets = (32, 48, 64)
@@ -24,8 +24,8 @@ def get_config(arg=None):
     }
     config.optimizer.b1 = 0.9
     config.optimizer.b2 = 0.98
-    config.train.batch_size = 64
-    config.train.steps = 1500
+    config.train.batch_size = 48
+    config.train.steps = 600
     config.train.log_every = 50
-    config.train.eval_every = config.train.checkpoint_every = 500
+    config.train.eval_every = config.train.checkpoint_every = 300
     return finish(config, arg)

@@ -68,8 +68,8 @@ class ProjectorConfig:
 
     name: str = "linear"  # linear, ffn
     end_std: float = 0.0  # the end vector's start: 0 (2508.09091) or N(0, 1) (LangBridge)
-    # Start with the ridge regression from the encoder's features of the training texts to the
-    # LLM's own embeddings of them, instead of at random. Not in the papers; `linear` only.
+    # Start with a regression from the encoder's features of the training texts to the LLM's own
+    # embeddings of them, instead of at random. Not in the papers.
     warm_start: bool = False
 
 
@@ -201,6 +201,8 @@ class ObjectiveConfig:
     switched_words: float = 0.4  # of the words of such a text
     unchanged_weight: float = 0.1  # of words that were left as they are
     answer_weight: float = 4.0  # of an answer's tokens against its text's (causal_lm)
+    # On a decoder's embeddings in training, of each token and of each text, relative to their rms.
+    noise: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -30,11 +30,11 @@ def test_a_tenth_of_the_world_is_learned_from_nothing(role, steps, least, cache_
     assert about["dev"]["accuracy"] > least
 
 
-@pytest.mark.parametrize("role", ["encoder", "decoder"])
-def test_the_kept_towers_are_of_this_world_and_config(role):
+@pytest.mark.parametrize("role,arg", [("encoder", None), ("decoder", "noise")])
+def test_the_kept_towers_are_of_this_world_and_config(role, arg):
     about = json.loads((KEPT / role / "pretraining.json").read_text())
     assert about["world"] == {"version": VERSION, "seed": 0, "scale": 1.0}
-    config = from_config_dict(get_config(CONFIGS[f"pocket_{role}"]))
+    config = from_config_dict(get_config(CONFIGS[f"pocket_{role}"], arg))
     kept, now = about["config"], json.loads(json.dumps(dataclasses.asdict(config)))
     del kept["data"]["path"], now["data"]["path"]
     assert kept == now

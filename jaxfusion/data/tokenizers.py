@@ -117,8 +117,11 @@ def train_tokenizer(role: str, texts: Iterable[str], vocab_size: int):
             tokenizer_object=backend, unk_token="<unk>", bos_token="<s>", eos_token="</s>"
         )
     backend = Tokenizer(models.BPE(unk_token="<unk>"))
-    backend.normalizer = normalizers.NFKC()
-    backend.pre_tokenizer = pre_tokenizers.Metaspace()
+    # No token for a space at the end, and none that spans a word and its punctuation.
+    backend.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Strip()])
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Metaspace(), pre_tokenizers.Punctuation()]
+    )
     backend.decoder = decoders.Metaspace()
     backend.train_from_iterator(texts, trainers.BpeTrainer(**kind))
     backend.post_processor = TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])

@@ -12,7 +12,7 @@ from jaxfusion.data.tasks import check_languages, get_task
 from jaxfusion.errors import InputError
 from jaxfusion.evaluation.metrics import accuracy
 from jaxfusion.evaluation.scoring import Scorer
-from jaxfusion.training.checkpoint import Checkpoints
+from jaxfusion.training.checkpoint import trained_part
 from jaxfusion.training.loop import CONFIG_FILE, Run, run_to_end
 from jaxfusion.training.state import Flat, Model, State, load_model, merge, overlay
 from jaxfusion.training.warm_start import warm_start
@@ -75,11 +75,7 @@ def start_from(model: Model, workdir: Path) -> Model:
     """The model with the trained part of another run (the second stage of a two-stage recipe)."""
     if not (workdir / CONFIG_FILE).is_file():
         raise InputError(f"train.init_from: {workdir} is no workdir of a run")
-    checkpoints = Checkpoints(workdir, read_only=True)
-    try:
-        step, trained = checkpoints.restore_trained()
-    finally:
-        checkpoints.close()
+    step, trained = trained_part(workdir)
     logger.info("starting from step %d of %s", step, workdir)
     absent = sorted(set(model.trainable) - set(trained))
     if absent:

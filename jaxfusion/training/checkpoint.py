@@ -147,6 +147,15 @@ class Checkpoints:
         return restored["state"]["trainable"]
 
 
+def trained_part(workdir: Path) -> tuple[int, dict[str, np.ndarray]]:
+    """Step and trained parameters of a workdir's best checkpoint; see `restore_trained`."""
+    checkpoints = Checkpoints(workdir, read_only=True)
+    try:
+        return checkpoints.restore_trained()
+    finally:
+        checkpoints.close()
+
+
 def saved_steps(workdir: Path) -> list[int]:
     """Steps of the finished checkpoints; a save that was cut short leaves none."""
     names = [path.name for path in (workdir / "checkpoints").glob("*")]

@@ -91,7 +91,7 @@ def _compare(config: CompareConfig, runs: dict[str, Config], details) -> Compari
             if run.projector.warm_start and run.train.init_from is None]
     notes = []
     if warm:
-        notes.append("Warm start, which is not in the papers: the projector begins at a ridge "
+        notes.append("Warm start, which is not in the papers: the projector begins at a "
                      f"regression onto the LLM's embeddings ({', '.join(warm)}).")
     if config.development:
         notes.append(f"Recipes were chosen on {', '.join(config.development)}; no mean has them.")

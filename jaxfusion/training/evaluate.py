@@ -18,7 +18,7 @@ from jaxfusion.evaluation.metrics import accuracy
 from jaxfusion.evaluation.report import Results, merge_results
 from jaxfusion.evaluation.scoring import Scorer
 from jaxfusion.sharding.mesh import make_mesh
-from jaxfusion.training.checkpoint import Checkpoints
+from jaxfusion.training.checkpoint import trained_part
 from jaxfusion.training.loop import CONFIG_FILE
 from jaxfusion.training.state import Model, load_model, merge, overlay
 
@@ -84,11 +84,7 @@ def load_trained(config: Config, workdir: Path, mesh) -> tuple[int, Model]:
     Raises:
       InputError: there is none, or it does not fit.
     """
-    checkpoints = Checkpoints(workdir, read_only=True)
-    try:
-        step, trained = checkpoints.restore_trained()
-    finally:
-        checkpoints.close()
+    step, trained = trained_part(workdir)
     return step, overlay(load_model(config, mesh), trained, str(workdir))
 
 

@@ -29,9 +29,10 @@ from jaxfusion.nn.decoder import Decoder, DecoderConfig
 from jaxfusion.nn.mt5 import MT5Config, MT5Encoder
 from jaxfusion.nn.text_lm import TextLM
 from jaxfusion.sharding.rules import spec
+from jaxfusion.training.checkpoint import trained_part
 from jaxfusion.training.loop import Run, put_batch, run_to_end
 from jaxfusion.training.optimizer import group_of_each
-from jaxfusion.training.state import Flat, State, merge
+from jaxfusion.training.state import Flat, State, merge, replaced
 
 CHECKPOINT = "hf"  # below the workdir
 logger = logging.getLogger(__name__)
@@ -108,7 +109,8 @@ def prepare(config: PretrainConfig, mesh, fresh: bool = True):
         raise InputError(f"data.dev_rows is {config.data.dev_rows}, but there are only "
                          f"{len(order)} texts")
     tower = tower_shape(config.tower, len(tokenizer))
-    model = TextLM(role, MT5Encoder(tower) if role == "encoder" else Decoder(tower))
+    model = TextLM(role, MT5Encoder(tower) if role == "encoder" else Decoder(tower),
+                   config.objective.noise)
     steps = config.train.steps or config.train.epochs * -(-len(kept) // config.train.batch_size)
 
     def batches(numbers) -> TextBatches:
@@ -125,6 +127,9 @@ def prepare(config: PretrainConfig, mesh, fresh: bool = True):
 
     logger.info("%s texts, %d tokens in the vocabulary", f"{len(kept):,}", len(tokenizer))
     trainable = _start(model, config.train.seed, mesh)
+    if config.train.init_from is not None and fresh:
+        source = Path(config.train.init_from)
+        trainable = replaced(trainable, trained_part(source)[1], str(source))
     run = Run(config, model.loss, trainable, {},
               group_of_each(trainable, config.optimizer.groups), batches(kept), steps,
               _dev_scorer(model, batches(held), mesh, config), "accuracy")

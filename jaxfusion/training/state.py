@@ -120,7 +120,20 @@ def overlay(model: Model, trained: dict[str, np.ndarray], source: str) -> Model:
     Raises:
       InputError: a parameter that this model lacks or has in another shape.
     """
-    current = model.frozen | model.trainable
+    placed = replaced(model.frozen | model.trainable, trained, source)
+    return replace(
+        model,
+        trainable={path: placed[path] for path in model.trainable},
+        frozen={path: placed[path] for path in model.frozen},
+    )
+
+
+def replaced(current: Flat, trained: dict[str, np.ndarray], source: str) -> Flat:
+    """Parameters with those of another run in the place of the ones of their names.
+
+    Raises:
+      InputError: a parameter that is not among them or has another shape.
+    """
     for path, array in trained.items():
         if path not in current or current[path].shape != array.shape:
             have = list(current[path].shape) if path in current else "no such parameter"
@@ -132,11 +145,7 @@ def overlay(model: Model, trained: dict[str, np.ndarray], source: str) -> Model:
         path: jax.device_put(array.astype(current[path].dtype), current[path].sharding)
         for path, array in trained.items()
     }
-    return replace(
-        model,
-        trainable={path: placed.get(path, x) for path, x in model.trainable.items()},
-        frozen={path: placed.get(path, x) for path, x in model.frozen.items()},
-    )
+    return current | placed
 
 
 def make_bridge(config: Config, encoder, decoder) -> Bridge:

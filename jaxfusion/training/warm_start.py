@@ -2,72 +2,104 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
+from flax import traverse_util
 
 from jaxfusion.data.batching import TokenRow, doubling_buckets, find_shapes, in_order
 from jaxfusion.data.sources import Example
 from jaxfusion.data.tokenizers import Tokenizers
 from jaxfusion.errors import InputError
+from jaxfusion.nn.bridge import Params
+from jaxfusion.nn.projector import Projector
 from jaxfusion.training.state import Model, merge
 
 ROWS = 1024  # training texts that are looked at
-BATCH = 64
-RIDGE = 1e-3  # of the features' mean variance
+BATCH = 64  # of texts, through the encoder
+STEPS, TOKENS, RATE = 800, 1024, 3e-3  # of the regression: Adam, cosine to 0
+NOISE = 0.7  # on the features, relative to their spread
 
 
 def warm_start(model: Model, examples: Sequence[Example]) -> Model:
-    """The model with its projector at the ridge regression from features to LLM embeddings.
+    """The model with its projector at the regression from features to LLM embeddings.
 
     Every encoder token of a text is to become the mean embedding of the LLM tokens that share
     characters with it, special tokens and the end vector that of the text's last LLM token. No
-    label is used.
+    label is used. Noise on the features keeps what is learned of one language broad enough for
+    the others (for a linear projector it is ridge regression: Bishop, 1995).
 
     Raises:
-      InputError: the projector is not linear, or a tokenizer does not know its offsets.
+      InputError: a tokenizer does not know its offsets.
     """
-    if model.config.projector.name != "linear":
-        raise InputError(
-            f"projector.warm_start needs projector.name='linear', got "
-            f"'{model.config.projector.name}'"
-        )
-    limit = model.config.data.max_encoder_tokens
-    texts = [example.query for example in examples[:ROWS]]
     params = merge(model.trainable, model.frozen)
-    found = zip(*_aligned(texts, model.tokenizers), strict=True)
-    queries, targets = zip(*(pair for pair in found if len(pair[0]) <= limit), strict=True)
-    table = np.asarray(params["decoder"]["embed"]["embedding"], np.float32)
-    rows = [TokenRow(query, [], []) for query in queries]
-    fuse = jax.jit(lambda params, batch: model.bridge.fuse(params, batch)[0])
-    shapes = find_shapes(rows, doubling_buckets(limit))
-    width = model.bridge.encoder.config.d_model + 1
-    gram, moment = np.zeros((width, width)), np.zeros((width, table.shape[1]))
-    for numbers, batch in in_order(rows, shapes, model.tokenizers, BATCH):
-        features = np.asarray(fuse(params, batch), np.float64)
-        for row, number in zip(features, numbers, strict=False):
-            y = np.stack([table[ids].mean(axis=0) for ids in targets[number]])
-            x = np.concatenate([row[: len(y)], np.ones((len(y), 1))], axis=1)
-            gram += x.T @ x
-            moment += x.T @ y
-    # The mean is not shrunk.
-    penalty = np.eye(width) * RIDGE * np.trace(gram[:-1, :-1]) / (width - 1)
-    penalty[-1, -1] = 0.0
-    solution = np.linalg.solve(gram + penalty, moment)
-    end = np.mean([table[target[-1]].mean(axis=0) for target in targets], axis=0)
-    start = {"projector/out/kernel": solution[:-1], "projector/out/bias": solution[-1],
-             "projector/end": end}
+    texts = [example.query for example in examples[:ROWS]]
+    features, targets, end = _pairs(model, params, texts)
+    mean, spread = features.mean(axis=0), features.std()
+    start = dict(_regress(model.bridge.projector, params["projector"],
+                          (features - mean) / spread, targets))
+    # The first layer reads features as they are.
+    first = start["hidden" if "hidden" in start else "out"]
+    first["kernel"] = first["kernel"] / spread
+    first["bias"] = first["bias"] - mean @ first["kernel"]
+    flat = traverse_util.flatten_dict({"projector": {**start, "end": jnp.asarray(end)}}, sep="/")
     placed = {
-        path: jax.device_put(jnp.asarray(start[path], x.dtype), x.sharding)
-        for path, x in model.trainable.items() if path in start
+        path: jax.device_put(flat[path].astype(x.dtype), x.sharding)
+        for path, x in model.trainable.items() if path in flat
     }
     return replace(model, trainable=model.trainable | placed)
+
+
+def _pairs(model: Model, params: Params, texts: list[str]):
+    """Features and target embeddings of all encoder tokens [N D], [N E], and the end vector [E]."""
+    limit = model.config.data.max_encoder_tokens
+    found = zip(*_aligned(texts, model.tokenizers), strict=True)
+    queries, targets = zip(*(pair for pair in found if len(pair[0]) <= limit), strict=True)
+    rows = [TokenRow(query, [], []) for query in queries]
+    fuse = jax.jit(lambda params, batch: model.bridge.fuse(params, batch)[0])
+    table = np.asarray(params["decoder"]["embed"]["embedding"], np.float32)
+    x, y = [], []
+    shapes = find_shapes(rows, doubling_buckets(limit))
+    for numbers, batch in in_order(rows, shapes, model.tokenizers, BATCH):
+        features = np.asarray(fuse(params, batch), np.float32)
+        for row, number in zip(features, numbers, strict=False):
+            x.append(row[: len(queries[number])])
+            y.append(np.stack([table[ids].mean(axis=0) for ids in targets[number]]))
+    end = np.mean([table[target[-1]].mean(axis=0) for target in targets], axis=0)
+    return np.concatenate(x), np.concatenate(y), end
+
+
+def _regress(projector: Projector, start: Params, x: np.ndarray, y: np.ndarray) -> Params:
+    """The projector's parameters after minimising the squared error, batch by batch."""
+    x, y = jnp.asarray(x), jnp.asarray(y)
+    optimizer = optax.adam(optax.cosine_decay_schedule(RATE, STEPS))
+
+    def step(state, key):
+        params, opt_state = state
+        pick, noise = jax.random.split(key)
+        chosen = jax.random.randint(pick, (TOKENS,), 0, len(x))
+        seen = x[chosen] + NOISE * jax.random.normal(noise, (TOKENS, x.shape[1]))
+
+        def error(params):
+            projected = projector.apply({"params": params}, seen[None])[0, :-1]
+            return jnp.mean((projected - y[chosen]) ** 2)
+
+        updates, opt_state = optimizer.update(jax.grad(error)(params), opt_state)
+        return (optax.apply_updates(params, updates), opt_state), None
+
+    keys = jax.random.split(jax.random.key(0), STEPS)
+    (params, _), _ = jax.jit(partial(jax.lax.scan, step))((start, optimizer.init(start)), keys)
+    return params
 
 
 def _aligned(texts: list[str], tokenizers: Tokenizers):
     """Encoder ids of each text, and for each of them the LLM tokens it shares characters with."""
     try:
+        # A space at the end belongs to the answer, as in `Tokenizers.encode_answers`.
+        texts = [text.rstrip() for text in texts]
         ours = tokenizers.encoder(texts, return_offsets_mapping=True)
         theirs = tokenizers.decoder(texts, return_offsets_mapping=True, add_special_tokens=False)
     except NotImplementedError:

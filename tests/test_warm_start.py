@@ -1,0 +1,89 @@
+"""The projector's warm start against a least-squares solver, and what it needs."""
+
+from dataclasses import replace
+
+import jax
+import numpy as np
+import pytest
+
+from jaxfusion.config import default_config, finish, from_config_dict
+from jaxfusion.data.sources import Example
+from jaxfusion.errors import InputError
+from jaxfusion.sharding.mesh import make_mesh
+from jaxfusion.training.state import load_model, merge
+from jaxfusion.training.warm_start import NOISE, _aligned, _pairs, warm_start
+
+TEXTS = ["badu fege Label: ", "kilo muna", "pa re si to zu", "bo bo bo"]
+
+
+@pytest.fixture(scope="module")
+def model(tiny):
+    config = finish(default_config(), "last,debug").unlock()
+    config.encoder.checkpoint, config.decoder.checkpoint = (
+        str(tiny / role) for role in ("encoder", "decoder"))
+    return load_model(from_config_dict(config), make_mesh())
+
+
+def test_tokens_are_aligned_by_their_characters(model):
+    queries, targets = _aligned(TEXTS, model.tokenizers)
+    for text, query, target in zip(TEXTS, queries, targets, strict=True):
+        llm = model.tokenizers.decoder(text, add_special_tokens=False)["input_ids"]
+        assert len(target) == len(query)
+        assert {token for tokens in target for token in tokens} <= set(llm)
+        assert target[-1] == llm[-1:]  # the encoder's end token stands where the text ends
+        words = model.tokenizers.decoder.decode(
+            list(dict.fromkeys(token for tokens in target[:-1] for token in tokens)))
+        assert text.split()[0][:2] in words
+
+
+def objective(kernel, bias, x, y):
+    """Squared error under noise on x (in units of its spread), per row."""
+    scaled = kernel * x.std()  # x is standardised by one number
+    return (np.mean(np.sum((x @ kernel + bias - y) ** 2, axis=1))
+            + NOISE**2 * np.sum(scaled**2))
+
+
+def test_a_linear_start_is_near_the_best_under_noise(model):
+    examples = [Example(text, "", 0) for text in TEXTS * 4]
+    start = warm_start(model, examples).trainable
+    x, y, end = _pairs(model, merge(model.trainable, model.frozen), TEXTS * 4)
+    x, y = x.astype(float), y.astype(float)
+    mean, spread = x.mean(axis=0), x.std()
+    z = (x - mean) / spread
+    gram = z.T @ z / len(z) + NOISE**2 * np.eye(z.shape[1])
+    best = np.linalg.solve(gram, z.T @ (y - y.mean(axis=0)) / len(z)) / spread
+    lowest = objective(best, y.mean(axis=0) - mean @ best, x, y)
+    found, fresh = (
+        objective(*(np.asarray(params[f"projector/out/{name}"], float)
+                    for name in ("kernel", "bias")), x, y)
+        for params in (start, model.trainable))
+    assert lowest <= found < 1.15 * lowest < fresh
+    np.testing.assert_allclose(start["projector/end"], end, atol=1e-6)
+    assert jax.tree.map(np.shape, start) == jax.tree.map(np.shape, model.trainable)
+
+
+def test_a_feed_forward_start_leaves_little_of_the_error(tiny):
+    config = finish(default_config(), "last,debug").unlock()
+    config.encoder.checkpoint, config.decoder.checkpoint = (
+        str(tiny / role) for role in ("encoder", "decoder"))
+    config.projector.name = "ffn"
+    model = load_model(from_config_dict(config), make_mesh())
+    examples = [Example(text, "", 0) for text in TEXTS * 4]
+    started = warm_start(model, examples)
+    x, y, _ = _pairs(model, merge(model.trainable, model.frozen), TEXTS)
+
+    def error(trainable):
+        params = merge(trainable, model.frozen)["projector"]
+        projected = model.bridge.projector.apply({"params": params}, x[None])[0, :-1]
+        return np.mean((projected - y) ** 2)
+
+    assert error(started.trainable) < 0.2 * error(model.trainable)
+
+
+def test_tokenizers_without_offsets_are_refused(model):
+    def slow(texts, **kwargs):
+        raise NotImplementedError
+
+    tokenizers = replace(model.tokenizers, encoder=slow)
+    with pytest.raises(InputError, match="tokenizers that tell their offsets"):
+        warm_start(replace(model, tokenizers=tokenizers), [Example("a", "", 0)])
