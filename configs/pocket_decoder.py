@@ -38,6 +38,6 @@ def get_config(arg=None):
     words = (arg or "").split(",")
     if "noise" in words:
         config.train.init_from = "runs/pocket_decoder"
-        config.objective.noise = 0.6
-        config.train.steps = 1200
+        config.objective.noise = 0.8
+        config.train.steps = 1800
     return finish(config, ",".join(word for word in words if word not in ("", "noise")))

@@ -26,6 +26,7 @@ def get_config(arg=None):
     config.data.max_encoder_tokens = 64
     config.data.buckets = (40, 48, 64)
     config.data.dev_rows = 200
+    config.projector.name = "ffn"
     config.projector.warm_start = True
     config.fusion.d_ff = 256
     config.optimizer.groups.bridge.learning_rate = 1e-3

@@ -29,36 +29,34 @@ def get_config(arg=None):
     base.data.max_encoder_tokens = 48
     base.data.buckets = (40, 48)
     base.data.dev_rows = 200
+    base.projector.name = "ffn"
     base.projector.warm_start = True
     base.fusion.d_ff = 256
     base.optimizer.groups = {
         "projector": {
-            "patterns": ("projector/.*",), "learning_rate": 1e-3, "weight_decay": 0.0,
+            "patterns": ("projector/.*",), "learning_rate": 3e-4, "weight_decay": 0.0,
         },
         "fusion": {"patterns": ("fusion/.*",), "learning_rate": 1e-3, "weight_decay": 0.0},
     }
     base.optimizer.b1 = 0.9
     base.train.batch_size = 32
-    base.train.steps = 300
-    base.train.log_every = 50
-    base.train.eval_every = base.train.checkpoint_every = 300
+    base.train.steps = 100
+    base.train.log_every = 25
+    base.train.eval_every = base.train.checkpoint_every = 100
     base.eval.batch_size = 100
     base.eval.max_encoder_tokens = 64
     base.eval.max_new_tokens = 4
 
     only_projector = {"optimizer": {"groups": {"fusion": None}}}
-    config.variants = {
-        "last": {"fusion": {"name": "last"}, **only_projector},
-        "layer 3": {"fusion": {"name": "layer", "layer": 3}, **only_projector},
+    config.variants = (
+        {"name": "last", "fusion": {"name": "last"}, **only_projector},
+        {"name": "layer 4", "fusion": {"name": "layer", "layer": 4}, **only_projector},
         # Its scale `t` moves 1e5 times as fast as it is told to: at such rates it stays as it is.
-        "global_softmax": {
-            "fusion": {"name": "global_softmax"},
-            "optimizer": {"groups": {
-                "fusion": {"patterns": ("fusion/w",), "learning_rate": 3e-4},
-            }},
-        },
-        "transformer_softmax": {"fusion": {"name": "transformer_softmax"}},
-    }
+        {"name": "global_softmax", "fusion": {"name": "global_softmax"}, "optimizer": {
+            "groups": {"fusion": {"patterns": ("fusion/w",), "learning_rate": 3e-4}},
+        }},
+        {"name": "transformer_softmax", "fusion": {"name": "transformer_softmax"}},
+    )
     config.groups = {
         group: tuple(name for name, x in LANGUAGES.items() if x.group == group and x.reported)
         for group in ("rich", "mid", "poor")

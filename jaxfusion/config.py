@@ -224,9 +224,9 @@ class CompareConfig:
 
     job: str = "compare"
     base: Config = Config()
-    # The fields that differ by the variant's name, as {"last": {"fusion": {"name": "last"}}}. The
-    # first variant is what the others are compared with.
-    variants: dict[str, Any] = field(default_factory=dict)
+    # Each with its name and the fields that differ, as {"name": "A", "fusion": {"name": "last"}};
+    # the others are compared with the first.
+    variants: tuple[dict[str, Any], ...] = ()
     groups: dict[str, tuple[str, ...]] = field(default_factory=dict)  # of languages, for means
     development: tuple[str, ...] = ()  # languages on which the recipe was chosen: marked, no mean
     rows: int | None = None  # test rows of each language
@@ -272,10 +272,10 @@ def _comparison(base: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
     """The three fusions of the papers under one config."""
     config = default_config("compare")
     config.base = base
-    config.variants = {
-        name: {"fusion": {"name": name}}
+    config.variants = tuple(
+        {"name": name, "fusion": {"name": name}}
         for name in ("last", "global_softmax", "transformer_softmax")
-    }
+    )
     return config
 
 
@@ -346,11 +346,13 @@ def variants(config: CompareConfig) -> dict[str, Config]:
     """
     if not config.variants:
         raise InputError("a comparison needs at least one variant in config.variants")
-    places = [directory_name(name) for name in config.variants]
+    places = [directory_name(fields.get("name", "")) for fields in config.variants]
     if len(set(places)) < len(places) or "" in places:
         raise InputError(f"the names of variants must make different directories, got {places}")
     found = {}
-    for name, fields in config.variants.items():
+    for fields in config.variants:
+        fields = dict(fields)
+        name = fields.pop("name")
         values = ml_collections.ConfigDict(dataclasses.asdict(config.base)).to_dict()
         _override(values, fields)
         found[name] = _from_dict(Config, values, f"variants.{name}.")

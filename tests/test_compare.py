@@ -68,7 +68,7 @@ def test_variants_set_leave_out_and_check_fields():
     assert set(runs["last"].optimizer.groups) == {"projector"}
     assert {run.train for run in runs.values()} == {config.base.train}
     wrong = get_config(QUICKSTART).unlock()
-    wrong.variants = {"odd": {"fusion": {"nam": "last"}}}
+    wrong.variants = ({"name": "odd", "fusion": {"nam": "last"}},)
     with pytest.raises(InputError, match=r"variants\.odd\.fusion\.nam"):
         from_config_dict(wrong)
     with pytest.raises(InputError, match="at least one variant"):
@@ -97,7 +97,7 @@ def debug_run(cache_dir, tmp_path_factory):
 def test_a_comparison_runs_from_start_to_report(debug_run):
     workdir, comparison, config = debug_run
     assert list(comparison.correct) == [
-        "LLM alone", "last", "layer 3", "global_softmax", "transformer_softmax"]
+        "LLM alone", "last", "layer 4", "global_softmax", "transformer_softmax"]
     rows = {len(x) for by in comparison.correct.values() for x in by.values()}
     assert rows == {6}
     assert set(comparison.layer_weights) == {"global_softmax", "transformer_softmax"}
@@ -153,7 +153,7 @@ def test_a_comparison_that_cannot_start_leaves_nothing(debug_run, tmp_path):
 
 def test_a_comparison_is_not_taken_for_one_of_its_bridges(debug_run):
     workdir, _, config = debug_run
-    with pytest.raises(InputError, match=r"is a comparison; give one of its bridges: .*layer_3"):
+    with pytest.raises(InputError, match=r"is a comparison; give one of its bridges: .*layer_4"):
         ask(workdir, "a | b")
     with pytest.raises(InputError, match="holds a run of job 'compare'"):
         check_workdir(config.base, workdir)

@@ -38,7 +38,6 @@ from jaxfusion.files import new_directory
 
 TASK_ROWS = {"train": 12_000, "dev": 300, "test": 600}
 SOLVED = 160_000  # English documents with their answers, for the LLM
-SCRAMBLED = 0.4  # of solved documents
 SHARE = (("train", 70), ("dev", 80), ("test", 100))  # of frames, cumulated percent
 UP = {name: (*above, name) for tree in TREES.values() for name, above in paths(tree).items()}
 KIND = {name: kind for kind, tree in TREES.items() for name in paths(tree)}
@@ -358,27 +357,12 @@ def solved(rows: int, seed: int = 0) -> Iterator[tuple[str, str]]:
             # A third without any modifier: the plain case is learned first, and helps the others.
             modified = 0.0 if kind < 0.25 else 0.5
             columns = render_inference(*random_inference(rng, "train", modified), "en")
-            columns = _scrambled(rng, columns, ("premise", "hypothesis"))
             yield NLI_PROMPT.format(**columns).strip(), columns["label"]
         elif kind < 0.88:
             columns = render_question(random_question(rng, "train"), "en")
-            columns = _scrambled(rng, columns, ("text",))
             yield QA_PROMPT.format(**columns).strip(), columns["target"]
         else:
             yield _fact(rng)
-
-
-def _scrambled(rng: random.Random, columns: dict[str, str], names: tuple[str, ...]):
-    """The columns with the words of some sentences out of order, as large LLMs bear it and
-    miniatures have to learn it; what is asked of them stays as it is."""
-    if rng.random() >= SCRAMBLED:
-        return columns
-    def shuffle(sentence: str) -> str:
-        words = sentence.split()
-        return " ".join(rng.sample(words, len(words)))
-
-    return {name: " , ".join(map(shuffle, text.split(" , "))) if name in names else text
-            for name, text in columns.items()}
 
 
 def _fact(rng: random.Random) -> tuple[str, str]:

@@ -16,7 +16,7 @@ WIDTH = 0.8  # of a language's bars together
 def draw_accuracy(comparison: Comparison, out: Path, chance: float | None = None) -> None:
     """A bar per language and model, with intervals, and the level of chance."""
     c, languages = comparison, comparison.languages
-    figure, axes = plt.subplots(figsize=(1.0 + 0.95 * len(languages), 4.2), layout="constrained")
+    figure, axes = plt.subplots(figsize=(max(7.0, 1.0 + 0.95 * len(languages)), 4.2), layout="constrained")
     width = WIDTH / len(c.correct)
     colours = plt.get_cmap("viridis")(np.linspace(0.05, 0.9, len(c.correct) - 1))
     for i, model in enumerate(c.correct):
@@ -47,7 +47,7 @@ def draw_layers(comparison: Comparison, out: Path) -> None:
     fusions = comparison.layer_weights
     figure, panels = plt.subplots(
         1, len(fusions), squeeze=False, layout="constrained",
-        figsize=(1.0 + 4.2 * len(fusions), 1.4 + 0.28 * len(comparison.languages)),
+        figsize=(1.0 + 4.2 * len(fusions), max(2.8, 1.4 + 0.28 * len(comparison.languages))),
     )
     highest = max(max(weights) for by in fusions.values() for weights in by.values())
     for axes, (name, by_language) in zip(panels[0], fusions.items(), strict=True):

@@ -71,7 +71,7 @@ def load_config(workdir: Path) -> Config:
     """
     config = configs.load(workdir / CONFIG_FILE)
     if isinstance(config, CompareConfig):
-        inside = ", ".join(str(workdir / directory_name(name)) for name in config.variants)
+        inside = ", ".join(str(workdir / directory_name(x["name"])) for x in config.variants)
         raise InputError(f"{workdir} is a comparison; give one of its bridges: {inside}")
     if not isinstance(config, Config):
         raise InputError(f"{workdir} holds no bridge but a run of job '{config.job}'")
