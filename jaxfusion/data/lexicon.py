@@ -162,8 +162,9 @@ def words(language: str) -> dict[str, str]:
 
     found: dict[str, str] = {}
     for name in ("-the", "-plural", "-not", "-many", *concepts()):
-        length = (1,) if name.startswith("-") else (1, 2) if name in GRAMMAR else (2, 3)
-        while (word := "".join(syllable() for _ in range(rng.choice(length)))) in found.values():
+        # Short, so that a vocabulary of a few thousand has whole words of most languages.
+        length = 1 if name.startswith("-") else 2
+        while (word := "".join(syllable() for _ in range(length))) in found.values():
             pass
         found[name] = word
     return found

@@ -16,7 +16,8 @@ WIDTH = 0.8  # of a language's bars together
 def draw_accuracy(comparison: Comparison, out: Path, chance: float | None = None) -> None:
     """A bar per language and model, with intervals, and the level of chance."""
     c, languages = comparison, comparison.languages
-    figure, axes = plt.subplots(figsize=(max(7.0, 1.0 + 0.95 * len(languages)), 4.2), layout="constrained")
+    size = (max(7.0, 1.0 + 0.95 * len(languages)), 4.2)
+    figure, axes = plt.subplots(figsize=size, layout="constrained")
     width = WIDTH / len(c.correct)
     colours = plt.get_cmap("viridis")(np.linspace(0.05, 0.9, len(c.correct) - 1))
     for i, model in enumerate(c.correct):
