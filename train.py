@@ -34,19 +34,22 @@ def main(argv: list[str]) -> None:
         raise InputError(f"there is no config file {file}; this project's own are in configs/")
     config = from_config_dict(CONFIG.value)
     workdir = Path(WORKDIR.value or default_workdir(name))
-    # jax, and all that stands on it, is imported only once the config is known to be right.
+    # jax, and all that stands on it, is imported only once the config is known to be right, and of
+    # the jobs only the one that runs.
     from jaxfusion.testing.debug import make_inputs
-    from jaxfusion.training.bridge import train
-    from jaxfusion.training.compare import compare
-    from jaxfusion.training.pretrain import CHECKPOINT, pretrain
-
     if config.job == "compare":
+        from jaxfusion.training.compare import compare
+
         compare(replace(config, base=make_inputs(config.base)), workdir)
         print(f"done: {workdir / 'report.md'} and its pictures")
     elif config.job == "pretrain":
+        from jaxfusion.training.pretrain import CHECKPOINT, pretrain
+
         pretrain(make_inputs(config), workdir)
         print(f"done: {workdir / CHECKPOINT} is a Hugging Face directory")
     else:
+        from jaxfusion.training.bridge import train
+
         train(make_inputs(config), workdir)
         print(f"done: {workdir}; score it with: python eval.py --workdir {workdir}")
 

@@ -7,7 +7,7 @@ The second command goes on from runs/pocket_decoder with noise on the embeddings
 never hit them exactly. It writes runs/pocket_decoder_noise/hf, kept in the repository as
 pocket/decoder (see pocket/README.md).
 
-Needs: two CPU cores, twenty minutes together. Learns from English text of the pocket world
+Needs: two CPU cores, about half an hour together. Learns from English text of the pocket world
 (jaxfusion/data/pocket.py), some of it solved tasks; no frame of a development or test row is among
 it.
 """

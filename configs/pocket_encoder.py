@@ -1,4 +1,4 @@
-"""The pocket encoder: an mT5 encoder of a million parameters that reads eleven languages.
+"""The pocket encoder: an mT5 encoder of 1.5 million parameters that reads eleven languages.
 
     python train.py --config configs/pocket_encoder.py
 

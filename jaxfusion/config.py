@@ -301,7 +301,8 @@ def _debug(config: ml_collections.ConfigDict) -> None:
 
 def _debug_pretraining(config: ml_collections.ConfigDict) -> None:
     """A tower of a few thousand parameters on a hundredth of the pocket world's text."""
-    config.data.path = "made:pocket_debug"
+    config.data.path, config.data.pivot = "made:pocket_debug", "en"
+    config.data.languages = ("en",) if config.data.languages else ()
     config.data.buckets = (config.data.max_tokens,)
     config.data.dev_rows = 16
     config.tower.d_model = config.tower.d_ff = 32

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_configs import FILES, get_config
+from test_configs import FILES, PRETRAINING, get_config
 
 from jaxfusion.config import CorpusConfig, ObjectiveConfig, from_config_dict
 from jaxfusion.data.corpus import Document, induce_lexicon, read_corpus
@@ -90,7 +90,7 @@ def test_batches_depend_on_their_step_alone_and_fill_their_bucket(world):
         assert np.all((a[step].weights > 0) == (a[step].segments > 0))
 
 
-@pytest.mark.parametrize("name", ["pocket_encoder", "pocket_decoder"])
+@pytest.mark.parametrize("name", [file.stem for file in PRETRAINING])
 def test_a_pretrained_tower_opens_in_transformers(name, cache_dir, tmp_path):
     from transformers import AutoModelForCausalLM, AutoTokenizer, MT5EncoderModel
 
@@ -107,7 +107,8 @@ def test_a_pretrained_tower_opens_in_transformers(name, cache_dir, tmp_path):
     about = json.loads((out / "pretraining.json").read_text())
     assert about["world"]["version"] == 1 and 0 <= about["dev"]["accuracy"] < 1
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
-    losses = [json.loads(line)["loss"] for line in lines if "\"loss\"" in line]
+    # On the texts held out, which are the same every time; batches of eight differ too much.
+    losses = [json.loads(line)["dev/loss"] for line in lines if "dev/loss" in line]
     assert losses[-1] < losses[0]
 
 

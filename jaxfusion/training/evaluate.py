@@ -108,8 +108,10 @@ def read_rows(
 def _at_hand(name: str, path: str | None) -> tuple[str, ...]:
     """All languages of a task; of a directory of JSONL files, those that are there."""
     languages = get_task(name).languages
-    there = tuple(x for x in languages if Path(path or "", f"test-{x}.jsonl").is_file())
-    return there or languages
+    if path is None:
+        return languages
+    folder = Path(path).expanduser()
+    return tuple(x for x in languages if (folder / f"test-{x}.jsonl").is_file()) or languages
 
 
 def _score(model: Model, rows: Rows, llm_only: bool) -> tuple[Results, Details]:

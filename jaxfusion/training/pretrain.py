@@ -71,7 +71,8 @@ def _is_of(out: Path, config: PretrainConfig) -> bool:
     file = out / ABOUT_FILE
     if not file.is_file():
         return False
-    return json.loads(file.read_text("utf-8"))["config"]["train"]["steps"] == config.train.steps
+    was = json.loads(file.read_text("utf-8"))["config"]["train"]
+    return (was["steps"], was["epochs"]) == (config.train.steps, config.train.epochs)
 
 
 def prepare(config: PretrainConfig, mesh, fresh: bool = True):
