@@ -42,7 +42,7 @@ from jaxfusion.nn.decoder import Decoder, DecoderConfig
 from jaxfusion.nn.mt5 import MT5Config, MT5Encoder
 from jaxfusion.nn.projector import Projector
 from jaxfusion.testing import torch_reference
-from jaxfusion.testing.checkpoints import SIZES, random_params, write_tower
+from jaxfusion.testing.checkpoints import SIZES, random_params, write_random_tower
 from jaxfusion.training.optimizer import group_of_each, make_optimizer
 from jaxfusion.training.state import State
 from jaxfusion.training.step import make_train_step
@@ -189,7 +189,7 @@ def load_torch(
         paths = [Path(place) / role for role in ("encoder", "decoder")]
         for path, config in zip(paths, towers, strict=True):
             path.mkdir()
-            write_tower(path, config, seed=0)
+            write_random_tower(path, config, seed=0)
         encoder = MT5EncoderModel.from_pretrained(paths[0], dropout_rate=0.0)
         llm = LlamaForCausalLM.from_pretrained(paths[1])
     fusion = torch_reference.TransformerSoftmax(

@@ -12,7 +12,7 @@ from conftest import relative
 from transformers import LlamaForCausalLM
 
 from jaxfusion.nn.decoder import Decoder, DecoderConfig, LinearScaling, Llama3Scaling, init_cache
-from jaxfusion.testing.checkpoints import random_params, write_tower
+from jaxfusion.testing.checkpoints import random_params, write_random_tower
 
 BASE = DecoderConfig(
     vocab_size=101, d_model=48, d_ff=80, num_layers=3, num_heads=6, num_kv_heads=2, head_dim=12,
@@ -48,7 +48,7 @@ def tokens():
 @pytest.mark.parametrize("case", CASES)
 def test_logits_equal_transformers(case, tokens, tmp_path):
     config = CASES[case]
-    write_tower(tmp_path, config)
+    write_random_tower(tmp_path, config)
     theirs = LlamaForCausalLM.from_pretrained(tmp_path).eval()
     with torch.no_grad():
         reference = theirs(torch.tensor(tokens)).logits.numpy()
@@ -74,7 +74,7 @@ def test_transformers_five_spelling_of_rope_is_read_too(tokens, tmp_path):
 @pytest.mark.parametrize("case", ["llama2", "llama32_tied"])
 def test_cached_decoding_equals_transformers(case, tokens, tmp_path):
     config = CASES[case]
-    write_tower(tmp_path, config)
+    write_random_tower(tmp_path, config)
     theirs = LlamaForCausalLM.from_pretrained(tmp_path).eval()
     with torch.no_grad():
         reference = theirs(torch.tensor(tokens)).logits.numpy()

@@ -11,7 +11,7 @@ from conftest import relative
 from transformers import MT5EncoderModel, UMT5EncoderModel
 
 from jaxfusion.nn.mt5 import MT5Config, MT5Encoder
-from jaxfusion.testing.checkpoints import random_params, write_tower
+from jaxfusion.testing.checkpoints import random_params, write_random_tower
 
 # Unlike the defaults in everything: heads × head_dim is not d_model.
 UNUSUAL = MT5Config(
@@ -38,7 +38,7 @@ def batch():
 @pytest.mark.parametrize("family", CASES)
 def test_every_state_equals_transformers(family, batch, tmp_path):
     config, (tokens, mask) = CASES[family], batch
-    write_tower(tmp_path, config)
+    write_random_tower(tmp_path, config)
     model = {"mt5": MT5EncoderModel, "umt5": UMT5EncoderModel}[family]
     theirs = model.from_pretrained(tmp_path).eval()
     with torch.no_grad():

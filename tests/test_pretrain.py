@@ -81,13 +81,15 @@ def test_a_causal_row_foretells_the_next_token_and_weighs_its_answer():
 def test_batches_depend_on_their_step_alone_and_fill_their_bucket(world):
     documents, rows_of, tokenizer = world
     rows, _ = denoising_rows(documents, rows_of, tokenizer, ObjectiveConfig(), "en", 48)
-    make = lambda: TextBatches(rows, [d.language for d in documents],  # noqa: E731
+    drawn = np.arange(50, len(documents))
+    make = lambda: TextBatches(rows, [d.language for d in documents], drawn,  # noqa: E731
                                CorpusConfig(max_tokens=48, buckets=(16, 32)), 8, 0, 20)
     a, b = make(), make()
     for step in (7, 0, 19):
         jax.tree.map(np.testing.assert_array_equal, a[step], b[step])
         assert a[step].tokens.shape in {(8, 16), (8, 32), (8, 48)}
         assert np.all((a[step].weights > 0) == (a[step].segments > 0))
+    assert not set(range(50)) & {i for members in a.members for i in members}
 
 
 @pytest.mark.parametrize("name", [file.stem for file in PRETRAINING])

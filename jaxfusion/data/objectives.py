@@ -149,20 +149,26 @@ class TextBatches:
 
     A step first draws a bucket of lengths, then texts of that bucket: a language with n texts in
     proportion to n**sampling (mT5, arXiv:2010.11934, section 3.1), its texts evenly.
+
+    Args:
+      rows, languages: of all texts. drawn: the numbers of those that are learned from.
     """
 
     def __init__(
-        self, rows: CausalRows | DenoisingRows, languages: Sequence[str], config: CorpusConfig,
-        batch_size: int, seed: int, steps: int,
+        self, rows: CausalRows | DenoisingRows, languages: Sequence[str], drawn: np.ndarray,
+        config: CorpusConfig, batch_size: int, seed: int, steps: int,
     ):
         self.rows, self.batch_size, self.seed, self.steps = rows, batch_size, seed, steps
         self.buckets = tuple(b for b in config.buckets if b < config.max_tokens)
         self.buckets = (*self.buckets, config.max_tokens)
-        _, language, texts = np.unique(languages, return_inverse=True, return_counts=True)
+        _, language, texts = np.unique(
+            np.array(languages)[drawn], return_inverse=True, return_counts=True
+        )
         weight = (texts.astype(float) ** (config.sampling - 1))[language]
-        bucket = np.searchsorted(self.buckets, rows.lengths())
-        self.members = [np.flatnonzero(bucket == b) for b in range(len(self.buckets))]
-        self.cumulated = [np.cumsum(weight[m]) for m in self.members]
+        bucket = np.searchsorted(self.buckets, rows.lengths()[drawn])
+        inside = [np.flatnonzero(bucket == b) for b in range(len(self.buckets))]
+        self.members = [drawn[chosen] for chosen in inside]
+        self.cumulated = [np.cumsum(weight[chosen]) for chosen in inside]
         mass = np.array([c[-1] if len(c) else 0.0 for c in self.cumulated])
         self.chance = mass / mass.sum()
 

@@ -9,16 +9,19 @@ import numpy as np
 from flax import traverse_util
 from safetensors.numpy import save_file
 
+from jaxfusion.hf.configs import decoder_json, encoder_json
 from jaxfusion.hf.load import INDEX, SINGLE
-from jaxfusion.hf.tables import TRANSFORMS, Table
+from jaxfusion.hf.tables import TRANSFORMS, Table, table
+from jaxfusion.nn.decoder import DecoderConfig
+from jaxfusion.nn.mt5 import MT5Config
 
 SHARD_BYTES = 5_000_000_000
 
 
-def to_tensors(table: Table, params: dict[str, Any]) -> Iterator[tuple[str, np.ndarray]]:
+def to_tensors(rows: Table, params: dict[str, Any]) -> Iterator[tuple[str, np.ndarray]]:
     """Every Hugging Face tensor of a parameter tree, by name."""
     flat = traverse_util.flatten_dict(params, sep="/")
-    for row in table.rows:
+    for row in rows.rows:
         array = np.asarray(flat[row.ours])
         to_theirs = TRANSFORMS[row.transform].to_theirs
         if not row.stacked:
@@ -26,6 +29,16 @@ def to_tensors(table: Table, params: dict[str, Any]) -> Iterator[tuple[str, np.n
             continue
         for i, layer in enumerate(array):
             yield row.theirs.format(i=i), to_theirs(layer)
+
+
+def write_tower(
+    out: Path, config: MT5Config | DecoderConfig, params: dict[str, Any],
+    shard_bytes: int = SHARD_BYTES,
+) -> None:
+    """Writes `config.json` and the weights of one tower into an existing directory."""
+    to_json = encoder_json if isinstance(config, MT5Config) else decoder_json
+    (out / "config.json").write_text(json.dumps(to_json(config), indent=2), "utf-8")
+    write_shards(out, to_tensors(table(config), params), shard_bytes)
 
 
 def write_shards(

@@ -20,9 +20,7 @@ from flax import linen as nn
 
 from jaxfusion.errors import InputError
 from jaxfusion.files import new_directory
-from jaxfusion.hf.configs import decoder_json, encoder_json
-from jaxfusion.hf.save import to_tensors, write_shards
-from jaxfusion.hf.tables import table
+from jaxfusion.hf.save import write_tower
 from jaxfusion.nn.decoder import Decoder, DecoderConfig, Llama3Scaling
 from jaxfusion.nn.mt5 import MT5Config, MT5Encoder
 from jaxfusion.testing.text import made_up_tokenizer
@@ -61,13 +59,9 @@ def random_params(config: MT5Config | DecoderConfig, seed: int) -> dict[str, Any
     return nn.unbox(jax.jit(init)(jax.random.key(seed))["params"])
 
 
-def write_tower(
-    out: Path, config: MT5Config | DecoderConfig, *, seed: int = 0, shard_bytes: int = 10**10
-) -> None:
+def write_random_tower(out: Path, config: MT5Config | DecoderConfig, *, seed: int = 0) -> None:
     """Writes config and random weights of one tower into an existing directory."""
-    to_json = encoder_json if isinstance(config, MT5Config) else decoder_json
-    (out / "config.json").write_text(json.dumps(to_json(config), indent=2), "utf-8")
-    write_shards(out, to_tensors(table(config), random_params(config, seed)), shard_bytes)
+    write_tower(out, config, random_params(config, seed))
 
 
 def write_checkpoints(
@@ -95,7 +89,7 @@ def write_checkpoints(
             else:
                 made_up_tokenizer(role).save_pretrained(path)
             vocab = _tokenizer_size(path)
-            write_tower(path, replace(config, vocab_size=(vocab // 32 + 1) * 32), seed=seed)
+            write_random_tower(path, replace(config, vocab_size=(vocab // 32 + 1) * 32), seed=seed)
 
 
 def _tokenizer_size(path: Path) -> int:

@@ -11,9 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import linen as nn
 from flax import traverse_util
-from jax.sharding import NamedSharding
 
 from jaxfusion.config import OBJECTIVES, ROLES, PretrainConfig, TowerConfig
 from jaxfusion.data.corpus import Document, read_corpus
@@ -22,17 +20,15 @@ from jaxfusion.data.objectives import TextBatches, causal_rows, denoising_rows
 from jaxfusion.data.tokenizers import train_tokenizer
 from jaxfusion.errors import InputError, choose
 from jaxfusion.files import new_directory
-from jaxfusion.hf.configs import decoder_json, encoder_json
-from jaxfusion.hf.save import to_tensors, write_shards
-from jaxfusion.hf.tables import table
+from jaxfusion.hf.save import write_tower
+from jaxfusion.nn.bridge import Params
 from jaxfusion.nn.decoder import Decoder, DecoderConfig
 from jaxfusion.nn.mt5 import MT5Config, MT5Encoder
 from jaxfusion.nn.text_lm import TextLM
-from jaxfusion.sharding.rules import spec
 from jaxfusion.training.checkpoint import trained_part
 from jaxfusion.training.loop import Run, put_batch, run_to_end
 from jaxfusion.training.optimizer import group_of_each
-from jaxfusion.training.state import Flat, State, merge, replaced
+from jaxfusion.training.state import Flat, State, describe, merge, replaced, start
 
 CHECKPOINT = "hf"  # below the workdir
 logger = logging.getLogger(__name__)
@@ -60,9 +56,7 @@ def pretrain(config: PretrainConfig, workdir: Path) -> State:
             "dev": made["run"].score(state.trainable), "config": dataclasses.asdict(config),
         }
         about["config"]["data"]["path"] = Path(config.data.path).name
-        write_checkpoint(
-            out, made["tower"], made["tokenizer"], state.trainable, about
-        )
+        write_checkpoint(out, made["tower"], made["tokenizer"], state.trainable, about)
     return state
 
 
@@ -114,26 +108,27 @@ def prepare(config: PretrainConfig, mesh, fresh: bool = True):
                    config.objective.noise)
     steps = config.train.steps or config.train.epochs * -(-len(kept) // config.train.batch_size)
 
-    def batches(numbers) -> TextBatches:
-        documents = [texts[i] for i in numbers]
-        if role == "decoder":
-            rows, cut = causal_rows(documents, tokenizer, config.objective, config.data.max_tokens)
-        else:
-            rows, cut = denoising_rows(documents, corpus.pairs, tokenizer, config.objective,
-                                       config.data.pivot, config.data.max_tokens)
-        if cut:
-            logger.warning("%d texts are cut at %d tokens", cut, config.data.max_tokens)
-        return TextBatches(rows, [d.language for d in documents], config.data,
-                           config.train.batch_size, config.train.seed, steps)
-
+    if role == "decoder":
+        rows, cut = causal_rows(texts, tokenizer, config.objective, config.data.max_tokens)
+    else:
+        rows, cut = denoising_rows(texts, corpus.pairs, tokenizer, config.objective,
+                                   config.data.pivot, config.data.max_tokens)
+    if cut:
+        logger.warning("%d texts are cut at %d tokens", cut, config.data.max_tokens)
+    batches = TextBatches(rows, [d.language for d in texts], kept, config.data,
+                          config.train.batch_size, config.train.seed, steps)
     logger.info("%s texts, %d tokens in the vocabulary", f"{len(kept):,}", len(tokenizer))
-    trainable = _start(model, config.train.seed, mesh)
+
+    def init() -> Params:
+        return model.init(jax.random.key(config.train.seed))
+
+    trainable = start(init, describe(init, mesh)[1])
     if config.train.init_from is not None and fresh:
         source = Path(config.train.init_from)
         trainable = replaced(trainable, trained_part(source)[1], str(source))
     run = Run(config, model.loss, trainable, {},
-              group_of_each(trainable, config.optimizer.groups), batches(kept), steps,
-              _dev_scorer(model, batches(held), mesh, config), "accuracy")
+              group_of_each(trainable, config.optimizer.groups), batches, steps,
+              _dev_scorer(model, batches, held, mesh, config), "accuracy")
     return run, tower, tokenizer
 
 
@@ -155,12 +150,9 @@ def write_checkpoint(
     Args:
       about: what made it, for `pretraining.json`.
     """
-    role, to_json = (("encoder", encoder_json) if isinstance(tower, MT5Config)
-                     else ("decoder", decoder_json))
-    params = traverse_util.unflatten_dict(jax.device_get(flat), sep="/")[role]
+    params, = traverse_util.unflatten_dict(jax.device_get(flat), sep="/").values()
     with new_directory(out) as partial:
-        (partial / "config.json").write_text(json.dumps(to_json(tower), indent=2), "utf-8")
-        write_shards(partial, to_tensors(table(tower), params))
+        write_tower(partial, tower, params)
         tokenizer.save_pretrained(partial)
         (partial / ABOUT_FILE).write_text(json.dumps(about, indent=2) + "\n", "utf-8")
 
@@ -180,29 +172,17 @@ def _balanced(documents: Sequence[Document], sampling: float, seed: int) -> list
     ]
 
 
-def _start(model: TextLM, seed: int, mesh) -> Flat:
-    """Fresh parameters, made where they belong."""
-
-    def init():
-        return model.init(jax.random.key(seed))
-
-    shardings = jax.tree.map(lambda box: NamedSharding(mesh, spec(box.names)),
-                             jax.eval_shape(init),
-                             is_leaf=lambda x: isinstance(x, nn.LogicallyPartitioned))
-    params = jax.jit(lambda: nn.unbox(init()), out_shardings=shardings)()
-    return traverse_util.flatten_dict(params, sep="/")
-
-
-def _dev_scorer(model: TextLM, held: TextBatches, mesh, config: PretrainConfig):
+def _dev_scorer(
+    model: TextLM, batches: TextBatches, held: Sequence[int], mesh, config: PretrainConfig
+):
     """Trained parameters -> weighted loss, and accuracy where the objective has its full weight
     (what was hidden or replaced; an answer), on the texts held out in whole batches."""
     full = max(1.0, config.objective.answer_weight) if model.role == "decoder" else 1.0
-    rows, rng = len(held.rows.lengths()), np.random.default_rng(0)
-    size = held.batch_size
-    if rows < size:
-        raise InputError(f"only {rows} texts are held out, wanted train.batch_size ({size}) or "
-                         "more; set data.dev_rows higher")
-    dev = [held.batch(range(i, i + size), rng) for i in range(0, rows - size + 1, size)]
+    size, rng = batches.batch_size, np.random.default_rng(0)
+    if len(held) < size:
+        raise InputError(f"only {len(held)} texts are held out, wanted train.batch_size ({size}) "
+                         "or more; set data.dev_rows higher")
+    dev = [batches.batch(held[i : i + size], rng) for i in range(0, len(held) - size + 1, size)]
 
     @jax.jit
     def measure(trainable, batch):

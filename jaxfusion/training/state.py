@@ -1,5 +1,6 @@
 """From a config to a model on the mesh: what is frozen, what trains, and where each part lies."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -96,14 +97,15 @@ def load_model(config: Config, mesh: Mesh) -> Model:
         load_tokenizer(paths["decoder"], shapes["decoder"].vocab_size, "decoder"),
     )
     bridge = make_bridge(config, shapes["encoder"], shapes["decoder"])
-    abstract, shardings = _describe(bridge, mesh)
+    every = ("encoder", "fusion", "projector", "decoder")
+    abstract, shardings = describe(lambda: bridge.init(jax.random.key(0), every), mesh)
     groups = group_of_each(abstract, config.optimizer.groups)
     if config.fusion.backward == "second_pass" and any(p.startswith("encoder/") for p in groups):
         raise InputError(
             "fusion.backward='second_pass' gives the encoder no gradient, but "
             "optimizer.groups train part of it; use fusion.backward='stack'"
         )
-    flat = _start(bridge, config, shardings)
+    flat = start(lambda: bridge.init(jax.random.key(config.train.seed)), shardings)
     for role in ("encoder", "decoder"):
         flat |= _read_tower(role, paths[role], table(shapes[role]), abstract, shardings, groups)
     return Model(
@@ -180,14 +182,12 @@ def _resolve(config: Config):
     return paths, config
 
 
-def _describe(bridge: Bridge, mesh: Mesh) -> tuple[Flat, dict[str, NamedSharding]]:
-    """Every parameter's shape and sharding, without making any."""
-    every = ("encoder", "fusion", "projector", "decoder")
-    boxed = jax.eval_shape(lambda: bridge.init(jax.random.key(0), every))
+def describe(init: Callable[[], Params], mesh: Mesh) -> tuple[Flat, dict[str, NamedSharding]]:
+    """Shape and sharding, by path, of the boxed parameters that `init` makes; makes none."""
     is_box = lambda x: isinstance(x, nn.LogicallyPartitioned)  # noqa: E731
     flat = {
         "/".join(str(key.key) for key in path): box
-        for path, box in jax.tree_util.tree_leaves_with_path(boxed, is_leaf=is_box)
+        for path, box in jax.tree_util.tree_leaves_with_path(jax.eval_shape(init), is_leaf=is_box)
     }
     unnamed = [path for path, box in flat.items() if not is_box(box)]
     if unnamed:
@@ -196,15 +196,14 @@ def _describe(bridge: Bridge, mesh: Mesh) -> tuple[Flat, dict[str, NamedSharding
     return {path: box.value for path, box in flat.items()}, shardings
 
 
-def _start(bridge: Bridge, config: Config, shardings: dict[str, NamedSharding]) -> Flat:
-    """Fresh fusion and projector, made where they belong."""
+def start(init: Callable[[], Params], shardings: dict[str, NamedSharding]) -> Flat:
+    """Fresh parameters by path, made where they belong."""
 
-    def init():
-        params = nn.unbox(bridge.init(jax.random.key(config.train.seed)))
-        return traverse_util.flatten_dict(params, sep="/")
+    def flat():
+        return traverse_util.flatten_dict(nn.unbox(init()), sep="/")
 
-    out = {path: shardings[path] for path in jax.eval_shape(init)}
-    return jax.jit(init, out_shardings=out)()
+    out = {path: shardings[path] for path in jax.eval_shape(flat)}
+    return jax.jit(flat, out_shardings=out)()
 
 
 def _read_tower(role, path, rows, abstract: Flat, shardings, groups) -> Flat:
