@@ -33,10 +33,10 @@ from timing import alternate, compiled, machine, medians, parser, report, show, 
 from transformers import LlamaForCausalLM, MT5EncoderModel
 from transformers.utils.logging import disable_progress_bar
 
-from jaxfusion.config import DataConfig, GroupConfig, OptimizerConfig
 from jaxfusion.data.batching import Shapes, TokenRow, collate, find_shapes
 from jaxfusion.data.packing import find_packing, stratified_plan
 from jaxfusion.data.tokenizers import Tokenizers
+from jaxfusion.fields import DataConfig, GroupConfig, OptimizerConfig
 from jaxfusion.nn.bridge import Batch, Bridge, Params
 from jaxfusion.nn.decoder import Decoder, DecoderConfig
 from jaxfusion.nn.mt5 import MT5Config, MT5Encoder

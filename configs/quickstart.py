@@ -30,11 +30,12 @@ def get_config(arg=None):
     base.data.buckets = (40, 48)
     base.data.dev_rows = 200
     base.projector.name = "ffn"
+    base.projector.d_ff = 512
     base.projector.warm_start = True
     base.fusion.d_ff = 256
     base.optimizer.groups = {
         "projector": {
-            "patterns": ("projector/.*",), "learning_rate": 3e-4, "weight_decay": 0.0,
+            "patterns": ("projector/.*",), "learning_rate": 1e-4, "weight_decay": 0.0,
         },
         "fusion": {"patterns": ("fusion/.*",), "learning_rate": 1e-3, "weight_decay": 0.0},
     }
@@ -53,7 +54,7 @@ def get_config(arg=None):
         {"name": "layer 4", "fusion": {"name": "layer", "layer": 4}, **only_projector},
         # Its scale `t` moves 1e5 times as fast as it is told to: at such rates it stays as it is.
         {"name": "global_softmax", "fusion": {"name": "global_softmax"}, "optimizer": {
-            "groups": {"fusion": {"patterns": ("fusion/w",), "learning_rate": 3e-4}},
+            "groups": {"fusion": {"patterns": ("fusion/w",), "learning_rate": 1e-3}},
         }},
         {"name": "transformer_softmax", "fusion": {"name": "transformer_softmax"}},
     )

@@ -10,9 +10,9 @@ import pytest
 from conftest import relative
 from flax import linen as nn
 
-from jaxfusion.config import OptimizerConfig
 from jaxfusion.data.batching import Shape, TokenRow, collate, find_shapes
 from jaxfusion.data.packing import Packing
+from jaxfusion.fields import OptimizerConfig
 from jaxfusion.nn.bridge import Batch, Bridge
 from jaxfusion.nn.decoder import Decoder, DecoderConfig
 from jaxfusion.nn.mt5 import MT5Config, MT5Encoder

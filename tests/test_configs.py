@@ -12,6 +12,7 @@ import pytest
 from jaxfusion import config as configs
 from jaxfusion.config import default_config, finish, from_config_dict
 from jaxfusion.errors import InputError
+from jaxfusion.fields import JOBS, GroupConfig
 from jaxfusion.testing.debug import make_inputs
 from jaxfusion.training.bridge import train
 from jaxfusion.training.evaluate import evaluate
@@ -77,8 +78,8 @@ def test_every_field_is_read_somewhere():
             if dataclasses.is_dataclass(default):
                 yield from fields(type(default))
 
-    jobs = (name for job in configs.JOBS.values() for name in fields(job))
-    names = {*jobs, *(f.name for f in dataclasses.fields(configs.GroupConfig))}
+    jobs = (name for job in JOBS.values() for name in fields(job))
+    names = {*jobs, *(f.name for f in dataclasses.fields(GroupConfig))}
     # The scheduler-like values reach optax by position; their names are attributes all the same.
     assert not names - read
 

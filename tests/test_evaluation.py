@@ -9,13 +9,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jaxfusion.config import EvalConfig, default_config, finish, from_config_dict
+from jaxfusion.config import default_config, finish, from_config_dict
 from jaxfusion.data.batching import collate, find_shapes, tokenize
 from jaxfusion.data.sources import Example
 from jaxfusion.evaluation.generate import make_scorer
 from jaxfusion.evaluation.metrics import accuracy, wilson_interval
 from jaxfusion.evaluation.report import merge_results
 from jaxfusion.evaluation.scoring import Scorer
+from jaxfusion.fields import EvalConfig
 from jaxfusion.sharding.mesh import make_mesh
 from jaxfusion.training.state import load_model, merge
 

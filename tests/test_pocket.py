@@ -7,9 +7,10 @@ from itertools import combinations, product
 import numpy as np
 import pytest
 
-from jaxfusion.data import pocket
+from jaxfusion.data import grammar, pocket
+from jaxfusion.data.grammar import UP, leaves
 from jaxfusion.data.lexicon import LANGUAGES, VERSION, check_version, concepts, words
-from jaxfusion.data.pocket import UP, leaves, random_inference, task_rows
+from jaxfusion.data.pocket import random_inference, task_rows
 from jaxfusion.data.tasks import NLI_LABELS, SPLITS
 from jaxfusion.errors import InputError
 from jaxfusion.evaluation.shortcuts import CUES, lookup_correct, surface
@@ -86,10 +87,10 @@ def test_labels_read_as_english_does(premise, hypothesis, label):
     def parse(text):
         determiner, noun, *rest = text.split()
         verb = rest[-1].removesuffix("s")
-        return pocket.Sentence(determiner, None, None, noun, None, None, "not" in rest, verb)
+        return grammar.Sentence(determiner, None, None, noun, None, None, "not" in rest, verb)
 
-    assert pocket.english(parse(premise)) == premise
-    assert pocket.label(parse(premise), parse(hypothesis)) == label
+    assert grammar.english(parse(premise)) == premise
+    assert grammar.label(parse(premise), parse(hypothesis)) == label
 
 
 # Shortcuts
@@ -134,7 +135,7 @@ def test_no_frame_is_in_two_splits():
 
 
 def test_pretraining_text_holds_no_sentence_of_a_scored_frame():
-    scored = {pocket.render(s, "en") for split in ("dev", "test")
+    scored = {grammar.render(s, "en") for split in ("dev", "test")
               for pair in sample(800, split) for s in pair[:2]}
     text = "\n".join(pocket.texts("en", 2000))
     text += "\n".join(a for a, _ in pocket.pairs("sinh", 500))
@@ -172,14 +173,14 @@ def test_rows_are_the_same_in_all_languages_and_runs():
 
 
 def test_word_order_and_affixes_differ():
-    s = pocket.Sentence("the", "two", "red", "dog", "near", "river", True, "run")
-    assert pocket.render(s, "en") == "the two red dogs near the river do not run"
+    s = grammar.Sentence("the", "two", "red", "dog", "near", "river", True, "run")
+    assert grammar.render(s, "en") == "the two red dogs near the river do not run"
     w = words("taml")  # place first, postposition, suffixed negation, no article
-    assert pocket.render(s, "taml") == (
+    assert grammar.render(s, "taml") == (
         f"{w['river']} {w['near']} {w['two']} {w['red']} {w['dog']}{w['-plural']} "
         f"{w['run']}{w['-many']}{w['-not']}")
     w = words("arab")  # verb first, negation before it, prefixed article, adjective last
-    assert pocket.render(s, "arab") == (
+    assert grammar.render(s, "arab") == (
         f"{w['not']} {w['run']}{w['-many']} {w['two']} {w['-the']}{w['dog']}{w['-plural']} "
         f"{w['red']} {w['near']} {w['river']}")
 

@@ -9,13 +9,14 @@ import numpy as np
 import pytest
 from test_configs import FILES, PRETRAINING, get_config
 
-from jaxfusion.config import CorpusConfig, ObjectiveConfig, from_config_dict
+from jaxfusion.config import from_config_dict
 from jaxfusion.data.corpus import Document, induce_lexicon, read_corpus
 from jaxfusion.data.lexicon import concepts, words
 from jaxfusion.data.objectives import TextBatches, causal_rows, denoising_rows
 from jaxfusion.data.pocket import pairs, texts
 from jaxfusion.data.tokenizers import train_tokenizer
 from jaxfusion.errors import InputError
+from jaxfusion.fields import CorpusConfig, ObjectiveConfig
 from jaxfusion.hf.load import read_config
 from jaxfusion.testing.debug import make_inputs
 from jaxfusion.training.pretrain import pretrain
@@ -114,7 +115,7 @@ def test_a_pretrained_tower_opens_in_transformers(name, cache_dir, tmp_path):
     assert losses[-1] < losses[0]
 
 
-def test_a_stopped_pretraining_goes_on_bit_for_bit(cache_dir, tmp_path):
+def test_a_stopped_pretraining_goes_on_bit_for_bit(cache_dir, tmp_path, monkeypatch):
     config = make_inputs(from_config_dict(get_config(CONFIGS["pocket_encoder"], "debug")))
     whole = pretrain(config, tmp_path / "whole")
     # The schedule is that of all steps, so a run is stopped, not shortened.
@@ -126,13 +127,11 @@ def test_a_stopped_pretraining_goes_on_bit_for_bit(cache_dir, tmp_path):
     def stop(*args):
         raise Stop
 
-    kept = loop.RunLog.say
-    loop.RunLog.say = lambda self, line: stop() if line.startswith("step 20") else kept(self, line)
-    try:
-        with pytest.raises(Stop):
-            pretrain(config, tmp_path / "halves")
-    finally:
-        loop.RunLog.say = kept
+    said = loop.RunLog.say
+    with monkeypatch.context() as patched, pytest.raises(Stop):
+        patched.setattr(loop.RunLog, "say", lambda self, line: (
+            stop() if line.startswith("step 20") else said(self, line)))
+        pretrain(config, tmp_path / "halves")
     assert not (tmp_path / "halves" / "hf").exists()
     again = pretrain(config, tmp_path / "halves")
     for path, x in whole.trainable.items():

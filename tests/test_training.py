@@ -18,12 +18,13 @@ import pytest
 import torch
 
 from jaxfusion import config as configs
-from jaxfusion.config import Config, GroupConfig, default_config, finish, from_config_dict
+from jaxfusion.config import default_config, finish, from_config_dict
 from jaxfusion.data.pipeline import subset
 from jaxfusion.data.sources import read_examples
 from jaxfusion.data.tasks import TASKS
 from jaxfusion.errors import InputError
 from jaxfusion.evaluation.scoring import Scorer
+from jaxfusion.fields import Config, GroupConfig
 from jaxfusion.sharding.mesh import make_mesh
 from jaxfusion.testing import torch_reference as reference
 from jaxfusion.testing.checkpoints import write_checkpoints

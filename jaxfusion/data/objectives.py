@@ -5,9 +5,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from jaxfusion.config import CorpusConfig, ObjectiveConfig
 from jaxfusion.data.corpus import Document, Pair, induce_lexicon
 from jaxfusion.data.pipeline import own_rows
+from jaxfusion.fields import CorpusConfig, ObjectiveConfig
 from jaxfusion.nn.text_lm import TextBatch
 
 # One text as ids: what is read, what is predicted, and the weight of each prediction.

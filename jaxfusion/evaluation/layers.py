@@ -5,10 +5,10 @@ from collections.abc import Callable, Sequence
 import jax
 import numpy as np
 
-from jaxfusion.config import EvalConfig
 from jaxfusion.data.batching import doubling_buckets, find_shapes, in_order, tokenize
 from jaxfusion.data.sources import Example
 from jaxfusion.data.tokenizers import Tokenizers
+from jaxfusion.fields import EvalConfig
 from jaxfusion.nn.bridge import Bridge, Params
 
 ROWS = 100  # of each language are looked at

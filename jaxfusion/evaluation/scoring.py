@@ -6,7 +6,6 @@ from dataclasses import dataclass
 import jax
 import numpy as np
 
-from jaxfusion.config import EvalConfig
 from jaxfusion.data.batching import (
     Cut,
     TokenRow,
@@ -20,6 +19,7 @@ from jaxfusion.data.batching import (
 from jaxfusion.data.sources import Example
 from jaxfusion.data.tokenizers import Tokenizers
 from jaxfusion.evaluation.generate import make_scorer
+from jaxfusion.fields import EvalConfig
 from jaxfusion.nn.bridge import Bridge, Params
 
 

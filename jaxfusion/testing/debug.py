@@ -5,11 +5,11 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from jaxfusion.config import Job, PretrainConfig
 from jaxfusion.data.lexicon import VERSION as WORLD
 from jaxfusion.data.pocket import write_tasks, write_texts
 from jaxfusion.data.tasks import get_task
 from jaxfusion.errors import choose
+from jaxfusion.fields import Job, PretrainConfig
 from jaxfusion.files import new_directory
 from jaxfusion.testing.checkpoints import SIZES, write_checkpoints
 from jaxfusion.testing.text import write_rows

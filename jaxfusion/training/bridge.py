@@ -3,7 +3,6 @@
 import logging
 from pathlib import Path
 
-from jaxfusion.config import Config
 from jaxfusion.data.batching import find_shapes, tokenize
 from jaxfusion.data.packing import find_packing
 from jaxfusion.data.pipeline import Batches, steps_per_epoch, subset
@@ -12,6 +11,7 @@ from jaxfusion.data.tasks import check_languages, get_task
 from jaxfusion.errors import InputError
 from jaxfusion.evaluation.metrics import accuracy
 from jaxfusion.evaluation.scoring import Scorer
+from jaxfusion.fields import Config
 from jaxfusion.training.checkpoint import trained_part
 from jaxfusion.training.loop import CONFIG_FILE, Run, run_to_end
 from jaxfusion.training.state import Flat, Model, State, load_model, merge, overlay

@@ -10,13 +10,14 @@ from rich.console import Console
 from rich.table import Table
 
 from jaxfusion import config as configs
-from jaxfusion.config import CompareConfig, Config, directory_name, variants
+from jaxfusion.config import directory_name, variants
 from jaxfusion.data.sources import read_examples
 from jaxfusion.data.tasks import NLI_PROMPT, Task, check_languages, get_task
 from jaxfusion.errors import InputError
 from jaxfusion.evaluation.comparison import Comparison, as_json, markdown, table
 from jaxfusion.evaluation.pictures import draw_accuracy, draw_layers
 from jaxfusion.evaluation.shortcuts import lookup_correct, surface
+from jaxfusion.fields import CompareConfig, Config
 from jaxfusion.files import write_whole
 from jaxfusion.training.bridge import train
 from jaxfusion.training.checkpoint import saved_steps
@@ -140,14 +141,15 @@ def _report(comparison: Comparison, seconds, workdir: Path) -> None:
     draw_accuracy(comparison, workdir / "accuracy.png", chance)
     if comparison.layer_weights:
         draw_layers(comparison, workdir / "layers.png")
-    write_whole(workdir / "report.md", markdown(comparison))
+    page = markdown(comparison)
+    write_whole(workdir / "report.md", page)
     figures = {**as_json(comparison), "seconds": seconds}
     write_whole(workdir / "report.json", json.dumps(figures, indent=2) + "\n")
     header, *rows = table(comparison)
     shown = Table(*header, title=f"{comparison.task}: accuracy in %, {comparison.scoring}",
-                  caption="\n".join(markdown(comparison).split("\n\n")[-1].splitlines()))
-    for row in rows:
-        if row[0].startswith("mean of") and not rows[rows.index(row) - 1][0].startswith("mean of"):
+                  caption=page.rpartition("\n\n")[2].strip())
+    for i, row in enumerate(rows):
+        if i == len(comparison.languages):  # means follow
             shown.add_section()
         shown.add_row(*row)
     Console(width=None if Console().is_terminal else 120).print(shown)

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from jaxfusion import config as configs
-from jaxfusion.config import CompareConfig, Config, directory_name
+from jaxfusion.config import directory_name
 from jaxfusion.data.sources import Example, read_examples
 from jaxfusion.data.tasks import check_languages, get_task
 from jaxfusion.errors import InputError
@@ -17,6 +17,7 @@ from jaxfusion.evaluation.layers import layer_weigher
 from jaxfusion.evaluation.metrics import accuracy
 from jaxfusion.evaluation.report import Results, merge_results
 from jaxfusion.evaluation.scoring import Scorer
+from jaxfusion.fields import CompareConfig, Config
 from jaxfusion.sharding.mesh import make_mesh
 from jaxfusion.training.checkpoint import trained_part
 from jaxfusion.training.loop import CONFIG_FILE

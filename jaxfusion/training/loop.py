@@ -13,9 +13,9 @@ import jax
 import jax.numpy as jnp
 
 from jaxfusion import config as configs
-from jaxfusion.config import Config, Job
 from jaxfusion.data.pipeline import iterate
 from jaxfusion.errors import InputError
+from jaxfusion.fields import Config, Job
 from jaxfusion.sharding.mesh import make_mesh, sharding
 from jaxfusion.training.checkpoint import Checkpoints, abstract_like, saved_steps
 from jaxfusion.training.logs import RunLog

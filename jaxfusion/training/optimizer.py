@@ -6,8 +6,8 @@ from typing import Any
 
 import optax
 
-from jaxfusion.config import SCHEDULES, GroupConfig, OptimizerConfig
 from jaxfusion.errors import InputError, choose, near_match
+from jaxfusion.fields import SCHEDULES, GroupConfig, OptimizerConfig
 
 
 def group_of_each(paths: Iterable[str], groups: dict[str, GroupConfig]) -> dict[str, str]:

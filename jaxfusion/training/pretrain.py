@@ -13,12 +13,12 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
-from jaxfusion.config import OBJECTIVES, ROLES, PretrainConfig, TowerConfig
 from jaxfusion.data.corpus import Document, read_corpus
 from jaxfusion.data.lexicon import ABOUT_FILE, WORLD_FILE, check_version
 from jaxfusion.data.objectives import TextBatches, causal_rows, denoising_rows
 from jaxfusion.data.tokenizers import train_tokenizer
 from jaxfusion.errors import InputError, choose
+from jaxfusion.fields import OBJECTIVES, ROLES, PretrainConfig, TowerConfig
 from jaxfusion.files import new_directory
 from jaxfusion.hf.save import write_tower
 from jaxfusion.nn.bridge import Params

@@ -13,10 +13,10 @@ from flax import traverse_util
 from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Int
 
-from jaxfusion.config import BACKWARDS, DTYPES, FUSIONS, PROJECTORS, REMATS, Config
 from jaxfusion.data.lexicon import check_version
 from jaxfusion.data.tokenizers import Tokenizers, load_tokenizer
 from jaxfusion.errors import InputError, choose
+from jaxfusion.fields import BACKWARDS, DTYPES, FUSIONS, PROJECTORS, REMATS, Config
 from jaxfusion.hf.configs import decoder_config, encoder_config
 from jaxfusion.hf.hub import resolve
 from jaxfusion.hf.load import load_params, read_config
@@ -165,7 +165,7 @@ def make_bridge(config: Config, encoder, decoder) -> Bridge:
         MT5Encoder(encoder, dtypes[0], config.encoder.dropout),
         Decoder(decoder, dtypes[1], choose("remat", config.decoder.remat, REMATS)),
         Projector(choose("projector", config.projector.name, PROJECTORS), decoder.d_model,
-                  config.projector.end_std),
+                  config.projector.end_std, config.projector.d_ff),
         fusion.name, fusion.layer, fusion.dropout, fusion.d_ff,
         choose("fusion.backward", fusion.backward, BACKWARDS),
     )

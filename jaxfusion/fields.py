@@ -1,0 +1,225 @@
+"""Every field of a run's config, its default and its meaning, job by job.
+
+Dataclasses alone; `config.py` makes them from files in `configs/` and the command line.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+FUSIONS = ("last", "layer", "global_softmax", "transformer_softmax")
+BACKWARDS = ("stack", "second_pass")
+PROJECTORS = ("linear", "ffn")
+SCHEDULES = ("cosine", "constant")
+DTYPES = ("float32", "bfloat16")
+REMATS = ("none", "dots", "full")
+ROLES = ("encoder", "decoder")
+OBJECTIVES = ("causal_lm", "masked_lm", "code_switch")
+
+
+@dataclass(frozen=True)
+class EncoderConfig:
+    """The multilingual encoder."""
+
+    checkpoint: str = "google/mt5-large"  # a directory, or a hub id
+    revision: str | None = None  # of a hub id; kept as a commit in the workdir once resolved
+    dtype: str = "float32"  # of the frozen weights and activations: float32 or bfloat16
+    dropout: float = 0.0  # 0.1 is what the papers' runs had by accident of `model.train()`
+    added_tokens: tuple[str, ...] = ()  # LangBridge adds whitespace tokens to the tokenizer
+
+
+@dataclass(frozen=True)
+class DecoderConfig:
+    """The English-centric LLM."""
+
+    checkpoint: str = "meta-llama/Llama-3.2-1B-Instruct"
+    revision: str | None = None
+    dtype: str = "float32"
+    remat: str = "none"  # what the backward pass recomputes: none, dots (keep products), full
+
+
+@dataclass(frozen=True)
+class FusionConfig:
+    """How the encoder's layers become one feature per token."""
+
+    name: str = "transformer_softmax"  # last, layer, global_softmax, transformer_softmax
+    layer: int = 1  # of `layer`: 1 … L, as Hugging Face numbers states
+    dropout: float = 0.1  # of `transformer_softmax`
+    d_ff: int = 2048  # of `transformer_softmax`
+    backward: str = "stack"  # of `global_softmax`: stack (keep states), second_pass (recompute)
+
+
+@dataclass(frozen=True)
+class ProjectorConfig:
+    """From the encoder's width to the decoder's."""
+
+    name: str = "linear"  # linear, ffn
+    d_ff: int | None = None  # ffn's hidden width; none: twice the encoder's (LangBridge)
+    end_std: float = 0.0  # the end vector's start: 0 (2508.09091) or N(0, 1) (LangBridge)
+    # Start with a regression from the encoder's features of the training texts to the LLM's own
+    # embeddings of them, instead of at random. Not in the papers.
+    warm_start: bool = False
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """What is learned from."""
+
+    task: str = "xnli"
+    path: str | None = None  # a directory with the task's files; none: the task's hub dataset
+    language: str = "en"  # of training and development
+    # What follows the prefix, in the LLM's own tokens: nothing, a fixed instruction, or '{query}'
+    # (the whole encoder prompt again: MindMerger's augmentation).
+    text_prompt: str = ""
+    max_encoder_tokens: int = 200  # longer examples are cut, counted and reported
+    max_decoder_tokens: int = 200  # of text prompt, and of target with its EOS
+    buckets: tuple[int, ...] = (32, 64, 96, 128, 160, 200)  # encoder lengths that get compiled
+    pack: bool = False  # several short examples in a row, told apart by masks and positions
+    train_rows: int | None = None  # a seeded subset of the training rows
+    balanced: bool = False  # draw that subset with the same number from every class
+    dev_rows: int | None = None  # the first so many development rows
+
+
+@dataclass(frozen=True)
+class GroupConfig:
+    """Parameters that train, by pattern of their path, and how fast."""
+
+    patterns: tuple[str, ...] = ("(fusion|projector)/.*",)
+    learning_rate: float = 3e-5
+    weight_decay: float = 3e-7
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW. What matches no group's pattern is frozen."""
+
+    groups: dict[str, GroupConfig] = field(default_factory=lambda: {"bridge": GroupConfig()})
+    b1: float = 0.8
+    b2: float = 0.999
+    eps: float = 1e-8
+    clip_norm: float = 1.0
+    schedule: str = "cosine"  # cosine (to 0) or constant, after the warm-up
+    warmup_fraction: float = 0.05  # of all steps
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How long, and what is written when."""
+
+    batch_size: int = 8
+    epochs: int = 3
+    steps: int | None = None  # in place of epochs
+    seed: int = 0
+    init_from: str | None = None  # workdir whose trained part this run starts with
+    log_every: int = 10
+    eval_every: int = 1000  # steps between scores on the development split
+    checkpoint_every: int = 1000
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """What is scored after training, and during it on the development split."""
+
+    tasks: tuple[str, ...] = ()  # empty: the training task
+    languages: tuple[str, ...] = ()  # empty: all languages of each task
+    batch_size: int = 32
+    max_encoder_tokens: int = 512
+    max_decoder_tokens: int = 512
+    max_new_tokens: int = 16  # of greedy decoding
+
+
+@dataclass(frozen=True)
+class MeshConfig:
+    """Device counts along the mesh axes; one of them may be -1 and is filled in."""
+
+    data: int = -1
+    fsdp: int = 1
+    tensor: int = 1
+
+
+@dataclass(frozen=True)
+class Config:
+    """A bridge between two checkpoints."""
+
+    job: str = "bridge"
+    encoder: EncoderConfig = EncoderConfig()
+    decoder: DecoderConfig = DecoderConfig()
+    fusion: FusionConfig = FusionConfig()
+    projector: ProjectorConfig = ProjectorConfig()
+    data: DataConfig = DataConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    train: TrainConfig = TrainConfig()
+    eval: EvalConfig = EvalConfig()
+    mesh: MeshConfig = MeshConfig()
+
+
+@dataclass(frozen=True)
+class TowerConfig:
+    """The shape of a tower that is trained from nothing, and the size of its tokenizer."""
+
+    role: str = "encoder"  # encoder (mT5) or decoder (Llama)
+    d_model: int = 128
+    d_ff: int = 256
+    num_layers: int = 6
+    num_heads: int = 4
+    head_dim: int = 32
+    vocab_size: int = 4096  # at most; a tokenizer of that size is trained on the same text
+
+
+@dataclass(frozen=True)
+class CorpusConfig:
+    """What is read: a directory's text-LANGUAGE.txt, pairs-LANGUAGE.tsv, solved-LANGUAGE.tsv."""
+
+    path: str = "made:pocket"
+    languages: tuple[str, ...] = ()  # empty: all of the directory
+    pivot: str = "en"  # the language of the pairs' first column
+    max_tokens: int = 64  # longer texts are cut, counted and reported
+    buckets: tuple[int, ...] = (16, 24, 32, 40, 48, 64)  # lengths that get compiled
+    sampling: float = 0.5  # a language with n texts is drawn in proportion to n**sampling
+    dev_rows: int = 512  # texts held out of all
+
+
+@dataclass(frozen=True)
+class ObjectiveConfig:
+    """What is predicted."""
+
+    name: str = "code_switch"  # causal_lm, masked_lm, code_switch
+    masked: float = 0.2  # of words: hidden, for the encoder to restore
+    switched_texts: float = 0.7  # of texts: some words replaced by a translation (code_switch)
+    switched_words: float = 0.4  # of the words of such a text
+    unchanged_weight: float = 0.1  # of words that were left as they are
+    answer_weight: float = 4.0  # of an answer's tokens against its text's (causal_lm)
+    # On a decoder's embeddings in training, of each token and of each text, relative to their rms.
+    noise: float = 0.0
+
+
+@dataclass(frozen=True)
+class PretrainConfig:
+    """A tower trained from nothing, for miniatures of a bridge."""
+
+    job: str = "pretrain"
+    tower: TowerConfig = TowerConfig()
+    data: CorpusConfig = CorpusConfig()
+    objective: ObjectiveConfig = ObjectiveConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    train: TrainConfig = TrainConfig()
+    mesh: MeshConfig = MeshConfig()
+
+
+@dataclass(frozen=True)
+class CompareConfig:
+    """Bridges that differ in a few fields, trained and scored side by side."""
+
+    job: str = "compare"
+    base: Config = Config()
+    # Each with its name and the fields that differ, as {"name": "A", "fusion": {"name": "last"}};
+    # the others are compared with the first.
+    variants: tuple[dict[str, Any], ...] = ()
+    groups: dict[str, tuple[str, ...]] = field(default_factory=dict)  # of languages, for means
+    development: tuple[str, ...] = ()  # languages on which the recipe was chosen: marked, no mean
+    rows: int | None = None  # test rows of each language
+
+
+JOBS: dict[str, type] = {
+    "bridge": Config, "pretrain": PretrainConfig, "compare": CompareConfig
+}
+Job = Config | PretrainConfig | CompareConfig
