@@ -25,7 +25,7 @@ def get_config(arg=None):
     config.optimizer.b1 = 0.9
     config.optimizer.b2 = 0.98
     config.train.batch_size = 96
-    config.train.steps = 1900
+    config.train.steps = 1300
     config.train.log_every = 50
     config.train.eval_every = config.train.checkpoint_every = 300
     return finish(config, arg)
