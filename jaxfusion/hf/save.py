@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterable, Iterator
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +22,16 @@ SHARD_BYTES = 5_000_000_000
 def to_tensors(rows: Table, params: dict[str, Any]) -> Iterator[tuple[str, np.ndarray]]:
     """Every Hugging Face tensor of a parameter tree, by name."""
     flat = traverse_util.flatten_dict(params, sep="/")
-    for row in rows.rows:
-        array = np.asarray(flat[row.ours])
-        to_theirs = TRANSFORMS[row.transform].to_theirs
-        if not row.stacked:
-            yield row.theirs, to_theirs(array)
+    for theirs, parts in groupby(rows.rows, key=lambda row: row.theirs):
+        parts = list(parts)
+        arrays = [np.asarray(flat[row.ours]) for row in parts]
+        to_theirs = TRANSFORMS[parts[0].transform].to_theirs
+        if not parts[0].stacked:
+            yield theirs, to_theirs(arrays[0])
             continue
-        for i, layer in enumerate(array):
-            yield row.theirs.format(i=i), to_theirs(layer)
+        for i, layers in enumerate(zip(*arrays, strict=True)):
+            tensors = [to_theirs(layer) for layer in layers]
+            yield theirs.format(i=i), tensors[0] if len(parts) == 1 else np.concatenate(tensors)
 
 
 def write_tower(

@@ -211,13 +211,8 @@ def _read_tower(role, path, rows, abstract: Flat, shardings, groups) -> Flat:
     prefix = f"{role}/"
     wanted = {
         name.removeprefix(prefix): jax.ShapeDtypeStruct(
-            leaf.shape, jnp.float32 if name in groups else leaf.dtype
+            leaf.shape, jnp.float32 if name in groups else leaf.dtype, sharding=shardings[name]
         )
         for name, leaf in abstract.items() if name.startswith(prefix)
     }
-
-    def place(name: str, array: np.ndarray) -> jax.Array:
-        return jax.device_put(array, shardings[prefix + name])
-
-    nested = load_params(path, rows, traverse_util.unflatten_dict(wanted, sep="/"), place)
-    return {prefix + name: x for name, x in traverse_util.flatten_dict(nested, sep="/").items()}
+    return {prefix + name: x for name, x in load_params(path, rows, wanted).items()}
