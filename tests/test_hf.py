@@ -129,8 +129,8 @@ def test_unsupported_configs_are_refused_by_name():
         encoder_config({"model_type": "t5", "feed_forward_proj": "relu"}, "config.json")
     with pytest.raises(InputError, match="rope_type 'yarn' is not supported"):
         decoder_config({
-            "model_type": "llama", "num_attention_heads": 2, "hidden_size": 8, "num_hidden_layers": 1,
-            "rope_scaling": {"rope_type": "yarn", "factor": 2.0},
+            "model_type": "llama", "num_attention_heads": 2, "hidden_size": 8,
+            "num_hidden_layers": 1, "rope_scaling": {"rope_type": "yarn", "factor": 2.0},
         }, "config.json")
 
 

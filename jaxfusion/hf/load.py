@@ -43,14 +43,14 @@ class TensorFiles:
     path: Path
     files: dict[str, str]  # tensor name -> file name
 
-    def read(self, name: str, index: Index) -> np.ndarray:
-        """A block of a tensor.
+    def read(self, name: str, index: Index = ()) -> np.ndarray:
+        """A tensor, or a block of it.
 
         Raises:
           InputError: NaN is in it.
         """
         with safe_open(self.path / self.files[name], framework="numpy") as file:
-            block = file.get_slice(name)[index]
+            block = file.get_slice(name)[index] if index else file.get_tensor(name)
         if np.isnan(block).any():
             raise InputError(f"{self.path / self.files[name]}: {name} holds NaN; the checkpoint is "
                              "damaged, get it again")

@@ -170,6 +170,28 @@ def _inputs(config: DecoderConfig) -> list[Row]:
     return rows
 
 
+def bridge_table(fusion: str, projector: str) -> Table:
+    """Fusion and projector, as `modeling_jaxfusion.py` names them."""
+    def linear(theirs: str, kernel: str, bias: str) -> tuple[Row, Row]:
+        return (Row(f"{theirs}.weight", kernel, "linear_in"), Row(f"{theirs}.bias", bias))
+
+    rows: list[Row] = []
+    if fusion == "global_softmax":
+        rows += [Row(f"fusion.{x}", f"fusion/{x}") for x in "wt"]
+    if fusion == "transformer_softmax":
+        rows += [Row(f"fusion.{x}", f"fusion/{x}") for x in ("cls", "positions")]
+        for x in "qkvo":
+            rows += linear(f"fusion.{x}", f"fusion/{x}_kernel", f"fusion/{x}_bias")
+        for x in ("up", "down", "weigh"):
+            rows += linear(f"fusion.{x}", f"fusion/{x}/kernel", f"fusion/{x}/bias")
+        for x in ("attn_norm", "mlp_norm"):
+            rows += [Row(f"fusion.{x}.weight", f"fusion/{x}/scale"),
+                     Row(f"fusion.{x}.bias", f"fusion/{x}/bias")]
+    for x in ("hidden", "out") if projector == "ffn" else ("out",):
+        rows += linear(f"projector.{x}", f"projector/{x}/kernel", f"projector/{x}/bias")
+    return Table((*rows, Row("projector.end", "projector/end")))
+
+
 def table(config: MT5Config | DecoderConfig) -> Table:
     """The table of a tower's family."""
     return mt5_table(config) if isinstance(config, MT5Config) else decoder_table(config)
