@@ -78,7 +78,7 @@ def theirs_of(out):
 def next_logits(model, queries):
     """Our logits after each text's prefix."""
     params = merge(model.trainable, model.frozen)
-    rows = [TokenRow(query, [], []) for query in queries]
+    rows = [TokenRow(query, [], [], model.bridge.latents) for query in queries]
     found = np.zeros((len(rows), model.bridge.decoder.config.vocab_size))
     run = jax.jit(partial(prefill, model.bridge), static_argnums=(2, 3))
     for numbers, batch in in_order(rows, find_shapes(rows, (64,)), model.tokenizers, len(rows)):
@@ -91,7 +91,7 @@ def extend(model, queries, tokens):
     bridge, params = model.bridge, merge(model.trainable, model.frozen)
     found = []
     for query, answer in zip(queries, tokens, strict=True):
-        rows = [TokenRow(query, [], list(answer))]
+        rows = [TokenRow(query, [], list(answer), model.bridge.latents)]
         (_, batch), = in_order(rows, find_shapes(rows, (64,)), model.tokenizers, 1)
         found.append(jax.jit(bridge.target_logits)(params, batch)[0])
     return np.array(found)
@@ -120,7 +120,7 @@ def check(model, out):
 
 @pytest.mark.parametrize("fusion,projector", [
     ("last", "ffn"), ("layer", "linear"), ("global_softmax", "linear"),
-    ("transformer_softmax", "ffn"),
+    ("transformer_softmax", "ffn"), ("last", "mapping"), ("last", "resampler"),
 ])
 @pytest.mark.parametrize("merged", [False, True])
 def test_torch_gives_what_we_give(fusion, projector, merged, tiny, tmp_path):

@@ -37,7 +37,7 @@ class BridgeConfig(PretrainedConfig):
       reader, writer: of encoder and LLM `checkpoint` (a hub id, or a folder inside this one where
         `inside` is true), `revision`, `width`; of the reader also `layers` and `family`.
       fusion: `name`, `layer` and `d_ff`.
-      projector: `name` and `d_ff`.
+      projector: `name`, `d_ff` and `latents`.
     """
 
     model_type = "jaxfusion_bridge"
@@ -109,18 +109,57 @@ class TransformerSoftmax(nn.Module):
 
 
 class Projector(nn.Module):
-    """Encoder width → LLM width (`linear`, or `ffn` with exact GELU), and the end vector."""
+    """Encoder width → LLM width for each token, and the end vector after them.
+
+    `linear`; `ffn` with exact GELU (LangBridge); `mapping` with ReLU (MindMerger).
+    """
 
     def __init__(self, width_in, width_out, name, d_ff):
         super().__init__()
-        self.hidden = nn.Linear(width_in, d_ff) if name == "ffn" else None
-        self.out = nn.Linear(d_ff if name == "ffn" else width_in, width_out)
+        self.activation = functional.relu if name == "mapping" else functional.gelu
+        self.hidden = None if name == "linear" else nn.Linear(width_in, d_ff)
+        self.out = nn.Linear(width_in if name == "linear" else d_ff, width_out)
         self.end = nn.Parameter(torch.zeros(width_out))
 
-    def forward(self, features):
+    def forward(self, features, mask):
         if self.hidden is not None:
-            features = functional.gelu(self.hidden(features))
-        return self.out(features)
+            features = self.activation(self.hidden(features))
+        prefix = self.out(features)
+        return prefix, mask, self.end
+
+
+class Resampler(nn.Module):
+    """A fixed number of slots that attend to the features (LangBridge's `latent`)."""
+
+    def __init__(self, width_in, width_out, latents, heads=8, head_dim=64):
+        super().__init__()
+        self.heads, inner = heads, heads * head_dim
+        self.latents = nn.Parameter(torch.zeros(latents, width_in))
+        self.feature_norm, self.latent_norm = nn.LayerNorm(width_in), nn.LayerNorm(width_in)
+        self.q, self.k, self.v = (nn.Linear(width_in, inner, bias=False) for _ in range(3))
+        self.o = nn.Linear(inner, width_in, bias=False)
+        self.up, self.down = nn.Linear(width_in, 4 * width_in), nn.Linear(4 * width_in, width_in)
+        self.out = nn.Linear(width_in, width_out, bias=False)
+        self.end = nn.Parameter(torch.zeros(width_out))
+        self.norm = nn.LayerNorm(width_out)
+
+    def forward(self, features, mask):
+        latents = self.latents.expand(len(features), -1, -1)
+        asking = self.latent_norm(latents)
+        seen = torch.cat([self.feature_norm(features), asking], dim=1)
+        visible = torch.cat([mask.bool(), mask.new_ones(asking.shape[:2]).bool()], dim=1)
+        q, k, v = (layer(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+                   for layer, x in ((self.q, asking), (self.k, seen), (self.v, seen)))
+        mixed = functional.scaled_dot_product_attention(q, k, v, visible[:, None, None])
+        y = latents + self.o(mixed.transpose(1, 2).flatten(2))
+        y = self.out(y + self.down(functional.gelu(self.up(y))))
+        return self.norm(y), mask.new_ones(y.shape[:2]), self.norm(self.end)
+
+
+def make_projector(projector, width_in, width_out):
+    if projector["name"] == "resampler":
+        return Resampler(width_in, width_out, projector["latents"])
+    return Projector(width_in, width_out, projector["name"], projector["d_ff"])
 
 
 def make_fusion(fusion, encoder):
@@ -144,8 +183,8 @@ class BridgeForCausalLM(PreTrainedModel):
             raise ValueError("use from_pretrained: the two backbones have files of their own")
         self.encoder, self.decoder = encoder, decoder
         self.fusion = make_fusion(config.fusion, config.reader)
-        self.projector = Projector(config.reader["width"], config.writer["width"],
-                                   config.projector["name"], config.projector["d_ff"])
+        self.projector = make_projector(config.projector, config.reader["width"],
+                                        config.writer["width"])
         self.generation_config = decoder.generation_config
 
     @classmethod
@@ -189,7 +228,7 @@ class BridgeForCausalLM(PreTrainedModel):
         return model.eval()
 
     def prefix(self, input_ids, attention_mask=None):
-        """Encoder ids → one vector for each token. [B S] → [B S E], and the mask."""
+        """Encoder ids [B S] → the prefix [B P E], its mask [B P], and the end vector [E]."""
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
         states = self.encoder(input_ids=input_ids, attention_mask=attention_mask,
@@ -197,19 +236,19 @@ class BridgeForCausalLM(PreTrainedModel):
         device = self.projector.end.device
         states = torch.stack(states).to(device, torch.float32)
         mask = attention_mask.to(device)
-        return self.projector(self.fusion(states, mask)), mask
+        return self.projector(self.fusion(states, mask), mask)
 
     def splice(self, input_ids, attention_mask=None, decoder_input_ids=None,
                decoder_attention_mask=None):
         """`[BOS] + prefix + end + text` of every row without gaps, padding on the left."""
-        prefix, mask = self.prefix(input_ids, attention_mask)
+        prefix, mask, end = self.prefix(input_ids, attention_mask)
         table = self.decoder.get_input_embeddings()
         if decoder_input_ids is None:
             decoder_input_ids = input_ids.new_zeros((len(input_ids), 0))
         if decoder_attention_mask is None:
             decoder_attention_mask = torch.ones_like(decoder_input_ids)
         prefix, end = (x.to(table.weight.dtype) / self._scale(table)
-                       for x in (prefix, self.projector.end))
+                       for x in (prefix, end))
         bos = [] if self.config.bos_token_id is None else [self.config.bos_token_id]
         bos = table(torch.tensor(bos, dtype=torch.long, device=prefix.device))
         rows = []

@@ -187,7 +187,15 @@ def bridge_table(fusion: str, projector: str) -> Table:
         for x in ("attn_norm", "mlp_norm"):
             rows += [Row(f"fusion.{x}.weight", f"fusion/{x}/scale"),
                      Row(f"fusion.{x}.bias", f"fusion/{x}/bias")]
-    for x in ("hidden", "out") if projector == "ffn" else ("out",):
+    if projector == "resampler":
+        rows += [Row("projector.latents", "projector/latents")]
+        rows += [Row(f"projector.{x}.weight", f"projector/{x}/kernel", "linear_in")
+                 for x in ("q", "k", "v", "o", "out")]
+        for x in ("feature_norm", "latent_norm", "norm"):
+            rows += [Row(f"projector.{x}.weight", f"projector/{x}/scale"),
+                     Row(f"projector.{x}.bias", f"projector/{x}/bias")]
+    dense = {"linear": ("out",), "resampler": ("up", "down")}.get(projector, ("hidden", "out"))
+    for x in dense:
         rows += linear(f"projector.{x}", f"projector/{x}/kernel", f"projector/{x}/bias")
     return Table((*rows, Row("projector.end", "projector/end")))
 

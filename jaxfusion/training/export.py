@@ -159,7 +159,8 @@ def _describe(config: Config, shapes, tokenizers, merge: bool) -> dict[str, Any]
         "writer": backbone("decoder"),
         "fusion": {"name": config.fusion.name, "layer": config.fusion.layer,
                    "d_ff": config.fusion.d_ff},
-        "projector": {"name": config.projector.name, "d_ff": hidden},
+        "projector": {"name": config.projector.name, "d_ff": hidden,
+                      "latents": config.projector.latents},
         "bos_token_id": decoder.bos_token_id, "eos_token_id": decoder.eos_token_id,
         "jaxfusion_version": version("jaxfusion"),
     }

@@ -25,7 +25,7 @@ from jaxfusion.hf.tables import table
 from jaxfusion.nn.bridge import Bridge, Params
 from jaxfusion.nn.decoder import Decoder, DecoderConfig
 from jaxfusion.nn.mt5 import MT5Config, MT5Encoder
-from jaxfusion.nn.projector import Projector
+from jaxfusion.nn.projector import Projector, Resampler
 from jaxfusion.sharding.rules import spec
 from jaxfusion.training.optimizer import group_of_each
 
@@ -158,11 +158,19 @@ def make_bridge(config: Config, encoder, decoder) -> Bridge:
     return Bridge(
         MT5Encoder(encoder, dtypes[0], config.encoder.dropout),
         Decoder(decoder, dtypes[1], choose("remat", config.decoder.remat, REMATS)),
-        Projector(choose("projector", config.projector.name, PROJECTORS), decoder.d_model,
-                  config.projector.end_std, config.projector.d_ff),
+        _make_projector(config, decoder.d_model),
         fusion.name, fusion.layer, fusion.dropout, fusion.d_ff,
         choose("fusion.backward", fusion.backward, BACKWARDS),
     )
+
+
+def _make_projector(config: Config, width: int) -> Projector | Resampler:
+    c = config.projector
+    if choose("projector", c.name, PROJECTORS) != "resampler":
+        return Projector(c.name, width, c.end_std, c.d_ff)
+    if config.data.pack:
+        raise InputError("projector 'resampler' reads whole rows: set data.pack=False")
+    return Resampler(width, c.end_std, c.latents, dropout=c.dropout)
 
 
 def find_towers(config: Config) -> tuple[dict[str, Path], Config]:
