@@ -35,7 +35,8 @@ class BridgeConfig(PretrainedConfig):
 
     Args:
       reader, writer: of encoder and LLM `checkpoint` (a hub id, or a folder inside this one where
-        `inside` is true), `revision`, `width`; of the reader also `layers` and `family`.
+        `inside` is true), `revision`, `width`; of the reader also `layers` and `family`,
+        of the writer `capped`: its attention scores have a soft cap.
       fusion: `name`, `layer` and `d_ff`.
       projector: `name`, `d_ff` and `latents`.
     """
@@ -209,6 +210,8 @@ class BridgeForCausalLM(PreTrainedModel):
                                         revision=part["revision"] or "main", **kwargs)
 
         encoder = backbone(families[config.reader["family"]], config.reader)
+        if config.writer["capped"]:  # the faster kernels of some releases leave out the cap
+            kwargs.setdefault("attn_implementation", "eager")
         decoder = backbone(AutoModelForCausalLM, config.writer)
         model = cls(config, encoder, decoder)
         if os.path.isdir(path):

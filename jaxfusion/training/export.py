@@ -18,7 +18,7 @@ from jaxfusion.errors import InputError, choose
 from jaxfusion.fields import DTYPES, ROLES, Config
 from jaxfusion.files import new_directory
 from jaxfusion.hf.load import TensorFiles, open_tensors, read_config
-from jaxfusion.hf.save import to_tensors, write_shards
+from jaxfusion.hf.save import to_tensors, write_shards, write_tokenizer
 from jaxfusion.hf.tables import Table, bridge_table, table
 from jaxfusion.nn.mt5 import MT5Config
 from jaxfusion.training.checkpoint import trained_part
@@ -66,15 +66,15 @@ def export(
             if merge:
                 _copy_tower(paths[role], partial / role, tables[role], replaced,
                             shapes[role].num_layers, dtype)
-                getattr(tokenizers, role).save_pretrained(partial / role)
+                write_tokenizer(partial / role, getattr(tokenizers, role))
             else:
                 tensors |= {f"{role}.{name}": x for name, x in replaced.items()}
         write_shards(partial, tensors.items())
         (partial / "config.json").write_text(json.dumps(described, indent=2) + "\n", "utf-8")
         source = resources.files("jaxfusion.hf").joinpath(MODELING)
         (partial / MODELING).write_text(source.read_text("utf-8"), "utf-8")
-        tokenizers.decoder.save_pretrained(partial)
-        tokenizers.encoder.save_pretrained(partial / "encoder_tokenizer")
+        write_tokenizer(partial, tokenizers.decoder)
+        write_tokenizer(partial / "encoder_tokenizer", tokenizers.encoder)
         card = _card(config, described, paths, workdir, step)
         (partial / "README.md").write_text(card, "utf-8")
 
@@ -156,7 +156,7 @@ def _describe(config: Config, shapes, tokenizers, merge: bool) -> dict[str, Any]
         "auto_map": {"AutoConfig": "modeling_jaxfusion.BridgeConfig",
                      "AutoModelForCausalLM": "modeling_jaxfusion.BridgeForCausalLM"},
         "reader": {**backbone("encoder"), "layers": encoder.num_layers, "family": family},
-        "writer": backbone("decoder"),
+        "writer": {**backbone("decoder"), "capped": shapes["decoder"].attn_cap is not None},
         "fusion": {"name": config.fusion.name, "layer": config.fusion.layer,
                    "d_ff": config.fusion.d_ff},
         "projector": {"name": config.projector.name, "d_ff": hidden,
