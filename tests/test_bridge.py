@@ -54,7 +54,8 @@ def make_batch(query, text, target, *, slots, length, order=None, latents=0) -> 
     tokens = [1, *[0] * (n + 1), *text, *target]
     places = np.arange(len(tokens)) if order is None else np.asarray(order)
     row = {
-        "dec_tokens": rng.integers(0, 60, length), "dec_source": rng.integers(-1, latents or slots, length),
+        "dec_tokens": rng.integers(0, 60, length),
+        "dec_source": rng.integers(-1, latents or slots, length),
         "dec_positions": rng.integers(0, 40, length), "dec_segments": np.zeros(length, int),
     }
     row["dec_tokens"][places], row["dec_source"][places] = tokens, source

@@ -57,6 +57,11 @@ TRANSFORMS = {
         lambda shape: (shape[-1], math.prod(shape[:-1])),
         lambda index, shape: (index[-1], _joined(index[:-1], shape[:-1])),
     ),
+    # A vector that they keep with two leading axes of one.
+    "vector": Transform(
+        lambda x, shape: x.reshape(shape), lambda x: x.reshape(1, 1, -1),
+        lambda shape: (1, 1, *shape), lambda index, shape: (slice(0, 1), slice(0, 1), *index),
+    ),
     # A bias [out] whose axis we split into heads.
     "heads": Transform(
         lambda x, shape: x.reshape(shape), lambda x: x.reshape(-1),
@@ -172,32 +177,69 @@ def _inputs(config: DecoderConfig) -> list[Row]:
 
 def bridge_table(fusion: str, projector: str) -> Table:
     """Fusion and projector, as `modeling_jaxfusion.py` names them."""
-    def linear(theirs: str, kernel: str, bias: str) -> tuple[Row, Row]:
-        return (Row(f"{theirs}.weight", kernel, "linear_in"), Row(f"{theirs}.bias", bias))
-
     rows: list[Row] = []
     if fusion == "global_softmax":
         rows += [Row(f"fusion.{x}", f"fusion/{x}") for x in "wt"]
     if fusion == "transformer_softmax":
         rows += [Row(f"fusion.{x}", f"fusion/{x}") for x in ("cls", "positions")]
         for x in "qkvo":
-            rows += linear(f"fusion.{x}", f"fusion/{x}_kernel", f"fusion/{x}_bias")
+            rows += [Row(f"fusion.{x}.weight", f"fusion/{x}_kernel", "linear_in"),
+                     Row(f"fusion.{x}.bias", f"fusion/{x}_bias")]
         for x in ("up", "down", "weigh"):
-            rows += linear(f"fusion.{x}", f"fusion/{x}/kernel", f"fusion/{x}/bias")
+            rows += _dense(f"fusion.{x}", f"fusion/{x}")
         for x in ("attn_norm", "mlp_norm"):
-            rows += [Row(f"fusion.{x}.weight", f"fusion/{x}/scale"),
-                     Row(f"fusion.{x}.bias", f"fusion/{x}/bias")]
+            rows += _norm(f"fusion.{x}", f"fusion/{x}")
     if projector == "resampler":
         rows += [Row("projector.latents", "projector/latents")]
         rows += [Row(f"projector.{x}.weight", f"projector/{x}/kernel", "linear_in")
                  for x in ("q", "k", "v", "o", "out")]
         for x in ("feature_norm", "latent_norm", "norm"):
-            rows += [Row(f"projector.{x}.weight", f"projector/{x}/scale"),
-                     Row(f"projector.{x}.bias", f"projector/{x}/bias")]
+            rows += _norm(f"projector.{x}", f"projector/{x}")
     dense = {"linear": ("out",), "resampler": ("up", "down")}.get(projector, ("hidden", "out"))
     for x in dense:
-        rows += linear(f"projector.{x}", f"projector/{x}/kernel", f"projector/{x}/bias")
+        rows += _dense(f"projector.{x}", f"projector/{x}")
     return Table((*rows, Row("projector.end", "projector/end")))
+
+
+def langbridge_table(projector: str) -> Table:
+    """LangBridge's alignment modules (github.com/kaistAI/LangBridge, alignment_modules.py)."""
+    start = "lb.alignment"
+    if projector == "linear":
+        rows = _dense(f"{start}.linear", "projector/out")
+    elif projector == "ffn":
+        rows = [*_dense(f"{start}.ffn.0", "projector/hidden"),
+                *_dense(f"{start}.ffn.2", "projector/out")]
+    else:
+        attn, ffn = f"{start}.layers.0.0", f"{start}.layers.0.1"
+        rows = [
+            Row(f"{start}.latents", "projector/latents"),
+            *_norm(f"{attn}.norm_media", "projector/feature_norm"),
+            *_norm(f"{attn}.norm_latents", "projector/latent_norm"),
+            *(Row(f"{attn}.to_{theirs}.weight", f"projector/{ours}/kernel", "linear_in")
+              for theirs, ours in (("q", "q"), ("k", "k"), ("v", "v"), ("out", "o"))),
+            *_dense(f"{ffn}.0", "projector/up"), *_dense(f"{ffn}.2", "projector/down"),
+            Row(f"{start}.out_proj.weight", "projector/out/kernel", "linear_in"),
+            *_norm(f"{start}.norm", "projector/norm"),
+        ]
+    return Table((*rows, Row(f"{start}.enc_eos", "projector/end")))
+
+
+def mindmerger_table(start: str) -> Table:
+    """MindMerger's mapping (github.com/CONE-MT/MindMerger), its names beginning with `start`."""
+    return Table((
+        *_dense(f"{start}mlp.linear1", "projector/hidden"),
+        *_dense(f"{start}mlp.linear2", "projector/out"),
+        Row(f"{start}end_boundary", "projector/end", "vector"),
+    ))
+
+
+def _dense(theirs: str, ours: str) -> list[Row]:
+    return [Row(f"{theirs}.weight", f"{ours}/kernel", "linear_in"),
+            Row(f"{theirs}.bias", f"{ours}/bias")]
+
+
+def _norm(theirs: str, ours: str) -> list[Row]:
+    return [Row(f"{theirs}.weight", f"{ours}/scale"), Row(f"{theirs}.bias", f"{ours}/bias")]
 
 
 def table(config: MT5Config | DecoderConfig) -> Table:

@@ -3,22 +3,26 @@
 import json
 import logging
 import re
-import shutil
 from collections.abc import Iterator
 from importlib import resources
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 from flax import traverse_util
 
 from jaxfusion.errors import InputError, choose
 from jaxfusion.fields import DTYPES, ROLES, Config
 from jaxfusion.files import new_directory
-from jaxfusion.hf.load import TensorFiles, open_tensors, read_config
-from jaxfusion.hf.save import to_tensors, write_shards, write_tokenizer
+from jaxfusion.hf.load import open_tensors, read_config
+from jaxfusion.hf.save import (
+    copy_tower,
+    to_tensors,
+    tower_names,
+    write_shards,
+    write_tokenizer,
+)
 from jaxfusion.hf.tables import Table, bridge_table, table
 from jaxfusion.nn.mt5 import MT5Config
 from jaxfusion.training.checkpoint import trained_part
@@ -26,7 +30,6 @@ from jaxfusion.training.evaluate import load_config
 from jaxfusion.training.state import Flat, find_towers, load_tokenizers, read_shapes
 
 MODELING = "modeling_jaxfusion.py"
-NUMPY_DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16}
 logger = logging.getLogger(__name__)
 
 
@@ -64,8 +67,10 @@ def export(
         for role in ROLES:
             replaced = dict(_trained_tensors(role, trained, tables[role]))
             if merge:
-                _copy_tower(paths[role], partial / role, tables[role], replaced,
-                            shapes[role].num_layers, dtype)
+                (partial / role).mkdir()
+                copy_tower(paths[role], partial / role, read_config(paths[role]),
+                           tower_names(tables[role], open_tensors(paths[role]).files,
+                                       shapes[role].num_layers), replaced, dtype)
                 write_tokenizer(partial / role, getattr(tokenizers, role))
             else:
                 tensors |= {f"{role}.{name}": x for name, x in replaced.items()}
@@ -106,39 +111,6 @@ def _trained_tensors(role: str, trained: Flat, rows: Table) -> Iterator[tuple[st
     yield from to_tensors(Table(chosen), traverse_util.unflatten_dict(flat, sep="/"))
 
 
-def _copy_tower(
-    path: Path, out: Path, rows: Table, replaced: dict[str, np.ndarray], layers: int,
-    dtype: str | None,
-) -> None:
-    """One backbone: its own config, and its tensors with the trained ones in place."""
-    out.mkdir()
-    source = open_tensors(path)
-
-    def tensors() -> Iterator[tuple[str, np.ndarray]]:
-        for name, held in _names(rows, source, layers):
-            tensor = replaced[name] if name in replaced else source.read(held)
-            # What was trained in float32 goes back to the dtype of its neighbours.
-            wanted = NUMPY_DTYPES[dtype] if dtype else source.read(held, (slice(0, 1),)).dtype
-            yield name, tensor.astype(wanted, copy=False)
-
-    write_shards(out, tensors())
-    config = read_config(path)
-    if dtype is not None:
-        config = {**config, "torch_dtype": dtype, "dtype": dtype}
-    (out / "config.json").write_text(json.dumps(config, indent=2) + "\n", "utf-8")
-    if (path / "generation_config.json").is_file():
-        shutil.copyfile(path / "generation_config.json", out / "generation_config.json")
-
-
-def _names(rows: Table, source: TensorFiles, layers: int) -> Iterator[tuple[str, str]]:
-    """Every tensor of a tower: its name, and the one it has in the source."""
-    for theirs in dict.fromkeys((row.theirs, row.also) for row in rows.rows):
-        name, also = theirs
-        for i in range(layers if "{i}" in name else 1):
-            known = [x.format(i=i) for x in (name, *also)]
-            yield known[0], next(x for x in known if x in source.files)
-
-
 def _describe(config: Config, shapes, tokenizers, merge: bool) -> dict[str, Any]:
     """`config.json` of the bridge; fields named encoder and decoder mean more to transformers."""
     def backbone(role: str) -> dict[str, Any]:
@@ -161,6 +133,7 @@ def _describe(config: Config, shapes, tokenizers, merge: bool) -> dict[str, Any]
                    "d_ff": config.fusion.d_ff},
         "projector": {"name": config.projector.name, "d_ff": hidden,
                       "latents": config.projector.latents},
+        "added_tokens": list(config.encoder.added_tokens),
         "bos_token_id": decoder.bos_token_id, "eos_token_id": decoder.eos_token_id,
         "jaxfusion_version": version("jaxfusion"),
     }
