@@ -8,7 +8,7 @@ from typing import Any
 
 FUSIONS = ("last", "layer", "global_softmax", "transformer_softmax")
 BACKWARDS = ("stack", "second_pass")
-PROJECTORS = ("linear", "ffn")
+PROJECTORS = ("linear", "ffn", "mapping", "resampler")
 SCHEDULES = ("cosine", "constant")
 DTYPES = ("float32", "bfloat16")
 REMATS = ("none", "dots", "full")
@@ -52,8 +52,10 @@ class FusionConfig:
 class ProjectorConfig:
     """From the encoder's width to the decoder's."""
 
-    name: str = "linear"  # linear, ffn
-    d_ff: int | None = None  # ffn's hidden width; none: twice the encoder's (LangBridge)
+    name: str = "linear"  # linear, ffn, resampler (LangBridge), mapping (MindMerger)
+    d_ff: int | None = None  # hidden width of ffn and mapping; none: twice the encoder's
+    latents: int = 64  # slots of resampler
+    dropout: float = 0.1  # of resampler
     end_std: float = 0.0  # the end vector's start: 0 (2508.09091) or N(0, 1) (LangBridge)
     # Start with a regression from the encoder's features of the training texts to the LLM's own
     # embeddings of them, instead of at random. Not in the papers.

@@ -17,13 +17,16 @@ def write_whole(file: Path, text: str) -> None:
 
 
 @contextmanager
-def new_directory(out: Path) -> Iterator[Path]:
+def new_directory(out: Path, overwrite: bool = False) -> Iterator[Path]:
     """A directory that appears under its name only when the block ends well.
+
+    Args:
+      overwrite: it takes the place of what is there, in the same moment.
 
     Raises:
       InputError: the name is taken by something other than an empty directory.
     """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    if out.exists() and not overwrite and (not out.is_dir() or any(out.iterdir())):
         raise InputError(f"{out} is not empty; give another directory or remove it")
     partial = out.with_name(f".{out.name}.partial-{os.getpid()}")
     partial.mkdir(parents=True)
@@ -33,5 +36,8 @@ def new_directory(out: Path) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
         raise
     if out.exists():
-        out.rmdir()
-    partial.rename(out)
+        old = out.rename(out.with_name(f".{out.name}.old-{os.getpid()}"))
+        partial.rename(out)
+        shutil.rmtree(old)
+    else:
+        partial.rename(out)

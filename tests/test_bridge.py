@@ -16,7 +16,7 @@ from jaxfusion.fields import OptimizerConfig
 from jaxfusion.nn.bridge import Batch, Bridge
 from jaxfusion.nn.decoder import Decoder, DecoderConfig
 from jaxfusion.nn.mt5 import MT5Config, MT5Encoder
-from jaxfusion.nn.projector import Projector
+from jaxfusion.nn.projector import Projector, Resampler
 from jaxfusion.training.optimizer import group_of_each, make_optimizer
 from jaxfusion.training.state import State, merge
 from jaxfusion.training.step import make_train_step
@@ -29,7 +29,8 @@ FUSIONS = ("last", "layer", "global_softmax", "transformer_softmax")
 
 
 def make_bridge(fusion, projector="linear", encoder=ENCODER, decoder=DECODER, **options) -> Bridge:
-    projector = Projector(projector, decoder.d_model, 1.0)
+    projector = (Resampler(decoder.d_model, 1.0, latents=5) if projector == "resampler"
+                 else Projector(projector, decoder.d_model, 1.0))
     return Bridge(MT5Encoder(encoder), Decoder(decoder), projector, fusion, 2,
                   fusion_d_ff=16, **options)
 
@@ -45,15 +46,16 @@ def make_params(bridge, seed=0):
     return params
 
 
-def make_batch(query, text, target, *, slots, length, order=None) -> Batch:
+def make_batch(query, text, target, *, slots, length, order=None, latents=0) -> Batch:
     """One row: real decoder slots in the given places, in order, garbage in all others."""
     rng = np.random.default_rng(0)
     n = len(query)
-    source = [-1, *range(n), slots, *[-1] * (len(text) + len(target))]
+    source = [-1, *range(n), latents or slots, *[-1] * (len(text) + len(target))]
     tokens = [1, *[0] * (n + 1), *text, *target]
     places = np.arange(len(tokens)) if order is None else np.asarray(order)
     row = {
-        "dec_tokens": rng.integers(0, 60, length), "dec_source": rng.integers(-1, slots, length),
+        "dec_tokens": rng.integers(0, 60, length),
+        "dec_source": rng.integers(-1, latents or slots, length),
         "dec_positions": rng.integers(0, 40, length), "dec_segments": np.zeros(length, int),
     }
     row["dec_tokens"][places], row["dec_source"][places] = tokens, source
@@ -71,12 +73,15 @@ def make_batch(query, text, target, *, slots, length, order=None) -> Batch:
 QUERY, TEXT, TARGET = [5, 9, 11, 3, 30], [8, 4], [12, 40, 2]
 
 
-@pytest.mark.parametrize("fusion,projector", [*((f, "linear") for f in FUSIONS), ("last", "ffn")])
+@pytest.mark.parametrize("fusion,projector", [
+    *((f, "linear") for f in FUSIONS), *(("last", p) for p in ("ffn", "mapping", "resampler")),
+])
 def test_padding_anywhere_changes_nothing(fusion, projector):
     bridge = make_bridge(fusion, projector)
     params = make_params(bridge)
-    alone = make_batch(QUERY, TEXT, TARGET, slots=5, length=12)
-    scattered = make_batch(QUERY, TEXT, TARGET, slots=9, length=31,
+    latents = {"latents": bridge.latents}  # of the resampler five, as many as the query has ids
+    alone = make_batch(QUERY, TEXT, TARGET, slots=5, length=12, **latents)
+    scattered = make_batch(QUERY, TEXT, TARGET, slots=9, length=31, **latents,
                            order=np.sort(np.random.default_rng(3).permutation(31)[:12]))
     logits = jax.jit(bridge.target_logits)
     assert relative(logits(params, scattered), logits(params, alone)) < 1e-5

@@ -1,5 +1,6 @@
 """The decoder against transformers' PyTorch Llama: logits, cached decoding, masks."""
 
+import math
 from dataclasses import replace
 from functools import partial
 
@@ -9,24 +10,61 @@ import numpy as np
 import pytest
 import torch
 from conftest import relative
-from transformers import LlamaForCausalLM
+from transformers import AutoModelForCausalLM
 
-from jaxfusion.nn.decoder import Decoder, DecoderConfig, LinearScaling, Llama3Scaling, init_cache
-from jaxfusion.testing.checkpoints import random_params, write_random_tower
+from jaxfusion.hf.configs import decoder_config
+from jaxfusion.hf.load import read_config
+from jaxfusion.hf.save import write_tower
+from jaxfusion.nn.decoder import Decoder, DecoderConfig, init_cache
+from jaxfusion.nn.rope import LinearScaling, Llama3Scaling, LongScaling, Rope
+from jaxfusion.testing.checkpoints import random_params
 
 BASE = DecoderConfig(
     vocab_size=101, d_model=48, d_ff=80, num_layers=3, num_heads=6, num_kv_heads=2, head_dim=12,
-    norm_eps=2e-4, rope_theta=777.0,
+    norm_eps=2e-4, rope=Rope(777.0), max_length=64,
 )
+GEMMA = replace(BASE, activation="gelu_tanh", embed_scale=48**0.5, norm_offset=1.0,
+                tie_embeddings=True)
+LONG = LongScaling((1.0, 1.1, 1.2, 1.5, 2.0, 2.5), (1.0, 2.0, 4.0, 5.0, 7.0, 9.0), 24,
+                   math.sqrt(1 + math.log(64 / 24) / math.log(24)))
+# Every family, and what its members differ in. Windows are shorter than the texts.
 CASES = {
     "llama2": replace(BASE, num_kv_heads=6),
     "llama3": BASE,
-    "llama31": replace(BASE, rope_scaling=Llama3Scaling(8.0, 1.0, 4.0, 24)),
+    "llama31": replace(BASE, rope=Rope(777.0, Llama3Scaling(8.0, 1.0, 4.0, 24))),
     "llama32_tied": replace(
-        BASE, rope_scaling=Llama3Scaling(32.0, 1.5, 5.0, 16), tie_embeddings=True
+        BASE, rope=Rope(777.0, Llama3Scaling(32.0, 1.5, 5.0, 16)), tie_embeddings=True
     ),
-    "linear": replace(BASE, rope_scaling=LinearScaling(3.0)),
+    "codellama": replace(BASE, rope=Rope(1e6, LinearScaling(3.0))),
+    "mistral_v01": replace(BASE, family="mistral", windows=(7,) * 3),
+    "mistral_v03": replace(BASE, family="mistral"),
+    "qwen2": replace(BASE, family="qwen2", qkv_bias=True),
+    "qwen25_window": replace(BASE, family="qwen2", qkv_bias=True, windows=(None, 7, 7)),
+    "qwen3": replace(BASE, family="qwen3", qk_norm=True, tie_embeddings=True),
+    "phi3": replace(BASE, family="phi3", windows=(11,) * 3),
+    "phi35_longrope": replace(BASE, family="phi3", num_heads=4, rope=Rope(777.0, LONG)),
+    "phi4_partial": replace(BASE, family="phi3", rope=Rope(777.0, None, 0.5)),
+    "gemma": replace(GEMMA, family="gemma"),
+    "gemma2": replace(GEMMA, family="gemma2", post_norms=True, windows=(7, None, 7),
+                      attn_scale=20**-0.5, attn_cap=3.0, logit_cap=4.0),
+    "gemma3": replace(GEMMA, family="gemma3_text", post_norms=True, qk_norm=True,
+                      num_layers=7, windows=(7,) * 5 + (None, 7), attn_scale=20**-0.5,
+                      rope=Rope(1e6, LinearScaling(8.0)), local_rope=Rope(10_000.0)),
 }
+
+
+@pytest.fixture(scope="module", params=CASES)
+def theirs(request, tmp_path_factory):
+    """A case's config, our random parameters, and transformers' model of their files."""
+    config, path = CASES[request.param], tmp_path_factory.mktemp("theirs")
+    params = random_params(config, 0)
+    rng = np.random.default_rng(0)  # norms start at ones, which would hide a mixed-up one
+    params = jax.tree_util.tree_map_with_path(
+        lambda keys, x: x + rng.normal(0, 0.3, x.shape).astype(x.dtype)
+        if keys[-1].key == "scale" else x, params)
+    write_tower(path, config, params)
+    model = AutoModelForCausalLM.from_pretrained(path, attn_implementation="eager").eval()
+    return config, {"params": params}, model
 
 
 def apply(config, params, *args, method="__call__", remat="none"):
@@ -45,46 +83,33 @@ def tokens():
     return np.random.default_rng(0).integers(0, 101, (2, 30))
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_logits_equal_transformers(case, tokens, tmp_path):
-    config = CASES[case]
-    write_random_tower(tmp_path, config)
-    theirs = LlamaForCausalLM.from_pretrained(tmp_path).eval()
+def test_logits_equal_transformers(theirs, tokens):
+    config, params, model = theirs
     with torch.no_grad():
-        reference = theirs(torch.tensor(tokens)).logits.numpy()
-    params = {"params": random_params(config, 0)}
+        reference = model(torch.tensor(tokens)).logits.numpy()
     logits = apply(config, params, tokens, *plain(tokens), method="score")
     assert relative(logits, reference) < 1e-5
     assert np.std(reference) > 1.0, "logits must spread, or the comparison says little"
 
 
-def test_transformers_five_spelling_of_rope_is_read_too(tokens, tmp_path):
-    import json
-
-    from jaxfusion.hf.configs import decoder_config, decoder_json
-
-    config = CASES["llama31"]
-    old = decoder_json(config)
-    new = {k: v for k, v in old.items() if k not in ("rope_theta", "rope_scaling")}
-    new["rope_parameters"] = {**old["rope_scaling"], "rope_theta": old["rope_theta"]}
-    for spelling in (old, new):
-        assert decoder_config(json.loads(json.dumps(spelling)), "config.json") == config
+def test_config_of_transformers_five_is_read_too(theirs, tmp_path):
+    """It spells rotary embeddings and kinds of layers otherwise than 4."""
+    config, _, model = theirs
+    model.config.save_pretrained(tmp_path)
+    assert decoder_config(read_config(tmp_path), "config.json") == config
 
 
-@pytest.mark.parametrize("case", ["llama2", "llama32_tied"])
-def test_cached_decoding_equals_transformers(case, tokens, tmp_path):
-    config = CASES[case]
-    write_random_tower(tmp_path, config)
-    theirs = LlamaForCausalLM.from_pretrained(tmp_path).eval()
+def test_cached_decoding_equals_transformers(theirs, tokens):
+    config, params, model = theirs
+    tokens = tokens[:, :24]  # longrope changes its frequencies beyond: cached keys stay behind
     with torch.no_grad():
-        reference = theirs(torch.tensor(tokens)).logits.numpy()
-    params = {"params": random_params(config, 0)}
+        reference = model(torch.tensor(tokens)).logits.numpy()
     run = jax.jit(Decoder(config).apply)
-    cache = init_cache(config, 2, 30, jnp.float32)
+    cache = init_cache(config, 2, 24, jnp.float32)
     positions, segments = plain(tokens)
     logits = []
-    # A prompt of 20 tokens at once, then one by one.
-    for start, end in [(0, 20), *((i, i + 1) for i in range(20, 30))]:
+    # A prompt of 18 tokens at once, then one by one.
+    for start, end in [(0, 18), *((i, i + 1) for i in range(18, 24))]:
         part = slice(start, end)
         x = apply(config, params, tokens[:, part], method="embed")
         x, cache = run(params, x, positions[:, part], segments[:, part], cache, start)

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from flax import traverse_util
 from safetensors.numpy import load_file, save_file
 
 from jaxfusion.errors import InputError
@@ -30,9 +31,11 @@ def config_of(path):
 
 def load(path, dtype=jnp.float32):
     config = config_of(path)
-    abstract = jax.eval_shape(lambda: random_params(config, 0))
-    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), abstract)
-    return load_params(path, table(config), abstract, lambda name, array: array)
+    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    shapes = traverse_util.flatten_dict(jax.eval_shape(lambda: random_params(config, 0)), sep="/")
+    wanted = {name: jax.ShapeDtypeStruct(x.shape, dtype, sharding=here)
+              for name, x in shapes.items()}
+    return traverse_util.unflatten_dict(load_params(path, table(config), wanted), sep="/")
 
 
 @pytest.fixture
@@ -127,7 +130,7 @@ def test_unsupported_configs_are_refused_by_name():
     with pytest.raises(InputError, match="rope_type 'yarn' is not supported"):
         decoder_config({
             "model_type": "llama", "num_attention_heads": 2, "hidden_size": 8,
-            "rope_scaling": {"rope_type": "yarn", "factor": 2.0},
+            "num_hidden_layers": 1, "rope_scaling": {"rope_type": "yarn", "factor": 2.0},
         }, "config.json")
 
 

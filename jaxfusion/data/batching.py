@@ -22,11 +22,18 @@ class TokenRow:
       query: the encoder's ids; empty for the bare LLM.
       text: decoder ids between prefix and answer.
       target: answer ids and EOS; empty where the answer is to be generated.
+      latents: prefix slots of a resampler; 0 where there is one for each id of the query.
     """
 
     query: list[int]
     text: list[int]
     target: list[int]
+    latents: int = 0
+
+    @property
+    def prefix(self) -> int:
+        """Decoder slots before the text, the end vector counted."""
+        return (self.latents or len(self.query)) + 1 if self.query else 0
 
 
 # The examples of each row of a batch, and the batch's shape.
@@ -63,6 +70,7 @@ def tokenize(
     max_encoder_tokens: int,
     max_decoder_tokens: int,
     with_target: bool,
+    latents: int = 0,
 ) -> tuple[list[TokenRow], Cut]:
     """Rows of a bridge: `[BOS] + prefix + end + text prompt + target + EOS`.
 
@@ -71,6 +79,7 @@ def tokenize(
       max_encoder_tokens: of the query; its end token is kept when it is cut.
       max_decoder_tokens: of the text prompt, whose end is kept, and of the target with its EOS.
       with_target: False leaves the answer to be generated.
+      latents: the bridge's.
     """
     prompts = [text_prompt.replace("{query}", example.query) for example in examples]
     queries = tokenizers.encode_queries([example.query for example in examples])
@@ -89,7 +98,7 @@ def tokenize(
         TokenRow(
             query if len(query) <= max_encoder_tokens
             else [*query[: max_encoder_tokens - 1], query[-1]],
-            text[-max_decoder_tokens:], target[:max_decoder_tokens],
+            text[-max_decoder_tokens:], target[:max_decoder_tokens], latents,
         )
         for query, text, target in zip(queries, texts, targets, strict=True)
     ]
@@ -127,11 +136,13 @@ class Shapes:
       buckets: encoder lengths, ascending.
       texts: for each bucket the slots for text and target in the decoder.
       targets: slots for targets.
+      latents: of the rows.
     """
 
     buckets: tuple[int, ...]
     texts: tuple[int, ...]
     targets: int
+    latents: int = 0
 
     def bucket(self, row: TokenRow) -> int:
         """Index of the smallest bucket that holds the row."""
@@ -145,7 +156,7 @@ class Shapes:
         """Each example in a row of its own, in the smallest shape that holds all of them."""
         index = max(self.bucket(row) for row in rows)
         slots = self.buckets[index]
-        length = bos + slots + (1 if slots else 0) + self.texts[index]
+        length = bos + (self.latents or slots) + (1 if slots else 0) + self.texts[index]
         return [[row] for row in rows], Shape(batch_size, slots, length, self.targets)
 
 
@@ -160,7 +171,8 @@ def find_shapes(rows: Sequence[TokenRow], buckets: Sequence[int]) -> Shapes:
             text = max(text, *held)
             used.append(high)
             texts.append(-(-text // DECODER_STEP) * DECODER_STEP)
-    return Shapes(tuple(used), tuple(texts), max(1, *(len(row.target) for row in rows)))
+    targets = max(1, *(len(row.target) for row in rows))
+    return Shapes(tuple(used), tuple(texts), targets, rows[0].latents)
 
 
 def find_bare_shapes(rows: Sequence[TokenRow], buckets: Sequence[int]) -> Shapes:
@@ -210,8 +222,8 @@ def _fill(
 ) -> tuple[int, int, int]:
     """Writes one example into row i; returns the first free encoder, decoder and target slot."""
     (e, d, t), n, k = start, len(row.query), len(row.target)
-    end_slot = batch.enc_tokens.shape[1]  # where the end vector stands in the prefix
-    prefix = [*range(e, e + n), end_slot] if n else []
+    first, end_slot = (0, row.latents) if row.latents else (e, batch.enc_tokens.shape[1])
+    prefix = [*range(first, first + row.prefix - 1), end_slot] if n else []
     tokens = [*bos, *([0] * len(prefix)), *row.text, *row.target]
     total = len(tokens)
     batch.enc_tokens[i, e : e + n] = row.query

@@ -41,8 +41,7 @@ class Packing:
 
 def sizes(row: TokenRow, bos: int) -> np.ndarray:
     """Encoder, decoder and target slots that an example takes."""
-    prefix = len(row.query) + 1 if row.query else 0
-    decoder = bos + prefix + len(row.text) + len(row.target)
+    decoder = bos + row.prefix + len(row.text) + len(row.target)
     return np.array([len(row.query), decoder, len(row.target)])
 
 

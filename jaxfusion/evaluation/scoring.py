@@ -53,7 +53,7 @@ class Scorer:
         text_prompt: str = "", bare: bool = False,
     ):
         self.tokenizers, self.config = tokenizers, config
-        self.text_prompt, self.bare = text_prompt, bare
+        self.text_prompt, self.bare, self.latents = text_prompt, bare, bridge.latents
         self.score = make_scorer(bridge, config.max_new_tokens, tokenizers.eos, bare)
 
     def __call__(
@@ -94,7 +94,7 @@ class Scorer:
         return tokenize(
             examples, self.tokenizers, text_prompt=self.text_prompt,
             max_encoder_tokens=c.max_encoder_tokens, max_decoder_tokens=c.max_decoder_tokens,
-            with_target=False,
+            with_target=False, latents=self.latents,
         )
 
     def _options(self, examples: Sequence[Example], labels: Sequence[str]):

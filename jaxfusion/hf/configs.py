@@ -1,13 +1,24 @@
 """`config.json` of a checkpoint → our config of its tower. transformers 4 and 5 spell it apart."""
 
+import math
 from typing import Any
 
 from jaxfusion.errors import InputError
-from jaxfusion.nn.decoder import DecoderConfig, LinearScaling, Llama3Scaling
+from jaxfusion.nn.decoder import DecoderConfig
 from jaxfusion.nn.mt5 import MT5Config
+from jaxfusion.nn.rope import LinearScaling, Llama3Scaling, LongScaling, Rope
 
 ENCODER_FAMILIES = ("mt5", "umt5", "t5")
-DECODER_FAMILIES = ("llama",)
+ARCHITECTURES = {
+    "llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM", "phi3": "Phi3ForCausalLM", "gemma": "GemmaForCausalLM",
+    "gemma2": "Gemma2ForCausalLM", "gemma3_text": "Gemma3ForCausalLM",
+}
+DECODER_FAMILIES = tuple(ARCHITECTURES)
+# What a config.json that leaves them out means in transformers.
+HEAD_DIMS = {"qwen3": 128, "gemma": 256, "gemma2": 256, "gemma3_text": 256}
+WINDOWS = {"mistral": 4096, "qwen2": 4096, "qwen3": 4096, "gemma2": 4096, "gemma3_text": 4096}
+PERIODS = {"gemma2": 2, "gemma3_text": 6}  # one layer of so many has no window
 
 
 def encoder_config(json: dict[str, Any], where: str) -> MT5Config:
@@ -38,33 +49,86 @@ def encoder_config(json: dict[str, Any], where: str) -> MT5Config:
 
 
 def decoder_config(json: dict[str, Any], where: str) -> DecoderConfig:
-    """The shape of a Llama-family LLM.
+    """The shape and features of an LLM, by the defaults of its family in transformers.
 
     Raises:
       InputError: another family, or a feature that the decoder does not have.
     """
     _check_family(json, DECODER_FAMILIES, "decoder", where)
-    only = {"attention_bias": False, "mlp_bias": False, "hidden_act": "silu"}
-    for feature, plain in only.items():
-        if json.get(feature, plain) != plain:
-            raise InputError(
-                f"{where}: {feature} is {json[feature]!r}, supported is {plain!r}"
-            )
+    family = json["model_type"]
+    for feature in ("attention_bias", "mlp_bias"):
+        if json.get(feature):
+            raise InputError(f"{where}: {feature} is true, which is not supported for {family}")
     heads, width = _field(json, "num_attention_heads", where), _field(json, "hidden_size", where)
-    theta, scaling = _rope(json, where)
+    layers = _field(json, "num_hidden_layers", where)
+    gemma = family.startswith("gemma")
+    rope, local_rope = _ropes(json, where)
     return DecoderConfig(
         vocab_size=_field(json, "vocab_size", where),
         d_model=width,
         d_ff=_field(json, "intermediate_size", where),
-        num_layers=_field(json, "num_hidden_layers", where),
+        num_layers=layers,
         num_heads=heads,
         num_kv_heads=json.get("num_key_value_heads") or heads,
-        head_dim=json.get("head_dim") or width // heads,
-        norm_eps=json.get("rms_norm_eps", 1e-6),
-        rope_theta=theta,
-        rope_scaling=scaling,
-        tie_embeddings=json.get("tie_word_embeddings", False),
+        head_dim=json.get("head_dim") or HEAD_DIMS.get(family) or width // heads,
+        norm_eps=json.get("rms_norm_eps", 1e-5 if family == "phi3" else 1e-6),
+        rope=rope,
+        tie_embeddings=json.get("tie_word_embeddings", gemma),
+        family=family,
+        max_length=json.get("max_position_embeddings", 131_072),
+        activation=_activation(json, gemma, where),
+        qkv_bias=family == "qwen2",
+        qk_norm=family in ("qwen3", "gemma3_text"),
+        windows=_windows(json, layers, where),
+        local_rope=local_rope,
+        **(_gemma_features(json, family, width) if gemma else {}),
     )
+
+
+def _activation(json: dict[str, Any], gemma: bool, where: str) -> str:
+    """Gemma's `gelu` has always been the tanh form, whatever its config.json said."""
+    names = {"gelu": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"} if gemma else {"silu": "silu"}
+    name = json.get("hidden_activation") or json.get("hidden_act") or next(iter(names))
+    if name not in names:
+        raise InputError(f"{where}: hidden_act is '{name}', supported is '{list(names)[-1]}'")
+    return names[name]
+
+
+def _gemma_features(json: dict[str, Any], family: str, width: int) -> dict[str, Any]:
+    features = {"embed_scale": width**0.5, "norm_offset": 1.0}
+    if family == "gemma":
+        return features
+    return {
+        **features, "post_norms": True,
+        "attn_scale": json.get("query_pre_attn_scalar", 256) ** -0.5,
+        "attn_cap": json.get("attn_logit_softcapping", 50.0 if family == "gemma2" else None),
+        "logit_cap": json.get("final_logit_softcapping", 30.0 if family == "gemma2" else None),
+    }
+
+
+def _windows(json: dict[str, Any], layers: int, where: str) -> tuple[int | None, ...]:
+    """How far back each layer looks; empty if no layer has a window."""
+    family = json["model_type"]
+    window = json.get("sliding_window", WINDOWS.get(family))
+    if family in ("qwen2", "qwen3") and not json.get("use_sliding_window", False):
+        window = None
+    if window is None or family not in ("mistral", "phi3", *PERIODS, "qwen2", "qwen3"):
+        return ()
+    if kinds := json.get("layer_types"):
+        unknown = set(kinds) - {"sliding_attention", "full_attention"}
+        if unknown or len(kinds) != layers:
+            raise InputError(f"{where}: layer_types has {len(kinds)} entries of "
+                             f"{sorted(set(kinds))}, wanted {layers} of sliding_attention and "
+                             "full_attention")
+        local = [kind == "sliding_attention" for kind in kinds]
+    elif family in PERIODS:
+        period = json.get("sliding_window_pattern") or PERIODS[family]
+        local = [(i + 1) % period != 0 for i in range(layers)]
+    elif family in ("qwen2", "qwen3"):
+        local = [i >= json.get("max_window_layers", 28) for i in range(layers)]
+    else:
+        local = [True] * layers
+    return tuple(window if is_local else None for is_local in local) if any(local) else ()
 
 
 def encoder_json(config: MT5Config) -> dict[str, Any]:
@@ -83,46 +147,108 @@ def encoder_json(config: MT5Config) -> dict[str, Any]:
 
 
 def decoder_json(config: DecoderConfig) -> dict[str, Any]:
-    """The `config.json` of a Llama-family LLM; `decoder_config` reads it back."""
-    scaling = None
-    if isinstance(config.rope_scaling, LinearScaling):
-        scaling = {"rope_type": "linear", "factor": config.rope_scaling.factor}
-    elif config.rope_scaling is not None:
-        scaling = {
-            "rope_type": "llama3", "factor": config.rope_scaling.factor,
-            "low_freq_factor": config.rope_scaling.low_freq_factor,
-            "high_freq_factor": config.rope_scaling.high_freq_factor,
-            "original_max_position_embeddings": config.rope_scaling.original_length,
-        }
-    return {
-        "model_type": "llama", "architectures": ["LlamaForCausalLM"],
+    """The `config.json` of an LLM as transformers 4 and 5 read it; `decoder_config` reads it back.
+    """
+    family = config.family
+    json = {
+        "model_type": family, "architectures": [ARCHITECTURES[family]],
         "vocab_size": config.vocab_size, "hidden_size": config.d_model,
         "intermediate_size": config.d_ff, "num_hidden_layers": config.num_layers,
         "num_attention_heads": config.num_heads, "num_key_value_heads": config.num_kv_heads,
-        "head_dim": config.head_dim, "rms_norm_eps": config.norm_eps,
-        "rope_theta": config.rope_theta, "rope_scaling": scaling, "hidden_act": "silu",
-        "attention_bias": False, "mlp_bias": False, "max_position_embeddings": 131072,
-        "tie_word_embeddings": config.tie_embeddings,
+        "head_dim": config.head_dim, "rms_norm_eps": config.norm_eps, "attention_bias": False,
+        "max_position_embeddings": config.max_length, "rope_theta": config.rope.theta,
+        "rope_scaling": _scaling_json(config.rope), "tie_word_embeddings": config.tie_embeddings,
+        "pad_token_id": None,  # a family's default may lie outside the vocabulary
     }
+    window = next((w for w in config.windows if w), None)
+    if family == "llama":
+        json["mlp_bias"] = False
+    else:
+        json["sliding_window"] = window
+    if family in ("qwen2", "qwen3"):
+        json["use_sliding_window"] = window is not None
+        # Needed where there is a window, and read by transformers 4 alone.
+        json["max_window_layers"] = sum(w is None for w in config.windows)
+    if family == "phi3":
+        json["partial_rotary_factor"] = config.rope.partial
+        if isinstance(config.rope.scaling, LongScaling):
+            json["original_max_position_embeddings"] = config.rope.scaling.original_length
+    act = {"silu": "silu", "gelu_tanh": "gelu_pytorch_tanh"}[config.activation]
+    json["hidden_activation" if family.startswith("gemma") else "hidden_act"] = act
+    if config.windows and family in (*PERIODS, "qwen2", "qwen3"):
+        json["layer_types"] = ["sliding_attention" if w else "full_attention"
+                               for w in config.windows]
+    if family in PERIODS:
+        json |= {"query_pre_attn_scalar": round(config.attn_scale**-2),
+                 "attn_logit_softcapping": config.attn_cap,
+                 "final_logit_softcapping": config.logit_cap}
+    if config.local_rope is not None:
+        json["rope_local_base_freq"] = config.local_rope.theta
+    return json
 
 
-def _rope(json: dict[str, Any], where: str):
-    """RoPE base and scaling from either spelling (`rope_parameters`, or theta and scaling)."""
-    rope = json.get("rope_parameters") or json.get("rope_scaling") or {}
-    theta = float(rope.get("rope_theta", json.get("rope_theta", 10_000.0)))
+def _scaling_json(rope: Rope) -> dict[str, Any] | None:
+    match rope.scaling:
+        case None:
+            return None
+        case LinearScaling(factor):
+            return {"rope_type": "linear", "factor": factor}
+        case LongScaling(short, long):
+            return {"type": "longrope", "short_factor": list(short), "long_factor": list(long)}
+        case Llama3Scaling(factor, low, high, length):
+            return {"rope_type": "llama3", "factor": factor, "low_freq_factor": low,
+                    "high_freq_factor": high, "original_max_position_embeddings": length}
+
+
+def _ropes(json: dict[str, Any], where: str) -> tuple[Rope, Rope | None]:
+    """RoPE of the layers, and of those with a window if it is another, from any spelling.
+
+    transformers 5 has `rope_parameters` (by kind of layer for Gemma 3), 4 has `rope_theta`,
+    `rope_scaling` and `rope_local_base_freq`.
+    """
+    new = json.get("rope_parameters")
+    if new and "full_attention" in new:
+        return (_rope(json, new["full_attention"], where),
+                _rope(json, new["sliding_attention"], where))
+    rope = _rope(json, new or json.get("rope_scaling") or {}, where)
+    if json["model_type"] != "gemma3_text":
+        return rope, None
+    return rope, Rope(float(json.get("rope_local_base_freq", 10_000.0)))
+
+
+def _rope(json: dict[str, Any], rope: dict[str, Any], where: str) -> Rope:
+    default = 1_000_000.0 if json["model_type"] == "gemma3_text" else 10_000.0
+    theta = float(rope.get("rope_theta") or json.get("rope_theta") or default)
+    partial = float(rope.get("partial_rotary_factor") or json.get("partial_rotary_factor") or 1.0)
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind == "default":
-        return theta, None
-    if kind == "linear":
-        return theta, LinearScaling(float(rope["factor"]))
-    if kind == "llama3":
-        return theta, Llama3Scaling(
+        scaling = None
+    elif kind == "linear":
+        scaling = LinearScaling(float(rope["factor"]))
+    elif kind == "llama3":
+        scaling = Llama3Scaling(
             float(rope["factor"]), float(rope["low_freq_factor"]),
             float(rope["high_freq_factor"]), int(rope["original_max_position_embeddings"]),
         )
-    raise InputError(
-        f"{where}: rope_type '{kind}' is not supported; known: default, linear, llama3"
-    )
+    elif kind in ("longrope", "su"):
+        scaling = _long_scaling(json, rope)
+    else:
+        raise InputError(
+            f"{where}: rope_type '{kind}' is not supported; known: default, linear, llama3, "
+            "longrope"
+        )
+    return Rope(theta, scaling, partial)
+
+
+def _long_scaling(json: dict[str, Any], rope: dict[str, Any]) -> LongScaling:
+    """The magnitude is LongRoPE's sqrt(1 + ln s / ln L) of the stretch s over the length L."""
+    length = int(rope.get("original_max_position_embeddings")
+                 or json["original_max_position_embeddings"])
+    stretch = json["max_position_embeddings"] / length
+    magnitude = math.sqrt(1 + math.log(stretch) / math.log(length)) if stretch > 1 else 1.0
+    magnitude = rope.get("attention_factor") or magnitude
+    return LongScaling(tuple(map(float, rope["short_factor"])),
+                       tuple(map(float, rope["long_factor"])), length, float(magnitude))
 
 
 def _check_family(json, families, role, where) -> None:

@@ -13,11 +13,8 @@ from pathlib import Path
 
 from jaxfusion.errors import InputError, first_line
 from jaxfusion.files import new_directory
-from jaxfusion.hf.hub import HUB_ID, WANTED, download
+from jaxfusion.hf.hub import NOT_WEIGHTS, find_files
 from jaxfusion.hf.load import INDEX, PICKLES, SINGLE
-
-# Everything of a model directory but its weights.
-NOT_WEIGHTS = [pattern for pattern in WANTED if "safetensors" not in pattern]
 
 
 def convert(source: str, out: Path, revision: str | None = None) -> None:
@@ -26,11 +23,7 @@ def convert(source: str, out: Path, revision: str | None = None) -> None:
     Raises:
       InputError: no pickle is there, a shard is missing or unreadable, or `out` is not empty.
     """
-    path = Path(source).expanduser()
-    if not path.is_dir():
-        if not HUB_ID.fullmatch(source):
-            raise InputError(f"'{source}' is neither a directory here nor a hub id owner/name")
-        path = Path(download(source, revision, [*NOT_WEIGHTS, "pytorch_model*"]))
+    path = find_files(source, [*NOT_WEIGHTS, "pytorch_model*"], revision)
     shards = _shards(path)
     with new_directory(Path(out)) as partial:
         weight_map: dict[str, str] = {}

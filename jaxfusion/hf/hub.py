@@ -9,6 +9,8 @@ WANTED = [
     "config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json",
     "tokenizer*", "special_tokens_map.json", "added_tokens.json", "*.model", "vocab*", "merges.txt",
 ]
+# Everything of a model directory but its weights.
+NOT_WEIGHTS = [pattern for pattern in WANTED if "safetensors" not in pattern]
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -35,6 +37,20 @@ def resolve(name: str, revision: str | None = None) -> tuple[Path, str | None]:
     if not list(path.glob("*.safetensors")):
         raise InputError(convert_hint(name, "holds no safetensors weights", name.split("/")[-1]))
     return path, path.name
+
+
+def find_files(name: str, patterns: list[str], revision: str | None = None) -> Path:
+    """A directory here, or the files of a hub id that match the patterns.
+
+    Raises:
+      InputError: neither of them.
+    """
+    local = Path(name).expanduser()
+    if local.is_dir():
+        return local
+    if not HUB_ID.fullmatch(name):
+        raise InputError(f"'{name}' is neither a directory here nor a hub id owner/name")
+    return Path(download(name, revision, patterns))
 
 
 def convert_hint(source: str, problem: str, out: str) -> str:

@@ -1,7 +1,7 @@
 """Hugging Face directories → parameter trees. Only safetensors are read."""
 
 import json
-from collections.abc import Callable
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,15 +9,16 @@ from typing import Any
 import jax
 import ml_dtypes  # noqa: F401  (gives NumPy the bfloat16 that safetensors hands over)
 import numpy as np
-from flax import traverse_util
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 from safetensors import SafetensorError, safe_open
 
 from jaxfusion.errors import InputError
 from jaxfusion.hf.hub import convert_hint
-from jaxfusion.hf.tables import TRANSFORMS, Row, Table
+from jaxfusion.hf.tables import TRANSFORMS, Index, Row, Table
 
 PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+SHOWN_BYTES = 1 << 28  # what takes long enough to show how far it is
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -42,9 +43,18 @@ class TensorFiles:
     path: Path
     files: dict[str, str]  # tensor name -> file name
 
-    def read(self, name: str) -> np.ndarray:
+    def read(self, name: str, index: Index = ()) -> np.ndarray:
+        """A tensor, or a block of it.
+
+        Raises:
+          InputError: NaN is in it.
+        """
         with safe_open(self.path / self.files[name], framework="numpy") as file:
-            return file.get_tensor(name)
+            block = file.get_slice(name)[index] if index else file.get_tensor(name)
+        if np.isnan(block).any():
+            raise InputError(f"{self.path / self.files[name]}: {name} holds NaN; the checkpoint is "
+                             "damaged, get it again")
+        return block
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Every tensor's shape, from the files' headers."""
@@ -68,6 +78,10 @@ def open_tensors(path: Path) -> TensorFiles:
             files = json.loads((path / INDEX).read_text("utf-8"))["weight_map"]
         except (ValueError, KeyError) as error:
             raise InputError(f"{path / INDEX} is damaged: {error}") from None
+        outside = [file for file in files.values() if Path(file).name != file]
+        if outside:
+            raise InputError(f"{path / INDEX} points to '{outside[0]}', wanted names of files in "
+                             "the same directory")
         missing = sorted({file for file in files.values() if not (path / file).is_file()})
         if missing:
             raise InputError(f"{path} is half a checkpoint: {', '.join(missing)} missing")
@@ -87,34 +101,49 @@ def _keys(file: Path) -> list[str]:
         with safe_open(file, framework="numpy") as opened:
             return list(opened.keys())
     except (SafetensorError, OSError) as error:
-        raise InputError(f"{file} is damaged or cut short: {error}") from None
+        raise InputError(f"{file} is damaged or cut short{_sizes(file)}: {error}") from None
+
+
+def _sizes(file: Path) -> str:
+    """How many bytes a safetensors file has and should have, if its header can be read."""
+    with file.open("rb") as opened:
+        length = int.from_bytes(opened.read(8), "little")
+        try:
+            header = json.loads(opened.read(min(length, 100_000_000)))
+            ends = [x["data_offsets"][1] for name, x in header.items() if name != "__metadata__"]
+        except (ValueError, LookupError, TypeError):
+            return ""
+    wanted = 8 + length + max(ends, default=0)
+    return f" ({file.stat().st_size:,} bytes, wanted {wanted:,})"
 
 
 def load_params(
-    path: Path,
-    table: Table,
-    abstract: dict[str, Any],
-    place: Callable[[str, np.ndarray], jax.Array],
-) -> dict[str, Any]:
-    """Reads a tower's parameters.
+    path: Path, table: Table, wanted: dict[str, jax.ShapeDtypeStruct]
+) -> dict[str, jax.Array]:
+    """Reads a tower's parameters, each shard straight from the file to its devices.
+
+    At most one parameter's shard is in host memory beside the arrays themselves.
 
     Args:
       path: the directory.
       table: rows of its family.
-      abstract: the parameter tree with shapes (stacked along blocks) and the wanted dtypes.
-      place: puts a finished array, named by its path in the tree, on the devices.
+      wanted: by path in the tree: shape (stacked along blocks), dtype and sharding.
 
     Raises:
-      InputError: tensors missing, unused or of another shape, all named at once.
+      InputError: tensors missing, unused, of another shape or with NaN, all named.
     """
     tensors = open_tensors(path)
-    wanted = traverse_util.flatten_dict(abstract, sep="/")
     _check(path, table, wanted, tensors.shapes())
+    total = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in wanted.values())
+    columns = (TextColumn(f"{path.name}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
     params = {}
-    for row in table.rows:
-        leaf = wanted[row.ours]
-        params[row.ours] = place(row.ours, _read_row(row, leaf, tensors))
-    return traverse_util.unflatten_dict(params, sep="/")
+    with Progress(*columns, disable=total < SHOWN_BYTES) as progress:
+        task = progress.add_task("", total=total)
+        for row in table.rows:
+            leaf = wanted[row.ours]
+            params[row.ours] = _read_row(row, leaf, tensors)
+            progress.advance(task, math.prod(leaf.shape) * leaf.dtype.itemsize)
+    return params
 
 
 def _names(row: Row, layers: int) -> list[tuple[str, ...]]:
@@ -124,15 +153,31 @@ def _names(row: Row, layers: int) -> list[tuple[str, ...]]:
     return [(row.theirs.format(i=i),) for i in range(layers)]
 
 
-def _read_row(row: Row, leaf, tensors: TensorFiles) -> np.ndarray:
-    """One parameter of ours, in its dtype."""
-    to_ours = TRANSFORMS[row.transform].to_ours
-    out = np.empty(leaf.shape, leaf.dtype)
-    slots = out if row.stacked else out[None]
-    for slot, names in zip(slots, _names(row, len(slots)), strict=True):
-        name = next(name for name in names if name in tensors.files)
-        slot[...] = to_ours(tensors.read(name), slot.shape)
-    return out
+def _read_row(row: Row, leaf: jax.ShapeDtypeStruct, tensors: TensorFiles) -> jax.Array:
+    """One parameter of ours, in its dtype and at its place."""
+    transform = TRANSFORMS[row.transform]
+    shape = leaf.shape[1:] if row.stacked else leaf.shape
+    names = [next(name for name in each if name in tensors.files)
+             for each in _names(row, leaf.shape[0])]
+
+    def shard(index: Index) -> np.ndarray:
+        layers, index = (index[0], index[1:]) if row.stacked else (slice(0, 1), index)
+        inner = [len(range(*cut.indices(n))) for cut, n in zip(index, shape, strict=True)]
+        theirs = _at(row, transform.their_index(index, shape), transform.their_shape(shape))
+        out = np.empty((len(names[layers]), *inner), leaf.dtype)
+        for slot, name in zip(out, names[layers], strict=True):
+            slot[...] = transform.to_ours(tensors.read(name, theirs), slot.shape)
+        return out if row.stacked else out[0]
+
+    return jax.make_array_from_callback(leaf.shape, leaf.sharding, shard)
+
+
+def _at(row: Row, index: Index, shape: tuple[int, ...]) -> Index:
+    """The index with plain bounds; of a row's part, in the whole."""
+    bounds = [cut.indices(n)[:2] for cut, n in zip(index, shape, strict=True)]
+    if row.part is not None:
+        bounds[0] = tuple(row.part[0] + bound for bound in bounds[0])
+    return tuple(slice(*bound) for bound in bounds)
 
 
 def _check(path: Path, table: Table, wanted: dict[str, Any], found: dict[str, Any]) -> None:
@@ -144,14 +189,16 @@ def _check(path: Path, table: Table, wanted: dict[str, Any], found: dict[str, An
         shape = wanted[row.ours].shape
         layers, shape = (shape[0], shape[1:]) if row.stacked else (1, shape)
         theirs = tuple(TRANSFORMS[row.transform].their_shape(shape))
+        if row.part is not None:
+            theirs = (row.part[2], *theirs[1:])
         for names in _names(row, layers):
             present = [name for name in names if name in found]
             used.update(present)
-            if not present:
+            if not present and names[0] not in problems["missing"]:
                 problems["missing"].append(names[0])
             problems["mis-shaped"] += [
                 f"{name} is {list(found[name])}, wanted {list(theirs)}"
-                for name in present if found[name] != theirs
+                for name in present if found[name] != theirs and (row.part or (0,))[0] == 0
             ]
     problems["unused"] = sorted(
         name for name in found if name not in used and not table.ignores(name)

@@ -1,16 +1,19 @@
 """Parameter trees → Hugging Face directories."""
 
 import json
-from collections.abc import Iterable, Iterator
+import shutil
+from collections.abc import Container, Iterable, Iterator
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 from safetensors.numpy import save_file
 
 from jaxfusion.hf.configs import decoder_json, encoder_json
-from jaxfusion.hf.load import INDEX, SINGLE
+from jaxfusion.hf.load import INDEX, SINGLE, open_tensors
 from jaxfusion.hf.tables import TRANSFORMS, Table, table
 from jaxfusion.nn.decoder import DecoderConfig
 from jaxfusion.nn.mt5 import MT5Config
@@ -21,14 +24,16 @@ SHARD_BYTES = 5_000_000_000
 def to_tensors(rows: Table, params: dict[str, Any]) -> Iterator[tuple[str, np.ndarray]]:
     """Every Hugging Face tensor of a parameter tree, by name."""
     flat = traverse_util.flatten_dict(params, sep="/")
-    for row in rows.rows:
-        array = np.asarray(flat[row.ours])
-        to_theirs = TRANSFORMS[row.transform].to_theirs
-        if not row.stacked:
-            yield row.theirs, to_theirs(array)
+    for theirs, parts in groupby(rows.rows, key=lambda row: row.theirs):
+        parts = list(parts)
+        arrays = [np.asarray(flat[row.ours]) for row in parts]
+        to_theirs = TRANSFORMS[parts[0].transform].to_theirs
+        if not parts[0].stacked:
+            yield theirs, to_theirs(arrays[0])
             continue
-        for i, layer in enumerate(array):
-            yield row.theirs.format(i=i), to_theirs(layer)
+        for i, layers in enumerate(zip(*arrays, strict=True)):
+            tensors = [to_theirs(layer) for layer in layers]
+            yield theirs.format(i=i), tensors[0] if len(parts) == 1 else np.concatenate(tensors)
 
 
 def write_tower(
@@ -39,6 +44,64 @@ def write_tower(
     to_json = encoder_json if isinstance(config, MT5Config) else decoder_json
     (out / "config.json").write_text(json.dumps(to_json(config), indent=2), "utf-8")
     write_shards(out, to_tensors(table(config), params), shard_bytes)
+
+
+def tower_names(rows: Table, files: Container[str], layers: int) -> dict[str, str]:
+    """Every tensor of a tower by its usual name, and the name it has among `files`."""
+    names = {}
+    for theirs, also in dict.fromkeys((row.theirs, row.also) for row in rows.rows):
+        for i in range(layers if "{i}" in theirs else 1):
+            known = [x.format(i=i) for x in (theirs, *also)]
+            names[known[0]] = next(x for x in known if x in files)
+    return names
+
+
+def copy_tower(
+    source: Path, out: Path, config: dict[str, Any], names: dict[str, str],
+    replaced: dict[str, np.ndarray], dtype: str | None,
+) -> None:
+    """Writes one tower of a checkpoint as a directory of its own, tensor by tensor.
+
+    Args:
+      config: its `config.json`.
+      names: its tensors by their usual name, and the name each has in `source`.
+      replaced: tensors that take the place of the source's, in its dtype.
+      dtype: of all tensors; None keeps each one's.
+    """
+    held = open_tensors(source)
+
+    def tensors() -> Iterator[tuple[str, np.ndarray]]:
+        for name, there in names.items():
+            tensor = held.read(there)
+            wanted = jnp.dtype(dtype) if dtype else tensor.dtype
+            yield name, replaced.get(name, tensor).astype(wanted, copy=False)
+
+    write_shards(out, tensors())
+    if dtype is not None:
+        config = {**config, "torch_dtype": dtype, "dtype": dtype}
+    (out / "config.json").write_text(json.dumps(config, indent=2) + "\n", "utf-8")
+    if (source / "generation_config.json").is_file():
+        shutil.copyfile(source / "generation_config.json", out / "generation_config.json")
+
+
+def write_tokenizer(out: Path, tokenizer) -> None:
+    """Writes a tokenizer so that transformers 4 and 5 read the same `tokenizer.json`.
+
+    5 writes a class that 4 does not know, and special tokens beyond the usual as a list under a
+    name that in 4 wants a dictionary.
+    """
+    tokenizer.save_pretrained(out)
+    file = out / "tokenizer_config.json"
+    if not (out / "tokenizer.json").is_file():
+        return  # a slow tokenizer has its own class in both
+    config = json.loads(file.read_text("utf-8"))
+    for name in ("backend", "is_local", "local_files_only"):  # how it was read just now
+        config.pop(name, None)
+    config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    config["model_input_names"] = ["input_ids", "attention_mask"]  # 4 would add token types
+    if isinstance(config.get("extra_special_tokens"), list):
+        config["additional_special_tokens"] = config.pop("extra_special_tokens")
+    file.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", "utf-8")
 
 
 def write_shards(

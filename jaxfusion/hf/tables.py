@@ -4,6 +4,7 @@ import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 
 import numpy as np
 
@@ -13,28 +14,59 @@ from jaxfusion.nn.mt5 import MT5Config
 Shape = tuple[int, ...]
 
 
+Index = tuple[slice, ...]
+
+
 @dataclass(frozen=True)
 class Transform:
-    """How a tensor of theirs becomes one of ours, and back; `shape` is always ours."""
+    """How a tensor of theirs becomes one of ours, and back; `shape` is always ours.
+
+    `their_index` is where a block of ours lies in theirs: of the axes that theirs has as one, only
+    the first may be cut.
+    """
 
     to_ours: Callable[[np.ndarray, Shape], np.ndarray]
     to_theirs: Callable[[np.ndarray], np.ndarray]
     their_shape: Callable[[Shape], Shape]
+    their_index: Callable[[Index, Shape], Index]
+
+
+def _joined(index: Index, shape: Shape) -> slice:
+    """The block of the axes of `shape` seen as one."""
+    start, stop, _ = index[0].indices(shape[0])
+    if any(cut.indices(n) != (0, n, 1) for cut, n in zip(index[1:], shape[1:], strict=True)):
+        raise ValueError(f"axes {shape} cut at {index}: only the first may be sharded")
+    return slice(start * math.prod(shape[1:]), stop * math.prod(shape[1:]))
 
 
 TRANSFORMS = {
-    "same": Transform(lambda x, shape: x, lambda x: x, lambda shape: shape),
+    "same": Transform(
+        lambda x, shape: x, lambda x: x, lambda shape: shape, lambda index, shape: index
+    ),
     # A PyTorch Linear [out, in] whose output axis we split, e.g. into heads: [in, heads, H].
     "linear_in": Transform(
         lambda x, shape: x.T.reshape(shape),
         lambda x: x.reshape(x.shape[0], -1).T,
         lambda shape: (math.prod(shape[1:]), shape[0]),
+        lambda index, shape: (_joined(index[1:], shape[1:]), index[0]),
     ),
     # A PyTorch Linear [out, in] whose input axis we split: [heads, H, out].
     "linear_out": Transform(
         lambda x, shape: x.T.reshape(shape),
         lambda x: x.reshape(-1, x.shape[-1]).T,
         lambda shape: (shape[-1], math.prod(shape[:-1])),
+        lambda index, shape: (index[-1], _joined(index[:-1], shape[:-1])),
+    ),
+    # A vector that they keep with two leading axes of one.
+    "vector": Transform(
+        lambda x, shape: x.reshape(shape), lambda x: x.reshape(1, 1, -1),
+        lambda shape: (1, 1, *shape), lambda index, shape: (slice(0, 1), slice(0, 1), *index),
+    ),
+    # A bias [out] whose axis we split into heads.
+    "heads": Transform(
+        lambda x, shape: x.reshape(shape), lambda x: x.reshape(-1),
+        lambda shape: (math.prod(shape),),
+        lambda index, shape: (_joined(index, shape),),
     ),
 }
 
@@ -48,12 +80,14 @@ class Row:
       ours: path in the tower's parameter tree.
       transform: a name in `TRANSFORMS`.
       also: other names the same tensor may have.
+      part: first row, row after the last, and number of rows, where ours is a part of theirs.
     """
 
     theirs: str
     ours: str
     transform: str = "same"
     also: tuple[str, ...] = ()
+    part: tuple[int, int, int] | None = None
 
     @property
     def stacked(self) -> bool:
@@ -95,27 +129,119 @@ def mt5_table(config: MT5Config) -> Table:
     return Table(rows, ignored=(r"decoder\..*", r"lm_head\.weight"))
 
 
-def llama_table(config: DecoderConfig) -> Table:
-    """Llama 2, 3, 3.1, 3.2 and their fine-tunes."""
+def decoder_table(config: DecoderConfig) -> Table:
+    """Every supported family of LLMs: they name the same tensors alike."""
     block, blocks = "model.layers.{i}", "blocks"
-    rows = (
+    attn, mlp = f"{block}.self_attn", f"{block}.mlp"
+    mlp_norm = "pre_feedforward" if config.post_norms else "post_attention"
+    rows = [
         Row("model.embed_tokens.weight", "embed/embedding"),
         Row(f"{block}.input_layernorm.weight", f"{blocks}/attn_norm/scale"),
-        *(Row(f"{block}.self_attn.{x}_proj.weight", f"{blocks}/attn/{x}/kernel", "linear_in")
-          for x in "qkv"),
-        Row(f"{block}.self_attn.o_proj.weight", f"{blocks}/attn/o/kernel", "linear_out"),
-        Row(f"{block}.post_attention_layernorm.weight", f"{blocks}/mlp_norm/scale"),
-        Row(f"{block}.mlp.gate_proj.weight", f"{blocks}/mlp/gate/kernel", "linear_in"),
-        Row(f"{block}.mlp.up_proj.weight", f"{blocks}/mlp/up/kernel", "linear_in"),
-        Row(f"{block}.mlp.down_proj.weight", f"{blocks}/mlp/down/kernel", "linear_out"),
+        *_inputs(config),
+        Row(f"{attn}.o_proj.weight", f"{blocks}/attn/o/kernel", "linear_out"),
+        Row(f"{block}.{mlp_norm}_layernorm.weight", f"{blocks}/mlp_norm/scale"),
+        Row(f"{mlp}.down_proj.weight", f"{blocks}/mlp/down/kernel", "linear_out"),
         Row("model.norm.weight", "final_norm/scale"),
-    )
+    ]
+    if config.qkv_bias:
+        rows += [Row(f"{attn}.{x}_proj.bias", f"{blocks}/attn/{x}/bias", "heads") for x in "qkv"]
+    if config.qk_norm:
+        rows += [Row(f"{attn}.{x}_norm.weight", f"{blocks}/attn/{x}_norm/scale") for x in "qk"]
+    if config.post_norms:
+        rows += [Row(f"{block}.{theirs}_layernorm.weight", f"{blocks}/{ours}_post_norm/scale")
+                 for theirs, ours in (("post_attention", "attn"), ("post_feedforward", "mlp"))]
     ignored = (r".*\.rotary_emb\.inv_freq",)
     if config.tie_embeddings:
-        return Table(rows, (*ignored, r"lm_head\.weight"))
+        return Table(tuple(rows), (*ignored, r"lm_head\.weight"))
     return Table((*rows, Row("lm_head.weight", "head/embedding")), ignored)
+
+
+def _inputs(config: DecoderConfig) -> list[Row]:
+    """What reads a block's input: Phi-3 keeps q, k, v in one tensor, and gate and up in another."""
+    block, blocks = "model.layers.{i}", "blocks"
+    heads = (config.num_heads, config.num_kv_heads, config.num_kv_heads)
+    widths = {"self_attn": [n * config.head_dim for n in heads], "mlp": [config.d_ff] * 2}
+    rows = []
+    for room, names, fused in (("self_attn", "qkv", "qkv_proj"), ("mlp", ("gate", "up"),
+                                                                  "gate_up_proj")):
+        ends = list(accumulate(widths[room], initial=0))
+        for name, part in zip(names, pairwise(ends), strict=True):
+            ours = f"{blocks}/{room.removeprefix('self_')}/{name}/kernel"
+            if config.family == "phi3":
+                rows.append(Row(f"{block}.{room}.{fused}.weight", ours, "linear_in",
+                                part=(*part, ends[-1])))
+            else:
+                rows.append(Row(f"{block}.{room}.{name}_proj.weight", ours, "linear_in"))
+    return rows
+
+
+def bridge_table(fusion: str, projector: str) -> Table:
+    """Fusion and projector, as `modeling_jaxfusion.py` names them."""
+    rows: list[Row] = []
+    if fusion == "global_softmax":
+        rows += [Row(f"fusion.{x}", f"fusion/{x}") for x in "wt"]
+    if fusion == "transformer_softmax":
+        rows += [Row(f"fusion.{x}", f"fusion/{x}") for x in ("cls", "positions")]
+        for x in "qkvo":
+            rows += [Row(f"fusion.{x}.weight", f"fusion/{x}_kernel", "linear_in"),
+                     Row(f"fusion.{x}.bias", f"fusion/{x}_bias")]
+        for x in ("up", "down", "weigh"):
+            rows += _dense(f"fusion.{x}", f"fusion/{x}")
+        for x in ("attn_norm", "mlp_norm"):
+            rows += _norm(f"fusion.{x}", f"fusion/{x}")
+    if projector == "resampler":
+        rows += [Row("projector.latents", "projector/latents")]
+        rows += [Row(f"projector.{x}.weight", f"projector/{x}/kernel", "linear_in")
+                 for x in ("q", "k", "v", "o", "out")]
+        for x in ("feature_norm", "latent_norm", "norm"):
+            rows += _norm(f"projector.{x}", f"projector/{x}")
+    dense = {"linear": ("out",), "resampler": ("up", "down")}.get(projector, ("hidden", "out"))
+    for x in dense:
+        rows += _dense(f"projector.{x}", f"projector/{x}")
+    return Table((*rows, Row("projector.end", "projector/end")))
+
+
+def langbridge_table(projector: str) -> Table:
+    """LangBridge's alignment modules (github.com/kaistAI/LangBridge, alignment_modules.py)."""
+    start = "lb.alignment"
+    if projector == "linear":
+        rows = _dense(f"{start}.linear", "projector/out")
+    elif projector == "ffn":
+        rows = [*_dense(f"{start}.ffn.0", "projector/hidden"),
+                *_dense(f"{start}.ffn.2", "projector/out")]
+    else:
+        attn, ffn = f"{start}.layers.0.0", f"{start}.layers.0.1"
+        rows = [
+            Row(f"{start}.latents", "projector/latents"),
+            *_norm(f"{attn}.norm_media", "projector/feature_norm"),
+            *_norm(f"{attn}.norm_latents", "projector/latent_norm"),
+            *(Row(f"{attn}.to_{theirs}.weight", f"projector/{ours}/kernel", "linear_in")
+              for theirs, ours in (("q", "q"), ("k", "k"), ("v", "v"), ("out", "o"))),
+            *_dense(f"{ffn}.0", "projector/up"), *_dense(f"{ffn}.2", "projector/down"),
+            Row(f"{start}.out_proj.weight", "projector/out/kernel", "linear_in"),
+            *_norm(f"{start}.norm", "projector/norm"),
+        ]
+    return Table((*rows, Row(f"{start}.enc_eos", "projector/end")))
+
+
+def mindmerger_table(start: str) -> Table:
+    """MindMerger's mapping (github.com/CONE-MT/MindMerger), its names beginning with `start`."""
+    return Table((
+        *_dense(f"{start}mlp.linear1", "projector/hidden"),
+        *_dense(f"{start}mlp.linear2", "projector/out"),
+        Row(f"{start}end_boundary", "projector/end", "vector"),
+    ))
+
+
+def _dense(theirs: str, ours: str) -> list[Row]:
+    return [Row(f"{theirs}.weight", f"{ours}/kernel", "linear_in"),
+            Row(f"{theirs}.bias", f"{ours}/bias")]
+
+
+def _norm(theirs: str, ours: str) -> list[Row]:
+    return [Row(f"{theirs}.weight", f"{ours}/scale"), Row(f"{theirs}.bias", f"{ours}/bias")]
 
 
 def table(config: MT5Config | DecoderConfig) -> Table:
     """The table of a tower's family."""
-    return mt5_table(config) if isinstance(config, MT5Config) else llama_table(config)
+    return mt5_table(config) if isinstance(config, MT5Config) else decoder_table(config)

@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxfusion.nn.decoder import Cache, Decoder
 from jaxfusion.nn.fusion import GlobalSoftmax, TransformerSoftmax, second_pass_mix
 from jaxfusion.nn.mt5 import MT5Encoder
-from jaxfusion.nn.projector import Projector
+from jaxfusion.nn.projector import Projector, Resampler
 
 Params = dict[str, Any]
 
@@ -29,7 +29,8 @@ class Batch:
       enc_tokens: [B S] encoder ids.
       enc_segments: [B S] 0 at padding; tokens of an example share a number and lie side by side.
       dec_tokens: [B N] ids at text slots, 0 elsewhere.
-      dec_source: [B N] which encoder slot fills a prefix slot; S for the end vector; -1 for text.
+      dec_source: [B N] which of the projector's slots fills a prefix slot, the last being the end
+        vector; -1 for text.
       dec_positions: [B N] place among the example's real tokens.
       dec_segments: [B N] 0 at padding, else the example's number in its row.
       target_slots: [B T] decoder slots whose next token is a target.
@@ -66,12 +67,17 @@ class Bridge:
 
     encoder: MT5Encoder
     decoder: Decoder
-    projector: Projector
+    projector: Projector | Resampler
     fusion: str
     fusion_layer: int = 0
     fusion_dropout: float = 0.1
     fusion_d_ff: int = 2048
     backward: str = "stack"
+
+    @property
+    def latents(self) -> int:
+        """How many slots every prefix has; 0 where it has one for each encoder token."""
+        return self.projector.latents if isinstance(self.projector, Resampler) else 0
 
     @property
     def fusion_module(self) -> nn.Module | None:
@@ -94,7 +100,7 @@ class Bridge:
         make = {
             "encoder": lambda k: self.encoder.init(k, tokens, real),
             "decoder": lambda k: self.decoder.init(k, tokens, tokens, tokens, method="score"),
-            "projector": lambda k: self.projector.init(k, features),
+            "projector": lambda k: self.projector.init(k, features, real),
             "fusion": lambda k: self._init_fusion(k, features, real),
         }
         return {part: make[part](keys[part]).get("params", {}) for part in parts}
@@ -157,7 +163,11 @@ class Bridge:
     def inputs(self, params: Params, batch: Batch, key: Array | None = None) -> Array:
         """Decoder inputs of a batch. [B N E]"""
         features, _ = self.fuse(params, batch, key)
-        prefix = self.projector.apply({"params": params["projector"]}, features)
+        rngs = {} if key is None else {"dropout": jax.random.fold_in(key, 2)}
+        prefix = self.projector.apply(
+            {"params": params["projector"]}, features, batch.enc_segments != 0,
+            deterministic=key is None, rngs=rngs,
+        )
         return self.splice(params, batch, prefix)
 
     def decode(

@@ -1,7 +1,6 @@
 """One causal LM; a family is a set of values of its config (Llama 2: arXiv:2307.09288)."""
 
-import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -10,7 +9,15 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxfusion.nn.layers import Einsum, Embedding, RMSNorm, dot_product_attention, fan_in_normal
+from jaxfusion.nn.layers import (
+    Einsum,
+    Embedding,
+    RMSNorm,
+    capped,
+    dot_product_attention,
+    fan_in_normal,
+)
+from jaxfusion.nn.rope import Rope, rope_tables, rotate
 from jaxfusion.sharding.rules import constrain
 
 REMAT_POLICIES = {
@@ -20,25 +27,25 @@ REMAT_POLICIES = {
 
 
 @dataclass(frozen=True)
-class Llama3Scaling:
-    """RoPE frequency scaling of Llama 3.1 and later (`rope_type: llama3`)."""
-
-    factor: float
-    low_freq_factor: float
-    high_freq_factor: float
-    original_length: int
-
-
-@dataclass(frozen=True)
-class LinearScaling:
-    """RoPE positions divided by a factor (`rope_type: linear`)."""
-
-    factor: float
-
-
-@dataclass(frozen=True)
 class DecoderConfig:
-    """Shape and features of a causal LM."""
+    """Shape and features of a causal LM.
+
+    Attributes:
+      family: `model_type` of its `config.json`, which decides how tensors are named.
+      activation: `silu` (SwiGLU) or `gelu_tanh` (GeGLU).
+      qkv_bias: queries, keys and values have biases (Qwen2).
+      qk_norm: queries and keys are normalised head by head (Qwen3, Gemma 3).
+      max_length: tokens it was made for.
+      rope: of all layers, or of those without a window where `local_rope` is given.
+      windows: how many tokens each layer looks back on, its own counted; None is all. Empty: none
+        has a window.
+      local_rope: of the layers with a window (Gemma 3).
+      attn_scale: factor of the attention scores; None is head_dim**-0.5.
+      attn_cap, logit_cap: bounds of scores and logits, `cap * tanh(x / cap)` (Gemma 2).
+      embed_scale: factor of token embeddings (Gemma: sqrt(d_model)).
+      norm_offset: added to the scale of every norm (Gemma: 1).
+      post_norms: what attention and feed-forward give is normalised again (Gemma 2 and 3).
+    """
 
     vocab_size: int
     d_model: int
@@ -48,9 +55,34 @@ class DecoderConfig:
     num_kv_heads: int
     head_dim: int
     norm_eps: float = 1e-5
-    rope_theta: float = 10_000.0
-    rope_scaling: Llama3Scaling | LinearScaling | None = None
+    rope: Rope = field(default_factory=Rope)
     tie_embeddings: bool = False
+    family: str = "llama"
+    max_length: int = 131_072
+    activation: str = "silu"
+    qkv_bias: bool = False
+    qk_norm: bool = False
+    windows: tuple[int | None, ...] = ()
+    local_rope: Rope | None = None
+    attn_scale: float | None = None
+    attn_cap: float | None = None
+    logit_cap: float | None = None
+    embed_scale: float = 1.0
+    norm_offset: float = 0.0
+    post_norms: bool = False
+
+    @property
+    def kinds(self) -> tuple[int | None, ...]:
+        """The different windows that layers have."""
+        return tuple(sorted(set(self.windows or (None,)), key=lambda w: (w is None, w)))
+
+    @property
+    def kind_of_layer(self) -> tuple[int, ...]:
+        """Each layer's window as a number into `kinds`."""
+        return tuple(map(self.kinds.index, self.windows or (None,) * self.num_layers))
+
+
+ACTIVATIONS = {"silu": jax.nn.silu, "gelu_tanh": partial(jax.nn.gelu, approximate=True)}
 
 
 @dataclass(frozen=True)
@@ -81,41 +113,17 @@ def init_cache(config: DecoderConfig, batch: int, slots: int, dtype: Any) -> Cac
     return Cache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), empty, empty)
 
 
-def rope_frequencies(config: DecoderConfig) -> Float[Array, "F"]:
-    """Angular frequency of each pair of head dimensions, in radians per position."""
-    exponent = jnp.arange(0, config.head_dim, 2, dtype=jnp.float32) / config.head_dim
-    frequencies = 1.0 / config.rope_theta**exponent
-    scaling = config.rope_scaling
-    if scaling is None:
-        return frequencies
-    if isinstance(scaling, LinearScaling):
-        return frequencies / scaling.factor
-    # Long waves are slowed by `factor`, short ones kept, those between interpolated.
-    waves = scaling.original_length * frequencies / (2 * math.pi)  # turns in the original length
-    span = scaling.high_freq_factor - scaling.low_freq_factor
-    keep = jnp.clip((waves - scaling.low_freq_factor) / span, 0.0, 1.0)
-    return frequencies * (keep + (1.0 - keep) / scaling.factor)
-
-
-def rotate(
-    x: Float[Array, "B N K H"], positions: Int[Array, "B N"], frequencies: Float[Array, "F"]
-) -> Float[Array, "B N K H"]:
-    """Rotary position embedding (RoFormer, arXiv:2104.09864, eq. 34), halves paired as HF does."""
-    angles = positions[:, :, None, None].astype(jnp.float32) * frequencies
-    cos, sin = jnp.cos(angles), jnp.sin(angles)
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    turned = [first * cos - second * sin, second * cos + first * sin]
-    return jnp.concatenate(turned, axis=-1).astype(x.dtype)
-
-
-def causal_mask(q_positions, q_segments, k_positions, k_segments) -> Bool[Array, "B N C"]:
-    """Who may look at whom: earlier or same position of the same segment; segment 0 is padding.
+def causal_mask(
+    q_positions, q_segments, k_positions, k_segments, window: int | None = None
+) -> Bool[Array, "B N C"]:
+    """Who may look at whom: the last `window` positions of the same segment; segment 0 is padding.
 
     It knows nothing of slots, so padding may lie anywhere.
     """
     same = q_segments[:, :, None] == k_segments[:, None, :]
-    before = q_positions[:, :, None] >= k_positions[:, None, :]
-    return same & before & (k_segments != 0)[:, None, :]
+    back = q_positions[:, :, None] - k_positions[:, None, :]
+    near = (back >= 0) if window is None else (back >= 0) & (back < window)
+    return same & near & (k_segments != 0)[:, None, :]
 
 
 class SelfAttention(nn.Module):
@@ -125,22 +133,25 @@ class SelfAttention(nn.Module):
     dtype: jnp.dtype
 
     @nn.compact
-    def __call__(self, x, positions, mask, kv, start):
+    def __call__(self, x, turn, mask, kv, start):
         c = self.config
-        into = partial(Einsum, "bnd,dkh->bnkh", init=fan_in_normal(c.d_model), dtype=self.dtype)
+        into = partial(Einsum, "bnd,dkh->bnkh", init=fan_in_normal(c.d_model), dtype=self.dtype,
+                       bias_init=nn.initializers.normal(0.5) if c.qkv_bias else None)
         into_q = partial(into, (c.d_model, c.num_heads, c.head_dim),
                          ("embed", "heads", "head_dim"))
         into_kv = partial(into, (c.d_model, c.num_kv_heads, c.head_dim),
                           ("embed", "kv_heads", "head_dim"))
-        frequencies = rope_frequencies(c)
-        q = rotate(into_q(name="q")(x), positions, frequencies)
-        k = rotate(into_kv(name="k")(x), positions, frequencies)
-        v = into_kv(name="v")(x)
+        q, k, v = into_q(name="q")(x), into_kv(name="k")(x), into_kv(name="v")(x)
+        if c.qk_norm:
+            norm = partial(RMSNorm, c.norm_eps, self.dtype, c.norm_offset)
+            q, k = norm(name="q_norm")(q), norm(name="k_norm")(k)
+        q, k = rotate(q, turn), rotate(k, turn)
         if kv is not None:
             write = jax.lax.dynamic_update_slice_in_dim
             k = write(kv[0], k.astype(kv[0].dtype), start, axis=1)
             v = write(kv[1], v.astype(kv[1].dtype), start, axis=1)
-        mixed = dot_product_attention(q, k, v, mask, scale=c.head_dim**-0.5)
+        scale = c.head_dim**-0.5 if c.attn_scale is None else c.attn_scale
+        mixed = dot_product_attention(q, k, v, mask, scale=scale, cap=c.attn_cap)
         out = Einsum(
             "bnkh,khd->bnd", (c.num_heads, c.head_dim, c.d_model), ("heads", "head_dim", "embed"),
             fan_in_normal(c.num_heads * c.head_dim), self.dtype, name="o",
@@ -149,7 +160,7 @@ class SelfAttention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """SwiGLU, `silu(x W_gate) * (x W_up)`, then down (Shazeer, arXiv:2002.05202)."""
+    """Gated: `act(x W_gate) * (x W_up)`, then down (Shazeer, arXiv:2002.05202)."""
 
     config: DecoderConfig
     dtype: jnp.dtype
@@ -161,7 +172,7 @@ class FeedForward(nn.Module):
             Einsum, "bnd,df->bnf", (c.d_model, c.d_ff), ("embed", "mlp"),
             fan_in_normal(c.d_model), self.dtype,
         )
-        hidden = jax.nn.silu(into(name="gate")(x)) * into(name="up")(x)
+        hidden = ACTIVATIONS[c.activation](into(name="gate")(x)) * into(name="up")(x)
         return Einsum(
             "bnf,fd->bnd", (c.d_ff, c.d_model), ("mlp", "embed"),
             fan_in_normal(c.d_ff), self.dtype, name="down",
@@ -169,19 +180,28 @@ class FeedForward(nn.Module):
 
 
 class Block(nn.Module):
-    """One pre-norm block, in the form `nn.scan` wants: x is carried, its cache scanned over."""
+    """One pre-norm block, in the form `nn.scan` wants: x is carried, its cache scanned over.
+
+    `kind` picks the block's rotary tables and mask out of those of all kinds.
+    """
 
     config: DecoderConfig
     dtype: jnp.dtype
 
     @nn.compact
-    def __call__(self, x, kv, positions, mask, start):
+    def __call__(self, x, kv, kind, turns, masks, start):
         c = self.config
-        h = RMSNorm(c.norm_eps, self.dtype, name="attn_norm")(x)
-        h, kv = SelfAttention(c, self.dtype, name="attn")(h, positions, mask, kv, start)
-        x = x + h
-        h = RMSNorm(c.norm_eps, self.dtype, name="mlp_norm")(x)
-        x = x + FeedForward(c, self.dtype, name="mlp")(h)
+        if len(c.kinds) == 1:
+            kind = 0  # known when compiled: nothing is copied
+        turn, mask = jax.tree.map(lambda every: every[kind], (turns, masks))
+        norm = partial(RMSNorm, c.norm_eps, self.dtype, c.norm_offset)
+        after = norm if c.post_norms else lambda name: lambda h: h
+        h = norm(name="attn_norm")(x)
+        h, kv = SelfAttention(c, self.dtype, name="attn")(h, turn, mask, kv, start)
+        x = x + after(name="attn_post_norm")(h)
+        h = norm(name="mlp_norm")(x)
+        h = FeedForward(c, self.dtype, name="mlp")(h)
+        x = x + after(name="mlp_post_norm")(h)
         return constrain(x, "batch", "length", None), kv
 
 
@@ -212,16 +232,17 @@ class Decoder(nn.Module):
             block = nn.remat(Block, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
         self.blocks = nn.scan(
             block, variable_axes={"params": 0}, split_rngs={"params": True}, length=c.num_layers,
-            in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
+            in_axes=(0, 0, nn.broadcast, nn.broadcast, nn.broadcast),
             metadata_params={nn.PARTITION_NAME: "layers"},
         )(c, self.dtype, name="blocks")
-        self.final_norm = RMSNorm(c.norm_eps, self.dtype, name="final_norm")
+        self.final_norm = RMSNorm(c.norm_eps, self.dtype, c.norm_offset, name="final_norm")
         if not c.tie_embeddings:
             self.head = Embedding(c.vocab_size, c.d_model, head_init, self.dtype, name="head")
 
     def embed(self, tokens: Int[Array, "B N"]) -> Float[Array, "B N E"]:
-        """Embeddings of token ids."""
-        return self.embedder(tokens)
+        """Embeddings of token ids, as the first block reads them."""
+        scale = jnp.asarray(self.config.embed_scale, self.dtype)  # rounded as Gemma's authors do
+        return self.embedder(tokens) * scale
 
     def __call__(
         self,
@@ -249,16 +270,22 @@ class Decoder(nn.Module):
             k_positions = write(cache.positions, positions)
             k_segments = write(cache.segments, segments)
             kv = (cache.k, cache.v)
-        mask = causal_mask(positions, segments, k_positions, k_segments)
+        c, real = self.config, segments != 0
+        most = jnp.max(jnp.where(real, positions, 0), axis=1)
+        masks = jnp.stack([causal_mask(positions, segments, k_positions, k_segments, window)
+                           for window in c.kinds])
+        ropes = [c.local_rope if window and c.local_rope else c.rope for window in c.kinds]
+        turns = jax.tree.map(lambda *x: jnp.stack(x), *(
+            rope_tables(rope, c.head_dim, positions, most) for rope in ropes))
         x = constrain(embeddings.astype(self.dtype), "batch", "length", None)
-        x, kv = self.blocks(x, kv, positions, mask, start)
+        x, kv = self.blocks(x, kv, jnp.array(c.kind_of_layer), turns, masks, start)
         new_cache = None if cache is None else Cache(*kv, k_positions, k_segments)
         return self.final_norm(x), new_cache
 
     def logits(self, hidden: Float[Array, "*B E"]) -> Float[Array, "*B V"]:
         """Next-token logits in float32."""
         table = self.embedder if self.config.tie_embeddings else self.head
-        return table.attend(hidden)
+        return capped(table.attend(hidden), self.config.logit_cap)
 
     def score(self, tokens, positions, segments) -> Float[Array, "B N V"]:
         """Next-token logits at every slot of plain text; also what `init` traces."""

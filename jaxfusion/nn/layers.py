@@ -66,10 +66,11 @@ class Einsum(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """`x / rms(x) * scale`, in float32 whatever the dtype of x (Zhang & Sennrich, 2019)."""
+    """`x / rms(x) * (scale + offset)`, in float32 for any dtype of x (Zhang & Sennrich, 2019)."""
 
     epsilon: float
     dtype: jnp.dtype = jnp.float32
+    offset: float = 0.0
 
     @nn.compact
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
@@ -77,7 +78,7 @@ class RMSNorm(nn.Module):
         scale = self.param("scale", init, (x.shape[-1],), self.dtype)
         wide = x.astype(jnp.float32)
         normed = wide * jax.lax.rsqrt(jnp.mean(wide**2, axis=-1, keepdims=True) + self.epsilon)
-        return (normed * scale).astype(self.dtype)
+        return (normed * (scale.astype(jnp.float32) + self.offset)).astype(self.dtype)
 
 
 class Embedding(nn.Module):
@@ -105,6 +106,11 @@ class Embedding(nn.Module):
         )
 
 
+def capped(x: Float[Array, "*B"], cap: float | None) -> Float[Array, "*B"]:
+    """`cap * tanh(x / cap)`, or x where there is no cap (Gemma 2, arXiv:2408.00118)."""
+    return x if cap is None else cap * jnp.tanh(x / cap)
+
+
 def dot_product_attention(
     q: Float[Array, "B S N H"],
     k: Float[Array, "B T K H"],
@@ -113,6 +119,7 @@ def dot_product_attention(
     *,
     scale: float,
     bias: Float[Array, "N S T"] | None = None,
+    cap: float | None = None,
     dropout: Callable[[Array], Array] = lambda weights: weights,
 ) -> Float[Array, "B S N H"]:
     """Softmax attention with an optional additive bias; query heads may share key-value heads.
@@ -124,7 +131,7 @@ def dot_product_attention(
     groups = heads // k.shape[2]
     grouped = q.reshape(batch, length, k.shape[2], groups, -1)
     scores = jnp.einsum("bskgh,btkh->bkgst", grouped, k, preferred_element_type=jnp.float32)
-    scores = scores * scale
+    scores = capped(scores * scale, cap)
     if bias is not None:
         scores = scores + bias.reshape(k.shape[2], groups, *bias.shape[1:])
     scores = jnp.where(mask[:, None, None], scores, MASKED)

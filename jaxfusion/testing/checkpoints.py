@@ -21,18 +21,19 @@ from flax import linen as nn
 from jaxfusion.errors import InputError
 from jaxfusion.files import new_directory
 from jaxfusion.hf.save import write_tower
-from jaxfusion.nn.decoder import Decoder, DecoderConfig, Llama3Scaling
+from jaxfusion.nn.decoder import Decoder, DecoderConfig
 from jaxfusion.nn.mt5 import MT5Config, MT5Encoder
+from jaxfusion.nn.rope import Llama3Scaling, Rope
 from jaxfusion.testing.text import made_up_tokenizer
 
-LLAMA32_ROPE = {"rope_theta": 500_000.0, "rope_scaling": Llama3Scaling(32.0, 1.0, 4.0, 8192)}
+LLAMA32_ROPE = Rope(500_000.0, Llama3Scaling(32.0, 1.0, 4.0, 8192))
 
 # Vocabulary sizes are those of the tokenizers that go with them, and some spare rows.
 SIZES: dict[str, tuple[MT5Config, DecoderConfig]] = {
     "tiny": (
         MT5Config(0, d_model=64, d_ff=128, num_layers=4, num_heads=4, head_dim=16),
         DecoderConfig(0, 64, 128, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=16,
-                      tie_embeddings=True, **LLAMA32_ROPE),
+                      tie_embeddings=True, rope=LLAMA32_ROPE),
     ),
     "pocket": (
         MT5Config(0, d_model=128, d_ff=256, num_layers=6, num_heads=4, head_dim=32),
@@ -42,7 +43,7 @@ SIZES: dict[str, tuple[MT5Config, DecoderConfig]] = {
     "small": (
         MT5Config(0, d_model=512, d_ff=1024, num_layers=8, num_heads=6, head_dim=64),
         DecoderConfig(0, 768, 2048, num_layers=10, num_heads=12, num_kv_heads=4, head_dim=64,
-                      **LLAMA32_ROPE),
+                      rope=LLAMA32_ROPE),
     ),
 }
 

@@ -89,6 +89,7 @@ def _print_weights(console: Console, model: Model, params, example: Example) -> 
     rows, _ = tokenize(
         [example], model.tokenizers, text_prompt="", with_target=False,
         max_encoder_tokens=config.max_encoder_tokens, max_decoder_tokens=config.max_decoder_tokens,
+        latents=model.bridge.latents,
     )
     (_, batch), = in_order(rows, find_shapes(rows, ()), model.tokenizers, 1)
     weights = jax.jit(lambda params: model.bridge.fuse(params, batch)[1])(params)

@@ -49,6 +49,7 @@ def prepare(config: Config, mesh, fresh: bool = True) -> Run:
         examples, model.tokenizers, text_prompt=config.data.text_prompt,
         max_encoder_tokens=config.data.max_encoder_tokens,
         max_decoder_tokens=config.data.max_decoder_tokens, with_target=True,
+        latents=model.bridge.latents,
     )
     layout = find_shapes(rows, config.data.buckets)
     if config.data.pack:

@@ -20,7 +20,7 @@ from jaxfusion.data.tokenizers import train_tokenizer
 from jaxfusion.errors import InputError, choose
 from jaxfusion.fields import OBJECTIVES, ROLES, PretrainConfig, TowerConfig
 from jaxfusion.files import new_directory
-from jaxfusion.hf.save import write_tower
+from jaxfusion.hf.save import write_tokenizer, write_tower
 from jaxfusion.nn.bridge import Params
 from jaxfusion.nn.decoder import Decoder, DecoderConfig
 from jaxfusion.nn.mt5 import MT5Config, MT5Encoder
@@ -153,7 +153,7 @@ def write_checkpoint(
     params, = traverse_util.unflatten_dict(jax.device_get(flat), sep="/").values()
     with new_directory(out) as partial:
         write_tower(partial, tower, params)
-        tokenizer.save_pretrained(partial)
+        write_tokenizer(partial, tokenizer)
         (partial / ABOUT_FILE).write_text(json.dumps(about, indent=2) + "\n", "utf-8")
 
 

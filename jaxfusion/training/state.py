@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -16,15 +17,15 @@ from jaxtyping import Array, Int
 from jaxfusion.data.lexicon import check_version
 from jaxfusion.data.tokenizers import Tokenizers, load_tokenizer
 from jaxfusion.errors import InputError, choose
-from jaxfusion.fields import BACKWARDS, DTYPES, FUSIONS, PROJECTORS, REMATS, Config
+from jaxfusion.fields import BACKWARDS, DTYPES, FUSIONS, PROJECTORS, REMATS, ROLES, Config
 from jaxfusion.hf.configs import decoder_config, encoder_config
 from jaxfusion.hf.hub import resolve
 from jaxfusion.hf.load import load_params, read_config
 from jaxfusion.hf.tables import table
 from jaxfusion.nn.bridge import Bridge, Params
-from jaxfusion.nn.decoder import Decoder
-from jaxfusion.nn.mt5 import MT5Encoder
-from jaxfusion.nn.projector import Projector
+from jaxfusion.nn.decoder import Decoder, DecoderConfig
+from jaxfusion.nn.mt5 import MT5Config, MT5Encoder
+from jaxfusion.nn.projector import Projector, Resampler
 from jaxfusion.sharding.rules import spec
 from jaxfusion.training.optimizer import group_of_each
 
@@ -86,16 +87,9 @@ def load_model(config: Config, mesh: Mesh) -> Model:
     Raises:
       InputError: whatever is wrong with names, files, shapes, tokenizers or patterns.
     """
-    paths, config = _resolve(config)
-    shapes = {
-        "encoder": encoder_config(read_config(paths["encoder"]), f"{paths['encoder']}/config.json"),
-        "decoder": decoder_config(read_config(paths["decoder"]), f"{paths['decoder']}/config.json"),
-    }
-    tokenizers = Tokenizers(
-        load_tokenizer(paths["encoder"], shapes["encoder"].vocab_size, "encoder",
-                       config.encoder.added_tokens),
-        load_tokenizer(paths["decoder"], shapes["decoder"].vocab_size, "decoder"),
-    )
+    paths, config = find_towers(config)
+    shapes = read_shapes(paths)
+    tokenizers = load_tokenizers(config, paths, shapes)
     bridge = make_bridge(config, shapes["encoder"], shapes["decoder"])
     every = ("encoder", "fusion", "projector", "decoder")
     abstract, shardings = describe(lambda: bridge.init(jax.random.key(0), every), mesh)
@@ -106,7 +100,7 @@ def load_model(config: Config, mesh: Mesh) -> Model:
             "optimizer.groups train part of it; use fusion.backward='stack'"
         )
     flat = start(lambda: bridge.init(jax.random.key(config.train.seed)), shardings)
-    for role in ("encoder", "decoder"):
+    for role in ROLES:
         flat |= _read_tower(role, paths[role], table(shapes[role]), abstract, shardings, groups)
     return Model(
         config, bridge, tokenizers,
@@ -164,22 +158,45 @@ def make_bridge(config: Config, encoder, decoder) -> Bridge:
     return Bridge(
         MT5Encoder(encoder, dtypes[0], config.encoder.dropout),
         Decoder(decoder, dtypes[1], choose("remat", config.decoder.remat, REMATS)),
-        Projector(choose("projector", config.projector.name, PROJECTORS), decoder.d_model,
-                  config.projector.end_std, config.projector.d_ff),
+        _make_projector(config, decoder.d_model),
         fusion.name, fusion.layer, fusion.dropout, fusion.d_ff,
         choose("fusion.backward", fusion.backward, BACKWARDS),
     )
 
 
-def _resolve(config: Config):
+def _make_projector(config: Config, width: int) -> Projector | Resampler:
+    c = config.projector
+    if choose("projector", c.name, PROJECTORS) != "resampler":
+        return Projector(c.name, width, c.end_std, c.d_ff)
+    if config.data.pack:
+        raise InputError("projector 'resampler' reads whole rows: set data.pack=False")
+    return Resampler(width, c.end_std, c.latents, dropout=c.dropout)
+
+
+def find_towers(config: Config) -> tuple[dict[str, Path], Config]:
     """Both checkpoint directories, and the config with the commits that hub ids resolved to."""
     paths = {}
-    for role in ("encoder", "decoder"):
+    for role in ROLES:
         tower = getattr(config, role)
         paths[role], commit = resolve(tower.checkpoint, tower.revision)
         check_version(paths[role])
         config = replace(config, **{role: replace(tower, revision=commit or tower.revision)})
     return paths, config
+
+
+def read_shapes(paths: dict[str, Path]) -> dict[str, MT5Config | DecoderConfig]:
+    """The shape of each tower, from its `config.json`."""
+    read = {"encoder": encoder_config, "decoder": decoder_config}
+    return {role: read[role](read_config(path), f"{path}/config.json")
+            for role, path in paths.items()}
+
+
+def load_tokenizers(config: Config, paths: dict[str, Path], shapes) -> Tokenizers:
+    """Both towers' tokenizers, the encoder's with what the config adds to it."""
+    added = {"encoder": config.encoder.added_tokens, "decoder": ()}
+    return Tokenizers(*(
+        load_tokenizer(paths[role], shapes[role].vocab_size, role, added[role]) for role in ROLES
+    ))
 
 
 def describe(init: Callable[[], Params], mesh: Mesh) -> tuple[Flat, dict[str, NamedSharding]]:
@@ -211,13 +228,8 @@ def _read_tower(role, path, rows, abstract: Flat, shardings, groups) -> Flat:
     prefix = f"{role}/"
     wanted = {
         name.removeprefix(prefix): jax.ShapeDtypeStruct(
-            leaf.shape, jnp.float32 if name in groups else leaf.dtype
+            leaf.shape, jnp.float32 if name in groups else leaf.dtype, sharding=shardings[name]
         )
         for name, leaf in abstract.items() if name.startswith(prefix)
     }
-
-    def place(name: str, array: np.ndarray) -> jax.Array:
-        return jax.device_put(array, shardings[prefix + name])
-
-    nested = load_params(path, rows, traverse_util.unflatten_dict(wanted, sep="/"), place)
-    return {prefix + name: x for name, x in traverse_util.flatten_dict(nested, sep="/").items()}
+    return {prefix + name: x for name, x in load_params(path, rows, wanted).items()}

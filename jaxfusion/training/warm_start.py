@@ -33,8 +33,12 @@ def warm_start(model: Model, examples: Sequence[Example]) -> Model:
     the others (for a linear projector it is ridge regression: Bishop, 1995).
 
     Raises:
-      InputError: a tokenizer does not know its offsets.
+      InputError: a tokenizer does not know its offsets, or the projector has no slot for each
+        token.
     """
+    if model.bridge.latents:
+        raise InputError("projector.warm_start is for projectors with a slot for each token, not "
+                         "for resampler; set projector.warm_start=False")
     params = merge(model.trainable, model.frozen)
     texts = [example.query for example in examples[:ROWS]]
     features, targets, end = _pairs(model, params, texts)
@@ -84,7 +88,8 @@ def _regress(projector: Projector, start: Params, x: np.ndarray, y: np.ndarray) 
         seen = x[chosen] + NOISE * jax.random.normal(noise, (TOKENS, x.shape[1]))
 
         def error(params):
-            projected = projector.apply({"params": params}, seen[None])[0, :-1]
+            real = jnp.ones((1, TOKENS), bool)
+            projected = projector.apply({"params": params}, seen[None], real)[0, :-1]
             return jnp.mean((projected - y[chosen]) ** 2)
 
         updates, opt_state = optimizer.update(jax.grad(error)(params), opt_state)

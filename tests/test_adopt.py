@@ -1,0 +1,183 @@
+"""Bridges of LangBridge, MindMerger and our own exports, taken in: same logits as in PyTorch."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from conftest import relative
+from safetensors.numpy import load_file
+from safetensors.torch import save_file
+from test_export import make_run, next_logits
+from torch import nn
+from transformers import AutoModelForCausalLM, MT5EncoderModel
+
+from jaxfusion.errors import InputError
+from jaxfusion.hf.convert import convert
+from jaxfusion.sharding.mesh import make_mesh
+from jaxfusion.training.adopt import adopt
+from jaxfusion.training.evaluate import load_config, load_trained
+from jaxfusion.training.export import export
+
+QUERIES = [[5, 9, 11, 30, 1], [8, 4, 1], [7, 12, 40, 2, 9, 3, 1]]
+BOS = 1
+
+
+class Perceiver(nn.Module):
+    """What LangBridge's `latent` computes, with its names, for one unpadded row."""
+
+    def __init__(self, width, out, latents=6):
+        super().__init__()
+        self.latents = nn.Parameter(torch.randn(latents, width))
+        self.enc_eos = nn.Parameter(torch.randn(out))
+        attn = nn.ModuleDict({
+            "norm_media": nn.LayerNorm(width), "norm_latents": nn.LayerNorm(width),
+            **{x: nn.Linear(width, 512, bias=False) for x in ("to_q", "to_k", "to_v")},
+            "to_out": nn.Linear(512, width, bias=False),
+        })
+        ffn = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+        self.layers = nn.ModuleList([nn.ModuleList([attn, ffn])])
+        self.out_proj, self.norm = nn.Linear(width, out, bias=False), nn.LayerNorm(out)
+
+    def forward(self, features):
+        attn, ffn = self.layers[0]
+        asking = attn["norm_latents"](self.latents)
+        seen = torch.cat([attn["norm_media"](features), asking])
+        q, k, v = (attn[name](x).reshape(len(x), 8, 64).transpose(0, 1)
+                   for name, x in (("to_q", asking), ("to_k", seen), ("to_v", seen)))
+        weights = torch.softmax(q @ k.transpose(1, 2) / 8.0, dim=-1)
+        x = self.latents + attn["to_out"]((weights @ v).transpose(0, 1).reshape(-1, 512))
+        x = self.out_proj(x + ffn(x))
+        return self.norm(torch.cat([x, self.enc_eos[None]]))
+
+
+class Aligned(nn.Module):
+    """LangBridge's `linear` and `ffn`: the end vector follows the projected features."""
+
+    def __init__(self, kind, width, out):
+        super().__init__()
+        if kind == "linear":
+            self.linear = nn.Linear(width, out)
+        else:
+            self.ffn = nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(),
+                                     nn.Linear(2 * width, out))
+        self.enc_eos = nn.Parameter(torch.randn(out))
+        self.kind = kind
+
+    def forward(self, features):
+        return torch.cat([getattr(self, self.kind)(features), self.enc_eos[None]])
+
+
+class Mapping(nn.Module):
+    """MindMerger's mapping."""
+
+    def __init__(self, width, out):
+        super().__init__()
+        self.mlp = nn.Module()
+        self.mlp.linear1, self.mlp.linear2 = nn.Linear(width, 2 * width), nn.Linear(2 * width, out)
+        self.end_boundary = nn.Parameter(torch.randn(1, 1, out))
+
+    def forward(self, features):
+        x = self.mlp.linear2(torch.relu(self.mlp.linear1(features)))
+        return torch.cat([x, self.end_boundary[0]])
+
+
+@pytest.fixture(scope="module")
+def towers(tiny):
+    return (MT5EncoderModel.from_pretrained(tiny / "encoder").eval(),
+            AutoModelForCausalLM.from_pretrained(tiny / "decoder").eval())
+
+
+@torch.no_grad()
+def reference(towers, alignment):
+    """Logits after each unpadded row `[BOS] + prefix + end`."""
+    encoder, llm = towers
+    found = []
+    for query in QUERIES:
+        features = encoder(torch.tensor([query])).last_hidden_state[0]
+        bos = llm.get_input_embeddings()(torch.tensor([BOS]))
+        rows = torch.cat([bos, alignment(features)])[None]
+        found.append(llm(inputs_embeds=rows).logits[0, -1].numpy())
+    return np.stack(found)
+
+
+def write_langbridge(out, towers, alignment, kind, tiny, pickled):
+    """A directory as LangBridge's `save_pretrained` wrote them: aliases and all."""
+    encoder, llm = towers
+    state = {f"lb.enc.{name}": x for name, x in encoder.state_dict().items()}
+    state |= {f"lb.lm.{name}": x for name, x in llm.model.state_dict().items()}
+    state |= {"lb.lm_head.weight": llm.lm_head.weight,
+              "lb.embeddings.weight": llm.model.embed_tokens.weight}
+    state |= {f"lb.alignment.{name}": x for name, x in alignment.state_dict().items()}
+    out.mkdir()
+    config = {"architectures": ["LangBridgeModel"], "alignments": kind, "num_latents": 6,
+              "enc": str(tiny / "encoder"), "lm": str(tiny / "decoder"), "dim_enc": 64,
+              "dim_lm": 64}
+    (out / "config.json").write_text(json.dumps(config))
+    if pickled:
+        torch.save({name: x.detach() for name, x in state.items()}, out / "pytorch_model.bin")
+    else:
+        save_file({name: x.detach().clone().contiguous() for name, x in state.items()},
+                  out / "model.safetensors")
+
+
+def logits_of(workdir):
+    _, model = load_trained(load_config(workdir), workdir, make_mesh())
+    return next_logits(model, QUERIES)
+
+
+@pytest.mark.parametrize("kind,pickled", [("linear", True), ("ffn", False), ("latent", False)])
+def test_langbridge_gives_its_logits(kind, pickled, towers, tiny, tmp_path):
+    torch.manual_seed(0)
+    width, out = towers[0].config.d_model, towers[1].config.hidden_size
+    alignment = Perceiver(width, out) if kind == "latent" else Aligned(kind, width, out)
+    source = tmp_path / "theirs"
+    write_langbridge(source, towers, alignment, kind, tiny, pickled)
+    if pickled:
+        with pytest.raises(InputError, match="pickles are never loaded"):
+            adopt(str(source), tmp_path / "run")
+        convert(str(source), tmp_path / "converted")
+        source = tmp_path / "converted"
+    adopt(str(source), tmp_path / "run")
+    assert relative(logits_of(tmp_path / "run"), reference(towers, alignment)) < 1e-5
+
+
+def test_mindmerger_gives_its_logits(towers, tiny, tmp_path):
+    torch.manual_seed(0)
+    mapping = Mapping(towers[0].config.d_model, towers[1].config.hidden_size)
+    (tmp_path / "theirs").mkdir()
+    save_file(mapping.state_dict(), tmp_path / "theirs" / "model.safetensors")
+    with pytest.raises(InputError, match="give --encoder and --decoder"):
+        adopt(str(tmp_path / "theirs"), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    adopt(str(tmp_path / "theirs"), tmp_path / "run", str(tiny / "encoder"),
+          str(tiny / "decoder"))
+    assert relative(logits_of(tmp_path / "run"), reference(towers, mapping)) < 1e-5
+
+
+@pytest.mark.parametrize("fusion,projector", [
+    ("transformer_softmax", "ffn"), ("global_softmax", "linear"), ("last", "resampler"),
+])
+def test_an_export_taken_in_again_is_the_same_bytes(fusion, projector, tiny, tmp_path):
+    make_run(tmp_path / "run", tiny, fusion, projector)
+    export(tmp_path / "run", tmp_path / "out", merge=True)
+    adopt(str(tmp_path / "out"), tmp_path / "again")
+    export(tmp_path / "again", tmp_path / "twice", merge=True)
+    for file in ("model.safetensors", "encoder/model.safetensors", "decoder/model.safetensors"):
+        assert (tmp_path / "out" / file).read_bytes() == (tmp_path / "twice" / file).read_bytes()
+
+
+def test_what_is_no_bridge_is_named(tiny, tmp_path):
+    with pytest.raises(InputError, match="is no bridge: wanted tensors"):
+        adopt(str(tiny / "decoder"), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    make_run(tmp_path / "mine", tiny)
+    export(tmp_path / "mine", tmp_path / "out")
+    tensors = load_file(tmp_path / "out" / "model.safetensors")
+    tensors.pop("projector.out.bias")
+    shutil.copytree(tmp_path / "out", tmp_path / "less")
+    save_file({name: torch.from_numpy(x) for name, x in tensors.items()},
+              tmp_path / "less" / "model.safetensors")
+    with pytest.raises(InputError, match=r"lacks projector\.out\.bias"):
+        adopt(str(tmp_path / "less"), tmp_path / "run")

@@ -1,0 +1,207 @@
+"""Exported bridges in plain PyTorch: same logits, same greedy tokens, whatever the padding."""
+
+import json
+import shutil
+from dataclasses import replace
+from functools import partial
+from unittest.mock import Mock
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from conftest import relative
+from safetensors.numpy import load_file
+from test_decoder import CASES
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from jaxfusion import config as configs
+from jaxfusion.data.batching import TokenRow, find_shapes, in_order
+from jaxfusion.errors import InputError
+from jaxfusion.evaluation.generate import prefill
+from jaxfusion.fields import (
+    Config,
+    DecoderConfig,
+    EncoderConfig,
+    FusionConfig,
+    GroupConfig,
+    OptimizerConfig,
+    ProjectorConfig,
+)
+from jaxfusion.hf import configs as configs_of_family
+from jaxfusion.hf import save
+from jaxfusion.hf.load import SINGLE
+from jaxfusion.hf.save import write_tower
+from jaxfusion.sharding.mesh import make_mesh
+from jaxfusion.testing.checkpoints import random_params
+from jaxfusion.training.checkpoint import Checkpoints
+from jaxfusion.training.export import export
+from jaxfusion.training.state import State, load_model, merge
+
+TEXTS = ["Premise: a b c Hypothesis: d", "e f", "the dog runs near the river and sings"]
+NEAR_TIE = 1e-4
+
+
+def make_run(workdir, tiny, fusion="last", projector="linear", decoder=None, trained=()):
+    """A workdir with a checkpoint of random parameters, and its model."""
+    groups = {"bridge": GroupConfig(("fusion/.*", "projector/.*", *trained))}
+    if fusion in ("last", "layer"):
+        groups = {"bridge": GroupConfig(("projector/.*", *trained))}
+    config = Config(
+        encoder=EncoderConfig(str(tiny / "encoder")),
+        decoder=DecoderConfig(str(decoder or tiny / "decoder")),
+        fusion=FusionConfig(fusion, layer=2, d_ff=48), projector=ProjectorConfig(projector),
+        optimizer=OptimizerConfig(groups=groups),
+    )
+    model = load_model(config, make_mesh())
+    rng = np.random.default_rng(0)
+    trainable = {path: x + jnp.asarray(rng.normal(0, 0.3, x.shape), x.dtype)
+                 for path, x in model.trainable.items()}
+    if "fusion/w" in trainable:  # its scale is 100
+        trainable |= {"fusion/w": 0.01 * trainable["fusion/w"],
+                      "fusion/t": 1e-5 * trainable["fusion/t"]}
+    workdir.mkdir(parents=True)
+    configs.save(config, workdir / "config.json")
+    checkpoints = Checkpoints(workdir)
+    checkpoints.save(State(jnp.array(3), trainable, ()), {}, None)
+    checkpoints.close()
+    return replace(model, trainable=trainable)
+
+
+def theirs_of(out):
+    model = AutoModelForCausalLM.from_pretrained(out, trust_remote_code=True)
+    queries = AutoTokenizer.from_pretrained(out, subfolder="encoder_tokenizer")
+    return model, queries(TEXTS, padding=True, return_tensors="pt")
+
+
+def next_logits(model, queries):
+    """Our logits after each text's prefix."""
+    params = merge(model.trainable, model.frozen)
+    rows = [TokenRow(query, [], [], model.bridge.latents) for query in queries]
+    found = np.zeros((len(rows), model.bridge.decoder.config.vocab_size))
+    run = jax.jit(partial(prefill, model.bridge), static_argnums=(2, 3))
+    for numbers, batch in in_order(rows, find_shapes(rows, (64,)), model.tokenizers, len(rows)):
+        found[numbers] = run(params, batch, 1, False)[1]
+    return found
+
+
+def extend(model, queries, tokens):
+    """Our logits at every slot of an answer, one text after the other."""
+    bridge, params = model.bridge, merge(model.trainable, model.frozen)
+    found = []
+    for query, answer in zip(queries, tokens, strict=True):
+        rows = [TokenRow(query, [], list(answer), model.bridge.latents)]
+        (_, batch), = in_order(rows, find_shapes(rows, (64,)), model.tokenizers, 1)
+        found.append(jax.jit(bridge.target_logits)(params, batch)[0])
+    return np.array(found)
+
+
+def check(model, out):
+    theirs, inputs = theirs_of(out)
+    queries = [ids[mask.bool()].tolist()
+               for ids, mask in zip(inputs.input_ids, inputs.attention_mask, strict=True)]
+    ours = next_logits(model, queries)
+    with torch.no_grad():
+        assert relative(ours, theirs(**inputs).logits[:, -1].numpy()) < 1e-5
+        longest = inputs.input_ids.shape[1]
+        left = [[0] * (longest - len(ids)) for ids in queries]  # padding on the other side
+        ids = torch.tensor([pad + ids for pad, ids in zip(left, queries, strict=True)])
+        mask = torch.tensor([pad + [1] * len(ids) for pad, ids in zip(left, queries, strict=True)])
+        assert relative(ours, theirs(ids, mask).logits[:, -1].numpy()) < 1e-5
+        tokens = theirs.generate(**inputs, max_new_tokens=64, eos_token_id=None).numpy()
+    assert tokens.shape == (len(TEXTS), 64)
+    for row, logits in zip(tokens, extend(model, queries, tokens), strict=True):
+        best = np.sort(logits, axis=-1)
+        near = np.flatnonzero(best[:, -1] - best[:, -2] < NEAR_TIE)
+        upto = near[0] if len(near) else len(row)
+        assert upto > 8 and np.array_equal(np.argmax(logits, -1)[:upto], row[:upto])
+
+
+@pytest.mark.parametrize("fusion,projector", [
+    ("last", "ffn"), ("layer", "linear"), ("global_softmax", "linear"),
+    ("transformer_softmax", "ffn"), ("last", "mapping"), ("last", "resampler"),
+])
+@pytest.mark.parametrize("merged", [False, True])
+def test_torch_gives_what_we_give(fusion, projector, merged, tiny, tmp_path):
+    model = make_run(tmp_path / "run", tiny, fusion, projector)
+    export(tmp_path / "run", tmp_path / "out", merge=merged)
+    check(model, tmp_path / "out")
+
+
+FAMILIES = ("llama31", "mistral_v01", "qwen25_window", "qwen3", "phi3", "phi35_longrope", "gemma",
+            "gemma2", "gemma3")
+
+
+@pytest.mark.parametrize("case", FAMILIES)
+def test_every_family_is_answered_alike(case, tiny, tmp_path):
+    path = tmp_path / "decoder"
+    shutil.copytree(tiny / "decoder", path)
+    rows = json.loads((path / "config.json").read_text())["vocab_size"]
+    config = replace(CASES[case], vocab_size=rows, max_length=512)
+    if config.logit_cap:  # a low one makes near-ties of all large logits
+        config = replace(config, logit_cap=30.0)
+    write_tower(path, config, random_params(config, 0))
+    if "longrope" in case:  # the whole of prefix and answer stays within the short factors
+        edit_json(path / "config.json", original_max_position_embeddings=256)
+    model = make_run(tmp_path / "run", tiny, "global_softmax", decoder=path)
+    export(tmp_path / "run", tmp_path / "out", merge=True)
+    check(model, tmp_path / "out")
+    alone = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "decoder")
+    assert type(alone).__name__ == configs_of_family.ARCHITECTURES[config.family]
+
+
+def edit_json(file, **fields):
+    file.write_text(json.dumps({**json.loads(file.read_text()), **fields}))
+
+
+@pytest.mark.parametrize("merged", [False, True])
+def test_what_was_trained_in_a_tower_goes_along(merged, tiny, tmp_path):
+    model = make_run(tmp_path / "run", tiny, trained=("encoder/embed/.*", "decoder/.*/mlp/.*"))
+    export(tmp_path / "run", tmp_path / "out", merge=merged)
+    check(model, tmp_path / "out")
+
+
+def test_a_merged_tower_is_what_it_was_byte_for_byte(tiny, tmp_path):
+    make_run(tmp_path / "run", tiny)
+    export(tmp_path / "run", tmp_path / "out", merge=True)
+    for role in ("encoder", "decoder"):
+        before, after = (load_file(folder / role / SINGLE) for folder in (tiny, tmp_path / "out"))
+        assert before.keys() == after.keys()
+        assert all(np.array_equal(before[name], after[name]) for name in before)
+    export(tmp_path / "run", tmp_path / "half", merge=True, dtype="bfloat16")
+    half = load_file(tmp_path / "half" / "decoder" / SINGLE)
+    assert {str(x.dtype) for x in half.values()} == {"bfloat16"}
+    assert json.loads((tmp_path / "half" / "decoder" / "config.json").read_text())[
+        "torch_dtype"] == "bfloat16"
+
+
+def test_the_card_says_what_it_is_made_of(tiny, tmp_path):
+    make_run(tmp_path / "run", tiny)
+    results = {"xnli": {"sw": {"greedy_exact": {"accuracy": 0.5, "n": 60, "ci95": [0.38, 0.62]}}}}
+    (tmp_path / "run" / "eval").mkdir()
+    (tmp_path / "run" / "eval" / "results.json").write_text(json.dumps(results))
+    export(tmp_path / "run", tmp_path / "out")
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "| xnli | sw | greedy_exact | 50.0 | 38.0 to 62.0 | 60 |" in card
+    assert str(tiny / "encoder") in card and "fusion\n`last`" in card
+
+
+def test_nothing_half_written_and_nothing_lost(tiny, tmp_path, monkeypatch):
+    make_run(tmp_path / "run", tiny)
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "mine").write_text("precious")
+    with pytest.raises(InputError, match="is not empty"):
+        export(tmp_path / "run", out)
+    with monkeypatch.context() as patched:
+        full = Mock(side_effect=OSError(28, "No space left on device"))
+        patched.setattr(save, "save_file", full)
+        with pytest.raises(OSError, match="No space left"):
+            export(tmp_path / "run", out, overwrite=True)
+    assert [file.name for file in out.iterdir()] == ["mine"]
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["out", "run"]
+    export(tmp_path / "run", out, overwrite=True)
+    assert (out / "config.json").is_file() and not (out / "mine").exists()
+    with pytest.raises(InputError, match="which only --merge writes"):
+        export(tmp_path / "run", tmp_path / "other", dtype="bfloat16")
