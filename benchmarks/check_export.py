@@ -1,0 +1,45 @@
+"""One exported bridge in the PyTorch at hand: `python benchmarks/check_export.py OUT REFERENCE`.
+
+Needs torch and transformers alone. REFERENCE (.json) has texts, this project's logits after each
+prefix, and its greedy tokens; prints as JSON the largest difference of the logits, relative to the
+largest, for padding on either side, and whether the tokens are the same.
+"""
+
+import json
+import sys
+
+import torch
+import transformers
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+NEAR_TIE = 1e-4
+
+
+@torch.no_grad()
+def main(out: str, reference: str) -> None:
+    with open(reference, encoding="utf-8") as file:
+        wanted = json.load(file)
+    model = AutoModelForCausalLM.from_pretrained(out, trust_remote_code=True)
+    queries = AutoTokenizer.from_pretrained(out, subfolder="encoder_tokenizer")
+    AutoTokenizer.from_pretrained(out)
+    logits, difference = torch.tensor(wanted["logits"]), 0.0
+    for side in ("right", "left"):
+        queries.padding_side = side
+        inputs = queries(wanted["texts"], padding=True, return_tensors="pt")
+        found = model(**inputs).logits[:, -1]
+        difference = max(difference, float((found - logits).abs().max() / logits.abs().max()))
+        tokens = model.generate(**inputs, max_new_tokens=len(wanted["tokens"][0]),
+                                eos_token_id=None)
+        # Compared up to the first step whose two best logits are nearly the same.
+        same = all(
+            torch.equal(row[:upto], torch.tensor(theirs)[:upto])
+            for row, theirs, upto in zip(tokens, wanted["tokens"], wanted["upto"], strict=True)
+        )
+        if not same:
+            break
+    print(json.dumps({"transformers": transformers.__version__, "difference": difference,
+                      "tokens": same}))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,152 @@
+"""Every family of LLMs through loading and export, and the exports in fresh environments.
+
+    python benchmarks/exports.py runs/exports
+
+Makes runs/exports/transformers-4 and -5, virtual environments with the last release of each and
+nothing of this project, and in them opens what export.py wrote. Writes docs/checkpoints.md between
+its two marks, and benchmarks/results/exports.json.
+"""
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import torch
+from transformers import AutoModelForCausalLM
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "tests"))
+
+from conftest import relative  # noqa: E402
+from test_decoder import CASES, apply, plain  # noqa: E402
+from test_export import NEAR_TIE, TEXTS, extend, make_run, next_logits  # noqa: E402
+
+from jaxfusion.data.batching import TokenRow, find_shapes, in_order  # noqa: E402
+from jaxfusion.evaluation.generate import make_scorer  # noqa: E402
+from jaxfusion.hf.save import write_tower  # noqa: E402
+from jaxfusion.testing.checkpoints import random_params, write_checkpoints  # noqa: E402
+from jaxfusion.training.export import export  # noqa: E402
+from jaxfusion.training.state import merge  # noqa: E402
+
+RELEASES = {"transformers-4": "transformers<5", "transformers-5": "transformers>=5"}
+NAMES = {
+    "llama31": "Llama 2, 3, 3.1, 3.2 (Orca-2, MetaMath, Code Llama)", "mistral_v01": "Mistral",
+    "qwen25_window": "Qwen2, Qwen2.5", "qwen3": "Qwen3", "phi3": "Phi-3",
+    "phi35_longrope": "Phi-3.5 (longrope)", "gemma": "Gemma", "gemma2": "Gemma 2",
+    "gemma3": "Gemma 3 (text)",
+}
+FUSIONS = ("last", "layer", "global_softmax", "transformer_softmax")
+NEW_TOKENS = 64
+
+
+def environments(out: Path) -> dict[str, Path]:
+    """Python of a fresh environment for each release."""
+    found = {}
+    for name, wanted in RELEASES.items():
+        found[name] = out / name / "bin" / "python"
+        if not found[name].is_file():
+            subprocess.run([sys.executable, "-m", "venv", str(out / name)], check=True)
+            subprocess.run([found[name], "-m", "pip", "install", "-q", wanted, "torch==2.13.0",
+                            "sentencepiece"], check=True)
+    return found
+
+
+def make_decoder(case: str, tiny: Path, out: Path) -> float:
+    """Writes a decoder of a family; the difference of our logits from transformers' here."""
+    shutil.copytree(tiny / "decoder", out)
+    rows = json.loads((out / "config.json").read_text("utf-8"))["vocab_size"]
+    config = replace(CASES[case], vocab_size=rows, max_length=512)
+    if config.logit_cap:  # a low one makes near-ties of all large logits
+        config = replace(config, logit_cap=30.0)
+    params = random_params(config, 0)
+    write_tower(out, config, params)
+    if "longrope" in case:
+        file = out / "config.json"
+        fields = {**json.loads(file.read_text("utf-8")), "original_max_position_embeddings": 256}
+        file.write_text(json.dumps(fields), "utf-8")
+    tokens = np.random.default_rng(0).integers(0, rows, (2, 30))
+    theirs = AutoModelForCausalLM.from_pretrained(out, attn_implementation="eager")
+    with torch.no_grad():
+        reference = theirs(torch.tensor(tokens)).logits.numpy()
+    return relative(apply(config, {"params": params}, tokens, *plain(tokens), method="score"),
+                    reference)
+
+
+def reference(model, file: Path) -> None:
+    """What our bridge gives for the texts: logits, greedy tokens, and how far they are certain."""
+    queries = model.tokenizers.encode_queries(TEXTS)
+    rows = [TokenRow(query, [], [], model.bridge.latents) for query in queries]
+    score = make_scorer(model.bridge, NEW_TOKENS, -1, False)  # no token ends an answer
+    (numbers, batch), = in_order(rows, find_shapes(rows, (64,)), model.tokenizers, len(rows))
+    none = np.zeros((1, len(rows), 1))
+    params = merge(model.trainable, model.frozen)
+    tokens = np.asarray(score(params, batch, none.astype(int), none > 1)[0])[np.argsort(numbers)]
+    best = np.sort(extend(model, queries, tokens), axis=-1)
+    near = best[..., -1] - best[..., -2] < NEAR_TIE
+    upto = [int(np.argmax(row)) if row.any() else NEW_TOKENS for row in near]
+    file.write_text(json.dumps({
+        "texts": TEXTS, "logits": next_logits(model, queries).tolist(), "tokens": tokens.tolist(),
+        "upto": upto,
+    }), "utf-8")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("out", type=Path)
+    out = parser.parse_args().out
+    out.mkdir(parents=True, exist_ok=True)
+    pythons = environments(out)
+    work = out / "work"
+    shutil.rmtree(work, ignore_errors=True)
+    tiny = work / "tiny"
+    write_checkpoints(tiny, "tiny")
+    results: dict[str, Any] = {}
+    cases = [(case, "transformer_softmax") for case in NAMES]
+    cases += [("llama31", fusion) for fusion in FUSIONS[:-1]]
+    for case, fusion in cases:
+        name, where = f"{case}, {fusion}", work / f"{case}-{fusion}"
+        where.mkdir()
+        load = make_decoder(case, tiny, where / "decoder")
+        model = make_run(where / "run", tiny, fusion, decoder=where / "decoder")
+        export(where / "run", where / "out", merge=True)
+        reference(model, where / "reference.json")
+        results[name] = {"load": load, "case": case, "fusion": fusion, "releases": {}}
+        for release, python in pythons.items():
+            check = subprocess.run(
+                [python, ROOT / "benchmarks" / "check_export.py", where / "out",
+                 where / "reference.json"], capture_output=True, text=True, check=True)
+            results[name]["releases"][release] = json.loads(check.stdout.splitlines()[-1])
+        print(name, results[name], flush=True)
+        jax.clear_caches()
+    file = ROOT / "benchmarks" / "results" / "exports.json"
+    file.write_text(json.dumps(results, indent=1) + "\n", "utf-8")
+    page = ROOT / "docs" / "checkpoints.md"
+    start, end = "<!-- exports -->\n", "<!-- /exports -->\n"
+    head, rest = page.read_text("utf-8").split(start)
+    page.write_text(head + start + table(results) + end + rest.split(end)[1], "utf-8")
+
+
+def table(results: dict[str, Any]) -> str:
+    """Markdown: a row for each family and fusion."""
+    releases = [x["transformers"] for x in next(iter(results.values()))["releases"].values()]
+    header = ["LLM", "fusion", "our logits − transformers'",
+              *(f"export in {release}: logits, {NEW_TOKENS} tokens" for release in releases)]
+    rows = [
+        [NAMES[x["case"]], f"`{x['fusion']}`", f"{x['load']:.0e}",
+         *(f"{y['difference']:.0e}, {'equal' if y['tokens'] else 'NOT equal'}"
+           for y in x["releases"].values())]
+        for x in results.values()
+    ]
+    return "".join("| " + " | ".join(row) + " |\n"
+                   for row in (header, ["---"] * len(header), *rows))
+
+
+if __name__ == "__main__":
+    main()
