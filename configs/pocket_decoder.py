@@ -32,7 +32,7 @@ def get_config(arg=None):
     config.optimizer.b1 = 0.9
     config.optimizer.b2 = 0.98
     config.train.batch_size = 128
-    config.train.steps = 2700
+    config.train.steps = 3300
     config.train.log_every = 150
     config.train.eval_every = config.train.checkpoint_every = 300
     words = (arg or "").split(",")

@@ -27,8 +27,8 @@ def get_config(arg=None):
     base.data.task = "pocket_nli"
     base.data.path = "made:pocket"
     base.data.max_encoder_tokens = 48
-    base.data.buckets = (40, 48)
-    base.data.dev_rows = 200
+    base.data.buckets = (48,)
+    base.data.dev_rows = 100
     base.projector.name = "ffn"
     base.projector.d_ff = 512
     base.projector.warm_start = True
@@ -41,9 +41,9 @@ def get_config(arg=None):
     }
     base.optimizer.b1 = 0.9
     base.train.batch_size = 32
-    base.train.steps = 100
-    base.train.log_every = 25
-    base.train.eval_every = base.train.checkpoint_every = 100
+    base.train.steps = 80
+    base.train.log_every = 20
+    base.train.eval_every = base.train.checkpoint_every = 80
     base.eval.batch_size = 100
     base.eval.max_encoder_tokens = 64
     base.eval.max_new_tokens = 4
