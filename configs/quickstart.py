@@ -63,5 +63,5 @@ def get_config(arg=None):
         for group in ("rich", "mid", "poor")
     }
     config.development = tuple(name for name, x in LANGUAGES.items() if not x.reported)
-    config.rows = 200
+    config.rows = 150
     return finish(config, arg)
