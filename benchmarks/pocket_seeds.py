@@ -1,4 +1,4 @@
-"""The quickstart over several seeds, with and without its warm start, on all test rows.
+"""The quickstart over several seeds, with and without its warm start.
 
     python benchmarks/pocket_seeds.py runs/seeds --out benchmarks/results/pocket_seeds.json
 
@@ -33,6 +33,7 @@ GROUPS = {
 }
 SCORING = "likelihood"
 CHANCE = 1 / 3
+ROWS = 300  # of each language's test split
 Rows = dict[str, np.ndarray]  # language -> [seeds, rows] of 0 and 1
 
 
@@ -45,9 +46,9 @@ def run(workdir: Path, seed: int, warm: bool, names: tuple[str, ...]):
     for name, fields in variants(from_config_dict(config)).items():
         where = workdir / f"{'warm' if warm else 'cold'}-{seed}" / directory_name(name)
         train(make_inputs(fields), where)
-        _, details = evaluate(where, languages=names)
+        _, details = evaluate(where, languages=names, limit=ROWS)
         found[name] = {x: details["pocket_nli"][x]["correct"][SCORING] for x in names}
-    _, details = (evaluate(where, languages=names, llm_only=True) if warm and seed == 0
+    _, details = (evaluate(where, languages=names, limit=ROWS, llm_only=True) if warm and seed == 0
                   else (None, None))
     alone = details and {x: details["pocket_nli"][x]["correct"][SCORING] for x in names}
     return found, alone

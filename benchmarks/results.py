@@ -1,4 +1,4 @@
-"""Makes docs/results.md from runs' figures: `python benchmarks/results.py`.
+"""Makes docs/results.md and the README's first table from runs' figures.
 
     python train.py --config configs/quickstart.py
     python benchmarks/pocket_seeds.py runs/seeds --out benchmarks/results/pocket_seeds.json
@@ -93,6 +93,11 @@ def main() -> None:
         "## Real text: SIB-200", "", REALTEXT, "", real["table"], seconds(real), "", on(real), "",
     ]
     (ROOT / "docs" / "results.md").write_text("\n".join(parts), "utf-8")
+    readme = ROOT / "README.md"
+    start, end = "<!-- quickstart -->\n", "<!-- /quickstart -->\n"
+    head, rest = readme.read_text("utf-8").split(start)
+    output = "\n".join([quick["table"], seconds(quick), on(quick), ""])
+    readme.write_text(head + start + output + end + rest.split(end)[1], "utf-8")
 
 
 HEAD = """\
@@ -102,7 +107,7 @@ Made by `benchmarks/results.py` from `benchmarks/results/`. No test row, and no 
 was seen in any training; recipes were chosen on development rows and development languages.
 """
 SEEDS = """\
-`benchmarks/pocket_seeds.py`: all 600 test rows of each language, scored by likelihood over the
+`benchmarks/pocket_seeds.py`: 300 test rows of each language, scored by likelihood over the
 labels, languages on which nothing was chosen. Mean over seeds and languages in %, its 95% interval
 over rows (bootstrap), and the standard deviation between seeds. Chance is 33.3."""
 REALTEXT = """\

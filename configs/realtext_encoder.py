@@ -24,8 +24,8 @@ def get_config(arg=None):
     }
     config.optimizer.b1 = 0.9
     config.optimizer.b2 = 0.98
-    config.train.batch_size = 48
-    config.train.steps = 600
+    config.train.batch_size = 32
+    config.train.steps = 400
     config.train.log_every = 50
-    config.train.eval_every = config.train.checkpoint_every = 300
+    config.train.eval_every = config.train.checkpoint_every = 200
     return finish(config, arg)
