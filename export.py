@@ -1,8 +1,8 @@
 """Exports a trained bridge in Hugging Face format: `python export.py --workdir DIR --out HFDIR
-[--merge] [--dtype bfloat16] [--overwrite]`.
+[--merge] [--dtype bfloat16] [--format langbridge] [--overwrite]`.
 
 HFDIR loads in plain PyTorch with `AutoModelForCausalLM.from_pretrained(HFDIR,
-trust_remote_code=True)`.
+trust_remote_code=True)`; with `--format langbridge` it is LangBridge's own layout.
 """
 
 from pathlib import Path
@@ -15,16 +15,20 @@ WORKDIR = flags.DEFINE_string("workdir", None, "workdir of a run of train.py", r
 OUT = flags.DEFINE_string("out", None, "directory to write", required=True)
 MERGE = flags.DEFINE_bool("merge", False, "write both backbones too, not only their names")
 DTYPE = flags.DEFINE_string("dtype", None, "of merged backbones: float32 or bfloat16")
+FORMAT = flags.DEFINE_enum("format", "jaxfusion", ["jaxfusion", "langbridge"], "of HFDIR")
 OVERWRITE = flags.DEFINE_bool("overwrite", False, "replace what is in HFDIR")
 
 
 def main(argv: list[str]) -> None:
     refuse_words(argv)
     set_up_logging()
-    from jaxfusion.training.export import export
+    from jaxfusion.training.export import export, export_langbridge
 
-    export(Path(WORKDIR.value), Path(OUT.value), dtype=DTYPE.value, merge=MERGE.value,
-           overwrite=OVERWRITE.value)
+    common = {"dtype": DTYPE.value, "overwrite": OVERWRITE.value}
+    if FORMAT.value == "langbridge":
+        export_langbridge(Path(WORKDIR.value), Path(OUT.value), **common)
+    else:
+        export(Path(WORKDIR.value), Path(OUT.value), merge=MERGE.value, **common)
     print(f"done: {OUT.value}")
 
 

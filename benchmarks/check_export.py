@@ -27,6 +27,7 @@ def main(out: str, reference: str) -> None:
         queries.padding_side = side
         inputs = queries(wanted["texts"], padding=True, return_tensors="pt")
         found = model(**inputs).logits[:, -1]
+        assert found.isfinite().all()
         difference = max(difference, float((found - logits).abs().max() / logits.abs().max()))
         tokens = model.generate(**inputs, max_new_tokens=len(wanted["tokens"][0]),
                                 eos_token_id=None)
@@ -38,7 +39,7 @@ def main(out: str, reference: str) -> None:
         if not same:
             break
     print(json.dumps({"transformers": transformers.__version__, "difference": difference,
-                      "tokens": same}))
+                      "tokens": same, "compared": min(wanted["upto"])}))
 
 
 if __name__ == "__main__":

@@ -131,6 +131,15 @@ def main() -> None:
     start, end = "<!-- exports -->\n", "<!-- /exports -->\n"
     head, rest = page.read_text("utf-8").split(start)
     page.write_text(head + start + table(results) + end + rest.split(end)[1], "utf-8")
+    if wrong := failed(results):
+        sys.exit(f"not alike: {'; '.join(wrong)}")
+
+
+def failed(results: dict[str, Any]) -> list[str]:
+    """What differs, or was hardly compared."""
+    return [name for name, x in results.items() if x["load"] > 1e-5 or any(
+        y["difference"] > 1e-5 or not y["tokens"] or y["compared"] < 8
+        for y in x["releases"].values())]
 
 
 def table(results: dict[str, Any]) -> str:
@@ -140,7 +149,8 @@ def table(results: dict[str, Any]) -> str:
               *(f"export in {release}: logits, {NEW_TOKENS} tokens" for release in releases)]
     rows = [
         [NAMES[x["case"]], f"`{x['fusion']}`", f"{x['load']:.0e}",
-         *(f"{y['difference']:.0e}, {'equal' if y['tokens'] else 'NOT equal'}"
+         *(f"{y['difference']:.0e}, "
+           + (f"equal (at least {y['compared']})" if y["tokens"] else "NOT equal")
            for y in x["releases"].values())]
         for x in results.values()
     ]

@@ -130,6 +130,8 @@ def main() -> None:
             )
             results.append(json.loads(found.stdout.splitlines()[-1]))
             print(results[-1], flush=True)
+    if not all(result["within"] for result in results):
+        sys.exit("more memory than allowed")
     if args.out:
         args.out.write_text(json.dumps({"machine": machine(), "runs": results}, indent=1) + "\n")
 

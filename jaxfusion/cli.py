@@ -32,6 +32,8 @@ def run_main(main: Callable[[list[str]], None]) -> None:
         app.run(main, flags_parser=_parse_flags)
     except InputError as error:
         sys.exit(f"error: {error}")
+    except OSError as error:  # a full disk, a place that may not be written
+        sys.exit(f"error: {error}")
 
 
 def _parse_flags(argv: list[str]) -> list[str]:

@@ -21,13 +21,17 @@ def new_directory(out: Path, overwrite: bool = False) -> Iterator[Path]:
     """A directory that appears under its name only when the block ends well.
 
     Args:
-      overwrite: it takes the place of what is there, in the same moment.
+      overwrite: it takes the place of what is there once it is whole.
 
     Raises:
       InputError: the name is taken by something other than an empty directory.
     """
-    if out.exists() and not overwrite and (not out.is_dir() or any(out.iterdir())):
+    taken = out.exists() and (not out.is_dir() or any(out.iterdir()))
+    if taken and not overwrite:
         raise InputError(f"{out} is not empty; give another directory or remove it")
+    if taken and not out.is_dir():
+        raise InputError(f"{out} is a file; give the name of a directory")
+    out = out.absolute()
     partial = out.with_name(f".{out.name}.partial-{os.getpid()}")
     partial.mkdir(parents=True)
     try:
@@ -35,9 +39,13 @@ def new_directory(out: Path, overwrite: bool = False) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
-    if out.exists():
-        old = out.rename(out.with_name(f".{out.name}.old-{os.getpid()}"))
+    if not out.exists():
         partial.rename(out)
-        shutil.rmtree(old)
-    else:
+        return
+    old = out.rename(out.with_name(f".{out.name}.old-{os.getpid()}"))
+    try:
         partial.rename(out)
+    except OSError:
+        old.rename(out)
+        raise
+    shutil.rmtree(old)

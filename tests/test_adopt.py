@@ -18,7 +18,7 @@ from jaxfusion.hf.convert import convert
 from jaxfusion.sharding.mesh import make_mesh
 from jaxfusion.training.adopt import adopt
 from jaxfusion.training.evaluate import load_config, load_trained
-from jaxfusion.training.export import export
+from jaxfusion.training.export import export, export_langbridge
 
 QUERIES = [[5, 9, 11, 30, 1], [8, 4, 1], [7, 12, 40, 2, 9, 3, 1]]
 BOS = 1
@@ -166,6 +166,26 @@ def test_an_export_taken_in_again_is_the_same_bytes(fusion, projector, tiny, tmp
     export(tmp_path / "again", tmp_path / "twice", merge=True)
     for file in ("model.safetensors", "encoder/model.safetensors", "decoder/model.safetensors"):
         assert (tmp_path / "out" / file).read_bytes() == (tmp_path / "twice" / file).read_bytes()
+
+
+@pytest.mark.parametrize("projector", ["linear", "ffn", "resampler"])
+def test_langbridges_layout_goes_out_and_in(projector, tiny, tmp_path):
+    make_run(tmp_path / "run", tiny, "last", projector)
+    export_langbridge(tmp_path / "run", tmp_path / "out")
+    tensors = load_file(tmp_path / "out" / "model.safetensors")
+    assert {name.split(".")[1] for name in tensors} == {
+        "enc", "lm", "lm_head", "embeddings", "alignment"}
+    adopt(str(tmp_path / "out"), tmp_path / "again")
+    assert np.array_equal(logits_of(tmp_path / "again"), logits_of(tmp_path / "run"))
+    export_langbridge(tmp_path / "again", tmp_path / "twice")
+    twice = (tmp_path / "twice" / "model.safetensors").read_bytes()
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() == twice
+
+
+def test_langbridge_has_no_fusion(tiny, tmp_path):
+    make_run(tmp_path / "run", tiny, "global_softmax", "ffn")
+    with pytest.raises(InputError, match="LangBridge has fusion 'last' with linear, ffn, resam"):
+        export_langbridge(tmp_path / "run", tmp_path / "out")
 
 
 def test_what_is_no_bridge_is_named(tiny, tmp_path):

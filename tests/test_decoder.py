@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 from conftest import relative
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
-from jaxfusion.hf.configs import decoder_config
+from jaxfusion.hf.configs import DECODER_FAMILIES, decoder_config, decoder_json
 from jaxfusion.hf.load import read_config
 from jaxfusion.hf.save import write_tower
 from jaxfusion.nn.decoder import Decoder, DecoderConfig, init_cache
@@ -97,6 +97,25 @@ def test_config_of_transformers_five_is_read_too(theirs, tmp_path):
     config, _, model = theirs
     model.config.save_pretrained(tmp_path)
     assert decoder_config(read_config(tmp_path), "config.json") == config
+
+
+@pytest.mark.parametrize("family", DECODER_FAMILIES)
+def test_what_a_config_leaves_out_is_what_transformers_takes(family, tmp_path):
+    least = {"model_type": family, "vocab_size": 100, "hidden_size": 64, "intermediate_size": 96,
+             "num_hidden_layers": 32, "num_attention_heads": 32, "pad_token_id": None}
+    AutoConfig.for_model(**least).save_pretrained(tmp_path)
+    ours, theirs = (decoder_config(x, "config.json") for x in (least, read_config(tmp_path)))
+    # Lengths only matter to longrope, which names its own.
+    assert replace(ours, max_length=0) == replace(theirs, max_length=0)
+
+
+def test_a_magnitude_of_its_own_is_kept():
+    config = CASES["phi35_longrope"]
+    scaling = replace(config.rope.scaling, magnitude=1.5)
+    config = replace(config, rope=replace(config.rope, scaling=scaling))
+    assert decoder_config(decoder_json(config), "config.json") == config
+    other = replace(config, family="mistral")
+    assert decoder_config(decoder_json(other), "config.json") == other
 
 
 def test_cached_decoding_equals_transformers(theirs, tokens):

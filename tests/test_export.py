@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import relative
+from safetensors import SafetensorError
 from safetensors.numpy import load_file
 from test_decoder import CASES
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -155,6 +156,32 @@ def edit_json(file, **fields):
     file.write_text(json.dumps({**json.loads(file.read_text()), **fields}))
 
 
+def test_the_llms_own_generation_settings_change_nothing(tiny, tmp_path):
+    path = shutil.copytree(tiny / "decoder", tmp_path / "decoder")
+    (path / "generation_config.json").write_text(json.dumps(
+        {"repetition_penalty": 5.0, "do_sample": True, "temperature": 3.0, "min_new_tokens": 9}))
+    model = make_run(tmp_path / "run", tiny, decoder=path)
+    export(tmp_path / "run", tmp_path / "out", merge=True)
+    check(model, tmp_path / "out")
+
+
+def test_shards_of_the_trained_part_are_put_together(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(save.write_shards, "__defaults__", (4096,))
+    model = make_run(tmp_path / "run", tiny, "transformer_softmax", "ffn")
+    export(tmp_path / "run", tmp_path / "out")
+    assert (tmp_path / "out" / "model.safetensors.index.json").is_file()
+    monkeypatch.undo()
+    check(model, tmp_path / "out")
+
+
+def test_nothing_that_is_read_is_written_over(tiny, tmp_path):
+    make_run(tmp_path / "run", tiny)
+    for out in (tmp_path / "run", tmp_path):
+        with pytest.raises(InputError, match="which is read; give another directory"):
+            export(tmp_path / "run", out, overwrite=True)
+    assert (tmp_path / "run" / "config.json").is_file()
+
+
 @pytest.mark.parametrize("merged", [False, True])
 def test_what_was_trained_in_a_tower_goes_along(merged, tiny, tmp_path):
     model = make_run(tmp_path / "run", tiny, trained=("encoder/embed/.*", "decoder/.*/mlp/.*"))
@@ -195,9 +222,9 @@ def test_nothing_half_written_and_nothing_lost(tiny, tmp_path, monkeypatch):
     with pytest.raises(InputError, match="is not empty"):
         export(tmp_path / "run", out)
     with monkeypatch.context() as patched:
-        full = Mock(side_effect=OSError(28, "No space left on device"))
+        full = Mock(side_effect=SafetensorError("No space left on device (os error 28)"))
         patched.setattr(save, "save_file", full)
-        with pytest.raises(OSError, match="No space left"):
+        with pytest.raises(InputError, match="cannot be written: No space left"):
             export(tmp_path / "run", out, overwrite=True)
     assert [file.name for file in out.iterdir()] == ["mine"]
     assert sorted(file.name for file in tmp_path.iterdir()) == ["out", "run"]

@@ -1,5 +1,6 @@
 """`config.json` of a checkpoint → our config of its tower. transformers 4 and 5 spell it apart."""
 
+import functools
 import math
 from typing import Any
 
@@ -15,7 +16,9 @@ ARCHITECTURES = {
     "gemma2": "Gemma2ForCausalLM", "gemma3_text": "Gemma3ForCausalLM",
 }
 DECODER_FAMILIES = tuple(ARCHITECTURES)
-# What a config.json that leaves them out means in transformers.
+# What a config.json that leaves them out means in transformers; other families have as many kv
+# heads as heads.
+KV_HEADS = {"mistral": 8, "qwen2": 32, "qwen3": 32, "gemma": 16, "gemma2": 4, "gemma3_text": 4}
 HEAD_DIMS = {"qwen3": 128, "gemma": 256, "gemma2": 256, "gemma3_text": 256}
 WINDOWS = {"mistral": 4096, "qwen2": 4096, "qwen3": 4096, "gemma2": 4096, "gemma3_text": 4096}
 PERIODS = {"gemma2": 2, "gemma3_text": 6}  # one layer of so many has no window
@@ -56,7 +59,7 @@ def decoder_config(json: dict[str, Any], where: str) -> DecoderConfig:
     """
     _check_family(json, DECODER_FAMILIES, "decoder", where)
     family = json["model_type"]
-    for feature in ("attention_bias", "mlp_bias"):
+    for feature in ("attention_bias", "mlp_bias", "use_bidirectional_attention"):
         if json.get(feature):
             raise InputError(f"{where}: {feature} is true, which is not supported for {family}")
     heads, width = _field(json, "num_attention_heads", where), _field(json, "hidden_size", where)
@@ -69,14 +72,14 @@ def decoder_config(json: dict[str, Any], where: str) -> DecoderConfig:
         d_ff=_field(json, "intermediate_size", where),
         num_layers=layers,
         num_heads=heads,
-        num_kv_heads=json.get("num_key_value_heads") or heads,
+        num_kv_heads=json.get("num_key_value_heads", KV_HEADS.get(family)) or heads,
         head_dim=json.get("head_dim") or HEAD_DIMS.get(family) or width // heads,
         norm_eps=json.get("rms_norm_eps", 1e-5 if family == "phi3" else 1e-6),
         rope=rope,
         tie_embeddings=json.get("tie_word_embeddings", gemma),
         family=family,
         max_length=json.get("max_position_embeddings", 131_072),
-        activation=_activation(json, gemma, where),
+        activation=_activation(json, where),
         qkv_bias=family == "qwen2",
         qk_norm=family in ("qwen3", "gemma3_text"),
         windows=_windows(json, layers, where),
@@ -85,12 +88,17 @@ def decoder_config(json: dict[str, Any], where: str) -> DecoderConfig:
     )
 
 
-def _activation(json: dict[str, Any], gemma: bool, where: str) -> str:
-    """Gemma's `gelu` has always been the tanh form, whatever its config.json said."""
-    names = {"gelu": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"} if gemma else {"silu": "silu"}
-    name = json.get("hidden_activation") or json.get("hidden_act") or next(iter(names))
+def _activation(json: dict[str, Any], where: str) -> str:
+    """Gemma 1 reads `hidden_act`, 2 and 3 read `hidden_activation`, in transformers 4 and 5."""
+    family = json["model_type"]
+    if family.startswith("gemma"):
+        field, names = "hidden_activation", {"gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu"}
+        field = "hidden_act" if family == "gemma" else field
+    else:
+        field, names = "hidden_act", {"silu": "silu"}
+    name = json.get(field) or next(iter(names))
     if name not in names:
-        raise InputError(f"{where}: hidden_act is '{name}', supported is '{list(names)[-1]}'")
+        raise InputError(f"{where}: {field} is '{name}', supported is {' or '.join(names)}")
     return names[name]
 
 
@@ -157,7 +165,7 @@ def decoder_json(config: DecoderConfig) -> dict[str, Any]:
         "num_attention_heads": config.num_heads, "num_key_value_heads": config.num_kv_heads,
         "head_dim": config.head_dim, "rms_norm_eps": config.norm_eps, "attention_bias": False,
         "max_position_embeddings": config.max_length, "rope_theta": config.rope.theta,
-        "rope_scaling": _scaling_json(config.rope), "tie_word_embeddings": config.tie_embeddings,
+        "rope_scaling": _scaling_json(config), "tie_word_embeddings": config.tie_embeddings,
         "pad_token_id": None,  # a family's default may lie outside the vocabulary
     }
     window = next((w for w in config.windows if w), None)
@@ -167,14 +175,14 @@ def decoder_json(config: DecoderConfig) -> dict[str, Any]:
         json["sliding_window"] = window
     if family in ("qwen2", "qwen3"):
         json["use_sliding_window"] = window is not None
-        # Needed where there is a window, and read by transformers 4 alone.
+        # Windows begin at this layer, where there are no layer_types.
         json["max_window_layers"] = sum(w is None for w in config.windows)
     if family == "phi3":
         json["partial_rotary_factor"] = config.rope.partial
         if isinstance(config.rope.scaling, LongScaling):
             json["original_max_position_embeddings"] = config.rope.scaling.original_length
-    act = {"silu": "silu", "gelu_tanh": "gelu_pytorch_tanh"}[config.activation]
-    json["hidden_activation" if family.startswith("gemma") else "hidden_act"] = act
+    act = {"gelu_tanh": "gelu_pytorch_tanh"}.get(config.activation, config.activation)
+    json["hidden_activation" if family in PERIODS else "hidden_act"] = act
     if config.windows and family in (*PERIODS, "qwen2", "qwen3"):
         json["layer_types"] = ["sliding_attention" if w else "full_attention"
                                for w in config.windows]
@@ -187,14 +195,20 @@ def decoder_json(config: DecoderConfig) -> dict[str, Any]:
     return json
 
 
-def _scaling_json(rope: Rope) -> dict[str, Any] | None:
-    match rope.scaling:
+def _scaling_json(config: DecoderConfig) -> dict[str, Any] | None:
+    match config.rope.scaling:
         case None:
             return None
         case LinearScaling(factor):
             return {"rope_type": "linear", "factor": factor}
-        case LongScaling(short, long):
-            return {"type": "longrope", "short_factor": list(short), "long_factor": list(long)}
+        case LongScaling(short, long, length, magnitude):
+            # Phi-3 in transformers 4 takes these three alone, and has the length beside them.
+            json = {"type": "longrope", "short_factor": list(short), "long_factor": list(long)}
+            if config.family != "phi3":
+                json["original_max_position_embeddings"] = length
+            if magnitude != _magnitude(config.max_length, length):
+                json["attention_factor"] = magnitude
+            return json
         case Llama3Scaling(factor, low, high, length):
             return {"rope_type": "llama3", "factor": factor, "low_freq_factor": low,
                     "high_freq_factor": high, "original_max_position_embeddings": length}
@@ -208,8 +222,8 @@ def _ropes(json: dict[str, Any], where: str) -> tuple[Rope, Rope | None]:
     """
     new = json.get("rope_parameters")
     if new and "full_attention" in new:
-        return (_rope(json, new["full_attention"], where),
-                _rope(json, new["sliding_attention"], where))
+        local = {"rope_theta": 10_000.0, **new.get("sliding_attention", {})}
+        return _rope(json, new["full_attention"], where), _rope(json, local, where)
     rope = _rope(json, new or json.get("rope_scaling") or {}, where)
     if json["model_type"] != "gemma3_text":
         return rope, None
@@ -221,17 +235,24 @@ def _rope(json: dict[str, Any], rope: dict[str, Any], where: str) -> Rope:
     theta = float(rope.get("rope_theta") or json.get("rope_theta") or default)
     partial = float(rope.get("partial_rotary_factor") or json.get("partial_rotary_factor") or 1.0)
     kind = rope.get("rope_type", rope.get("type", "default"))
+    field = functools.partial(_field, rope, where=f"{where}, rotary embedding")
     if kind == "default":
         scaling = None
     elif kind == "linear":
-        scaling = LinearScaling(float(rope["factor"]))
+        scaling = LinearScaling(float(field("factor")))
     elif kind == "llama3":
         scaling = Llama3Scaling(
-            float(rope["factor"]), float(rope["low_freq_factor"]),
-            float(rope["high_freq_factor"]), int(rope["original_max_position_embeddings"]),
+            float(field("factor")), float(field("low_freq_factor")),
+            float(field("high_freq_factor")), int(field("original_max_position_embeddings")),
         )
     elif kind in ("longrope", "su"):
-        scaling = _long_scaling(json, rope)
+        length = rope.get("original_max_position_embeddings") or _field(
+            json, "original_max_position_embeddings", where)
+        magnitude = _magnitude(_field(json, "max_position_embeddings", where), length)
+        scaling = LongScaling(
+            tuple(map(float, field("short_factor"))), tuple(map(float, field("long_factor"))),
+            int(length), float(rope.get("attention_factor") or magnitude),
+        )
     else:
         raise InputError(
             f"{where}: rope_type '{kind}' is not supported; known: default, linear, llama3, "
@@ -240,15 +261,10 @@ def _rope(json: dict[str, Any], rope: dict[str, Any], where: str) -> Rope:
     return Rope(theta, scaling, partial)
 
 
-def _long_scaling(json: dict[str, Any], rope: dict[str, Any]) -> LongScaling:
-    """The magnitude is LongRoPE's sqrt(1 + ln s / ln L) of the stretch s over the length L."""
-    length = int(rope.get("original_max_position_embeddings")
-                 or json["original_max_position_embeddings"])
-    stretch = json["max_position_embeddings"] / length
-    magnitude = math.sqrt(1 + math.log(stretch) / math.log(length)) if stretch > 1 else 1.0
-    magnitude = rope.get("attention_factor") or magnitude
-    return LongScaling(tuple(map(float, rope["short_factor"])),
-                       tuple(map(float, rope["long_factor"])), length, float(magnitude))
+def _magnitude(length: int, original: int) -> float:
+    """LongRoPE's sqrt(1 + ln s / ln L) of the stretch s over the original length L."""
+    stretch = length / original
+    return math.sqrt(1 + math.log(stretch) / math.log(original)) if stretch > 1 else 1.0
 
 
 def _check_family(json, families, role, where) -> None:

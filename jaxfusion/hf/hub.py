@@ -8,19 +8,23 @@ from jaxfusion.errors import InputError
 WANTED = [
     "config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json",
     "tokenizer*", "special_tokens_map.json", "added_tokens.json", "*.model", "vocab*", "merges.txt",
+    "README.md",
 ]
 # Everything of a model directory but its weights.
 NOT_WEIGHTS = [pattern for pattern in WANTED if "safetensors" not in pattern]
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
-def resolve(name: str, revision: str | None = None) -> tuple[Path, str | None]:
+def resolve(
+    name: str, revision: str | None = None, also: tuple[str, ...] = ()
+) -> tuple[Path, str | None]:
     """The checkpoint's directory, and the hub commit it is (None for a local path).
 
     Args:
       name: a directory, or a hub id such as `google/mt5-large`.
       revision: branch, tag or commit of a hub id; None is the newest of the main branch. Callers
         keep the returned commit, so that a later start reads the same bytes.
+      also: patterns of further files.
 
     Raises:
       InputError: no such directory; or the hub repository is absent, gated, out of reach, or
@@ -33,7 +37,7 @@ def resolve(name: str, revision: str | None = None) -> tuple[Path, str | None]:
         raise InputError(
             f"'{name}' is neither a directory here nor a hub id of the form owner/name"
         )
-    path = Path(download(name, revision, WANTED))
+    path = Path(download(name, revision, [*WANTED, *also]))
     if not list(path.glob("*.safetensors")):
         raise InputError(convert_hint(name, "holds no safetensors weights", name.split("/")[-1]))
     return path, path.name

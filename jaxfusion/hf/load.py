@@ -31,9 +31,12 @@ def read_config(path: Path) -> dict[str, Any]:
     if not file.is_file():
         raise InputError(f"{path} is no checkpoint: config.json is missing")
     try:
-        return json.loads(file.read_text("utf-8"))
+        found = json.loads(file.read_text("utf-8"))
     except ValueError as error:
         raise InputError(f"{file} is no JSON: {error}") from None
+    if not isinstance(found, dict):
+        raise InputError(f"{file} is no JSON object")
+    return found
 
 
 @dataclass(frozen=True)
@@ -78,6 +81,8 @@ def open_tensors(path: Path) -> TensorFiles:
             files = json.loads((path / INDEX).read_text("utf-8"))["weight_map"]
         except (ValueError, KeyError) as error:
             raise InputError(f"{path / INDEX} is damaged: {error}") from None
+        if not isinstance(files, dict):
+            raise InputError(f"{path / INDEX} is damaged: weight_map is no JSON object")
         outside = [file for file in files.values() if Path(file).name != file]
         if outside:
             raise InputError(f"{path / INDEX} points to '{outside[0]}', wanted names of files in "
@@ -122,7 +127,7 @@ def load_params(
 ) -> dict[str, jax.Array]:
     """Reads a tower's parameters, each shard straight from the file to its devices.
 
-    At most one parameter's shard is in host memory beside the arrays themselves.
+    Of what is not yet at its place, at most one parameter's shard of one device is in memory.
 
     Args:
       path: the directory.
@@ -169,7 +174,14 @@ def _read_row(row: Row, leaf: jax.ShapeDtypeStruct, tensors: TensorFiles) -> jax
             slot[...] = transform.to_ours(tensors.read(name, theirs), slot.shape)
         return out if row.stacked else out[0]
 
-    return jax.make_array_from_callback(leaf.shape, leaf.sharding, shard)
+    # Device by device: jax.make_array_from_callback would first read the shards of all of them.
+    places = leaf.sharding.addressable_devices_indices_map(leaf.shape)
+    held, last, block = [], None, None
+    for device, index in sorted(places.items(), key=lambda place: str(place[1])):
+        if str(index) != last:  # devices that hold the same block share what was read
+            last, block = str(index), shard(index)
+        held.append(jax.device_put(block, device))
+    return jax.make_array_from_single_device_arrays(leaf.shape, leaf.sharding, held)
 
 
 def _at(row: Row, index: Index, shape: tuple[int, ...]) -> Index:
@@ -198,7 +210,8 @@ def _check(path: Path, table: Table, wanted: dict[str, Any], found: dict[str, An
                 problems["missing"].append(names[0])
             problems["mis-shaped"] += [
                 f"{name} is {list(found[name])}, wanted {list(theirs)}"
-                for name in present if found[name] != theirs and (row.part or (0,))[0] == 0
+                for name in present
+                if found[name] != theirs and (row.part is None or row.part[0] == 0)  # said once
             ]
     problems["unused"] = sorted(
         name for name in found if name not in used and not table.ignores(name)

@@ -11,14 +11,17 @@ Self-contained: needs torch, transformers (4 or 5) and safetensors. Methods: Lan
 """
 
 import inspect
+import json
 import os
 
 import torch
+import transformers
 from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional
 from transformers import (
     AutoModelForCausalLM,
+    GenerationConfig,
     MT5EncoderModel,
     PretrainedConfig,
     PreTrainedModel,
@@ -35,7 +38,7 @@ class BridgeConfig(PretrainedConfig):
 
     Args:
       reader, writer: of encoder and LLM `checkpoint` (a hub id, or a folder inside this one where
-        `inside` is true), `revision`, `width`; of the reader also `layers` and `family`,
+        `inside` is true), `revision`, `width`, `dtype`; of the reader also `layers` and `family`,
         of the writer `capped`: its attention scores have a soft cap.
       fusion: `name`, `layer` and `d_ff`.
       projector: `name`, `d_ff` and `latents`.
@@ -172,6 +175,23 @@ def make_fusion(fusion, encoder):
     }[fusion["name"]]()
 
 
+def read_weights(path, revision, hub):
+    """The trained part's tensors, from one file or from shards with an index."""
+    def find(name):
+        if os.path.isdir(path):
+            file = os.path.join(path, name)
+            return file if os.path.isfile(file) else None
+        return cached_file(path, name, revision=revision,
+                           _raise_exceptions_for_missing_entries=False, **hub)
+
+    index = find(f"{WEIGHTS}.index.json")
+    if index is None:
+        return load_file(find(WEIGHTS))
+    with open(index, encoding="utf-8") as file:
+        names = set(json.load(file)["weight_map"].values())
+    return {key: x for name in sorted(names) for key, x in load_file(find(name)).items()}
+
+
 class BridgeForCausalLM(PreTrainedModel):
     """Reads with the encoder, answers with the LLM; padding may lie on either side."""
 
@@ -190,40 +210,47 @@ class BridgeForCausalLM(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, path, *args, config=None, **kwargs):
-        """As in transformers; `dtype` is that of the two backbones, the trained part is float32.
+        """As in transformers; the trained part is float32.
 
-        Keyword arguments go to both backbones (device_map, attn_implementation, token, …).
+        Keyword arguments go to both backbones (device_map, token, …), `attn_implementation` to the
+        LLM alone. `dtype` is that of the backbones; without it each has the one it was stored in.
         """
-        for name in ("trust_remote_code", "code_revision", "_from_auto", "adapter_kwargs"):
+        for name in ("trust_remote_code", "code_revision", "_from_auto", "adapter_kwargs",
+                     "subfolder"):
             kwargs.pop(name, None)
         revision = kwargs.pop("revision", None)
         hub = {key: kwargs[key] for key in ("cache_dir", "token", "local_files_only")
                if kwargs.get(key) is not None}
-        config = config or BridgeConfig.from_pretrained(path, revision=revision, **hub)
-        families = {"mt5": MT5EncoderModel, "umt5": UMT5EncoderModel}
+        asked = kwargs.pop("attn_implementation", None)
+        if config is None:
+            config = BridgeConfig.from_pretrained(path, revision=revision, **hub)
+        elif asked is None:  # where AutoModelForCausalLM leaves it
+            asked = getattr(config, "_attn_implementation", None)
+        if asked is None and config.writer["capped"]:
+            asked = "eager"  # the faster kernels of some releases leave out the cap
+        attention = {} if asked is None else {"attn_implementation": asked}
+        dtype = kwargs.pop("dtype", None) or kwargs.pop("torch_dtype", None)
+        dtype_field = "torch_dtype" if transformers.__version__.startswith("4.") else "dtype"
 
-        def backbone(kind, part):
+        def backbone(kind, part, **more):
+            stored = getattr(torch, part["dtype"])
+            settings = {**kwargs, dtype_field: dtype or stored, **more}
             if part["inside"]:
                 return kind.from_pretrained(path, subfolder=part["checkpoint"],
-                                            revision=revision or "main", **kwargs)
+                                            revision=revision or "main", **settings)
             return kind.from_pretrained(part["checkpoint"],
-                                        revision=part["revision"] or "main", **kwargs)
+                                        revision=part["revision"] or "main", **settings)
 
+        families = {"mt5": MT5EncoderModel, "umt5": UMT5EncoderModel}
         encoder = backbone(families[config.reader["family"]], config.reader)
-        if config.writer["capped"]:  # the faster kernels of some releases leave out the cap
-            kwargs.setdefault("attn_implementation", "eager")
-        decoder = backbone(AutoModelForCausalLM, config.writer)
+        decoder = backbone(AutoModelForCausalLM, config.writer, **attention)
         model = cls(config, encoder, decoder)
-        if os.path.isdir(path):
-            weights = os.path.join(path, WEIGHTS)
-        else:
-            weights = cached_file(path, WEIGHTS, revision=revision, **hub)
-        trained = load_file(weights)
+        trained = read_weights(path, revision, hub)
         own = {name for name in model.state_dict() if name.startswith(("fusion.", "projector."))}
         outcome = model.load_state_dict(trained, strict=False)
         missing = own - trained.keys()
         if missing or outcome.unexpected_keys:
-            raise ValueError(f"{weights}: missing {sorted(missing)}, "
+            raise ValueError(f"{path}: missing {sorted(missing)}, "
                              f"unexpected {outcome.unexpected_keys}")
         device = decoder.get_input_embeddings().weight.device
         model.fusion.to(device)
@@ -265,12 +292,14 @@ class BridgeForCausalLM(PreTrainedModel):
         return embeds, real
 
     def _scale(self, table):
-        """What the LLM multiplies its inputs by, not its embedding table (Gemma in some releases).
-        """
-        inner = self.decoder.get_decoder() if hasattr(self.decoder, "get_decoder") else self.decoder
-        scales = "normalizer" in inspect.getsource(type(inner).forward)
+        """What the LLM multiplies its inputs by, where its embedding table does not (Gemma 1 and 2
+        in some releases)."""
+        if self.decoder.config.model_type not in ("gemma", "gemma2") or hasattr(
+                table, "embed_scale"):
+            return 1.0
+        scales = "normalizer" in inspect.getsource(type(self.decoder.get_decoder()).forward)
         width = torch.tensor(self.config.writer["width"] ** 0.5, dtype=table.weight.dtype)
-        return width.item() if scales and not hasattr(table, "embed_scale") else 1.0
+        return width.item() if scales else 1.0
 
     def forward(self, input_ids, attention_mask=None, decoder_input_ids=None,
                 decoder_attention_mask=None, labels=None, **kwargs):
@@ -295,10 +324,22 @@ class BridgeForCausalLM(PreTrainedModel):
     @torch.no_grad()
     def generate(self, input_ids, attention_mask=None, decoder_input_ids=None,
                  decoder_attention_mask=None, **kwargs):
-        """The LLM's `generate`, greedy unless asked otherwise; returns the new tokens alone."""
+        """The LLM's `generate`; returns the new tokens alone.
+
+        Greedy, and free of what the LLM's own `generation_config.json` asks for, unless arguments
+        say otherwise.
+        """
         embeds, real = self.splice(input_ids, attention_mask, decoder_input_ids,
                                    decoder_attention_mask)
-        settings = {"do_sample": False, "eos_token_id": self.config.eos_token_id,
-                    "pad_token_id": self.config.eos_token_id}
-        return self.decoder.generate(inputs_embeds=embeds, attention_mask=real,
-                                     **{**settings, **kwargs})
+        if "generation_config" not in kwargs:
+            kwargs["generation_config"] = GenerationConfig(
+                eos_token_id=self.config.eos_token_id, pad_token_id=self.config.eos_token_id,
+                bos_token_id=self.config.bos_token_id,
+            )
+        # What is not set there would be filled in from the LLM's own.
+        own, self.decoder.generation_config = (
+            self.decoder.generation_config, kwargs["generation_config"])
+        try:
+            return self.decoder.generate(inputs_embeds=embeds, attention_mask=real, **kwargs)
+        finally:
+            self.decoder.generation_config = own

@@ -10,8 +10,10 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
+from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
+from jaxfusion.errors import InputError
 from jaxfusion.hf.configs import decoder_json, encoder_json
 from jaxfusion.hf.load import INDEX, SINGLE, open_tensors
 from jaxfusion.hf.tables import TRANSFORMS, Table, table
@@ -46,37 +48,56 @@ def write_tower(
     write_shards(out, to_tensors(table(config), params), shard_bytes)
 
 
-def tower_names(rows: Table, files: Container[str], layers: int) -> dict[str, str]:
-    """Every tensor of a tower by its usual name, and the name it has among `files`."""
+def usual_names(rows: Table, layers: int) -> dict[str, tuple[str, ...]]:
+    """Every tensor of a tower by its usual name, with all names that it may have."""
     names = {}
     for theirs, also in dict.fromkeys((row.theirs, row.also) for row in rows.rows):
         for i in range(layers if "{i}" in theirs else 1):
-            known = [x.format(i=i) for x in (theirs, *also)]
-            names[known[0]] = next(x for x in known if x in files)
+            names[theirs.format(i=i)] = tuple(x.format(i=i) for x in (theirs, *also))
     return names
+
+
+def tower_names(rows: Table, layers: int, files: Container[str]) -> dict[str, str]:
+    """Every tensor of a tower by its usual name, and the name it has among `files`.
+
+    Raises:
+      InputError: some are missing, all of them named.
+    """
+    usual = usual_names(rows, layers)
+    found = {name: next((x for x in names if x in files), None) for name, names in usual.items()}
+    if missing := [name for name, there in found.items() if there is None]:
+        raise InputError(f"tensors are missing: {', '.join(missing)}")
+    return found
+
+
+def tower_tensors(
+    source: Path, names: dict[str, str], replaced: dict[str, np.ndarray], dtype: str | None
+) -> Iterator[tuple[str, np.ndarray]]:
+    """The tensors of one tower of a checkpoint, one by one.
+
+    Args:
+      names: its tensors by their usual name, and the name each has in `source`.
+      replaced: tensors that take the place of the source's, in its dtype.
+      dtype: of all tensors; None keeps each one's.
+    """
+    held = open_tensors(source)
+    for name, there in names.items():
+        tensor = held.read(there)
+        wanted = jnp.dtype(dtype) if dtype else tensor.dtype
+        yield name, replaced.get(name, tensor).astype(wanted, copy=False)
 
 
 def copy_tower(
     source: Path, out: Path, config: dict[str, Any], names: dict[str, str],
     replaced: dict[str, np.ndarray], dtype: str | None,
 ) -> None:
-    """Writes one tower of a checkpoint as a directory of its own, tensor by tensor.
+    """Writes one tower of a checkpoint as a directory of its own; see `tower_tensors`.
 
     Args:
       config: its `config.json`.
-      names: its tensors by their usual name, and the name each has in `source`.
-      replaced: tensors that take the place of the source's, in its dtype.
-      dtype: of all tensors; None keeps each one's.
     """
-    held = open_tensors(source)
-
-    def tensors() -> Iterator[tuple[str, np.ndarray]]:
-        for name, there in names.items():
-            tensor = held.read(there)
-            wanted = jnp.dtype(dtype) if dtype else tensor.dtype
-            yield name, replaced.get(name, tensor).astype(wanted, copy=False)
-
-    write_shards(out, tensors())
+    out.mkdir()
+    write_shards(out, tower_tensors(source, names, replaced, dtype))
     if dtype is not None:
         config = {**config, "torch_dtype": dtype, "dtype": dtype}
     (out / "config.json").write_text(json.dumps(config, indent=2) + "\n", "utf-8")
@@ -115,7 +136,10 @@ def write_shards(
     def flush() -> None:
         # Contiguous on purpose: `save_file` writes a transposed array's buffer as it lies.
         arrays = {name: np.ascontiguousarray(array) for name, array in held.items()}
-        save_file(arrays, out / f"shard-{len(shards)}", metadata={"format": "pt"})
+        try:
+            save_file(arrays, out / f"shard-{len(shards)}", metadata={"format": "pt"})
+        except SafetensorError as error:  # a full disk, for one
+            raise InputError(f"{out} cannot be written: {error}") from None
         shards.append(list(held))
         held.clear()
 

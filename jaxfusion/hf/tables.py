@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 
@@ -199,6 +199,18 @@ def bridge_table(fusion: str, projector: str) -> Table:
     for x in dense:
         rows += _dense(f"projector.{x}", f"projector/{x}")
     return Table((*rows, Row("projector.end", "projector/end")))
+
+
+# LangBridge's names of the projectors.
+ALIGNMENTS = {"linear": "linear", "ffn": "ffn", "latent": "resampler"}
+
+
+def langbridge_names(role: str, names: Iterable[str]) -> dict[str, str]:
+    """Where LangBridge keeps the tensors of a tower: usual name -> its name."""
+    if role == "encoder":
+        return {name: f"lb.enc.{name}" for name in names}
+    return {name: f"lb.{name}" if name == "lm_head.weight"
+            else f"lb.lm.{name.removeprefix('model.')}" for name in names}
 
 
 def langbridge_table(projector: str) -> Table:

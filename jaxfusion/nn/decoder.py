@@ -32,7 +32,7 @@ class DecoderConfig:
 
     Attributes:
       family: `model_type` of its `config.json`, which decides how tensors are named.
-      activation: `silu` (SwiGLU) or `gelu_tanh` (GeGLU).
+      activation: `silu` (SwiGLU), `gelu_tanh` or the exact `gelu` (GeGLU).
       qkv_bias: queries, keys and values have biases (Qwen2).
       qk_norm: queries and keys are normalised head by head (Qwen3, Gemma 3).
       max_length: tokens it was made for.
@@ -82,7 +82,10 @@ class DecoderConfig:
         return tuple(map(self.kinds.index, self.windows or (None,) * self.num_layers))
 
 
-ACTIVATIONS = {"silu": jax.nn.silu, "gelu_tanh": partial(jax.nn.gelu, approximate=True)}
+ACTIVATIONS = {
+    "silu": jax.nn.silu, "gelu": partial(jax.nn.gelu, approximate=False),
+    "gelu_tanh": partial(jax.nn.gelu, approximate=True),
+}
 
 
 @dataclass(frozen=True)

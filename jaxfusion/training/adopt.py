@@ -20,6 +20,7 @@ from jaxfusion import config as configs
 from jaxfusion.data.tokenizers import load_tokenizer
 from jaxfusion.errors import InputError
 from jaxfusion.fields import (
+    ROLES,
     Config,
     DecoderConfig,
     EncoderConfig,
@@ -32,20 +33,21 @@ from jaxfusion.files import new_directory
 from jaxfusion.hf.configs import decoder_config, encoder_config
 from jaxfusion.hf.hub import NOT_WEIGHTS, find_files, resolve
 from jaxfusion.hf.load import TensorFiles, open_tensors, read_config
-from jaxfusion.hf.save import copy_tower, tower_names, write_tokenizer
+from jaxfusion.hf.save import copy_tower, usual_names, write_tokenizer
 from jaxfusion.hf.tables import (
+    ALIGNMENTS,
     Table,
     bridge_table,
+    langbridge_names,
     langbridge_table,
     mindmerger_table,
     table,
 )
 from jaxfusion.training.checkpoint import Checkpoints
 from jaxfusion.training.loop import CONFIG_FILE
-from jaxfusion.training.state import Flat, State
+from jaxfusion.training.state import Flat, State, read_shapes
 
-# LangBridge's names of the projectors, and what its authors add to the encoder's tokenizer.
-ALIGNMENTS = {"linear": "linear", "ffn": "ffn", "latent": "resampler"}
+# What LangBridge's authors add to the encoder's tokenizer.
 WHITESPACE = ("\n", "\t", "\r", "\x0b", "\x0c", "  ", "   ", "    ")
 
 
@@ -60,7 +62,8 @@ def adopt(
     Raises:
       InputError: an unknown layout, or a backbone that is named nowhere.
     """
-    path, _ = resolve(source)
+    path, _ = resolve(source, also=("encoder/*", "decoder/*", "encoder_tokenizer/*"))
+    path, workdir = path.resolve(), workdir.absolute()
     tensors = open_tensors(path)
     names = set(tensors.files)
     named = {"encoder": encoder, "decoder": decoder}
@@ -76,6 +79,7 @@ def adopt(
         else:
             raise InputError(f"{path} is no bridge: wanted tensors lb.alignment.* (LangBridge), "
                              "end_boundary (MindMerger), or a directory that export.py wrote")
+        _check_widths(config, trained, partial, workdir)
         patterns = tuple(sorted(trained))
         groups = {"bridge": GroupConfig(patterns)}
         config = replace(config, optimizer=OptimizerConfig(groups=groups))
@@ -98,7 +102,7 @@ def _read(rows: Table, tensors: TensorFiles) -> Flat:
     found = {}
     for row in rows.rows:
         x = tensors.read(row.theirs)
-        found[row.ours] = {"linear_in": x.T, "vector": x.reshape(-1)}.get(row.transform, x)
+        found[row.ours] = {"same": x, "linear_in": x.T, "vector": x.reshape(-1)}[row.transform]
     return found
 
 
@@ -119,26 +123,42 @@ def _ours(path: Path, described, tensors: TensorFiles, named) -> tuple[Config, F
         for role, part in parts.items()
     })
     trained = _read(bridge_table(fusion["name"], projector["name"]), tensors)
-    for role, name in names.items():
-        trained |= _tower_parts(role, Path(name), tensors)
+    _refuse_trained_towers(tensors)
+    revisions = {role: None if named[role] else part["revision"] for role, part in parts.items()}
     config = Config(
-        encoder=EncoderConfig(names["encoder"], parts["encoder"]["revision"],
+        encoder=EncoderConfig(names["encoder"], revisions["encoder"],
                               added_tokens=tuple(described["added_tokens"])),
-        decoder=DecoderConfig(names["decoder"], parts["decoder"]["revision"]),
+        decoder=DecoderConfig(names["decoder"], revisions["decoder"]),
         fusion=FusionConfig(fusion["name"], fusion["layer"], d_ff=fusion["d_ff"]),
         projector=ProjectorConfig(projector["name"], projector["d_ff"], projector["latents"]),
     )
     return config, trained
 
 
-def _tower_parts(role: str, path: Path, tensors: TensorFiles) -> Flat:
-    """Parameters of a tower that were trained and exported without the rest of it."""
-    start = f"{role}."
-    held = {name.removeprefix(start): name for name in tensors.files if name.startswith(start)}
-    if not held:
-        return {}
-    raise InputError(f"{tensors.path} holds trained tensors of the {role} ({next(iter(held))}, …); "
-                     "export it with --merge to take it in again")
+def _refuse_trained_towers(tensors: TensorFiles) -> None:
+    """An export without `--merge` that holds trained tensors of a backbone is not taken in."""
+    held = [name for name in sorted(tensors.files) if name.startswith(("encoder.", "decoder."))]
+    if held:
+        raise InputError(f"{tensors.path} holds trained tensors of a backbone ({held[0]}, …); "
+                         "export it with --merge to take it in again")
+
+
+def _check_widths(config: Config, trained: Flat, partial: Path, workdir: Path) -> None:
+    """Raises InputError where the projector joins other widths than those of the backbones."""
+    paths = {}
+    for role in ROLES:
+        name = getattr(config, role).checkpoint
+        inside = Path(name).is_absolute() and Path(name).is_relative_to(workdir)
+        paths[role] = (partial / Path(name).relative_to(workdir) if inside
+                       else find_files(name, NOT_WEIGHTS, getattr(config, role).revision))
+    widths = {role: shape.d_model for role, shape in read_shapes(paths).items()}
+    first = {"linear": "out", "resampler": "q"}.get(config.projector.name, "hidden")
+    found = {"encoder": trained[f"projector/{first}/kernel"].shape[0],
+             "decoder": trained["projector/end"].shape[0]}
+    for role, width in widths.items():
+        if found[role] != width:
+            raise InputError(f"the projector is made for an {role} of width {found[role]}, "
+                             f"{getattr(config, role).checkpoint} has {width}")
 
 
 def _langbridge(
@@ -151,42 +171,40 @@ def _langbridge(
         raise InputError(f"{path}/config.json: alignments is '{kind}', known are "
                          f"{', '.join(ALIGNMENTS)}")
     names = _backbones(named, {"encoder": described.get("enc"), "decoder": described.get("lm")})
-    starts = {"encoder": ("lb.enc.", ""), "decoder": ("lb.lm.", "model.")}
-    for role, (theirs, ours) in starts.items():
-        held = {ours + name.removeprefix(theirs): name for name in tensors.files
-                if name.startswith(theirs)}
-        if role == "decoder":
-            held |= {"lm_head.weight": "lb.lm_head.weight"} if (
-                "lb.lm_head.weight" in tensors.files) else {}
-        _write_backbone(role, names[role], path, held, tensors, partial / role)
+    for role, name in names.items():
+        _write_backbone(role, name, path, tensors, partial / role)
     trained = _read(langbridge_table(ALIGNMENTS[kind]), tensors)
     latents = len(trained["projector/latents"]) if kind == "latent" else 64
+    d_ff = len(trained["projector/hidden/bias"]) if kind == "ffn" else None
     config = Config(
         encoder=EncoderConfig(str(workdir / "encoder")),
         decoder=DecoderConfig(str(workdir / "decoder")),
         fusion=FusionConfig("last"),
-        projector=ProjectorConfig(ALIGNMENTS[kind], latents=latents, end_std=1.0),
+        projector=ProjectorConfig(ALIGNMENTS[kind], d_ff, latents, end_std=1.0),
     )
     return config, trained
 
 
-def _write_backbone(
-    role: str, name: str, source: Path, held: dict[str, str], tensors: TensorFiles, out: Path
-) -> None:
-    """A tower out of a larger checkpoint, with the config and tokenizer of the backbone `name`."""
+def _write_backbone(role: str, name: str, source: Path, tensors: TensorFiles, out: Path) -> None:
+    """A tower out of LangBridge's checkpoint, with the config and tokenizer of the backbone `name`.
+    """
     place = find_files(name, NOT_WEIGHTS)
+    config, shapes = read_config(place), tensors.shapes()
     read, embed = {"encoder": (encoder_config, "shared.weight"),
                    "decoder": (decoder_config, "model.embed_tokens.weight")}[role]
-    json_config = read_config(place)
-    rows = tensors.shapes()[held[embed]][0] if embed in held else json_config["vocab_size"]
-    json_config["vocab_size"] = rows  # added tokens make the table longer
-    shape = read(json_config, f"{place}/config.json")
-    out.mkdir()
-    usual = tower_names(table(shape), held, shape.num_layers)
-    copy_tower(source, out, json_config, {ours: held[there] for ours, there in usual.items()},
-               {}, None)
+    there = langbridge_names(role, [embed])[embed]
+    if there in shapes:
+        config["vocab_size"] = shapes[there][0]  # added tokens make the table longer
+    shape = read(config, f"{place}/config.json")
+    usual = usual_names(table(shape), shape.num_layers)
+    held = {name: next((x for x in langbridge_names(role, names).values() if x in shapes), None)
+            for name, names in usual.items()}
+    missing = [name for name, x in held.items() if x is None]
+    if missing:
+        raise InputError(f"{source} lacks tensors of {place}: {', '.join(missing)}")
+    copy_tower(source, out, config, held, {}, None)
     added = WHITESPACE if role == "encoder" else ()
-    write_tokenizer(out, load_tokenizer(place, rows, role, added))
+    write_tokenizer(out, load_tokenizer(place, shape.vocab_size, role, added))
 
 
 def _mindmerger(tensors: TensorFiles, named, start: str) -> tuple[Config, Flat]:

@@ -4,14 +4,17 @@ import json
 import logging
 import re
 from collections.abc import Iterator
+from dataclasses import dataclass
 from importlib import resources
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
+from jaxfusion.data.tokenizers import Tokenizers
 from jaxfusion.errors import InputError, choose
 from jaxfusion.fields import DTYPES, ROLES, Config
 from jaxfusion.files import new_directory
@@ -20,10 +23,18 @@ from jaxfusion.hf.save import (
     copy_tower,
     to_tensors,
     tower_names,
+    tower_tensors,
     write_shards,
     write_tokenizer,
 )
-from jaxfusion.hf.tables import Table, bridge_table, table
+from jaxfusion.hf.tables import (
+    ALIGNMENTS,
+    Table,
+    bridge_table,
+    langbridge_names,
+    langbridge_table,
+    table,
+)
 from jaxfusion.nn.mt5 import MT5Config
 from jaxfusion.training.checkpoint import trained_part
 from jaxfusion.training.evaluate import load_config
@@ -31,6 +42,61 @@ from jaxfusion.training.state import Flat, find_towers, load_tokenizers, read_sh
 
 MODELING = "modeling_jaxfusion.py"
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A workdir's best checkpoint, and all that goes along with it."""
+
+    workdir: Path
+    step: int
+    config: Config
+    trained: Flat
+    paths: dict[str, Path]
+    shapes: dict[str, Any]
+    tokenizers: Tokenizers
+
+    def own(self, rows: Table) -> dict[str, np.ndarray]:
+        """Fusion and projector, by the names of a table."""
+        return dict(to_tensors(rows, traverse_util.unflatten_dict(self.trained, sep="/")))
+
+    def replaced(self, role: str) -> dict[str, np.ndarray]:
+        """Tensors of a tower that were trained."""
+        return dict(_trained_tensors(role, self.trained, table(self.shapes[role])))
+
+    def json(self, role: str) -> dict[str, Any]:
+        """A tower's `config.json`; an encoder-decoder's becomes that of its encoder."""
+        found = read_config(self.paths[role])
+        if role == "decoder":
+            return found
+        kind = "UMT5EncoderModel" if self.shapes[role].bias_per_layer else "MT5EncoderModel"
+        return {**found, "architectures": [kind], "is_encoder_decoder": False}
+
+    def dtype(self, role: str) -> str:
+        """What a tower's embedding table is stored in."""
+        held = open_tensors(self.paths[role])
+        table_name = next(iter(self.names(role).values()))
+        return str(held.read(table_name, (slice(0, 1), slice(0, 1))).dtype)
+
+    def names(self, role: str) -> dict[str, str]:
+        """All tensors of a tower, and where they are."""
+        files = open_tensors(self.paths[role]).files
+        return tower_names(table(self.shapes[role]), self.shapes[role].num_layers, files)
+
+
+def _collect(workdir: Path, out: Path) -> Trained:
+    """Reads the workdir, and refuses to write over it or its backbones."""
+    config = load_config(workdir)
+    step, trained = trained_part(workdir)
+    paths, config = find_towers(config)
+    shapes = read_shapes(paths)
+    own = bridge_table(config.fusion.name, config.projector.name)
+    _check_trained(trained, own, {role: table(shapes[role]) for role in ROLES}, workdir)
+    for kept in (workdir, *paths.values()):
+        if kept.resolve().is_relative_to(out.resolve()) or out.resolve() == kept.resolve():
+            raise InputError(f"{out} holds {kept}, which is read; give another directory")
+    tokenizers = load_tokenizers(config, paths, shapes)
+    return Trained(workdir, step, config, trained, paths, shapes, tokenizers)
 
 
 def export(
@@ -43,8 +109,8 @@ def export(
     and `decoder/`, each an ordinary checkpoint of its own family.
 
     Args:
-      dtype: of the backbones that are written; None keeps each tensor's. The trained part stays
-        float32.
+      dtype: of the backbones that are written; None keeps each tensor's, also where it was
+        trained. Fusion and projector stay float32.
 
     Raises:
       InputError: no trained bridge in `workdir`, or `out` is not empty.
@@ -53,24 +119,19 @@ def export(
         choose("dtype", dtype, DTYPES)
         if not merge:
             raise InputError("--dtype is that of the backbones, which only --merge writes")
-    config = load_config(workdir)
-    step, trained = trained_part(workdir)
-    paths, config = find_towers(config)
-    shapes = read_shapes(paths)
-    tables = {role: table(shapes[role]) for role in ROLES}
-    own = bridge_table(config.fusion.name, config.projector.name)
-    _check_trained(trained, own, tables, workdir)
-    tokenizers = load_tokenizers(config, paths, shapes)
-    described = _describe(config, shapes, tokenizers, merge)
+    bridge = _collect(workdir, out)
+    config, tokenizers = bridge.config, bridge.tokenizers
+    described = _describe(bridge, merge, dtype)
+    if not merge and any(Path(described[part]["checkpoint"]).is_absolute()
+                         for part in ("reader", "writer")):
+        logger.warning("%s names backbones on this machine; --merge makes one to give away", out)
     with new_directory(out, overwrite) as partial:
-        tensors = dict(to_tensors(own, traverse_util.unflatten_dict(trained, sep="/")))
+        tensors = bridge.own(bridge_table(config.fusion.name, config.projector.name))
         for role in ROLES:
-            replaced = dict(_trained_tensors(role, trained, tables[role]))
+            replaced = bridge.replaced(role)
             if merge:
-                (partial / role).mkdir()
-                copy_tower(paths[role], partial / role, read_config(paths[role]),
-                           tower_names(tables[role], open_tensors(paths[role]).files,
-                                       shapes[role].num_layers), replaced, dtype)
+                copy_tower(bridge.paths[role], partial / role, bridge.json(role),
+                           bridge.names(role), replaced, dtype)
                 write_tokenizer(partial / role, getattr(tokenizers, role))
             else:
                 tensors |= {f"{role}.{name}": x for name, x in replaced.items()}
@@ -80,8 +141,54 @@ def export(
         (partial / MODELING).write_text(source.read_text("utf-8"), "utf-8")
         write_tokenizer(partial, tokenizers.decoder)
         write_tokenizer(partial / "encoder_tokenizer", tokenizers.encoder)
-        card = _card(config, described, paths, workdir, step)
-        (partial / "README.md").write_text(card, "utf-8")
+        (partial / "README.md").write_text(_card(bridge, described), "utf-8")
+
+
+def export_langbridge(
+    workdir: Path, out: Path, *, dtype: str | None = None, overwrite: bool = False
+) -> None:
+    """Writes a bridge in the layout of github.com/kaistAI/LangBridge, backbones and all.
+
+    Args:
+      dtype: of all tensors; None keeps each one's.
+
+    Raises:
+      InputError: LangBridge has no such fusion or projector, or as in `export`.
+    """
+    bridge = _collect(workdir, out)
+    config, tokenizers = bridge.config, bridge.tokenizers
+    kinds = {ours: theirs for theirs, ours in ALIGNMENTS.items()}
+    if config.fusion.name != "last" or config.projector.name not in kinds:
+        raise InputError(f"LangBridge has fusion 'last' with {', '.join(kinds)}; {workdir} has "
+                         f"'{config.fusion.name}' with '{config.projector.name}'")
+    kind = kinds[config.projector.name]
+    described = {
+        "architectures": ["LangBridgeModel"], "alignments": kind,
+        "num_latents": config.projector.latents, "enc": config.encoder.checkpoint,
+        "lm": config.decoder.checkpoint, "dim_enc": bridge.shapes["encoder"].d_model,
+        "dim_lm": bridge.shapes["decoder"].d_model, "freeze_encoder": True,
+        "freeze_language_model": True,
+    }
+
+    def tensors() -> Iterator[tuple[str, np.ndarray]]:
+        for role in ROLES:
+            names = bridge.names(role)
+            theirs = langbridge_names(role, names)
+            for name, tensor in tower_tensors(bridge.paths[role], names, bridge.replaced(role),
+                                              dtype):
+                yield theirs[name], tensor
+                if name == "model.embed_tokens.weight":  # which it holds under more names
+                    yield "lb.embeddings.weight", tensor
+                    if "lm_head.weight" not in names:
+                        yield "lb.lm_head.weight", tensor
+        for name, tensor in bridge.own(langbridge_table(config.projector.name)).items():
+            yield name, tensor.astype(jnp.dtype(dtype) if dtype else tensor.dtype)
+
+    with new_directory(out, overwrite) as partial:
+        write_shards(partial, tensors())
+        (partial / "config.json").write_text(json.dumps(described, indent=2) + "\n", "utf-8")
+        write_tokenizer(partial, tokenizers.decoder)
+        write_tokenizer(partial / "encoder_tokenizer", tokenizers.encoder)
 
 
 def _check_trained(trained: Flat, own: Table, tables: dict[str, Table], workdir: Path) -> None:
@@ -111,16 +218,19 @@ def _trained_tensors(role: str, trained: Flat, rows: Table) -> Iterator[tuple[st
     yield from to_tensors(Table(chosen), traverse_util.unflatten_dict(flat, sep="/"))
 
 
-def _describe(config: Config, shapes, tokenizers, merge: bool) -> dict[str, Any]:
+def _describe(bridge: Trained, merge: bool, dtype: str | None) -> dict[str, Any]:
     """`config.json` of the bridge; fields named encoder and decoder mean more to transformers."""
+    config, shapes = bridge.config, bridge.shapes
+
     def backbone(role: str) -> dict[str, Any]:
         tower = getattr(config, role)
         local = Path(tower.checkpoint).expanduser()
         name = role if merge else str(local.resolve()) if local.is_dir() else tower.checkpoint
         return {"checkpoint": name, "inside": merge, "width": shapes[role].d_model,
-                "revision": None if merge else tower.revision}
+                "revision": None if merge else tower.revision,
+                "dtype": (merge and dtype) or bridge.dtype(role)}
 
-    encoder, decoder = shapes["encoder"], tokenizers.decoder
+    encoder, decoder = shapes["encoder"], bridge.tokenizers.decoder
     family = "umt5" if isinstance(encoder, MT5Config) and encoder.bias_per_layer else "mt5"
     hidden = config.projector.d_ff or 2 * encoder.d_model
     return {
@@ -139,9 +249,9 @@ def _describe(config: Config, shapes, tokenizers, merge: bool) -> dict[str, Any]
     }
 
 
-def _card(config: Config, described, paths: dict[str, Path], workdir: Path, step: int) -> str:
+def _card(bridge: Trained, described: dict[str, Any]) -> str:
     """The model card: what it is, how to use it, its scores, its parts and their licences."""
-    results = workdir / "eval" / "results.json"
+    config, results = bridge.config, bridge.workdir / "eval" / "results.json"
     scores = ["Not scored yet (`eval.py`)."]
     if results.is_file():
         scores = ["| task | language | scoring | accuracy | 95% interval | rows |",
@@ -152,11 +262,11 @@ def _card(config: Config, described, paths: dict[str, Path], workdir: Path, step
                 f"{100 * x['ci95'][0]:.1f} to {100 * x['ci95'][1]:.1f} | {x['n']} |"
                 for language, by in languages.items() for scoring, x in by.items()
             ]
-    parts = [f"- {role}: `{getattr(config, role).checkpoint}`, licence: {_licence(paths[role])}"
-             for role in ROLES]
+    parts = [f"- {role}: `{getattr(config, role).checkpoint}`, "
+             f"licence: {_licence(bridge.paths[role])}" for role in ROLES]
     return CARD.format(
         fusion=config.fusion.name, projector=config.projector.name, task=config.data.task,
-        language=config.data.language, step=step, prompt=config.data.text_prompt or "none",
+        language=config.data.language, step=bridge.step, prompt=config.data.text_prompt or "none",
         parts="\n".join(parts), scores="\n".join(scores),
         config=json.dumps(described, indent=2),
     )
@@ -164,7 +274,7 @@ def _card(config: Config, described, paths: dict[str, Path], workdir: Path, step
 
 def _licence(path: Path) -> str:
     card = path / "README.md"
-    found = card.is_file() and re.search(r"^license:\s*(\S+)", card.read_text("utf-8"), re.M)
+    found = card.is_file() and re.search(r"^license:[ \t]*(\S+)", card.read_text("utf-8"), re.M)
     return found[1] if found else "see its own page"
 
 
