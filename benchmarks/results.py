@@ -23,13 +23,13 @@ GROUPS = ("English", "reported", "rich", "mid", "poor")
 
 
 def keep(name: str, run: Path) -> None:
-    """Copies a comparison's report, with this machine beside it, and its pictures."""
+    """Copies a comparison's report, with this machine beside it, and the quickstart's pictures."""
     report = json.loads((run / "report.json").read_text("utf-8"))
     report |= {"machine": machine(), "table": (run / "report.md").read_text("utf-8")}
     (RESULTS / f"{name}.json").write_text(json.dumps(report, indent=1) + "\n", "utf-8")
-    PICTURES.mkdir(exist_ok=True)
-    for picture in ("accuracy", "layers"):
-        if (run / f"{picture}.png").is_file():
+    if name == "quickstart":
+        PICTURES.mkdir(exist_ok=True)
+        for picture in ("accuracy", "layers"):
             shutil.copyfile(run / f"{picture}.png", PICTURES / f"{name}_{picture}.png")
 
 
