@@ -117,8 +117,8 @@ Two thousand sentences of NTREX-128 with translations into eight languages, and 
 training sentences of SIB-200 in twenty, are all the text that these towers have seen
 (`configs/realtext_encoder.py`, `configs/realtext_decoder.py`); the LLM has also seen the English
 training rows with their topics. What lies within the interval of the most frequent label has
-learned nothing. Timed beside other work on the same machine. Models and texts are not in the repository. This is a test of the
-path on real text, not of the method at a useful size."""
+learned nothing. Timed beside other work on the same machine. Models and texts are not in the
+repository. This is a test of the path on real text, not of the method at a useful size."""
 
 
 if __name__ == "__main__":
