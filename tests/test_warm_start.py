@@ -74,7 +74,8 @@ def test_a_feed_forward_start_leaves_little_of_the_error(tiny):
 
     def error(trainable):
         params = merge(trainable, model.frozen)["projector"]
-        projected = model.bridge.projector.apply({"params": params}, x[None])[0, :-1]
+        real = np.ones((1, len(x)), bool)
+        projected = model.bridge.projector.apply({"params": params}, x[None], real)[0, :-1]
         return np.mean((projected - y) ** 2)
 
     assert error(started.trainable) < 0.2 * error(model.trainable)
