@@ -13,6 +13,7 @@ import random
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from itertools import product
 from pathlib import Path
 
@@ -139,17 +140,22 @@ def task_rows(task: str, split: str, language: str, rows: int, seed: int = 0) ->
     Raises:
       InputError: a task, split or language that the world lacks.
     """
-    make, write = TASKS[choose("pocket task", task, TASKS)]
+    choose("pocket task", task, TASKS)
     choose("split of the pocket world", split, SPLITS)
     choose("pocket language", language, LANGUAGES)
+    write = TASKS[task][1]
+    return (write(made, language) for made in _meanings(task, split, rows, seed))
+
+
+@lru_cache(2)  # each is written in every language
+def _meanings(task: str, split: str, rows: int, seed: int) -> list:
+    """The rows of a task before they are put into words."""
     rng = random.Random(f"{VERSION} {seed} {task} {split}")
-    for _ in range(rows):
-        made = make(rng, split)
-        yield write(*made, language) if isinstance(made, tuple) else write(made, language)
+    return [TASKS[task][0](rng, split) for _ in range(rows)]
 
 
 TASKS = {
-    "pocket_nli": (random_inference, render_inference),
+    "pocket_nli": (random_inference, lambda made, language: render_inference(*made, language)),
     "pocket_qa": (random_question, render_question),
 }
 
