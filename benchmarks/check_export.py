@@ -21,7 +21,7 @@ def main(out: str, reference: str) -> None:
         wanted = json.load(file)
     model = AutoModelForCausalLM.from_pretrained(out, trust_remote_code=True)
     queries = AutoTokenizer.from_pretrained(out, subfolder="encoder_tokenizer")
-    AutoTokenizer.from_pretrained(out)
+    AutoTokenizer.from_pretrained(out, trust_remote_code=True)
     logits, difference = torch.tensor(wanted["logits"]), 0.0
     for side in ("right", "left"):
         queries.padding_side = side

@@ -2,7 +2,7 @@
 
     model = AutoModelForCausalLM.from_pretrained(DIR, trust_remote_code=True)
     queries = AutoTokenizer.from_pretrained(DIR, subfolder="encoder_tokenizer")
-    answers = AutoTokenizer.from_pretrained(DIR)
+    answers = AutoTokenizer.from_pretrained(DIR, trust_remote_code=True)
     tokens = model.generate(**queries(texts, padding=True, return_tensors="pt"), max_new_tokens=32)
     answers.batch_decode(tokens, skip_special_tokens=True)
 

@@ -296,7 +296,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 model = AutoModelForCausalLM.from_pretrained(DIR, trust_remote_code=True)
 queries = AutoTokenizer.from_pretrained(DIR, subfolder="encoder_tokenizer")
-answers = AutoTokenizer.from_pretrained(DIR)
+answers = AutoTokenizer.from_pretrained(DIR, trust_remote_code=True)
 inputs = queries(["..."], padding=True, return_tensors="pt")
 tokens = model.generate(inputs.input_ids, inputs.attention_mask, max_new_tokens=32)
 print(answers.batch_decode(tokens, skip_special_tokens=True))
