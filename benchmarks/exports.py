@@ -12,7 +12,6 @@ import json
 import shutil
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +24,15 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
 
 from conftest import relative  # noqa: E402
-from test_decoder import CASES, apply, plain  # noqa: E402
-from test_export import NEAR_TIE, TEXTS, extend, make_run, next_logits  # noqa: E402
+from test_decoder import apply, plain  # noqa: E402
+from test_export import (  # noqa: E402
+    NEAR_TIE,
+    TEXTS,
+    decoder_of,
+    extend,
+    make_run,
+    next_logits,
+)
 
 from jaxfusion.data.batching import TokenRow, find_shapes, in_order  # noqa: E402
 from jaxfusion.evaluation.generate import make_scorer  # noqa: E402
@@ -62,15 +68,9 @@ def make_decoder(case: str, tiny: Path, out: Path) -> float:
     """Writes a decoder of a family; the difference of our logits from transformers' here."""
     shutil.copytree(tiny / "decoder", out)
     rows = json.loads((out / "config.json").read_text("utf-8"))["vocab_size"]
-    config = replace(CASES[case], vocab_size=rows, max_length=512)
-    if config.logit_cap:  # a low one makes near-ties of all large logits
-        config = replace(config, logit_cap=30.0)
+    config = decoder_of(case, rows)
     params = random_params(config, 0)
     write_tower(out, config, params)
-    if "longrope" in case:
-        file = out / "config.json"
-        fields = {**json.loads(file.read_text("utf-8")), "original_max_position_embeddings": 256}
-        file.write_text(json.dumps(fields), "utf-8")
     tokens = np.random.default_rng(0).integers(0, rows, (2, 30))
     theirs = AutoModelForCausalLM.from_pretrained(out, attn_implementation="eager")
     with torch.no_grad():

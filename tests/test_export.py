@@ -1,6 +1,7 @@
 """Exported bridges in plain PyTorch: same logits, same greedy tokens, whatever the padding."""
 
 import json
+import math
 import shutil
 from dataclasses import replace
 from functools import partial
@@ -34,6 +35,7 @@ from jaxfusion.hf import configs as configs_of_family
 from jaxfusion.hf import save
 from jaxfusion.hf.load import SINGLE
 from jaxfusion.hf.save import write_tower
+from jaxfusion.nn.rope import LongScaling
 from jaxfusion.sharding.mesh import make_mesh
 from jaxfusion.testing.checkpoints import random_params
 from jaxfusion.training.checkpoint import Checkpoints
@@ -134,26 +136,30 @@ FAMILIES = ("llama31", "mistral_v01", "qwen25_window", "qwen3", "phi3", "phi35_l
             "gemma2", "gemma3")
 
 
+def decoder_of(case, rows):
+    """A family's decoder for prompts and answers of 64 tokens."""
+    config = replace(CASES[case], vocab_size=rows, max_length=512)
+    if config.logit_cap:  # a low one makes near-ties of all large logits
+        config = replace(config, logit_cap=30.0)
+    if isinstance(config.rope.scaling, LongScaling):  # all within the short factors
+        magnitude = math.sqrt(1 + math.log(512 / 256) / math.log(256))
+        scaling = replace(config.rope.scaling, original_length=256, magnitude=magnitude)
+        config = replace(config, rope=replace(config.rope, scaling=scaling))
+    return config
+
+
 @pytest.mark.parametrize("case", FAMILIES)
 def test_every_family_is_answered_alike(case, tiny, tmp_path):
     path = tmp_path / "decoder"
     shutil.copytree(tiny / "decoder", path)
     rows = json.loads((path / "config.json").read_text())["vocab_size"]
-    config = replace(CASES[case], vocab_size=rows, max_length=512)
-    if config.logit_cap:  # a low one makes near-ties of all large logits
-        config = replace(config, logit_cap=30.0)
+    config = decoder_of(case, rows)
     write_tower(path, config, random_params(config, 0))
-    if "longrope" in case:  # the whole of prefix and answer stays within the short factors
-        edit_json(path / "config.json", original_max_position_embeddings=256)
     model = make_run(tmp_path / "run", tiny, "global_softmax", decoder=path)
     export(tmp_path / "run", tmp_path / "out", merge=True)
     check(model, tmp_path / "out")
     alone = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "decoder")
     assert type(alone).__name__ == configs_of_family.ARCHITECTURES[config.family]
-
-
-def edit_json(file, **fields):
-    file.write_text(json.dumps({**json.loads(file.read_text()), **fields}))
 
 
 def test_the_llms_own_generation_settings_change_nothing(tiny, tmp_path):
