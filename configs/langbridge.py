@@ -14,13 +14,14 @@ corpora, whose splitting at a random point is not built yet, the authors train t
 """
 
 from jaxfusion.config import default_config, finish
+from jaxfusion.data.tokenizers import LANGBRIDGE_WHITESPACE
 
 
 def get_config(arg=None):
     config = default_config()
     config.encoder.checkpoint = "DKYoon/mt5-xl-lm-adapt"
     config.encoder.dtype = "bfloat16"
-    config.encoder.added_tokens = ("\t", "\n", "\r", "\x0b", "\x0c", "  ", "   ", "    ")
+    config.encoder.added_tokens = LANGBRIDGE_WHITESPACE
     config.decoder.checkpoint = "meta-math/MetaMath-7B-V1.0"
     config.decoder.dtype = "bfloat16"
     config.decoder.remat = "full"

@@ -6,7 +6,7 @@ Trains four bridges between pocket/encoder and pocket/decoder on English alone a
 LLM alone and a lookup of surface features in every language of the pocket world. Writes
 runs/quickstart/report.md, accuracy.png and layers.png, and a run's workdir for each bridge.
 
-Needs: two CPU cores, some minutes. The projector starts at a regression onto the LLM's embeddings,
+Needs: two CPU cores, three minutes. The projector starts at a regression onto the LLM's embeddings,
 which is no part of the papers' method: `--config.base.projector.warm_start=False` starts it at
 random.
 """

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import string
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from test_export import make_run, next_logits
 from torch import nn
 from transformers import AutoModelForCausalLM, MT5EncoderModel
 
+from jaxfusion.data.tokenizers import LANGBRIDGE_WHITESPACE
 from jaxfusion.errors import InputError
 from jaxfusion.hf.convert import convert
 from jaxfusion.sharding.mesh import make_mesh
@@ -180,6 +182,11 @@ def test_langbridges_layout_goes_out_and_in(projector, tiny, tmp_path):
     export_langbridge(tmp_path / "again", tmp_path / "twice")
     twice = (tmp_path / "twice" / "model.safetensors").read_bytes()
     assert (tmp_path / "out" / "model.safetensors").read_bytes() == twice
+
+
+def test_whitespace_has_the_ids_of_langbridges_tokenizer():
+    """`string.whitespace` without the space, then two, three and four (train_langbridge.py)."""
+    assert list(LANGBRIDGE_WHITESPACE) == [*string.whitespace[1:], "  ", "   ", "    "]
 
 
 def test_langbridge_has_no_fusion(tiny, tmp_path):

@@ -8,6 +8,8 @@ from jaxfusion.errors import InputError, first_line
 
 # A tokenizer of a model covers its embedding table up to the padding of the table's size.
 LEAST_COVERAGE = 0.9
+# What LangBridge's authors add to the encoder's tokenizer; their order decides the ids.
+LANGBRIDGE_WHITESPACE = ("\t", "\n", "\r", "\x0b", "\x0c", "  ", "   ", "    ")
 
 
 @dataclass(frozen=True)

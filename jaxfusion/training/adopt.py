@@ -17,7 +17,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from jaxfusion import config as configs
-from jaxfusion.data.tokenizers import load_tokenizer
+from jaxfusion.data.tokenizers import LANGBRIDGE_WHITESPACE, load_tokenizer
 from jaxfusion.errors import InputError
 from jaxfusion.fields import (
     ROLES,
@@ -46,9 +46,6 @@ from jaxfusion.hf.tables import (
 from jaxfusion.training.checkpoint import Checkpoints
 from jaxfusion.training.loop import CONFIG_FILE
 from jaxfusion.training.state import Flat, State, read_shapes
-
-# What LangBridge's authors add to the encoder's tokenizer.
-WHITESPACE = ("\n", "\t", "\r", "\x0b", "\x0c", "  ", "   ", "    ")
 
 
 def adopt(
@@ -203,7 +200,7 @@ def _write_backbone(role: str, name: str, source: Path, tensors: TensorFiles, ou
     if missing:
         raise InputError(f"{source} lacks tensors of {place}: {', '.join(missing)}")
     copy_tower(source, out, config, held, {}, None)
-    added = WHITESPACE if role == "encoder" else ()
+    added = LANGBRIDGE_WHITESPACE if role == "encoder" else ()
     write_tokenizer(out, load_tokenizer(place, shape.vocab_size, role, added))
 
 

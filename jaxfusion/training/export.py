@@ -35,7 +35,6 @@ from jaxfusion.hf.tables import (
     langbridge_table,
     table,
 )
-from jaxfusion.nn.mt5 import MT5Config
 from jaxfusion.training.checkpoint import trained_part
 from jaxfusion.training.evaluate import load_config
 from jaxfusion.training.state import Flat, find_towers, load_tokenizers, read_shapes
@@ -231,7 +230,7 @@ def _describe(bridge: Trained, merge: bool, dtype: str | None) -> dict[str, Any]
                 "dtype": (merge and dtype) or bridge.dtype(role)}
 
     encoder, decoder = shapes["encoder"], bridge.tokenizers.decoder
-    family = "umt5" if isinstance(encoder, MT5Config) and encoder.bias_per_layer else "mt5"
+    family = "umt5" if encoder.bias_per_layer else "mt5"
     hidden = config.projector.d_ff or 2 * encoder.d_model
     return {
         "model_type": "jaxfusion_bridge", "architectures": ["BridgeForCausalLM"],
