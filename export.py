@@ -1,8 +1,9 @@
-"""Exports a trained bridge in Hugging Face format: `python export.py --workdir DIR --out HFDIR
+"""Exports what was trained in Hugging Face format: `python export.py --workdir DIR --out HFDIR
 [--merge] [--dtype bfloat16] [--format langbridge] [--overwrite]`.
 
-HFDIR loads in plain PyTorch with `AutoModelForCausalLM.from_pretrained(HFDIR,
-trust_remote_code=True)`; with `--format langbridge` it is LangBridge's own layout.
+A bridge loads in plain PyTorch with `AutoModelForCausalLM.from_pretrained(HFDIR,
+trust_remote_code=True)`; with `--format langbridge` it is LangBridge's own layout. A pretrained
+tower is an ordinary checkpoint of its family, without remote code.
 """
 
 from pathlib import Path
@@ -22,10 +23,15 @@ OVERWRITE = flags.DEFINE_bool("overwrite", False, "replace what is in HFDIR")
 def main(argv: list[str]) -> None:
     refuse_words(argv)
     set_up_logging()
-    from jaxfusion.training.export import export, export_langbridge
+    from jaxfusion import config
+    from jaxfusion.fields import PretrainConfig
+    from jaxfusion.training.export import export, export_langbridge, export_tower
+    from jaxfusion.training.loop import CONFIG_FILE
 
     common = {"dtype": DTYPE.value, "overwrite": OVERWRITE.value}
-    if FORMAT.value == "langbridge":
+    if isinstance(config.load(Path(WORKDIR.value) / CONFIG_FILE), PretrainConfig):
+        export_tower(Path(WORKDIR.value), Path(OUT.value), **common)
+    elif FORMAT.value == "langbridge":
         export_langbridge(Path(WORKDIR.value), Path(OUT.value), **common)
     else:
         export(Path(WORKDIR.value), Path(OUT.value), merge=MERGE.value, **common)

@@ -224,7 +224,7 @@ def make_batches(
 
     The shapes of `packed` and `bucketed` serve the whole epoch; `longest` fits this batch alone.
     """
-    bos = len(TOKENIZERS.bos)
+    bos = len(TOKENIZERS.start)
     plan = stratified_plan(np.array([len(row.query) for row in examples]), size, seed=0, epoch=0)
     rows = [examples[i] for i in plan[0]]
     targets = max(len(row.target) for row in rows)

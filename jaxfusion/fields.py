@@ -72,6 +72,7 @@ class DataConfig:
     # What follows the prefix, in the LLM's own tokens: nothing, a fixed instruction, or '{query}'
     # (the whole encoder prompt again: MindMerger's augmentation).
     text_prompt: str = ""
+    chat_template: bool = False  # the LLM's own: prefix and text prompt are the user's words
     max_encoder_tokens: int = 200  # longer examples are cut, counted and reported
     max_decoder_tokens: int = 200  # of text prompt, and of target with its EOS
     buckets: tuple[int, ...] = (32, 64, 96, 128, 160, 200)  # encoder lengths that get compiled

@@ -215,7 +215,7 @@ def test_packed_and_unpacked_losses_and_gradients_agree(fusion):
                  rng.integers(2, 60, k).tolist())
         for n, t, k in [(3, 0, 2), (9, 2, 3), (5, 1, 1), (12, 0, 4), (2, 3, 2)]
     ]
-    tokenizers = SimpleNamespace(bos=[1])
+    tokenizers = SimpleNamespace(start=[1])
     apart = collate(*find_shapes(rows, (8, 16)).place(rows, 1, 5), tokenizers)
     groups, shape = Packing(Shape(1, 18, 40, 9)).place(rows, 1, 5)
     packed = collate(groups, shape, tokenizers)

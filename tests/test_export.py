@@ -24,6 +24,7 @@ from jaxfusion.errors import InputError
 from jaxfusion.evaluation.generate import prefill
 from jaxfusion.fields import (
     Config,
+    DataConfig,
     DecoderConfig,
     EncoderConfig,
     FusionConfig,
@@ -38,6 +39,7 @@ from jaxfusion.hf.save import write_tower
 from jaxfusion.nn.rope import LongScaling
 from jaxfusion.sharding.mesh import make_mesh
 from jaxfusion.testing.checkpoints import random_params
+from jaxfusion.training.adopt import adopt
 from jaxfusion.training.checkpoint import Checkpoints
 from jaxfusion.training.export import export
 from jaxfusion.training.state import State, load_model, merge
@@ -46,7 +48,8 @@ TEXTS = ["Premise: a b c Hypothesis: d", "e f", "the dog runs near the river and
 NEAR_TIE = 1e-4
 
 
-def make_run(workdir, tiny, fusion="last", projector="linear", decoder=None, trained=()):
+def make_run(workdir, tiny, fusion="last", projector="linear", decoder=None, trained=(),
+             data=None):
     """A workdir with a checkpoint of random parameters, and its model."""
     groups = {"bridge": GroupConfig(("fusion/.*", "projector/.*", *trained))}
     if fusion in ("last", "layer"):
@@ -55,7 +58,7 @@ def make_run(workdir, tiny, fusion="last", projector="linear", decoder=None, tra
         encoder=EncoderConfig(str(tiny / "encoder")),
         decoder=DecoderConfig(str(decoder or tiny / "decoder")),
         fusion=FusionConfig(fusion, layer=2, d_ff=48), projector=ProjectorConfig(projector),
-        optimizer=OptimizerConfig(groups=groups),
+        data=data or DataConfig(), optimizer=OptimizerConfig(groups=groups),
     )
     model = load_model(config, make_mesh())
     rng = np.random.default_rng(0)
@@ -148,13 +151,18 @@ def decoder_of(case, rows):
     return config
 
 
+def write_family(case, tiny, path):
+    """A family's checkpoint with the tiny tokenizer; returns its config."""
+    shutil.copytree(tiny / "decoder", path)
+    config = decoder_of(case, json.loads((path / "config.json").read_text())["vocab_size"])
+    write_tower(path, config, random_params(config, 0))
+    return config
+
+
 @pytest.mark.parametrize("case", FAMILIES)
 def test_every_family_is_answered_alike(case, tiny, tmp_path):
     path = tmp_path / "decoder"
-    shutil.copytree(tiny / "decoder", path)
-    rows = json.loads((path / "config.json").read_text())["vocab_size"]
-    config = decoder_of(case, rows)
-    write_tower(path, config, random_params(config, 0))
+    config = write_family(case, tiny, path)
     model = make_run(tmp_path / "run", tiny, "global_softmax", decoder=path)
     export(tmp_path / "run", tmp_path / "out", merge=True)
     check(model, tmp_path / "out")
@@ -193,6 +201,41 @@ def test_what_was_trained_in_a_tower_goes_along(merged, tiny, tmp_path):
     model = make_run(tmp_path / "run", tiny, trained=("encoder/embed/.*", "decoder/.*/mlp/.*"))
     export(tmp_path / "run", tmp_path / "out", merge=merged)
     check(model, tmp_path / "out")
+
+
+@pytest.mark.parametrize("case", ["qwen25_window", "phi3", "gemma3"])
+def test_trained_parts_of_a_tower_come_in_again(case, tiny, tmp_path):
+    """Without `--merge`, whose files name the backbones and hold what was trained in them."""
+    write_family(case, tiny, tmp_path / "llm")
+    make_run(tmp_path / "run", tiny, decoder=tmp_path / "llm",
+             trained=("encoder/embed/.*", "decoder/blocks/.*"))
+    export(tmp_path / "run", tmp_path / "out")
+    adopt(str(tmp_path / "out"), tmp_path / "again")
+    export(tmp_path / "again", tmp_path / "twice")
+    assert (tmp_path / "out" / SINGLE).read_bytes() == (tmp_path / "twice" / SINGLE).read_bytes()
+
+
+def test_a_chats_headers_and_prompt_go_along(tiny, tmp_path):
+    llm = shutil.copytree(tiny / "decoder", tmp_path / "llm")
+    template = "{{ bos_token }}lala {{ messages[0].content }} bako :"
+    (llm / "chat_template.jinja").write_text(template)
+    data = DataConfig(chat_template=True, text_prompt="{query} bako")
+    model = make_run(tmp_path / "run", tiny, decoder=llm, data=data)
+    assert len(model.tokenizers.start) > 1
+    export(tmp_path / "run", tmp_path / "out")
+    check(model, tmp_path / "out")
+    # What the model card says to run, and what this project asks.
+    card = (tmp_path / "out" / "README.md").read_text()
+    code = card.split("```python")[1].split("```")[0].replace('["..."]', repr(TEXTS))
+    scope = {"DIR": tmp_path / "out"}
+    exec(code.split("tokens = ")[0], scope)
+    after = scope["after"]
+    wanted = model.tokenizers.encode_prompts([f"{text} bako" for text in TEXTS])
+    assert wanted == [ids[mask.bool()].tolist() for ids, mask in
+                      zip(after.input_ids, after.attention_mask, strict=True)]
+    assert "model.generate(inputs.input_ids, inputs.attention_mask, after.input_ids" in code
+    adopt(str(tmp_path / "out"), tmp_path / "again")
+    assert configs.load(tmp_path / "again" / "config.json").data == data
 
 
 def test_a_merged_tower_is_what_it_was_byte_for_byte(tiny, tmp_path):

@@ -17,8 +17,9 @@ from jaxfusion.data.pocket import pairs, texts
 from jaxfusion.data.tokenizers import train_tokenizer
 from jaxfusion.errors import InputError
 from jaxfusion.fields import CorpusConfig, ObjectiveConfig
-from jaxfusion.hf.load import read_config
+from jaxfusion.hf.load import SINGLE, read_config
 from jaxfusion.testing.debug import make_inputs
+from jaxfusion.training.export import export_tower
 from jaxfusion.training.pretrain import pretrain
 
 CONFIGS = {file.stem: file for file in FILES}
@@ -107,6 +108,12 @@ def test_a_pretrained_tower_opens_in_transformers(name, cache_dir, tmp_path):
     table = model.get_input_embeddings().weight.detach().numpy()
     np.testing.assert_array_equal(table, state.trainable[f"{role}/embed/embedding"])
     assert len(table) == read_config(out)["vocab_size"] >= len(tokenizer)
+    export_tower(tmp_path / "run", tmp_path / "given")
+    assert (tmp_path / "given" / SINGLE).read_bytes() == (out / SINGLE).read_bytes()
+    assert AutoTokenizer.from_pretrained(tmp_path / "given").get_vocab() == tokenizer.get_vocab()
+    export_tower(tmp_path / "run", tmp_path / "half", dtype="bfloat16")
+    half = type(model).from_pretrained(tmp_path / "half")
+    assert str(half.dtype) == "torch.bfloat16"
     about = json.loads((out / "pretraining.json").read_text())
     assert about["world"]["version"] == 1 and 0 <= about["dev"]["accuracy"] < 1
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()

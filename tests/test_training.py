@@ -139,7 +139,7 @@ def _twin_losses(run, model):
         epoch, number = divmod(i, run.batches.per_epoch)
         rows = [run.batches.rows[j] for j in run.batches.plan(epoch)[number]]
         loss = twin([row.query for row in rows], [row.target for row in rows],
-                    model.tokenizers.bos[0])
+                    model.tokenizers.start[0])
         adamw.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trained, o.clip_norm)

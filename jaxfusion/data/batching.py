@@ -72,7 +72,7 @@ def tokenize(
     with_target: bool,
     latents: int = 0,
 ) -> tuple[list[TokenRow], Cut]:
-    """Rows of a bridge: `[BOS] + prefix + end + text prompt + target + EOS`.
+    """Rows of a bridge: `start + prefix + end + text prompt + target + EOS`.
 
     Args:
       text_prompt: what follows the prefix; `{query}` is replaced by the encoder's text.
@@ -83,7 +83,7 @@ def tokenize(
     """
     prompts = [text_prompt.replace("{query}", example.query) for example in examples]
     queries = tokenizers.encode_queries([example.query for example in examples])
-    texts = tokenizers.encode_texts([prompt.rstrip() for prompt in prompts])
+    texts = tokenizers.encode_prompts(prompts)
     targets = [[] for _ in examples]
     if with_target:
         answers = tokenizers.encode_answers(prompts, [example.target for example in examples])
@@ -108,11 +108,11 @@ def tokenize(
 def tokenize_bare(
     examples: Sequence[Example], tokenizers: Tokenizers, max_decoder_tokens: int
 ) -> tuple[list[TokenRow], Cut]:
-    """Rows of the bare LLM: `[BOS] + query`, the answer left to be generated.
+    """Rows of the bare LLM: `start + query`, the answer left to be generated.
 
     A query that is too long loses its beginning, so that it still ends in its `Label:`.
     """
-    texts = tokenizers.encode_texts([example.query.rstrip() for example in examples])
+    texts = tokenizers.encode_bare([example.query for example in examples])
     too_long = sum(len(text) > max_decoder_tokens for text in texts)
     rows = [TokenRow([], text[-max_decoder_tokens:], []) for text in texts]
     return rows, Cut(0, too_long, 0, 0, max_decoder_tokens)
@@ -152,11 +152,11 @@ class Shapes:
             if len(row.query) <= query and len(row.text) + len(row.target) <= text
         )
 
-    def place(self, rows: Sequence[TokenRow], bos: int, batch_size: int) -> Placed:
+    def place(self, rows: Sequence[TokenRow], before: int, batch_size: int) -> Placed:
         """Each example in a row of its own, in the smallest shape that holds all of them."""
         index = max(self.bucket(row) for row in rows)
         slots = self.buckets[index]
-        length = bos + (self.latents or slots) + (1 if slots else 0) + self.texts[index]
+        length = before + (self.latents or slots) + (1 if slots else 0) + self.texts[index]
         return [[row] for row in rows], Shape(batch_size, slots, length, self.targets)
 
 
@@ -213,23 +213,24 @@ def collate(
     for i, group in enumerate(groups):
         start = (0, 0, 0)
         for segment, row in enumerate(group, start=1):
-            start = _fill(batch, i, segment, start, row, tokenizers.bos)
+            start = _fill(batch, i, segment, start, row, tokenizers.start)
     return batch
 
 
 def _fill(
-    batch: Batch, i: int, segment: int, start: tuple[int, int, int], row: TokenRow, bos: list[int]
+    batch: Batch, i: int, segment: int, start: tuple[int, int, int], row: TokenRow,
+    before: list[int],
 ) -> tuple[int, int, int]:
     """Writes one example into row i; returns the first free encoder, decoder and target slot."""
     (e, d, t), n, k = start, len(row.query), len(row.target)
     first, end_slot = (0, row.latents) if row.latents else (e, batch.enc_tokens.shape[1])
     prefix = [*range(first, first + row.prefix - 1), end_slot] if n else []
-    tokens = [*bos, *([0] * len(prefix)), *row.text, *row.target]
+    tokens = [*before, *([0] * len(prefix)), *row.text, *row.target]
     total = len(tokens)
     batch.enc_tokens[i, e : e + n] = row.query
     batch.enc_segments[i, e : e + n] = segment
     batch.dec_tokens[i, d : d + total] = tokens
-    batch.dec_source[i, d + len(bos) : d + len(bos) + len(prefix)] = prefix
+    batch.dec_source[i, d + len(before) : d + len(before) + len(prefix)] = prefix
     batch.dec_positions[i, d : d + total] = np.arange(total)
     batch.dec_segments[i, d : d + total] = segment
     batch.target_slots[i, t : t + k] = np.arange(d + total - k - 1, d + total - 1)
@@ -264,5 +265,5 @@ def in_order(
     order = np.argsort(buckets, kind="stable")
     for start in range(0, len(rows), batch_size):
         numbers = order[start : start + batch_size]
-        placed = shapes.place([rows[i] for i in numbers], len(tokenizers.bos), batch_size)
+        placed = shapes.place([rows[i] for i in numbers], len(tokenizers.start), batch_size)
         yield numbers, collate(*placed, tokenizers)

@@ -28,29 +28,29 @@ class Packing:
     shape: Shape
     multiple: int = 1
 
-    def place(self, rows: Sequence[TokenRow], bos: int, batch_size: int) -> Placed:
+    def place(self, rows: Sequence[TokenRow], before: int, batch_size: int) -> Placed:
         """The examples first-fit, longest first."""
-        groups = pack(rows, self.shape, bos)
+        groups = pack(rows, self.shape, before)
         rows_needed = _round_up(max(self.shape.rows, len(groups)), self.multiple)
         return groups, replace(self.shape, rows=rows_needed)
 
-    def shape_for(self, rows: Sequence[TokenRow], bos: int) -> Shape:
+    def shape_for(self, rows: Sequence[TokenRow], before: int) -> Shape:
         """The shape that these examples take."""
-        return self.place(rows, bos, len(rows))[1]
+        return self.place(rows, before, len(rows))[1]
 
 
-def sizes(row: TokenRow, bos: int) -> np.ndarray:
+def sizes(row: TokenRow, before: int) -> np.ndarray:
     """Encoder, decoder and target slots that an example takes."""
-    decoder = bos + row.prefix + len(row.text) + len(row.target)
+    decoder = before + row.prefix + len(row.text) + len(row.target)
     return np.array([len(row.query), decoder, len(row.target)])
 
 
-def pack(rows: Sequence[TokenRow], shape: Shape, bos: int) -> list[list[TokenRow]]:
+def pack(rows: Sequence[TokenRow], shape: Shape, before: int) -> list[list[TokenRow]]:
     """First-fit-decreasing bin packing into rows of `shape` (its number of rows aside)."""
     room: list[np.ndarray] = []
     groups: list[list[TokenRow]] = []
     for row in sorted(rows, key=lambda row: len(row.query), reverse=True):
-        size = sizes(row, bos)
+        size = sizes(row, before)
         fits = (i for i, free in enumerate(room) if (size <= free).all())
         i = next(fits, None)
         if i is None:
@@ -63,7 +63,7 @@ def pack(rows: Sequence[TokenRow], shape: Shape, bos: int) -> list[list[TokenRow
 
 
 def find_packing(
-    rows: Sequence[TokenRow], batch_size: int, bos: int, seed: int, longest_row: int,
+    rows: Sequence[TokenRow], batch_size: int, before: int, seed: int, longest_row: int,
     multiple: int = 1,
 ) -> Packing:
     """The shape with the least work, on average over a sample of batches.
@@ -74,24 +74,24 @@ def find_packing(
     plan = stratified_plan(np.array([len(r.query) for r in rows]), batch_size, seed, epoch=0)
     batches = [[rows[i] for i in numbers] for numbers in plan[: max(1, SAMPLE // batch_size)]]
     # No example may be too large for an empty row.
-    least = np.max([sizes(row, bos) for row in rows], axis=0)
+    least = np.max([sizes(row, before) for row in rows], axis=0)
     first, last = (_round_up(n, STEP) for n in (least[0], max(least[0], longest_row)))
     shapes = [
         shape for slots in range(first, last + 1, STEP)
-        for shape in _candidates(batches, slots, least, bos)
+        for shape in _candidates(batches, slots, least, before)
     ]
     packings = [Packing(shape, multiple) for shape in shapes]
-    work = [np.mean([_work(packing.shape_for(rows, bos)) for rows in batches])
+    work = [np.mean([_work(packing.shape_for(rows, before)) for rows in batches])
             for packing in packings]
     return packings[int(np.argmin(work))]
 
 
 def _candidates(
-    batches: list[list[TokenRow]], slots: int, least: np.ndarray, bos: int
+    batches: list[list[TokenRow]], slots: int, least: np.ndarray, before: int
 ) -> list[Shape]:
     """Shapes with that many encoder slots: decoders for the fullest row, or for most rows only."""
-    packed = [pack(rows, Shape(0, slots, 10**9, 10**9), bos) for rows in batches]
-    used = [sum(sizes(row, bos) for row in group) for groups in packed for group in groups]
+    packed = [pack(rows, Shape(0, slots, 10**9, 10**9), before) for rows in batches]
+    used = [sum(sizes(row, before) for row in group) for groups in packed for group in groups]
     targets = int(max(least[2], np.max(used, axis=0)[2]))
     lengths = np.maximum(np.quantile(used, [0.5, 0.8, 1.0], axis=0)[:, 1], least[1])
     count = int(np.median([len(groups) for groups in packed]))

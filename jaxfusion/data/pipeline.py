@@ -73,7 +73,7 @@ class Batches:
         epoch, number = divmod(step, self.per_epoch)
         rows = [self.rows[i] for i in self.plan(epoch)[number]]
         # All hosts agree on the shape, which only the whole batch tells.
-        placed = self.layout.place(rows, len(self.tokenizers.bos), self.batch_size)
+        placed = self.layout.place(rows, len(self.tokenizers.start), self.batch_size)
         return own_rows(collate(*placed, self.tokenizers))
 
 

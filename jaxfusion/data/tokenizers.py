@@ -2,8 +2,10 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
+from jaxfusion.data.sentencepiece import mend
 from jaxfusion.errors import InputError, first_line
 
 # A tokenizer of a model covers its embedding table up to the padding of the table's size.
@@ -14,15 +16,22 @@ LANGBRIDGE_WHITESPACE = ("\t", "\n", "\r", "\x0b", "\x0c", "  ", "   ", "    ")
 
 @dataclass(frozen=True)
 class Tokenizers:
-    """A bridge's tokenizers: anything with transformers' tokenizer interface."""
+    """A bridge's tokenizers: anything with transformers' tokenizer interface.
+
+    Attributes:
+      turn: of a chat, the text before the user's words and the one up to the assistant's.
+    """
 
     encoder: object
     decoder: object
+    turn: tuple[str, str] = ("", "")
 
-    @property
-    def bos(self) -> list[int]:
-        """The decoder's first token, if it has one."""
-        return [] if self.decoder.bos_token_id is None else [self.decoder.bos_token_id]
+    @cached_property
+    def start(self) -> list[int]:
+        """What every decoder row starts with: BOS, if there is one, and the header of a chat."""
+        bos = [] if self.decoder.bos_token_id is None else [self.decoder.bos_token_id]
+        header = self.turn[0].rstrip(" ")
+        return bos + self.encode_texts([header])[0] if header else bos
 
     @property
     def eos(self) -> int:
@@ -37,23 +46,64 @@ class Tokenizers:
         """Decoder ids, without special tokens: where BOS and EOS go is the bridge's business."""
         return self.decoder(texts, add_special_tokens=False)["input_ids"] if texts else []
 
-    def encode_answers(self, prompts: list[str], answers: list[str]) -> list[list[int]]:
-        """Decoder ids of answers as they continue their prompts.
+    def encode_prompts(self, prompts: list[str]) -> list[list[int]]:
+        """Decoder ids of what stands between the prefix and the answer."""
+        return self.encode_texts([self.asked(prompt) for prompt in prompts])
 
-        A BPE token may span a space: prompt and answer are encoded together, trailing spaces of
-        the prompt going to the answer, and what follows the prompt's own ids is the answer
-        (as EleutherAI's lm-evaluation-harness does).
-        """
-        contexts = [prompt.rstrip() for prompt in prompts]
+    def encode_bare(self, prompts: list[str]) -> list[list[int]]:
+        """Decoder ids of prompts that follow `start` without a prefix."""
+        header = self.turn[0].rstrip(" ")
+        wholes = [self.turn[0] + self.asked(prompt) for prompt in prompts]
+        return self._continue([header] * len(wholes), wholes)
+
+    def encode_answers(self, prompts: list[str], answers: list[str]) -> list[list[int]]:
+        """Decoder ids of answers as they continue their prompts; trailing spaces of a prompt go to
+        its answer."""
+        contexts = [self.asked(prompt) for prompt in prompts]
         wholes = [
-            prompt + answer for prompt, answer in zip(prompts, answers, strict=True)
+            context + ("" if self.turn[1] else prompt[len(prompt.rstrip()) :]) + answer
+            for context, prompt, answer in zip(contexts, prompts, answers, strict=True)
         ]
+        return self._continue(contexts, wholes)
+
+    def asked(self, prompt: str) -> str:
+        """The prompt up to where the answer starts."""
+        return prompt.strip() + self.turn[1] if self.turn[1] else prompt.rstrip()
+
+    def _continue(self, contexts: list[str], wholes: list[str]) -> list[list[int]]:
+        """Ids of what follows each context in its whole.
+
+        A BPE token may span a space: both are encoded, and what follows the context's own ids is
+        taken (as EleutherAI's lm-evaluation-harness does).
+        """
         return [
             whole[len(context):]
             for context, whole in zip(
                 self.encode_texts(contexts), self.encode_texts(wholes), strict=True
             )
         ]
+
+
+def chat_turn(tokenizer) -> tuple[str, str]:
+    """The texts round the user's words in a tokenizer's chat template, without BOS.
+
+    Raises:
+      InputError: it has no template, or one that does not take the user's words as they are.
+    """
+    words = "the user's words"
+    if not tokenizer.chat_template:
+        raise InputError("the decoder's tokenizer has no chat template; set "
+                         "data.chat_template=False, or take an LLM tuned on chats")
+    # Llama 3's template writes today's date, and Qwen 3's an empty thought, unless told not to.
+    text = tokenizer.apply_chat_template(
+        [{"role": "user", "content": words}], tokenize=False, add_generation_prompt=True,
+        date_string="26 Jul 2024", enable_thinking=False,
+    )
+    before, found, after = text.partition(words)
+    if not found or not after or words in after:
+        raise InputError(f"the decoder's chat template gives {text!r} for {words!r}: wanted it "
+                         "once, with the assistant's header behind; set data.chat_template=False")
+    return before.removeprefix(tokenizer.bos_token or ""), after
 
 
 def load_tokenizer(
@@ -78,8 +128,10 @@ def load_tokenizer(
             f"{path} has no {role} tokenizer that can be read (tokenizer.json or a SentencePiece "
             f"model): {first_line(error)}"
         ) from None
+    mend(tokenizer, path)
     if added_tokens:
-        tokenizer.add_tokens(list(added_tokens))
+        # As special ones: others are normalized, and mT5's makes every whitespace a space.
+        tokenizer.add_tokens(list(added_tokens), special_tokens=True)
     ids = tokenizer.get_vocab().values()
     if max(ids) >= vocab_size or len(ids) < LEAST_COVERAGE * vocab_size:
         raise InputError(

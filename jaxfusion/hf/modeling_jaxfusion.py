@@ -42,13 +42,16 @@ class BridgeConfig(PretrainedConfig):
         of the writer `capped`: its attention scores have a soft cap.
       fusion: `name`, `layer` and `d_ff`.
       projector: `name`, `d_ff` and `latents`.
+      start_ids: what every row of the LLM starts with, BOS and the header of a chat.
     """
 
     model_type = "jaxfusion_bridge"
 
-    def __init__(self, reader=None, writer=None, fusion=None, projector=None, **kwargs):
+    def __init__(self, reader=None, writer=None, fusion=None, projector=None, start_ids=(),
+                 **kwargs):
         self.reader, self.writer = reader or {}, writer or {}
         self.fusion, self.projector = fusion or {}, projector or {}
+        self.start_ids = list(start_ids)
         super().__init__(**kwargs)
 
 
@@ -270,7 +273,7 @@ class BridgeForCausalLM(PreTrainedModel):
 
     def splice(self, input_ids, attention_mask=None, decoder_input_ids=None,
                decoder_attention_mask=None):
-        """`[BOS] + prefix + end + text` of every row without gaps, padding on the left."""
+        """`start + prefix + end + text` of every row without gaps, padding on the left."""
         prefix, mask, end = self.prefix(input_ids, attention_mask)
         table = self.decoder.get_input_embeddings()
         if decoder_input_ids is None:
@@ -279,12 +282,11 @@ class BridgeForCausalLM(PreTrainedModel):
             decoder_attention_mask = torch.ones_like(decoder_input_ids)
         prefix, end = (x.to(table.weight.dtype) / self._scale(table)
                        for x in (prefix, end))
-        bos = [] if self.config.bos_token_id is None else [self.config.bos_token_id]
-        bos = table(torch.tensor(bos, dtype=torch.long, device=prefix.device))
+        start = table(torch.tensor(self.config.start_ids, dtype=torch.long, device=prefix.device))
         rows = []
         for i in range(len(prefix)):
             text = decoder_input_ids[i][decoder_attention_mask[i].bool()].to(prefix.device)
-            rows.append(torch.cat([bos, prefix[i][mask[i].bool()], end[None], table(text)]))
+            rows.append(torch.cat([start, prefix[i][mask[i].bool()], end[None], table(text)]))
         longest = max(map(len, rows))
         embeds = torch.stack([functional.pad(row, (0, 0, longest - len(row), 0)) for row in rows])
         real = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows],

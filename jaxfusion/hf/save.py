@@ -96,7 +96,7 @@ def copy_tower(
     Args:
       config: its `config.json`.
     """
-    out.mkdir()
+    out.mkdir(exist_ok=True)
     write_shards(out, tower_tensors(source, names, replaced, dtype))
     if dtype is not None:
         config = {**config, "torch_dtype": dtype, "dtype": dtype}

@@ -1,9 +1,10 @@
 """Logical axis names of parameters and activations, and the mesh axes they map to: one table."""
 
+import math
 from collections.abc import Sequence
 
 import jax
-from jax.sharding import PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
 from jaxfusion.errors import InputError, near_match
 
@@ -38,9 +39,29 @@ def spec(names: Sequence[str | None]) -> PartitionSpec:
     return PartitionSpec(*(None if name is None else RULES[name] for name in names))
 
 
+def fitting_spec(
+    names: Sequence[str | None], shape: Sequence[int], mesh: Mesh | AbstractMesh
+) -> PartitionSpec:
+    """As `spec`, but an axis that its devices cannot share evenly is held whole.
+
+    Vocabularies of 32,001 rows are common, and so are fewer key heads than tensor devices.
+    """
+    axes = [
+        axis if axis is None or size % _devices(axis, mesh) == 0 else None
+        for axis, size in zip(spec(names), shape, strict=True)
+    ]
+    return PartitionSpec(*axes)
+
+
+def _devices(axis: str | tuple[str, ...], mesh: Mesh | AbstractMesh) -> int:
+    names = (axis,) if isinstance(axis, str) else axis
+    return math.prod(mesh.shape[name] for name in names)
+
+
 def constrain(x: jax.Array, *names: str | None) -> jax.Array:
     """Pins an activation's sharding by logical names; without a mesh set, returns `x` as it is."""
-    resolved = spec(names)
-    if jax.sharding.get_abstract_mesh().empty:
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        spec(names)
         return x
-    return jax.lax.with_sharding_constraint(x, resolved)
+    return jax.lax.with_sharding_constraint(x, fitting_spec(names, x.shape, mesh))

@@ -14,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 from jaxfusion import config as configs
@@ -22,6 +23,7 @@ from jaxfusion.errors import InputError
 from jaxfusion.fields import (
     ROLES,
     Config,
+    DataConfig,
     DecoderConfig,
     EncoderConfig,
     FusionConfig,
@@ -32,7 +34,7 @@ from jaxfusion.fields import (
 from jaxfusion.files import new_directory
 from jaxfusion.hf.configs import decoder_config, encoder_config
 from jaxfusion.hf.hub import NOT_WEIGHTS, find_files, resolve
-from jaxfusion.hf.load import TensorFiles, open_tensors, read_config
+from jaxfusion.hf.load import TensorFiles, load_params, open_tensors, read_config
 from jaxfusion.hf.save import copy_tower, usual_names, write_tokenizer
 from jaxfusion.hf.tables import (
     ALIGNMENTS,
@@ -43,9 +45,12 @@ from jaxfusion.hf.tables import (
     mindmerger_table,
     table,
 )
+from jaxfusion.nn.decoder import DecoderConfig as LLMConfig
+from jaxfusion.nn.mt5 import MT5Config
+from jaxfusion.sharding.mesh import make_mesh
 from jaxfusion.training.checkpoint import Checkpoints
 from jaxfusion.training.loop import CONFIG_FILE
-from jaxfusion.training.state import Flat, State, read_shapes
+from jaxfusion.training.state import Flat, State, describe, make_bridge, read_shapes
 
 
 def adopt(
@@ -76,7 +81,9 @@ def adopt(
         else:
             raise InputError(f"{path} is no bridge: wanted tensors lb.alignment.* (LangBridge), "
                              "end_boundary (MindMerger), or a directory that export.py wrote")
-        _check_widths(config, trained, partial, workdir)
+        shapes = _check_widths(config, trained, partial, workdir)
+        if described.get("model_type") == "jaxfusion_bridge":
+            trained |= _of_towers(config, shapes, tensors)
         patterns = tuple(sorted(trained))
         groups = {"bridge": GroupConfig(patterns)}
         config = replace(config, optimizer=OptimizerConfig(groups=groups))
@@ -120,7 +127,6 @@ def _ours(path: Path, described, tensors: TensorFiles, named) -> tuple[Config, F
         for role, part in parts.items()
     })
     trained = _read(bridge_table(fusion["name"], projector["name"]), tensors)
-    _refuse_trained_towers(tensors)
     revisions = {role: None if named[role] else part["revision"] for role, part in parts.items()}
     config = Config(
         encoder=EncoderConfig(names["encoder"], revisions["encoder"],
@@ -128,34 +134,52 @@ def _ours(path: Path, described, tensors: TensorFiles, named) -> tuple[Config, F
         decoder=DecoderConfig(names["decoder"], revisions["decoder"]),
         fusion=FusionConfig(fusion["name"], fusion["layer"], d_ff=fusion["d_ff"]),
         projector=ProjectorConfig(projector["name"], projector["d_ff"], projector["latents"]),
+        data=DataConfig(text_prompt=described["text_prompt"],
+                        chat_template=described["chat_template"]),
     )
     return config, trained
 
 
-def _refuse_trained_towers(tensors: TensorFiles) -> None:
-    """An export without `--merge` that holds trained tensors of a backbone is not taken in."""
-    held = [name for name in sorted(tensors.files) if name.startswith(("encoder.", "decoder."))]
-    if held:
-        raise InputError(f"{tensors.path} holds trained tensors of a backbone ({held[0]}, …); "
-                         "export it with --merge to take it in again")
+def _of_towers(
+    config: Config, shapes: dict[str, MT5Config | LLMConfig], tensors: TensorFiles
+) -> Flat:
+    """What an export without `--merge` holds of its backbones: the parameters trained in them."""
+    bridge = make_bridge(config, shapes["encoder"], shapes["decoder"])
+    abstract, shardings = describe(lambda: bridge.init(jax.random.key(0), ROLES), make_mesh())
+    rows = tuple(
+        replace(row, theirs=f"{role}.{row.theirs}", ours=f"{role}/{row.ours}", also=())
+        for role in ROLES for row in table(shapes[role]).rows
+        if f"{role}.{row.theirs.format(i=0)}" in tensors.files
+    )
+    wanted = {row.ours: jax.ShapeDtypeStruct(abstract[row.ours].shape, jnp.float32,
+                                             sharding=shardings[row.ours]) for row in rows}
+    # Fusion and projector have been read.
+    return load_params(tensors.path, Table(rows, (r"(fusion|projector)\..*",)), wanted)
 
 
-def _check_widths(config: Config, trained: Flat, partial: Path, workdir: Path) -> None:
-    """Raises InputError where the projector joins other widths than those of the backbones."""
+def _check_widths(
+    config: Config, trained: Flat, partial: Path, workdir: Path
+) -> dict[str, MT5Config | LLMConfig]:
+    """The backbones' shapes.
+
+    Raises:
+      InputError: the projector joins other widths than theirs.
+    """
     paths = {}
     for role in ROLES:
         name = getattr(config, role).checkpoint
         inside = Path(name).is_absolute() and Path(name).is_relative_to(workdir)
         paths[role] = (partial / Path(name).relative_to(workdir) if inside
                        else find_files(name, NOT_WEIGHTS, getattr(config, role).revision))
-    widths = {role: shape.d_model for role, shape in read_shapes(paths).items()}
+    shapes = read_shapes(paths)
     first = {"linear": "out", "resampler": "q"}.get(config.projector.name, "hidden")
     found = {"encoder": trained[f"projector/{first}/kernel"].shape[0],
              "decoder": trained["projector/end"].shape[0]}
-    for role, width in widths.items():
-        if found[role] != width:
+    for role, shape in shapes.items():
+        if found[role] != shape.d_model:
             raise InputError(f"the projector is made for an {role} of width {found[role]}, "
-                             f"{getattr(config, role).checkpoint} has {width}")
+                             f"{getattr(config, role).checkpoint} has {shape.d_model}")
+    return shapes
 
 
 def _langbridge(

@@ -54,7 +54,7 @@ def prepare(config: Config, mesh, fresh: bool = True) -> Run:
     layout = find_shapes(rows, config.data.buckets)
     if config.data.pack:
         layout = find_packing(
-            rows, config.train.batch_size, len(model.tokenizers.bos), config.train.seed,
+            rows, config.train.batch_size, len(model.tokenizers.start), config.train.seed,
             2 * config.data.max_encoder_tokens, multiple=shards,
         )
     steps = config.train.steps or config.train.epochs * steps_per_epoch(

@@ -1,8 +1,9 @@
-"""A trained bridge as a Hugging Face directory that plain PyTorch loads."""
+"""What was trained as a Hugging Face directory that plain PyTorch loads."""
 
 import json
 import logging
 import re
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import resources
@@ -14,10 +15,13 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
-from jaxfusion.data.tokenizers import Tokenizers
+from jaxfusion import config as configs
+from jaxfusion.data.lexicon import ABOUT_FILE
+from jaxfusion.data.tokenizers import Tokenizers, load_tokenizer
 from jaxfusion.errors import InputError, choose
 from jaxfusion.fields import DTYPES, ROLES, Config
 from jaxfusion.files import new_directory
+from jaxfusion.hf.configs import decoder_config, encoder_config
 from jaxfusion.hf.load import open_tensors, read_config
 from jaxfusion.hf.save import (
     copy_tower,
@@ -37,6 +41,8 @@ from jaxfusion.hf.tables import (
 )
 from jaxfusion.training.checkpoint import trained_part
 from jaxfusion.training.evaluate import load_config
+from jaxfusion.training.loop import CONFIG_FILE
+from jaxfusion.training.pretrain import CHECKPOINT
 from jaxfusion.training.state import Flat, find_towers, load_tokenizers, read_shapes
 
 MODELING = "modeling_jaxfusion.py"
@@ -160,6 +166,9 @@ def export_langbridge(
     if config.fusion.name != "last" or config.projector.name not in kinds:
         raise InputError(f"LangBridge has fusion 'last' with {', '.join(kinds)}; {workdir} has "
                          f"'{config.fusion.name}' with '{config.projector.name}'")
+    if config.data.chat_template:
+        raise InputError(f"LangBridge puts no chat template round its prefix; {workdir} was "
+                         "trained with one: use --format jaxfusion")
     kind = kinds[config.projector.name]
     described = {
         "architectures": ["LangBridgeModel"], "alignments": kind,
@@ -188,6 +197,31 @@ def export_langbridge(
         (partial / "config.json").write_text(json.dumps(described, indent=2) + "\n", "utf-8")
         write_tokenizer(partial, tokenizers.decoder)
         write_tokenizer(partial / "encoder_tokenizer", tokenizers.encoder)
+
+
+def export_tower(
+    workdir: Path, out: Path, *, dtype: str | None = None, overwrite: bool = False
+) -> None:
+    """Writes the tower of a pretraining run as an ordinary checkpoint of its own family.
+
+    Args:
+      dtype: of all tensors; None keeps each one's.
+
+    Raises:
+      InputError: the run has not come to its end, or `out` is not empty.
+    """
+    config, source = configs.load(workdir / CONFIG_FILE), workdir / CHECKPOINT
+    if not source.is_dir():
+        raise InputError(f"{workdir} has not come to its end: {source} is missing; start its "
+                         "train.py command again")
+    role = config.tower.role
+    read = encoder_config if role == "encoder" else decoder_config
+    shape = read(read_config(source), f"{source}/config.json")
+    names = tower_names(table(shape), shape.num_layers, open_tensors(source).files)
+    with new_directory(out, overwrite) as partial:
+        copy_tower(source, partial, read_config(source), names, {}, dtype)
+        write_tokenizer(partial, load_tokenizer(source, shape.vocab_size, role))
+        shutil.copyfile(source / ABOUT_FILE, partial / ABOUT_FILE)
 
 
 def _check_trained(trained: Flat, own: Table, tables: dict[str, Table], workdir: Path) -> None:
@@ -244,6 +278,8 @@ def _describe(bridge: Trained, merge: bool, dtype: str | None) -> dict[str, Any]
                       "latents": config.projector.latents},
         "added_tokens": list(config.encoder.added_tokens),
         "bos_token_id": decoder.bos_token_id, "eos_token_id": decoder.eos_token_id,
+        "start_ids": bridge.tokenizers.start, "text_prompt": config.data.text_prompt,
+        "chat_template": config.data.chat_template,
         "jaxfusion_version": version("jaxfusion"),
     }
 
@@ -265,10 +301,24 @@ def _card(bridge: Trained, described: dict[str, Any]) -> str:
              f"licence: {_licence(bridge.paths[role])}" for role in ROLES]
     return CARD.format(
         fusion=config.fusion.name, projector=config.projector.name, task=config.data.task,
-        language=config.data.language, step=bridge.step, prompt=config.data.text_prompt or "none",
+        language=config.data.language, step=bridge.step, **_asking(bridge),
         parts="\n".join(parts), scores="\n".join(scores),
         config=json.dumps(described, indent=2),
     )
+
+
+def _asking(bridge: Trained) -> dict[str, str]:
+    """Lines of the card's example that give the text after the prefix, where there is one."""
+    text = bridge.tokenizers.asked(bridge.config.data.text_prompt)
+    if not text:
+        return {"prompt": "", "more": ""}
+    prompt = f"""\
+answers.pad_token = answers.pad_token or answers.eos_token
+prompts = [{text!r}.replace("{{query}}", text) for text in texts]
+after = answers(prompts, add_special_tokens=False, padding=True, padding_side="left",
+                return_tensors="pt")
+"""
+    return {"prompt": prompt, "more": "after.input_ids, after.attention_mask, "}
 
 
 def _licence(path: Path) -> str:
@@ -296,12 +346,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 model = AutoModelForCausalLM.from_pretrained(DIR, trust_remote_code=True)
 queries = AutoTokenizer.from_pretrained(DIR, subfolder="encoder_tokenizer")
 answers = AutoTokenizer.from_pretrained(DIR, trust_remote_code=True)
-inputs = queries(["..."], padding=True, return_tensors="pt")
-tokens = model.generate(inputs.input_ids, inputs.attention_mask, max_new_tokens=32)
+texts = ["..."]
+inputs = queries(texts, padding=True, return_tensors="pt")
+{prompt}tokens = model.generate(inputs.input_ids, inputs.attention_mask, {more}max_new_tokens=32)
 print(answers.batch_decode(tokens, skip_special_tokens=True))
 ```
-
-Text prompt after the prefix in training: {prompt}.
 
 ## Parts
 

@@ -1,5 +1,6 @@
 """From a config to a model on the mesh: what is frozen, what trains, and where each part lies."""
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,7 +16,7 @@ from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Int
 
 from jaxfusion.data.lexicon import check_version
-from jaxfusion.data.tokenizers import Tokenizers, load_tokenizer
+from jaxfusion.data.tokenizers import Tokenizers, chat_turn, load_tokenizer
 from jaxfusion.errors import InputError, choose
 from jaxfusion.fields import BACKWARDS, DTYPES, FUSIONS, PROJECTORS, REMATS, ROLES, Config
 from jaxfusion.hf.configs import decoder_config, encoder_config
@@ -26,8 +27,10 @@ from jaxfusion.nn.bridge import Bridge, Params
 from jaxfusion.nn.decoder import Decoder, DecoderConfig
 from jaxfusion.nn.mt5 import MT5Config, MT5Encoder
 from jaxfusion.nn.projector import Projector, Resampler
-from jaxfusion.sharding.rules import spec
+from jaxfusion.sharding.rules import fitting_spec, spec
 from jaxfusion.training.optimizer import group_of_each
+
+logger = logging.getLogger(__name__)
 
 Flat = dict[str, Any]  # parameter path, as 'decoder/blocks/attn/q/kernel' -> array
 
@@ -194,9 +197,11 @@ def read_shapes(paths: dict[str, Path]) -> dict[str, MT5Config | DecoderConfig]:
 def load_tokenizers(config: Config, paths: dict[str, Path], shapes) -> Tokenizers:
     """Both towers' tokenizers, the encoder's with what the config adds to it."""
     added = {"encoder": config.encoder.added_tokens, "decoder": ()}
-    return Tokenizers(*(
+    encoder, decoder = (
         load_tokenizer(paths[role], shapes[role].vocab_size, role, added[role]) for role in ROLES
-    ))
+    )
+    turn = chat_turn(decoder) if config.data.chat_template else ("", "")
+    return Tokenizers(encoder, decoder, turn)
 
 
 def describe(init: Callable[[], Params], mesh: Mesh) -> tuple[Flat, dict[str, NamedSharding]]:
@@ -209,7 +214,16 @@ def describe(init: Callable[[], Params], mesh: Mesh) -> tuple[Flat, dict[str, Na
     unnamed = [path for path, box in flat.items() if not is_box(box)]
     if unnamed:
         raise AssertionError(f"parameters without logical axis names: {unnamed}")
-    shardings = {path: NamedSharding(mesh, spec(box.names)) for path, box in flat.items()}
+    specs = {path: fitting_spec(box.names, box.value.shape, mesh) for path, box in flat.items()}
+    whole = {
+        f"{name} ({size})" for path, box in flat.items()
+        for name, size, axis in zip(box.names, box.value.shape, specs[path], strict=True)
+        if name is not None and spec([name])[0] != axis
+    }
+    if whole:
+        logger.warning("held whole, as mesh %s does not divide them: %s",
+                       dict(mesh.shape), ", ".join(sorted(whole)))
+    shardings = {path: NamedSharding(mesh, x) for path, x in specs.items()}
     return {path: box.value for path, box in flat.items()}, shardings
 
 

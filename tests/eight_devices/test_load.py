@@ -1,0 +1,75 @@
+"""Checkpoints read onto meshes of eight devices: each device gets its block and no more."""
+
+import math
+
+import jax
+import numpy as np
+import pytest
+from conftest import relative
+from test_decoder import CASES, plain
+
+from jaxfusion.hf.load import load_params
+from jaxfusion.hf.save import write_tower
+from jaxfusion.hf.tables import table
+from jaxfusion.nn.decoder import Decoder
+from jaxfusion.sharding.mesh import make_mesh
+from jaxfusion.testing.checkpoints import random_params
+from jaxfusion.training.state import describe, merge
+
+MESHES = {"fsdp": (1, 8, 1), "fsdp-tensor": (1, 2, 4), "all": (2, 2, 2)}
+
+
+def read(path, config, mesh):
+    """The checkpoint's parameters as they lie on the mesh."""
+    abstract, shardings = describe(lambda: Decoder(config).init(
+        jax.random.key(0), *(np.zeros((1, 8), np.int32),) * 3, method="score")["params"], mesh)
+    wanted = {name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=shardings[name])
+              for name, x in abstract.items()}
+    return load_params(path, table(config), wanted)
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+@pytest.mark.parametrize("case", ["llama3", "phi3", "qwen25_window", "gemma3"])
+def test_every_device_gets_its_block(case, mesh, tmp_path):
+    config, mesh = CASES[case], make_mesh(*MESHES[mesh])
+    params = random_params(config, 0)
+    write_tower(tmp_path, config, params)
+    flat = read(tmp_path, config, mesh)
+    for name, x in flat.items():
+        wanted = params
+        for key in name.split("/"):
+            wanted = wanted[key]
+        np.testing.assert_array_equal(x, wanted, err_msg=name)
+        for shard in x.addressable_shards:
+            np.testing.assert_array_equal(shard.data, np.asarray(wanted)[shard.index])
+    # A tower's matrices are split over all of fsdp × tensor, but for what does not divide.
+    kernel = flat["blocks/mlp/up/kernel"]
+    share = math.prod(kernel.addressable_shards[0].data.shape) / kernel.size
+    assert share == 1 / (mesh.shape["fsdp"] * mesh.shape["tensor"])
+
+
+@pytest.mark.parametrize("case", ["llama3", "phi3", "qwen25_window", "gemma3"])
+def test_logits_are_those_of_one_device(case, tmp_path):
+    config = CASES[case]
+    params = random_params(config, 0)
+    write_tower(tmp_path, config, params)
+    tokens = np.random.default_rng(0).integers(0, 101, (4, 24))
+    logits = {}
+    for name in ("one", "all"):
+        mesh = make_mesh(devices=jax.devices()[:1]) if name == "one" else make_mesh(*MESHES["all"])
+        with jax.set_mesh(mesh):
+            flat = {f"decoder/{k}": x for k, x in read(tmp_path, config, mesh).items()}
+            logits[name] = np.asarray(jax.jit(lambda flat: Decoder(config).apply(
+                {"params": merge(flat, {})["decoder"]}, tokens, *plain(tokens), method="score")
+            )(flat))
+    assert relative(logits["all"], logits["one"]) < 1e-5
+
+
+def test_what_does_not_divide_is_held_whole_and_said(tmp_path, caplog):
+    config = CASES["llama3"]  # 101 tokens, 2 key heads
+    assert (config.vocab_size, config.num_kv_heads) == (101, 2)
+    write_tower(tmp_path, config, random_params(config, 0))
+    flat = read(tmp_path, config, make_mesh(1, 2, 4))
+    assert "held whole" in caplog.text and "vocab (101)" in caplog.text
+    assert "kv_heads (2)" in caplog.text
+    assert flat["embed/embedding"].addressable_shards[0].data.shape[0] == 101

@@ -1,0 +1,19 @@
+"""Runs `tests/eight_devices`, which need a process of their own: XLA's flags are read once."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+
+def test_eight_devices():
+    flags = ("--xla_force_host_platform_device_count=8 "
+             "--xla_cpu_collective_call_terminate_timeout_seconds=300")
+    command = [sys.executable, "-m", "pytest", "-q", "-n", "0", "-p", "no:cacheprovider",
+               Path(__file__).with_name("eight_devices")]
+    # What the run of pytest that starts this one has told its workers is not for another.
+    env = {name: x for name, x in os.environ.items() if not name.startswith("PYTEST_")}
+    env["XLA_FLAGS"] = f"{env.get('XLA_FLAGS', '')} {flags}"
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
+    assert " passed" in done.stdout
