@@ -3,6 +3,7 @@
     python benchmarks/fusion.py --out benchmarks/results/fusion.json
     python benchmarks/train_step.py --size pocket --out benchmarks/results/train_step_pocket.json
     python benchmarks/train_step.py --size small --out benchmarks/results/train_step_small.json
+    python benchmarks/load.py --out benchmarks/results/load.json
 """
 
 import json
@@ -77,6 +78,24 @@ def train_step(result: dict[str, Any]) -> list[str]:
     ]
 
 
+def load(result: dict[str, Any]) -> list[str]:
+    """Memory while a checkpoint is loaded."""
+    rows = [
+        [str(run["devices"]), f"{run['arrays_gib']:.2f} GiB",
+         f"{run['largest_shard_gib']:.2f} GiB", f"{run['extra_gib']:.2f} GiB",
+         f"{run['allowed_gib']:.2f} GiB"]
+        for run in result["runs"]
+    ]
+    return [
+        "## Host memory while a checkpoint is loaded", "",
+        "`benchmarks/load.py`: a Llama in bfloat16, shards of 1 GB, in a process of its own; "
+        "anonymous memory beyond the finished arrays, against 1.2 times the largest parameter's "
+        "shard on a device and 1 GiB.", "",
+        *table(["devices", "arrays", "largest shard", "beyond", "bar"], rows), "",
+        machine(result), "",
+    ]
+
+
 NOTES = """\
 `torch` is the papers' pipeline (fusion as written, full-vocabulary logits, padding to the longest
 row); `plain_jax` the same compiled by XLA, so what lies between them is the compiler's;
@@ -90,7 +109,7 @@ those two rows.
 def main() -> None:
     parts = [
         HEAD, *fusion(read("fusion")), *train_step(read("train_step_pocket")),
-        *train_step(read("train_step_small")), NOTES,
+        *train_step(read("train_step_small")), NOTES, *load(read("load")),
     ]
     (ROOT / "docs" / "benchmarks.md").write_text("\n".join(parts), "utf-8")
 

@@ -117,8 +117,30 @@ def test_half_directories_say_which_file(checkpoint, tmp_path):
 
 def test_a_file_cut_short_is_named(checkpoint):
     file = checkpoint / "decoder" / SINGLE
+    whole = file.stat().st_size
     file.write_bytes(file.read_bytes()[:-100])
-    with pytest.raises(InputError, match="damaged or cut short"):
+    sizes = rf"damaged or cut short \({whole - 100:,} bytes, wanted {whole:,}\)"
+    with pytest.raises(InputError, match=sizes):
+        load(checkpoint / "decoder")
+
+
+def test_nan_is_named(checkpoint):
+    name = "model.layers.1.mlp.up_proj.weight"
+
+    def damage(tensors):
+        tensors[name] = tensors[name].copy()
+        tensors[name][3, 5] = np.nan
+
+    edit(checkpoint / "decoder", damage)
+    with pytest.raises(InputError, match=f"{name} holds NaN; the checkpoint is damaged"):
+        load(checkpoint / "decoder")
+
+
+@pytest.mark.parametrize("file", ["../model.safetensors", "/etc/passwd", "a/b.safetensors"])
+def test_an_index_stays_in_its_directory(checkpoint, file):
+    index = {"weight_map": {"model.norm.weight": file}}
+    (checkpoint / "decoder" / INDEX).write_text(json.dumps(index))
+    with pytest.raises(InputError, match=f"points to '{file}', wanted names of files in the same"):
         load(checkpoint / "decoder")
 
 
