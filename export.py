@@ -11,11 +11,12 @@ from pathlib import Path
 from absl import flags
 
 from jaxfusion.cli import refuse_words, run_main, set_up_logging
+from jaxfusion.errors import InputError
 
 WORKDIR = flags.DEFINE_string("workdir", None, "workdir of a run of train.py", required=True)
 OUT = flags.DEFINE_string("out", None, "directory to write", required=True)
 MERGE = flags.DEFINE_bool("merge", False, "write both backbones too, not only their names")
-DTYPE = flags.DEFINE_string("dtype", None, "of merged backbones: float32 or bfloat16")
+DTYPE = flags.DEFINE_string("dtype", None, "of backbones or tower: float32 or bfloat16")
 FORMAT = flags.DEFINE_enum("format", "jaxfusion", ["jaxfusion", "langbridge"], "of HFDIR")
 OVERWRITE = flags.DEFINE_bool("overwrite", False, "replace what is in HFDIR")
 
@@ -30,6 +31,9 @@ def main(argv: list[str]) -> None:
 
     common = {"dtype": DTYPE.value, "overwrite": OVERWRITE.value}
     if isinstance(config.load(Path(WORKDIR.value) / CONFIG_FILE), PretrainConfig):
+        if MERGE.value or FORMAT.value != "jaxfusion":
+            raise InputError(f"{WORKDIR.value} holds a pretrained tower: --merge and --format are "
+                             "for bridges")
         export_tower(Path(WORKDIR.value), Path(OUT.value), **common)
     elif FORMAT.value == "langbridge":
         export_langbridge(Path(WORKDIR.value), Path(OUT.value), **common)

@@ -82,9 +82,9 @@ def theirs_of(out):
 
 
 def next_logits(model, queries):
-    """Our logits after each text's prefix."""
+    """Our logits after each text's prefix, and what stands behind it."""
     params = merge(model.trainable, model.frozen)
-    rows = [TokenRow(query, [], [], model.bridge.latents) for query in queries]
+    rows = [TokenRow(query, after(model), [], model.bridge.latents) for query in queries]
     found = np.zeros((len(rows), model.bridge.decoder.config.vocab_size))
     run = jax.jit(partial(prefill, model.bridge), static_argnums=(2, 3))
     for numbers, batch in in_order(rows, find_shapes(rows, (64,)), model.tokenizers, len(rows)):
@@ -92,12 +92,17 @@ def next_logits(model, queries):
     return found
 
 
+def after(model):
+    """What follows every prefix."""
+    return model.tokenizers.encode_prompts([model.config.data.text_prompt])[0]
+
+
 def extend(model, queries, tokens):
     """Our logits at every slot of an answer, one text after the other."""
     bridge, params = model.bridge, merge(model.trainable, model.frozen)
     found = []
     for query, answer in zip(queries, tokens, strict=True):
-        rows = [TokenRow(query, [], list(answer), model.bridge.latents)]
+        rows = [TokenRow(query, after(model), list(answer), model.bridge.latents)]
         (_, batch), = in_order(rows, find_shapes(rows, (64,)), model.tokenizers, 1)
         found.append(jax.jit(bridge.target_logits)(params, batch)[0])
     return np.array(found)
@@ -215,27 +220,36 @@ def test_trained_parts_of_a_tower_come_in_again(case, tiny, tmp_path):
     assert (tmp_path / "out" / SINGLE).read_bytes() == (tmp_path / "twice" / SINGLE).read_bytes()
 
 
-def test_a_chats_headers_and_prompt_go_along(tiny, tmp_path):
+CHAT = ("{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}lala {{ m.content }} bako :"
+        "{% else %} {{ m.content }} ;{% endif %}{% endfor %}")
+
+
+@pytest.mark.parametrize("prompt", ["", "answer :", "{query}"])
+def test_a_chats_headers_and_prompt_go_along(prompt, tiny, tmp_path):
     llm = shutil.copytree(tiny / "decoder", tmp_path / "llm")
-    template = "{{ bos_token }}lala {{ messages[0].content }} bako :"
-    (llm / "chat_template.jinja").write_text(template)
-    data = DataConfig(chat_template=True, text_prompt="{query} bako")
+    (llm / "chat_template.jinja").write_text(CHAT)
+    data = DataConfig(chat_template=True, text_prompt=prompt)
     model = make_run(tmp_path / "run", tiny, decoder=llm, data=data)
-    assert len(model.tokenizers.start) > 1
+    assert len(model.tokenizers.start) > 1 and len(after(model)) > 0
     export(tmp_path / "run", tmp_path / "out")
-    check(model, tmp_path / "out")
-    # What the model card says to run, and what this project asks.
-    card = (tmp_path / "out" / "README.md").read_text()
-    code = card.split("```python")[1].split("```")[0].replace('["..."]', repr(TEXTS))
-    scope = {"DIR": tmp_path / "out"}
-    exec(code.split("tokens = ")[0], scope)
-    after = scope["after"]
-    wanted = model.tokenizers.encode_prompts([f"{text} bako" for text in TEXTS])
-    assert wanted == [ids[mask.bool()].tolist() for ids, mask in
-                      zip(after.input_ids, after.attention_mask, strict=True)]
-    assert "model.generate(inputs.input_ids, inputs.attention_mask, after.input_ids" in code
     adopt(str(tmp_path / "out"), tmp_path / "again")
     assert configs.load(tmp_path / "again" / "config.json").data == data
+    if prompt != "{query}":
+        check(model, tmp_path / "out")
+        return
+    theirs, inputs = theirs_of(tmp_path / "out")
+    with pytest.raises(ValueError, match="decoder_input_ids are missing"):
+        theirs.generate(**inputs)
+    # What the model card says to run is what this project asks.
+    texts = [*TEXTS, "e f Label: "]
+    card = (tmp_path / "out" / "README.md").read_text()
+    code = card.split("```python")[1].split("```")[0].replace('["..."]', repr(texts))
+    scope = {"DIR": tmp_path / "out"}
+    exec(code.split("tokens = ")[0], scope)
+    pairs = zip(scope["after"].input_ids, scope["after"].attention_mask, strict=True)
+    found = [ids[mask.bool()].tolist() for ids, mask in pairs]
+    assert model.tokenizers.encode_prompts(texts) == found
+    assert "model.generate(inputs.input_ids, inputs.attention_mask, after.input_ids" in code
 
 
 def test_a_merged_tower_is_what_it_was_byte_for_byte(tiny, tmp_path):

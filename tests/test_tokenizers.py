@@ -17,19 +17,20 @@ from jaxfusion.data.tokenizers import (
 from jaxfusion.errors import InputError
 from jaxfusion.hf.save import write_tokenizer
 
-LLAMA_3 = """{{ bos_token }}{% for m in messages %}<|start_header_id|>{{ m.role }}<|end_header_id|>
-
-{{ m.content | trim }}<|eot_id|>{% endfor %}{% if add_generation_prompt %}<|start_header_id|>\
-assistant<|end_header_id|>
-
+TURN = """{% for m in messages %}<|{{ m.role }}|>
+{{ m.content | trim }}<|end|>
+{% endfor %}{% if add_generation_prompt %}<|assistant|>
 {% endif %}"""
-LLAMA_2 = """{{ bos_token }}{% for m in messages %}[INST] {{ m.content | trim }} [/INST]\
+LLAMA_2 = """{{ bos_token }}{% for m in messages %}{% if m.role == "user" %}\
+[INST] {{ m.content | trim }} [/INST]{% else %} {{ m.content | trim }}{{ eos_token }}{% endif %}\
 {% endfor %}"""
-SYSTEM = """{{ bos_token }}<|start_header_id|>system<|end_header_id|>
-
-Today is {{ date_string | default("any day") }}.<|eot_id|>""" + LLAMA_3.removeprefix(
-    "{{ bos_token }}")
-MARKS = ["<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
+TEMPLATES = {
+    "bos": "{{ bos_token }}" + TURN,
+    "no_bos": TURN,
+    "system": "{{ bos_token }}<|system|>\nIt is {{ date_string }}.<|end|>\n" + TURN,
+    "eos": ("{{ bos_token }}" + TURN).replace("<|end|>", "{{ eos_token }}"),
+}
+MARKS = ["<|system|>", "<|user|>", "<|assistant|>", "<|end|>"]
 QUERY = "Premise: lala bako Hypothesis: bako Label: "
 
 
@@ -60,14 +61,23 @@ def real(real_data, tmp_path_factory):
     return folder
 
 
-def chat(decoder, template, marks=()):
-    """The tokenizers of an LLM with that chat template, and its own ids of a chat."""
+def chat(decoder, template, marks=(), encoder=None):
+    """The tokenizers of an LLM with that chat template, and its own ids of question and answer."""
     decoder.add_special_tokens({"additional_special_tokens": list(marks)})
     decoder.chat_template = template
-    theirs = decoder.apply_chat_template(
-        [{"role": "user", "content": QUERY}], add_generation_prompt=True, return_dict=False,
-        date_string="26 Jul 2024")
-    return Tokenizers(None, decoder, chat_turn(decoder)), theirs
+    messages = [{"role": "user", "content": QUERY}, {"role": "assistant", "content": "bako"}]
+    theirs = decoder.apply_chat_template(messages, return_dict=False, date_string="26 Jul 2024")
+    return Tokenizers(encoder, decoder, chat_turn(decoder)), theirs
+
+
+def check_chat(ours, theirs):
+    """Start, question, answer and end token are the template's own ids."""
+    (row,), _ = tokenize_bare([Example(QUERY, "bako", -1)], ours, 200)
+    (answer,) = ours.encode_answers([QUERY], ["bako"])
+    whole = [*ours.start, *row.text, *answer, ours.eos]
+    assert whole == theirs[: len(whole)]
+    # Behind a prefix, too, with the question as a text prompt and without one.
+    assert ours.encode_prompts([""])[0] == row.text[-len(ours.encode_prompts([""])[0]) :]
 
 
 def test_a_tokenizer_of_another_model_is_refused(tiny):
@@ -104,6 +114,14 @@ def test_a_model_that_is_read_otherwise_is_refused(real, monkeypatch):
         load_tokenizer(real / "decoder", 32_000, "decoder")
 
 
+def test_what_is_no_sentencepiece_model_is_said(real, tmp_path):
+    shutil.copytree(real / "decoder", tmp_path / "llm")
+    tokenizer = load_tokenizer(tmp_path / "llm", 32_000, "decoder")
+    (tmp_path / "llm" / "tokenizer.model").write_text("IQ== 0\nIg== 1\n")
+    with pytest.raises(InputError, match=r"is no SentencePiece model .* put the model's own"):
+        sentencepiece.mend(tokenizer, tmp_path / "llm")
+
+
 def test_langbridges_whitespace_gets_the_unused_rows(real):
     encoder = load_tokenizer(real / "encoder", 32_256, "encoder", LANGBRIDGE_WHITESPACE)
     first = len(load_tokenizer(real / "encoder", 32_256, "encoder"))
@@ -134,45 +152,52 @@ def test_slow_tokenizers_serve_too(tmp_path):
     assert Tokenizers(encoder, None).encode_queries(["ab"]) == [[100, 101, 1]]
 
 
-@pytest.mark.parametrize("template", [LLAMA_3, SYSTEM])
-def test_a_chat_has_its_templates_own_ids_and_one_bos(template, tiny):
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_a_chat_has_its_templates_own_ids(name, tiny):
     decoder = load_tokenizer(tiny / "decoder", 512, "decoder")
-    ours, theirs = chat(decoder, template, MARKS)
-    (row,), _ = tokenize_bare([Example(QUERY, "", -1)], ours, 200)
-    assert [*ours.start, *row.text] == theirs
-    assert theirs.count(decoder.bos_token_id) == 1
+    ours, theirs = chat(decoder, TEMPLATES[name], MARKS)
+    check_chat(ours, theirs)
+    assert ours.start.count(decoder.bos_token_id) == (name != "no_bos")
+    end = "</s>" if name == "eos" else "<|end|>"
+    assert decoder.convert_ids_to_tokens(ours.eos) == end
+
+
+def test_a_chat_does_not_depend_on_the_day(tiny):
+    decoder = load_tokenizer(tiny / "decoder", 512, "decoder")
+    decoder.chat_template = "\n{{ strftime_now('%A, %d %B %Y (%m, %b)') }}" + TURN
+    assert chat_turn(decoder).before.startswith("\nFriday, 26 July 2024 (07, Jul)<|user|>")
 
 
 def test_a_real_models_chat(real):
     decoder = load_tokenizer(real / "decoder", 32_000, "decoder")
     ours, theirs = chat(decoder, LLAMA_2)
-    (row,), _ = tokenize_bare([Example(QUERY, "", -1)], ours, 200)
-    assert [*ours.start, *row.text] == theirs and theirs.count(decoder.bos_token_id) == 1
+    check_chat(ours, theirs)
+    assert theirs.count(decoder.bos_token_id) == 1 and ours.eos == decoder.eos_token_id
 
 
 def test_a_chat_round_a_prefix_keeps_both_headers(tokenizers, tiny):
     decoder = load_tokenizer(tiny / "decoder", 512, "decoder")
-    ours, theirs = chat(decoder, LLAMA_3, MARKS)
-    ours = Tokenizers(tokenizers.encoder, decoder, ours.turn)
+    ours, _ = chat(decoder, TEMPLATES["bos"], MARKS, tokenizers.encoder)
     (row,), cut = tokenize(
         [Example(QUERY, "bako", 0)], ours, text_prompt="{query}", max_encoder_tokens=50,
         max_decoder_tokens=12, with_target=True)
     assert cut.texts == 1  # from the left: the assistant's header stays
-    assert ours.start == theirs[: len(ours.start)] and row.text == theirs[-12:]
-    assert decoder.decode(row.target) == "bako</s>"
-    (row,), _ = tokenize(
-        [Example(QUERY, "bako", 0)], ours, text_prompt="", max_encoder_tokens=50,
-        max_decoder_tokens=40, with_target=False)
-    assert row.text == theirs[-len(row.text) :] and decoder.convert_ids_to_tokens(row.text)[:3] == [
-        "<|eot_id|>", "<|start_header_id|>", "Ġ"]
+    marks = decoder.convert_ids_to_tokens(row.text)
+    assert "<|assistant|>" in marks and "<|end|>" in marks and "<|user|>" not in marks
+    assert "<|user|>" in decoder.convert_ids_to_tokens(ours.start)
+    assert decoder.decode(row.target) == "bako<|end|>"
 
 
-def test_templates_that_cannot_serve_are_said(tiny):
+@pytest.mark.parametrize("template,message", [
+    (None, r"has no chat template; set data\.chat_template"),
+    ("{{ messages[0].content | upper }}", "wanted the words as they are, once"),
+    ("{{ raise_exception('a system message must come first') }}",
+     "does not take a user's words alone: a system message must come first"),
+])
+def test_templates_that_cannot_serve_are_said(template, message, tiny):
     decoder = load_tokenizer(tiny / "decoder", 512, "decoder")
-    with pytest.raises(InputError, match=r"has no chat template; set data\.chat_template"):
-        chat_turn(decoder)
-    decoder.chat_template = "{{ messages[0].content | upper }}"
-    with pytest.raises(InputError, match="wanted it once, with the assistant's header"):
+    decoder.chat_template = template
+    with pytest.raises(InputError, match=message):
         chat_turn(decoder)
 
 

@@ -7,10 +7,11 @@ of special tokens for granted.
 
 from pathlib import Path
 
-from jaxfusion.errors import InputError
+from jaxfusion.errors import InputError, first_line
 
-FILES = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
-PROBES = ("Is this  a test? Yes: 12 ñ 中文 සිංහල", " one", "  two\nthree  ", "(un)known: 1,234.5")
+FILES = ("tokenizer.model", "spiece.model")
+PROBES = ("Is this  a test? Yes: 12 ñ 中文 සිංහල", " one", "  two\nthree  ", "(un)known: 1,234.5",
+          "Ａ① ﬁne e\u0301")
 
 
 def mend(tokenizer, path: Path) -> None:
@@ -25,13 +26,19 @@ def mend(tokenizer, path: Path) -> None:
     from sentencepiece import SentencePieceProcessor
     from tokenizers import models
 
-    spm, backend = SentencePieceProcessor(model_file=str(file)), tokenizer.backend_tokenizer
+    try:
+        spm = SentencePieceProcessor(model_file=str(file))
+    except (RuntimeError, OSError) as error:
+        raise InputError(f"{file} is no SentencePiece model ({first_line(error)}); put the "
+                         "model's own tokenizer.json beside it") from None
+    backend, probes = tokenizer.backend_tokenizer, PROBES
     if isinstance(backend.model, models.BPE):
         _mend_bpe(spm, backend)
+        probes += _symbols(spm)
     elif isinstance(backend.model, models.Unigram):
         pieces = [(spm.id_to_piece(i), spm.get_score(i)) for i in range(len(spm))]
         backend.model = models.Unigram(pieces, spm.unk_id(), _falls_back(spm))
-    for text in PROBES:
+    for text in probes:
         found, wanted = tokenizer(text, add_special_tokens=False)["input_ids"], spm.encode(text)
         if found != wanted:
             raise InputError(f"transformers reads {file} otherwise than SentencePiece does: "
@@ -63,6 +70,15 @@ def _mend_bpe(spm, backend) -> None:
     backend.normalizer, backend.pre_tokenizer = normalizers.Sequence(spaces), None
     backend.decoder = decoders.Sequence(
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), *tail])
+
+
+def _symbols(spm) -> tuple[str, ...]:
+    """Texts with symbols that the model's makers defined, which it cuts out before all else."""
+    from sentencepiece import sentencepiece_model_pb2
+
+    proto = sentencepiece_model_pb2.ModelProto.FromString(spm.serialized_model_proto())
+    pieces = [x.piece.replace("▁", " ") for x in proto.pieces if x.type == x.USER_DEFINED]
+    return tuple(text for x in pieces[:64] for text in (f"{x}one", f"one{x}{x}two", f"a {x} b"))
 
 
 def _falls_back(spm) -> bool:

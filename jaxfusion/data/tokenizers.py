@@ -15,28 +15,52 @@ LANGBRIDGE_WHITESPACE = ("\t", "\n", "\r", "\x0b", "\x0c", "  ", "   ", "    ")
 
 
 @dataclass(frozen=True)
+class Turn:
+    """One question and answer as an LLM's chat template writes them.
+
+    Attributes:
+      before: the text before the user's words, BOS included where the template writes one.
+      after: the text from the user's words to where the assistant's are generated.
+      lead: what stands there before the assistant's own words (Llama 2: a space).
+      end: the token that ends the assistant's turn; None is the tokenizer's end token.
+    """
+
+    before: str
+    after: str
+    lead: str
+    end: int | None
+
+
+@dataclass(frozen=True)
 class Tokenizers:
     """A bridge's tokenizers: anything with transformers' tokenizer interface.
 
     Attributes:
-      turn: of a chat, the text before the user's words and the one up to the assistant's.
+      turn: of the decoder's chats; None where there is no chat.
     """
 
     encoder: object
     decoder: object
-    turn: tuple[str, str] = ("", "")
+    turn: Turn | None = None
 
     @cached_property
     def start(self) -> list[int]:
-        """What every decoder row starts with: BOS, if there is one, and the header of a chat."""
-        bos = [] if self.decoder.bos_token_id is None else [self.decoder.bos_token_id]
-        header = self.turn[0].rstrip(" ")
-        return bos + self.encode_texts([header])[0] if header else bos
+        """What every decoder row starts with: the header of a chat, or BOS if there is one."""
+        if self.turn is not None:
+            return self.encode_texts([self._header])[0]
+        return [] if self.decoder.bos_token_id is None else [self.decoder.bos_token_id]
+
+    @property
+    def _header(self) -> str:
+        # Without its last space, which SentencePiece takes as part of the user's first word.
+        return self.turn.before.rstrip(" ")
 
     @property
     def eos(self) -> int:
         """What ends an answer."""
-        return self.decoder.eos_token_id
+        if self.turn is None or self.turn.end is None:
+            return self.decoder.eos_token_id
+        return self.turn.end
 
     def encode_queries(self, texts: list[str]) -> list[list[int]]:
         """Encoder ids, with the encoder's own special tokens (mT5: `</s>` at the end)."""
@@ -48,27 +72,35 @@ class Tokenizers:
 
     def encode_prompts(self, prompts: list[str]) -> list[list[int]]:
         """Decoder ids of what stands between the prefix and the answer."""
-        return self.encode_texts([self.asked(prompt) for prompt in prompts])
+        asked = [self.asked(prompt) for prompt in prompts]
+        if self.turn is None:
+            return self.encode_texts(asked)
+        # Where there is no text, the header follows the prefix as it follows words.
+        bare = [not prompt.strip() for prompt in prompts]
+        return self._continue(
+            [WORDS if x else "" for x in bare],
+            [f"{WORDS}{text}" if x else text for x, text in zip(bare, asked, strict=True)],
+        )
 
     def encode_bare(self, prompts: list[str]) -> list[list[int]]:
         """Decoder ids of prompts that follow `start` without a prefix."""
-        header = self.turn[0].rstrip(" ")
-        wholes = [self.turn[0] + self.asked(prompt) for prompt in prompts]
-        return self._continue([header] * len(wholes), wholes)
+        asked = [self.asked(prompt) for prompt in prompts]
+        if self.turn is None:
+            return self.encode_texts(asked)
+        return self._continue([self._header] * len(asked), [self.turn.before + x for x in asked])
 
     def encode_answers(self, prompts: list[str], answers: list[str]) -> list[list[int]]:
-        """Decoder ids of answers as they continue their prompts; trailing spaces of a prompt go to
-        its answer."""
+        """Decoder ids of answers as they continue their prompts; without a chat, trailing spaces of
+        a prompt go to its answer."""
         contexts = [self.asked(prompt) for prompt in prompts]
-        wholes = [
-            context + ("" if self.turn[1] else prompt[len(prompt.rstrip()) :]) + answer
-            for context, prompt, answer in zip(contexts, prompts, answers, strict=True)
-        ]
+        leads = [self.turn.lead if self.turn else prompt[len(prompt.rstrip()) :]
+                 for prompt in prompts]
+        wholes = ["".join(parts) for parts in zip(contexts, leads, answers, strict=True)]
         return self._continue(contexts, wholes)
 
     def asked(self, prompt: str) -> str:
         """The prompt up to where the answer starts."""
-        return prompt.strip() + self.turn[1] if self.turn[1] else prompt.rstrip()
+        return prompt.rstrip() if self.turn is None else prompt.strip() + self.turn.after
 
     def _continue(self, contexts: list[str], wholes: list[str]) -> list[list[int]]:
         """Ids of what follows each context in its whole.
@@ -84,26 +116,52 @@ class Tokenizers:
         ]
 
 
-def chat_turn(tokenizer) -> tuple[str, str]:
-    """The texts round the user's words in a tokenizer's chat template, without BOS.
+WORDS, ANSWER = "the user's words", "the assistant's words"
+
+
+def chat_turn(tokenizer) -> Turn:
+    """How a tokenizer's chat template writes a turn.
 
     Raises:
-      InputError: it has no template, or one that does not take the user's words as they are.
+      InputError: it has no template, or one that does not take the words as they are.
     """
-    words = "the user's words"
     if not tokenizer.chat_template:
         raise InputError("the decoder's tokenizer has no chat template; set "
                          "data.chat_template=False, or take an LLM tuned on chats")
-    # Llama 3's template writes today's date, and Qwen 3's an empty thought, unless told not to.
-    text = tokenizer.apply_chat_template(
-        [{"role": "user", "content": words}], tokenize=False, add_generation_prompt=True,
-        date_string="26 Jul 2024", enable_thinking=False,
-    )
-    before, found, after = text.partition(words)
-    if not found or not after or words in after:
-        raise InputError(f"the decoder's chat template gives {text!r} for {words!r}: wanted it "
-                         "once, with the assistant's header behind; set data.chat_template=False")
-    return before.removeprefix(tokenizer.bos_token or ""), after
+    user = {"role": "user", "content": WORDS}
+    asked = _render(tokenizer, [user], add_generation_prompt=True)
+    answered = _render(tokenizer, [user, {"role": "assistant", "content": ANSWER}])
+    before, found, after = asked.partition(WORDS)
+    if not found or WORDS in after or ANSWER not in answered:
+        raise InputError(f"the decoder's chat template gives {asked!r} for {WORDS!r} and "
+                         f"{answered!r} with an answer: wanted the words as they are, once; set "
+                         "data.chat_template=False")
+    lead, _, end = answered.removeprefix(asked).partition(ANSWER)
+    if not answered.startswith(asked):  # it writes past turns otherwise than one to come
+        lead = ""
+    ids = tokenizer(end.lstrip(" "), add_special_tokens=False)["input_ids"]
+    marks = tokenizer.added_tokens_decoder
+    return Turn(before, after, lead, ids[0] if ids and ids[0] in marks else None)
+
+
+# Many templates write the day on which they are filled in; theirs is this one, a Friday.
+DAY = {"%A": "Friday", "%d": "26", "%b": "Jul", "%B": "July", "%m": "07", "%Y": "2024"}
+TODAY = "{% macro strftime_now(form) %}{{ form" + "".join(
+    f" | replace('{code}', '{text}')" for code, text in DAY.items()
+) + " }}{% endmacro %}{{ '' }}"
+
+
+def _render(tokenizer, messages: list[dict[str, str]], **kwargs) -> str:
+    try:
+        return tokenizer.apply_chat_template(
+            messages, chat_template=TODAY + tokenizer.get_chat_template(), tokenize=False,
+            date_string="26 Jul 2024",
+            enable_thinking=False,  # Qwen 3 thinks before it answers unless told not to
+            **kwargs,
+        )
+    except Exception as error:  # whatever a template raises
+        raise InputError("the decoder's chat template does not take a user's words alone: "
+                         f"{first_line(error)}; set data.chat_template=False") from None
 
 
 def load_tokenizer(

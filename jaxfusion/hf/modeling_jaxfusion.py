@@ -42,16 +42,18 @@ class BridgeConfig(PretrainedConfig):
         of the writer `capped`: its attention scores have a soft cap.
       fusion: `name`, `layer` and `d_ff`.
       projector: `name`, `d_ff` and `latents`.
-      start_ids: what every row of the LLM starts with, BOS and the header of a chat.
+      start_ids: what every row of the LLM starts with: BOS, or the header of a chat.
+      after_ids: what follows the prefix where no text is given; None where every input has its own.
     """
 
     model_type = "jaxfusion_bridge"
 
     def __init__(self, reader=None, writer=None, fusion=None, projector=None, start_ids=(),
-                 **kwargs):
+                 after_ids=(), **kwargs):
         self.reader, self.writer = reader or {}, writer or {}
         self.fusion, self.projector = fusion or {}, projector or {}
         self.start_ids = list(start_ids)
+        self.after_ids = after_ids if after_ids is None else list(after_ids)
         super().__init__(**kwargs)
 
 
@@ -277,7 +279,11 @@ class BridgeForCausalLM(PreTrainedModel):
         prefix, mask, end = self.prefix(input_ids, attention_mask)
         table = self.decoder.get_input_embeddings()
         if decoder_input_ids is None:
-            decoder_input_ids = input_ids.new_zeros((len(input_ids), 0))
+            if self.config.after_ids is None:
+                raise ValueError("decoder_input_ids are missing: this bridge was trained with a "
+                                 "text after the prefix; its README.md shows how to give it")
+            after = torch.tensor([self.config.after_ids], dtype=input_ids.dtype)
+            decoder_input_ids = after.to(input_ids.device).expand(len(input_ids), -1)
         if decoder_attention_mask is None:
             decoder_attention_mask = torch.ones_like(decoder_input_ids)
         prefix, end = (x.to(table.weight.dtype) / self._scale(table)

@@ -44,11 +44,12 @@ def fitting_spec(
 ) -> PartitionSpec:
     """As `spec`, but an axis that its devices cannot share evenly is held whole.
 
-    Vocabularies of 32,001 rows are common, and so are fewer key heads than tensor devices.
+    Vocabularies of 32,001 rows are common, and so are fewer key heads than tensor devices. A batch
+    is not: it has to divide.
     """
     axes = [
-        axis if axis is None or size % _devices(axis, mesh) == 0 else None
-        for axis, size in zip(spec(names), shape, strict=True)
+        axis if axis is None or name == "batch" or size % _devices(axis, mesh) == 0 else None
+        for name, axis, size in zip(names, spec(names), shape, strict=True)
     ]
     return PartitionSpec(*axes)
 
@@ -62,6 +63,6 @@ def constrain(x: jax.Array, *names: str | None) -> jax.Array:
     """Pins an activation's sharding by logical names; without a mesh set, returns `x` as it is."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
-        spec(names)
+        spec(names)  # names are checked without a mesh, too
         return x
     return jax.lax.with_sharding_constraint(x, fitting_spec(names, x.shape, mesh))

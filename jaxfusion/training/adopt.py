@@ -134,8 +134,8 @@ def _ours(path: Path, described, tensors: TensorFiles, named) -> tuple[Config, F
         decoder=DecoderConfig(names["decoder"], revisions["decoder"]),
         fusion=FusionConfig(fusion["name"], fusion["layer"], d_ff=fusion["d_ff"]),
         projector=ProjectorConfig(projector["name"], projector["d_ff"], projector["latents"]),
-        data=DataConfig(text_prompt=described["text_prompt"],
-                        chat_template=described["chat_template"]),
+        data=DataConfig(text_prompt=described.get("text_prompt", ""),
+                        chat_template=described.get("chat_template", False)),
     )
     return config, trained
 

@@ -46,6 +46,7 @@ from jaxfusion.training.pretrain import CHECKPOINT
 from jaxfusion.training.state import Flat, find_towers, load_tokenizers, read_shapes
 
 MODELING = "modeling_jaxfusion.py"
+QUERY = "{query}"  # in a text prompt
 logger = logging.getLogger(__name__)
 
 
@@ -97,11 +98,21 @@ def _collect(workdir: Path, out: Path) -> Trained:
     shapes = read_shapes(paths)
     own = bridge_table(config.fusion.name, config.projector.name)
     _check_trained(trained, own, {role: table(shapes[role]) for role in ROLES}, workdir)
-    for kept in (workdir, *paths.values()):
-        if kept.resolve().is_relative_to(out.resolve()) or out.resolve() == kept.resolve():
-            raise InputError(f"{out} holds {kept}, which is read; give another directory")
+    _check_out(out, workdir, *paths.values())
     tokenizers = load_tokenizers(config, paths, shapes)
     return Trained(workdir, step, config, trained, paths, shapes, tokenizers)
+
+
+def _check_out(out: Path, *kept: Path) -> None:
+    """Raises InputError where writing to `out` would remove what is read."""
+    for path in kept:
+        if path.resolve().is_relative_to(out.resolve()):
+            raise InputError(f"{out} holds {path}, which is read; give another directory")
+
+
+def _check_dtype(dtype: str | None) -> None:
+    if dtype is not None:
+        choose("dtype", dtype, DTYPES)
 
 
 def export(
@@ -120,10 +131,9 @@ def export(
     Raises:
       InputError: no trained bridge in `workdir`, or `out` is not empty.
     """
-    if dtype is not None:
-        choose("dtype", dtype, DTYPES)
-        if not merge:
-            raise InputError("--dtype is that of the backbones, which only --merge writes")
+    _check_dtype(dtype)
+    if dtype is not None and not merge:
+        raise InputError("--dtype is that of the backbones, which only --merge writes")
     bridge = _collect(workdir, out)
     config, tokenizers = bridge.config, bridge.tokenizers
     described = _describe(bridge, merge, dtype)
@@ -160,6 +170,7 @@ def export_langbridge(
     Raises:
       InputError: LangBridge has no such fusion or projector, or as in `export`.
     """
+    _check_dtype(dtype)
     bridge = _collect(workdir, out)
     config, tokenizers = bridge.config, bridge.tokenizers
     kinds = {ours: theirs for theirs, ours in ALIGNMENTS.items()}
@@ -210,7 +221,9 @@ def export_tower(
     Raises:
       InputError: the run has not come to its end, or `out` is not empty.
     """
+    _check_dtype(dtype)
     config, source = configs.load(workdir / CONFIG_FILE), workdir / CHECKPOINT
+    _check_out(out, workdir, source)
     if not source.is_dir():
         raise InputError(f"{workdir} has not come to its end: {source} is missing; start its "
                          "train.py command again")
@@ -277,8 +290,11 @@ def _describe(bridge: Trained, merge: bool, dtype: str | None) -> dict[str, Any]
         "projector": {"name": config.projector.name, "d_ff": hidden,
                       "latents": config.projector.latents},
         "added_tokens": list(config.encoder.added_tokens),
-        "bos_token_id": decoder.bos_token_id, "eos_token_id": decoder.eos_token_id,
-        "start_ids": bridge.tokenizers.start, "text_prompt": config.data.text_prompt,
+        "bos_token_id": decoder.bos_token_id, "eos_token_id": bridge.tokenizers.eos,
+        "start_ids": bridge.tokenizers.start,
+        "after_ids": None if QUERY in config.data.text_prompt
+        else bridge.tokenizers.encode_prompts([config.data.text_prompt])[0],
+        "text_prompt": config.data.text_prompt,
         "chat_template": config.data.chat_template,
         "jaxfusion_version": version("jaxfusion"),
     }
@@ -308,17 +324,18 @@ def _card(bridge: Trained, described: dict[str, Any]) -> str:
 
 
 def _asking(bridge: Trained) -> dict[str, str]:
-    """Lines of the card's example that give the text after the prefix, where there is one."""
-    text = bridge.tokenizers.asked(bridge.config.data.text_prompt)
-    if not text:
+    """Lines of the card's example that give the text after the prefix, where inputs have it."""
+    prompt, tokenizers = bridge.config.data.text_prompt, bridge.tokenizers
+    if QUERY not in prompt:
         return {"prompt": "", "more": ""}
-    prompt = f"""\
+    close = f"strip() + {tokenizers.turn.after!r}" if tokenizers.turn else "rstrip()"
+    lines = f"""\
 answers.pad_token = answers.pad_token or answers.eos_token
-prompts = [{text!r}.replace("{{query}}", text) for text in texts]
+prompts = [{prompt!r}.replace("{QUERY}", text).{close} for text in texts]
 after = answers(prompts, add_special_tokens=False, padding=True, padding_side="left",
                 return_tensors="pt")
 """
-    return {"prompt": prompt, "more": "after.input_ids, after.attention_mask, "}
+    return {"prompt": lines, "more": "after.input_ids, after.attention_mask, "}
 
 
 def _licence(path: Path) -> str:

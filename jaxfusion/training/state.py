@@ -200,7 +200,7 @@ def load_tokenizers(config: Config, paths: dict[str, Path], shapes) -> Tokenizer
     encoder, decoder = (
         load_tokenizer(paths[role], shapes[role].vocab_size, role, added[role]) for role in ROLES
     )
-    turn = chat_turn(decoder) if config.data.chat_template else ("", "")
+    turn = chat_turn(decoder) if config.data.chat_template else None
     return Tokenizers(encoder, decoder, turn)
 
 
