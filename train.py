@@ -1,6 +1,8 @@
 """Runs a config: `train.py --config configs/NAME.py[:arg] [--workdir DIR] [--config.x.y=v]`.
 
-The same command started again resumes where the run stands.
+The same command started again resumes where the run stands. With `--compile_only` nothing runs: the
+training step is compiled, for the devices that are here or for `--topology v4-32`, and what it
+takes is printed.
 """
 
 import re
@@ -16,6 +18,8 @@ from jaxfusion.errors import InputError
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "configs/NAME.py[:arg]", lock_config=True)
 WORKDIR = flags.DEFINE_string("workdir", None, "default: runs/<config name>")
+COMPILE_ONLY = flags.DEFINE_bool("compile_only", False, "compile the step, print what it takes")
+TOPOLOGY = flags.DEFINE_string("topology", None, "TPU slice to compile for, such as v4-32")
 flags.mark_flag_as_required("config")
 
 
@@ -34,10 +38,15 @@ def main(argv: list[str]) -> None:
         raise InputError(f"there is no config file {file}; this project's own are in configs/")
     config = from_config_dict(CONFIG.value)
     workdir = Path(WORKDIR.value or default_workdir(name))
+    if TOPOLOGY.value is not None and not COMPILE_ONLY.value:
+        raise InputError("--topology goes with --compile_only; a run takes the devices it finds")
     # jax, and all that stands on it, is imported only once the config is known to be right, and of
     # the jobs only the one that runs.
     from jaxfusion.testing.debug import make_inputs
-    if config.job == "compare":
+
+    if COMPILE_ONLY.value:
+        _compile(config)
+    elif config.job == "compare":
         from jaxfusion.training.compare import compare
 
         compare(replace(config, base=make_inputs(config.base)), workdir)
@@ -52,6 +61,19 @@ def main(argv: list[str]) -> None:
 
         train(make_inputs(config), workdir)
         print(f"done: {workdir}; score it with: python eval.py --workdir {workdir}")
+
+
+def _compile(config) -> None:
+    import jax
+
+    from jaxfusion.testing.debug import make_inputs
+    from jaxfusion.training.compile_only import compile_only
+
+    if config.job != "bridge":
+        raise InputError(f"--compile_only is for bridges, this config's job is '{config.job}'")
+    if TOPOLOGY.value is not None:  # libtpu compiles without a TPU; nothing runs elsewhere either
+        jax.config.update("jax_platforms", "cpu")
+    compile_only(make_inputs(config), TOPOLOGY.value)
 
 
 if __name__ == "__main__":

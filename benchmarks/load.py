@@ -67,12 +67,10 @@ def parameters():
 
     tokens = jnp.zeros((1, 2), jnp.int32)
     decoder = Decoder(config(), jnp.bfloat16)
-    shapes, shardings = describe(
+    return describe(
         lambda: decoder.init(jax.random.key(0), tokens, tokens, tokens, method="score")["params"],
         make_mesh(1, jax.device_count(), 1),
     )
-    return {name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=shardings[name])
-            for name, x in shapes.items()}
 
 
 def measure(path: Path) -> None:

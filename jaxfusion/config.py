@@ -21,7 +21,8 @@ from jaxfusion.fields import FUSIONS, JOBS, CompareConfig, Config, Job
 from jaxfusion.files import write_whole
 
 # May differ when a run is resumed, besides a larger number of steps.
-FREE_ON_RESUME = ("mesh", "encoder.dtype", "decoder.dtype", "train.log_every")
+FREE_ON_RESUME = ("mesh", "encoder.dtype", "decoder.dtype", "encoder.remat", "decoder.remat",
+                  "train.accumulate", "train.log_every")
 
 
 def default_config(job: str = "bridge") -> ml_collections.ConfigDict:
@@ -114,8 +115,8 @@ def _from_json(values: dict[str, Any]) -> Job:
 # Fields that count something, and so are 1 or more (or left out).
 COUNTS = (
     "data.max_encoder_tokens", "data.max_decoder_tokens", "data.train_rows", "data.dev_rows",
-    "train.batch_size", "train.epochs", "train.steps", "train.log_every", "train.eval_every",
-    "train.checkpoint_every", "eval.batch_size", "eval.max_encoder_tokens",
+    "train.batch_size", "train.accumulate", "train.epochs", "train.steps", "train.log_every",
+    "train.eval_every", "train.checkpoint_every", "eval.batch_size", "eval.max_encoder_tokens",
     "eval.max_decoder_tokens", "eval.max_new_tokens", "data.max_tokens", "tower.d_model",
     "tower.d_ff", "tower.num_layers", "tower.num_heads", "tower.head_dim", "tower.vocab_size",
     "rows",

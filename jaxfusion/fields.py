@@ -23,6 +23,7 @@ class EncoderConfig:
     checkpoint: str = "google/mt5-large"  # a directory, or a hub id
     revision: str | None = None  # of a hub id; kept as a commit in the workdir once resolved
     dtype: str = "float32"  # of the frozen weights and activations: float32 or bfloat16
+    remat: str = "none"  # what the backward pass recomputes: none, dots (keep products), full
     dropout: float = 0.0  # 0.1 is what the papers' runs had by accident of `model.train()`
     added_tokens: tuple[str, ...] = ()  # LangBridge adds whitespace tokens to the tokenizer
 
@@ -34,7 +35,7 @@ class DecoderConfig:
     checkpoint: str = "meta-llama/Llama-3.2-1B-Instruct"
     revision: str | None = None
     dtype: str = "float32"
-    remat: str = "none"  # what the backward pass recomputes: none, dots (keep products), full
+    remat: str = "none"
 
 
 @dataclass(frozen=True)
@@ -108,7 +109,8 @@ class OptimizerConfig:
 class TrainConfig:
     """How long, and what is written when."""
 
-    batch_size: int = 8
+    batch_size: int = 8  # examples of a step, packed or not
+    accumulate: int = 1  # parts in which a step's batch is computed, one after the other
     epochs: int = 3
     steps: int | None = None  # in place of epochs
     seed: int = 0

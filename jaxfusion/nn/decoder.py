@@ -16,14 +16,10 @@ from jaxfusion.nn.layers import (
     capped,
     dot_product_attention,
     fan_in_normal,
+    rematerialised,
 )
 from jaxfusion.nn.rope import Rope, rope_tables, rotate
 from jaxfusion.sharding.rules import constrain
-
-REMAT_POLICIES = {
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-    "full": jax.checkpoint_policies.nothing_saveable,
-}
 
 
 @dataclass(frozen=True)
@@ -230,11 +226,9 @@ class Decoder(nn.Module):
         head_init = fan_in_normal(c.d_model, gain=3.0)
         embed_init = head_init if c.tie_embeddings else nn.initializers.normal(1.0)
         self.embedder = Embedding(c.vocab_size, c.d_model, embed_init, self.dtype, name="embed")
-        block = Block
-        if self.remat != "none":
-            block = nn.remat(Block, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
         self.blocks = nn.scan(
-            block, variable_axes={"params": 0}, split_rngs={"params": True}, length=c.num_layers,
+            rematerialised(Block, self.remat), variable_axes={"params": 0},
+            split_rngs={"params": True}, length=c.num_layers,
             in_axes=(0, 0, nn.broadcast, nn.broadcast, nn.broadcast),
             metadata_params={nn.PARTITION_NAME: "layers"},
         )(c, self.dtype, name="blocks")

@@ -33,6 +33,20 @@ def named(init: Callable, *names: str | None) -> Callable:
     return nn.with_logical_partitioning(init, names)
 
 
+# What a backward pass keeps of a block; the rest it computes again.
+REMAT_POLICIES = {
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
+
+
+def rematerialised(block: type[nn.Module], remat: str) -> type[nn.Module]:
+    """A block for `nn.scan`, by `none` (it keeps everything) or a name in `REMAT_POLICIES`."""
+    if remat == "none":
+        return block
+    return nn.remat(block, policy=REMAT_POLICIES[remat], prevent_cse=False)
+
+
 class Einsum(nn.Module):
     """A linear map, written as an einsum between the input and one kernel.
 

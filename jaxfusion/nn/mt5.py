@@ -21,6 +21,7 @@ from jaxfusion.nn.layers import (
     dot_product_attention,
     fan_in_normal,
     named,
+    rematerialised,
 )
 from jaxfusion.sharding.rules import constrain
 
@@ -162,11 +163,13 @@ class MT5Encoder(nn.Module):
       config: the shape.
       dtype: of parameters and activations; norms, softmax and mixes run in float32.
       dropout: the rate where mT5 has dropout (papers' runs left it on by accident: 0.1).
+      remat: what the backward pass recomputes: `none`, or a name in `REMAT_POLICIES`.
     """
 
     config: MT5Config
     dtype: jnp.dtype = jnp.float32
     dropout: float = 0.0
+    remat: str = "none"
 
     @nn.compact
     def __call__(
@@ -203,7 +206,8 @@ class MT5Encoder(nn.Module):
 
         emit = "states" if states else "dots" if probe is not None else ""
         blocks = nn.scan(
-            Block, variable_axes={"params": 0}, split_rngs={"params": True, "dropout": True},
+            rematerialised(Block, self.remat), variable_axes={"params": 0},
+            split_rngs={"params": True, "dropout": True},
             length=c.num_layers, in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
             metadata_params={nn.PARTITION_NAME: "layers"},
         )(c, self.dtype, self.dropout, deterministic, emit, name="blocks")

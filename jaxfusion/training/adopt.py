@@ -145,14 +145,13 @@ def _of_towers(
 ) -> Flat:
     """What an export without `--merge` holds of its backbones: the parameters trained in them."""
     bridge = make_bridge(config, shapes["encoder"], shapes["decoder"])
-    abstract, shardings = describe(lambda: bridge.init(jax.random.key(0), ROLES), make_mesh())
+    places = describe(lambda: bridge.init(jax.random.key(0), ROLES), make_mesh())
     rows = tuple(
         replace(row, theirs=f"{role}.{row.theirs}", ours=f"{role}/{row.ours}", also=())
         for role in ROLES for row in table(shapes[role]).rows
         if f"{role}.{row.theirs.format(i=0)}" in tensors.files
     )
-    wanted = {row.ours: jax.ShapeDtypeStruct(abstract[row.ours].shape, jnp.float32,
-                                             sharding=shardings[row.ours]) for row in rows}
+    wanted = {row.ours: places[row.ours].update(dtype=jnp.float32) for row in rows}
     # Fusion and projector have been read.
     return load_params(tensors.path, Table(rows, (r"(fusion|projector)\..*",)), wanted)
 

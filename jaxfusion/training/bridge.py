@@ -13,7 +13,7 @@ from jaxfusion.evaluation.metrics import accuracy
 from jaxfusion.evaluation.scoring import Scorer
 from jaxfusion.fields import Config
 from jaxfusion.training.checkpoint import trained_part
-from jaxfusion.training.loop import CONFIG_FILE, Run, run_to_end
+from jaxfusion.training.loop import CONFIG_FILE, Run, batch_shares, run_to_end
 from jaxfusion.training.state import Flat, Model, State, load_model, merge, overlay
 from jaxfusion.training.warm_start import warm_start
 
@@ -29,12 +29,7 @@ def prepare(config: Config, mesh, fresh: bool = True) -> Run:
     """Loads data and model, and says what was found; only a fresh run starts from another."""
     task = get_task(config.data.task)
     check_languages(config.data.task, (config.data.language,))
-    shards = mesh.shape["data"] * mesh.shape["fsdp"]
-    if config.train.batch_size % shards:
-        raise InputError(
-            f"train.batch_size {config.train.batch_size} does not divide by mesh data×fsdp "
-            f"= {shards}"
-        )
+    shares = batch_shares(config.train, mesh)
     examples, dev = (
         read_examples(config.data.task, task, split, config.data.language, config.data.path)
         for split in ("train", "dev")
@@ -55,7 +50,7 @@ def prepare(config: Config, mesh, fresh: bool = True) -> Run:
     if config.data.pack:
         layout = find_packing(
             rows, config.train.batch_size, len(model.tokenizers.start), config.train.seed,
-            2 * config.data.max_encoder_tokens, multiple=shards,
+            2 * config.data.max_encoder_tokens, multiple=shares,
         )
     steps = config.train.steps or config.train.epochs * steps_per_epoch(
         len(rows), config.train.batch_size

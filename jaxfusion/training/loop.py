@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jaxfusion import config as configs
 from jaxfusion.data.pipeline import iterate
 from jaxfusion.errors import InputError
-from jaxfusion.fields import Config, Job
+from jaxfusion.fields import Config, Job, TrainConfig
 from jaxfusion.sharding.mesh import make_mesh, sharding
 from jaxfusion.training.checkpoint import Checkpoints, abstract_like, saved_steps
 from jaxfusion.training.logs import RunLog
@@ -78,6 +78,19 @@ def run_to_end(config: Job, workdir: Path, prepare: Callable[..., Run]) -> State
             checkpoints.close()
 
 
+def batch_shares(train: TrainConfig, mesh) -> int:
+    """Into how many equal parts the rows of a batch go: of the mesh, and one after the other.
+
+    Raises:
+      InputError: the batch does not divide.
+    """
+    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    if train.batch_size % (shards * train.accumulate):
+        raise InputError(f"train.batch_size {train.batch_size} does not divide by mesh data×fsdp "
+                         f"= {shards} times train.accumulate = {train.accumulate}")
+    return shards * train.accumulate
+
+
 def check_workdir(config: Job, workdir: Path) -> Job:
     """The config, with hub commits as the workdir's earlier start resolved them.
 
@@ -128,7 +141,8 @@ def _run(run: Run, checkpoints: Checkpoints, workdir: Path, mesh) -> State:
         for name, group in config.optimizer.groups.items()
     }
     shardings = jax.tree.map(lambda x: x.sharding, state)
-    step_fn = make_train_step(run.loss, optimizer, schedules, shardings)
+    step_fn = make_train_step(run.loss, optimizer, schedules, shardings,
+                              config.train.accumulate)
     with RunLog(workdir, run.steps, int(state.step)) as log:
         state = _loop(run, state, step_fn, data, checkpoints, log, mesh)
     checkpoints.wait()

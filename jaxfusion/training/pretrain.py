@@ -26,7 +26,7 @@ from jaxfusion.nn.decoder import Decoder, DecoderConfig
 from jaxfusion.nn.mt5 import MT5Config, MT5Encoder
 from jaxfusion.nn.text_lm import TextLM
 from jaxfusion.training.checkpoint import trained_part
-from jaxfusion.training.loop import Run, put_batch, run_to_end
+from jaxfusion.training.loop import Run, batch_shares, put_batch, run_to_end
 from jaxfusion.training.optimizer import group_of_each
 from jaxfusion.training.state import Flat, State, describe, merge, replaced, start
 
@@ -76,10 +76,7 @@ def prepare(config: PretrainConfig, mesh, fresh: bool = True):
     if (name == "causal_lm") != (role == "decoder"):
         raise InputError(f"objective '{name}' does not train a tower of role '{role}': a decoder "
                          "learns by causal_lm, an encoder by masked_lm or code_switch")
-    shards = mesh.shape["data"] * mesh.shape["fsdp"]
-    if config.train.batch_size % shards:
-        raise InputError(f"train.batch_size {config.train.batch_size} does not divide by mesh "
-                         f"data×fsdp = {shards}")
+    batch_shares(config.train, mesh)
     path = Path(config.data.path).expanduser()
     check_version(path)
     corpus = read_corpus(path, config.data.languages)
@@ -122,7 +119,7 @@ def prepare(config: PretrainConfig, mesh, fresh: bool = True):
     def init() -> Params:
         return model.init(jax.random.key(config.train.seed))
 
-    trainable = start(init, describe(init, mesh)[1])
+    trainable = start(init, describe(init, mesh))
     if config.train.init_from is not None and fresh:
         source = Path(config.train.init_from)
         trainable = replaced(trainable, trained_part(source)[1], str(source))

@@ -84,6 +84,56 @@ def count(flat: Flat) -> int:
     return sum(x.size for x in flat.values())
 
 
+@dataclass(frozen=True)
+class Plan:
+    """A bridge and where its parameters will lie; nothing is read or made.
+
+    Attributes:
+      bridge: the model.
+      params: shape, dtype and sharding of every parameter by path.
+      groups: the optimiser group of every trained one.
+    """
+
+    bridge: Bridge
+    params: dict[str, jax.ShapeDtypeStruct]
+    groups: dict[str, str]
+
+    @property
+    def trainable(self) -> dict[str, jax.ShapeDtypeStruct]:
+        return {path: leaf for path, leaf in self.params.items() if path in self.groups}
+
+    @property
+    def frozen(self) -> dict[str, jax.ShapeDtypeStruct]:
+        return {path: leaf for path, leaf in self.params.items() if path not in self.groups}
+
+
+def plan_model(
+    config: Config, shapes: dict[str, MT5Config | DecoderConfig], mesh: Mesh
+) -> Plan:
+    """The bridge between two towers of these shapes on a mesh.
+
+    Raises:
+      InputError: whatever is wrong with names, patterns or the mesh.
+    """
+    bridge = make_bridge(config, shapes["encoder"], shapes["decoder"])
+    for role, shape in shapes.items():
+        if shape.num_heads % mesh.shape["tensor"]:
+            raise InputError(f"mesh.tensor is {mesh.shape['tensor']}, which does not divide the "
+                             f"{shape.num_heads} heads of the {role}; set mesh.tensor to a "
+                             "divisor, and mesh.fsdp to the rest of the devices")
+    every = ("encoder", "fusion", "projector", "decoder")
+    params = describe(lambda: bridge.init(jax.random.key(0), every), mesh)
+    groups = group_of_each(params, config.optimizer.groups)
+    if config.fusion.backward == "second_pass" and any(p.startswith("encoder/") for p in groups):
+        raise InputError(
+            "fusion.backward='second_pass' gives the encoder no gradient, but "
+            "optimizer.groups train part of it; use fusion.backward='stack'"
+        )
+    # What trains is float32 whatever its tower's dtype.
+    params |= {path: params[path].update(dtype=jnp.float32) for path in groups}
+    return Plan(bridge, params, groups)
+
+
 def load_model(config: Config, mesh: Mesh) -> Model:
     """Reads both towers, starts fusion and projector, and puts all of it on the mesh.
 
@@ -93,23 +143,19 @@ def load_model(config: Config, mesh: Mesh) -> Model:
     paths, config = find_towers(config)
     shapes = read_shapes(paths)
     tokenizers = load_tokenizers(config, paths, shapes)
-    bridge = make_bridge(config, shapes["encoder"], shapes["decoder"])
-    every = ("encoder", "fusion", "projector", "decoder")
-    abstract, shardings = describe(lambda: bridge.init(jax.random.key(0), every), mesh)
-    groups = group_of_each(abstract, config.optimizer.groups)
-    if config.fusion.backward == "second_pass" and any(p.startswith("encoder/") for p in groups):
-        raise InputError(
-            "fusion.backward='second_pass' gives the encoder no gradient, but "
-            "optimizer.groups train part of it; use fusion.backward='stack'"
-        )
-    flat = start(lambda: bridge.init(jax.random.key(config.train.seed)), shardings)
+    plan = plan_model(config, shapes, mesh)
+    flat = start(lambda: plan.bridge.init(jax.random.key(config.train.seed)), plan.params)
     for role in ROLES:
-        flat |= _read_tower(role, paths[role], table(shapes[role]), abstract, shardings, groups)
+        prefix = f"{role}/"
+        wanted = {name.removeprefix(prefix): leaf for name, leaf in plan.params.items()
+                  if name.startswith(prefix)}
+        read = load_params(paths[role], table(shapes[role]), wanted)
+        flat |= {prefix + name: x for name, x in read.items()}
     return Model(
-        config, bridge, tokenizers,
-        trainable={path: flat[path] for path in flat if path in groups},
-        frozen={path: flat[path] for path in flat if path not in groups},
-        groups=groups,
+        config, plan.bridge, tokenizers,
+        trainable={path: flat[path] for path in flat if path in plan.groups},
+        frozen={path: flat[path] for path in flat if path not in plan.groups},
+        groups=plan.groups,
     )
 
 
@@ -158,9 +204,10 @@ def make_bridge(config: Config, encoder, decoder) -> Bridge:
         raise InputError(f"fusion.layer is {fusion.layer}, the encoder has layers 1 to {layers}")
     dtypes = [jnp.dtype(choose("dtype", tower.dtype, DTYPES))
               for tower in (config.encoder, config.decoder)]
+    remats = [choose("remat", tower.remat, REMATS) for tower in (config.encoder, config.decoder)]
     return Bridge(
-        MT5Encoder(encoder, dtypes[0], config.encoder.dropout),
-        Decoder(decoder, dtypes[1], choose("remat", config.decoder.remat, REMATS)),
+        MT5Encoder(encoder, dtypes[0], config.encoder.dropout, remats[0]),
+        Decoder(decoder, dtypes[1], remats[1]),
         _make_projector(config, decoder.d_model),
         fusion.name, fusion.layer, fusion.dropout, fusion.d_ff,
         choose("fusion.backward", fusion.backward, BACKWARDS),
@@ -204,8 +251,8 @@ def load_tokenizers(config: Config, paths: dict[str, Path], shapes) -> Tokenizer
     return Tokenizers(encoder, decoder, turn)
 
 
-def describe(init: Callable[[], Params], mesh: Mesh) -> tuple[Flat, dict[str, NamedSharding]]:
-    """Shape and sharding, by path, of the boxed parameters that `init` makes; makes none."""
+def describe(init: Callable[[], Params], mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shape, dtype and sharding, by path, of the boxed parameters that `init` makes; makes none."""
     is_box = lambda x: isinstance(x, nn.LogicallyPartitioned)  # noqa: E731
     flat = {
         "/".join(str(key.key) for key in path): box
@@ -223,27 +270,18 @@ def describe(init: Callable[[], Params], mesh: Mesh) -> tuple[Flat, dict[str, Na
     if whole:
         logger.warning("held whole, as mesh %s does not divide them: %s",
                        dict(mesh.shape), ", ".join(sorted(whole)))
-    shardings = {path: NamedSharding(mesh, x) for path, x in specs.items()}
-    return {path: box.value for path, box in flat.items()}, shardings
+    return {
+        path: jax.ShapeDtypeStruct(box.value.shape, box.value.dtype,
+                                   sharding=NamedSharding(mesh, specs[path]))
+        for path, box in flat.items()
+    }
 
 
-def start(init: Callable[[], Params], shardings: dict[str, NamedSharding]) -> Flat:
+def start(init: Callable[[], Params], places: dict[str, jax.ShapeDtypeStruct]) -> Flat:
     """Fresh parameters by path, made where they belong."""
 
     def flat():
         return traverse_util.flatten_dict(nn.unbox(init()), sep="/")
 
-    out = {path: shardings[path] for path in jax.eval_shape(flat)}
+    out = {path: places[path].sharding for path in jax.eval_shape(flat)}
     return jax.jit(flat, out_shardings=out)()
-
-
-def _read_tower(role, path, rows, abstract: Flat, shardings, groups) -> Flat:
-    """One tower's parameters; trained ones in float32 whatever the tower's dtype."""
-    prefix = f"{role}/"
-    wanted = {
-        name.removeprefix(prefix): jax.ShapeDtypeStruct(
-            leaf.shape, jnp.float32 if name in groups else leaf.dtype, sharding=shardings[name]
-        )
-        for name, leaf in abstract.items() if name.startswith(prefix)
-    }
-    return {prefix + name: x for name, x in load_params(path, rows, wanted).items()}

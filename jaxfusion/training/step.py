@@ -4,10 +4,12 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 from jaxtyping import Array
 
 from jaxfusion.nn.bridge import Params
+from jaxfusion.sharding.rules import constrain
 from jaxfusion.training.state import Flat, State, merge
 
 Metrics = dict[str, Array]
@@ -17,7 +19,7 @@ Loss = Callable[[Params, Any, Array], tuple[Array, Array]]
 
 def make_train_step(
     loss: Loss, optimizer: optax.GradientTransformation, schedules: dict[str, Callable],
-    shardings: State | None = None,
+    shardings: State | None = None, accumulate: int = 1,
 ) -> Callable[[State, Flat, Any, Array], tuple[State, Metrics]]:
     """The jitted step `(state, frozen, batch, key) -> (state, metrics)`; the state is donated.
 
@@ -25,17 +27,13 @@ def make_train_step(
       loss: of a batch, under all parameters.
       schedules: learning rate by group name, for the metrics.
       shardings: of the state; it comes out as it went in, or the second step compiles again.
+      accumulate: into so many parts the batch is cut, whose gradients are added up.
     """
-
-    def of_trainable(trainable: Flat, frozen: Flat, batch: Any, key: Array):
-        return loss(merge(trainable, frozen), batch, key)
 
     def step(state: State, frozen: Flat, batch: Any, key: Array) -> tuple[State, Metrics]:
         # The key depends on the step alone, so a resumed run drops what an undisturbed one drops.
         key = jax.random.fold_in(key, state.step)
-        (value, targets), grads = jax.value_and_grad(of_trainable, has_aux=True)(
-            state.trainable, frozen, batch, key
-        )
+        value, targets, grads = gradient(loss, state.trainable, frozen, batch, key, accumulate)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable)
         trainable = optax.apply_updates(state.trainable, updates)
         metrics = {
@@ -47,3 +45,37 @@ def make_train_step(
         return State(state.step + 1, trainable, opt_state), metrics
 
     return jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
+
+
+def gradient(
+    loss: Loss, trainable: Flat, frozen: Flat, batch: Any, key: Array, accumulate: int = 1
+) -> tuple[Array, Array, Flat]:
+    """Mean loss of a batch, its number of targets, and the gradient of the trained part.
+
+    In parts, it is still the mean over the targets of the whole batch, wherever they lie.
+    """
+
+    def total(trainable: Flat, part: Any, key: Array):
+        mean, count = loss(merge(trainable, frozen), part, key)
+        return mean * (count if accumulate > 1 else 1), count
+
+    grad = jax.value_and_grad(total, has_aux=True)
+    if accumulate == 1:
+        (mean, count), grads = grad(trainable, batch, key)
+        return mean, count, grads
+
+    def add(sums, part):
+        number, rows = part
+        (value, count), grads = grad(trainable, rows, jax.random.fold_in(key, number))
+        return jax.tree.map(jnp.add, sums, (value, count.astype(jnp.float32), grads)), None
+
+    # Each part takes every so-many-th row, so that every device has its share of each.
+    parts = jax.tree.map(lambda x: jnp.moveaxis(
+        x.reshape(-1, accumulate, *x.shape[1:]), 1, 0), batch)
+    parts = jax.tree.map(lambda x: constrain(x, None, "batch", *[None] * (x.ndim - 2)), parts)
+    zero = jnp.zeros((), jnp.float32)
+    sums, _ = jax.lax.scan(
+        add, (zero, zero, jax.tree.map(jnp.zeros_like, trainable)), (jnp.arange(accumulate), parts))
+    value, count, grads = sums
+    return value / jnp.maximum(count, 1), count, jax.tree.map(
+        lambda x: x / jnp.maximum(count, 1), grads)

@@ -1,0 +1,297 @@
+"""What a compiled program does: FLOPs, bytes and collectives, loop bodies as often as they run.
+
+XLA's own cost analysis counts the body of a loop once, whatever its trip count; here the text of
+the optimised program (one device's share) is read. Memory traffic is that of whole instructions:
+what a fusion keeps to itself costs nothing, of a buffer that it slices only the slice counts, and
+buffers that the compiler placed on the chip are free.
+"""
+
+import math
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import numpy as np
+
+COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute",
+               "ragged-all-to-all", "collective-broadcast")
+# These move nothing by themselves.
+FREE = {"parameter", "tuple", "get-tuple-element", "bitcast", "constant", "while", "conditional",
+        "call", "optimization-barrier", "after-all", "partition-id", "replica-id", "iota", "domain"}
+INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.-]+) = (.*?) ([a-z][\w-]*)\((.*)$")
+HEADER = re.compile(r"^(ENTRY )?%?([\w.-]+) \(.*\) -> .* \{$")
+ARRAY = re.compile(r"([a-z]+\d*\w*)\[([\d,]*)\](\{[^}]*\})?")
+ON_CHIP = re.compile(r"S\([1-9]\d*\)")
+
+
+@dataclass
+class Instruction:
+    """One line of a program."""
+
+    name: str
+    type: str
+    opcode: str
+    rest: str  # operands and attributes
+
+    @cached_property
+    def operands(self) -> list[str]:
+        depth, end = 1, len(self.rest)
+        for i, letter in enumerate(self.rest):
+            depth += (letter in "({") - (letter in ")}")
+            if depth == 0:
+                end = i
+                break
+        return re.findall(r"%([\w.-]+)", self.rest[:end])
+
+    def attribute(self, name: str) -> str | None:
+        found = re.search(rf"{name}=(\{{[^{{}}]*\}}|%?[\w.<>-]+)", self.rest)
+        return found and found[1].lstrip("%")
+
+    @cached_property
+    def shape(self) -> tuple[int, ...]:
+        """Of the first array of its type."""
+        return _arrays(self.type)[0][0]
+
+    @cached_property
+    def bytes(self) -> float:
+        """Of all its arrays in the device's memory."""
+        return sum(math.prod(dims) * size for dims, size, on_chip in _arrays(self.type)
+                   if not on_chip)
+
+
+def _arrays(text: str) -> list[tuple[tuple[int, ...], float, bool]]:
+    """Dimensions, bytes of an element and whether it lies on the chip, of every array in a type."""
+    found = []
+    for kind, dims, layout in ARRAY.findall(text):
+        bits = re.search(r"\d+", kind)
+        size = 1.0 if kind == "pred" else int(bits[0]) / 8 if bits else 0.0
+        shape = tuple(int(x) for x in dims.split(",")) if dims else ()
+        found.append((shape, size, bool(ON_CHIP.search(layout))))
+    return found or [((), 0.0, False)]
+
+
+@dataclass
+class Cost:
+    """Of one run of a program on one device.
+
+    Attributes:
+      flops: of matrix products and kernels that tell theirs.
+      bytes: moved from and to the device's memory.
+      collectives: by kind, how many and how many bytes each device sends.
+      unknown: loops whose trip count the text does not tell, counted once.
+    """
+
+    flops: float = 0.0
+    bytes: float = 0.0
+    collectives: dict[str, tuple[float, float]] = field(default_factory=dict)
+    unknown: int = 0
+
+    def add(self, other: "Cost", times: float = 1.0) -> None:
+        self.flops += times * other.flops
+        self.bytes += times * other.bytes
+        self.unknown += other.unknown
+        for kind, (count, size) in other.collectives.items():
+            have = self.collectives.get(kind, (0.0, 0.0))
+            self.collectives[kind] = (have[0] + times * count, have[1] + times * size)
+
+    @property
+    def sent(self) -> float:
+        """Bytes that each device sends."""
+        return sum(size for _, size in self.collectives.values())
+
+
+def program_cost(text: str) -> Cost:
+    """The cost of a compiled program's text (`compiled.as_text()`)."""
+    return _Program(text).cost
+
+
+class _Program:
+    def __init__(self, text: str):
+        self.computations: dict[str, dict[str, Instruction]] = {}
+        self.entry, current = "", None
+        for line in text.splitlines():
+            if header := HEADER.match(line):
+                current = self.computations.setdefault(header[2], {})
+                self.entry = header[2] if header[1] else self.entry
+            elif line.startswith("}"):
+                current = None
+            elif current is not None and (found := INSTRUCTION.match(line)):
+                current[found[1]] = Instruction(*found.groups())
+        self.known: dict[tuple[str, bool], Cost] = {}
+
+    @property
+    def cost(self) -> Cost:
+        return self.of(self.entry)
+
+    def of(self, name: str, fused: bool = False) -> Cost:
+        """A computation's cost; within a fusion nothing reaches the memory."""
+        if (name, fused) not in self.known:
+            total = Cost()
+            for x in self.computations.get(name, {}).values():
+                self._count(x, self.computations[name], fused, total)
+            self.known[name, fused] = total
+        return self.known[name, fused]
+
+    def _count(self, x: Instruction, around: dict[str, Instruction], fused: bool, total: Cost):
+        kind = x.opcode.removesuffix("-start")
+        if kind in COLLECTIVES:
+            sent = _sent(kind, x, around)
+            total.add(Cost(collectives={kind: (1.0, sent)}))
+        elif x.opcode == "while":
+            times = self._trips(x, around)
+            total.unknown += times is None
+            total.add(self.of(x.attribute("body")), times or 1)
+        elif x.opcode == "conditional":
+            branches = re.findall(r"%([\w.-]+)", x.rest.split("branch_computations=")[-1]) if (
+                "branch_computations" in x.rest) else [
+                    x.attribute("true_computation"), x.attribute("false_computation")]
+            total.add(max((self.of(b) for b in branches if b in self.computations),
+                          key=lambda cost: cost.flops, default=Cost()))
+        elif called := x.attribute("calls") or (x.opcode == "call" and x.attribute("to_apply")):
+            total.add(self.of(called, fused or x.opcode == "fusion"))
+        total.flops += FLOPS.get(x.opcode, lambda *_: 0.0)(x, around)
+        if not fused and kind not in FREE and not x.opcode.endswith("-done"):
+            total.bytes += self._traffic(x, around)
+
+    def _trips(self, loop: Instruction, around: dict[str, Instruction]) -> int | None:
+        """How often a loop runs: from a note of the compiler, or from its counter."""
+        if known := re.search(r'known_trip_count":\{"n":"(\d+)"', loop.rest):
+            return int(known[1])
+        condition = self.computations.get(loop.attribute("condition"), {})
+        limits = [n for x in condition.values() if (n := _integer(x)) is not None]
+        counters = [re.search(r"index=(\d+)", x.rest) for x in condition.values()
+                    if x.opcode == "get-tuple-element" and _is_integer(x)]
+        if len(limits) != 1 or len(counters) != 1:
+            return None
+        place, body = int(counters[0][1]), self.computations[loop.attribute("body")]
+        # An unrolled loop counts by more than one.
+        step = _increment(list(body.values())[-1].operands[place], body)
+        first = around.get(loop.operands[0])
+        start = first and first.opcode == "tuple" and around.get(first.operands[place])
+        begin = _integer(start) or 0 if start else 0
+        return None if step is None else -(-(limits[0] - begin) // step)
+
+    def _traffic(self, x: Instruction, around: dict[str, Instruction]) -> float:
+        """What an instruction reads and writes."""
+        operands = [around[name] for name in x.operands if name in around]
+        if x.opcode in ("dynamic-slice", "gather"):
+            return 2 * x.bytes
+        if x.opcode in ("dynamic-update-slice", "scatter"):
+            return 2 * sum(operand.bytes for operand in operands[1:])
+        inside = self.computations.get(x.attribute("calls") or "", {})
+        if x.opcode != "fusion" or not inside:
+            return x.bytes + sum(operand.bytes for operand in operands)
+        read = sum(_read(i, operand, inside) for i, operand in enumerate(operands))
+        updates = [y for y in inside.values() if y.opcode == "dynamic-update-slice"]
+        written = x.bytes
+        for y in updates:  # written in place: of the whole buffer only the slice
+            if inside[y.operands[0]].opcode in ("parameter", "bitcast", "convert"):
+                written += min(inside[y.operands[1]].bytes - y.bytes, 0.0)
+        return read + max(written, 0.0)
+
+
+def _is_integer(x: Instruction) -> bool:
+    return bool(re.match(r"[su](32|64)\[\]", x.type))
+
+
+def _integer(x: Instruction) -> int | None:
+    """The value of an integer constant."""
+    found = re.match(r"(-?\d+)\)", x.rest) if x.opcode == "constant" and _is_integer(x) else None
+    return found and int(found[1])
+
+
+def _increment(name: str, body: dict[str, Instruction]) -> int | None:
+    """What a loop adds to its counter: the constants on the way back to the tuple it came in."""
+    total, x = 0, body.get(name)
+    while x is not None and x.opcode in ("add", "copy"):
+        operands = [body[name] for name in x.operands]
+        total += sum(_integer(operand) or 0 for operand in operands)
+        x = next((operand for operand in operands if _integer(operand) is None), None)
+    return total if total > 0 and x is not None and x.opcode == "get-tuple-element" else None
+
+
+def _read(number: int, operand: Instruction, inside: dict[str, Instruction]) -> float:
+    """How much of an operand a fusion reads: slices, if it takes nothing else of it."""
+    name = next((y.name for y in inside.values()
+                 if y.opcode == "parameter" and y.rest.startswith(f"{number})")), None)
+    users = [y for y in inside.values() if name in y.operands]
+    if operand.bytes and users and all(
+        y.opcode in ("dynamic-slice", "gather", "dynamic-update-slice") and y.operands[0] == name
+        for y in users
+    ):
+        return sum(0.0 if y.opcode == "dynamic-update-slice" else y.bytes or _size(y)
+                   for y in users)
+    return operand.bytes
+
+
+def _size(x: Instruction) -> float:
+    """Bytes of an instruction's arrays, wherever they lie."""
+    return sum(math.prod(dims) * size for dims, size, _ in _arrays(x.type))
+
+
+def _sent(kind: str, x: Instruction, around: dict[str, Instruction]) -> float:
+    """Bytes that each device of a ring sends in a collective."""
+    given = sum(_size(around[name]) for name in x.operands if name in around)
+    devices = _group_size(x)
+    if kind == "all-gather":
+        return given * (devices - 1)
+    if kind == "all-reduce":
+        return 2 * given * (devices - 1) / devices
+    if kind in ("collective-permute", "collective-broadcast"):
+        return given
+    return given * (devices - 1) / devices
+
+
+def _group_size(x: Instruction) -> int:
+    groups = x.rest.split("replica_groups=")[-1] if "replica_groups=" in x.rest else ""
+    if found := re.match(r"\[\d+,(\d+)\]<=", groups):
+        return int(found[1])
+    if groups.startswith("mesh["):
+        sizes = dict(re.findall(r"'(\w+)'=(\d+)", groups.split("]")[0]))
+        chosen = re.search(r"\]\s*\{([^}]*)\}", groups)
+        names = re.findall(r"'(\w+)'", chosen[1]) if chosen else list(sizes)
+        return math.prod(int(sizes[name]) for name in names)
+    if found := re.match(r"\{\{([\d,]+)\}", groups):
+        return len(found[1].split(","))
+    return 2
+
+
+def _dot(x: Instruction, around: dict[str, Instruction]) -> float:
+    left = around[x.operands[0]].shape
+    axes = re.findall(r"\d+", x.attribute("lhs_contracting_dims") or "")
+    return 2.0 * math.prod(x.shape) * math.prod(left[int(axis)] for axis in axes)
+
+
+def _convolution(x: Instruction, around: dict[str, Instruction]) -> float:
+    """TPU programs write matrix products as convolutions, batches as dilated windows."""
+    labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", x.rest)
+    left, right = (around[name].shape for name in x.operands[:2])
+    into = right[labels[2].index("i")]
+    total = 2.0 * into
+    for size, label in zip(x.shape, labels[3], strict=True):
+        if label in "bf":
+            total *= size
+    found = re.search(r"window=\{([^}]*)\}", x.rest)
+    window = dict(re.findall(r"(\w+)=([\w-]+)", found[1] if found else ""))
+    for d, label in enumerate(sorted(set(labels[2]) - {"i", "o"})):
+        stride, dilate, spread = (int(window[name].split("x")[d]) if name in window else 1
+                                  for name in ("stride", "lhs_dilate", "rhs_dilate"))
+        low = int(window["pad"].split("x")[d].split("_")[0]) if "pad" in window else 0
+        out = np.arange(x.shape[labels[3].index(label)])[:, None] * stride
+        taps = np.arange(right[labels[2].index(label)])[None, :] * spread
+        place = out + taps - low
+        end = (left[labels[1].index(label)] - 1) * dilate
+        total *= int(((place >= 0) & (place <= end) & (place % dilate == 0)).sum())
+    return total
+
+
+def _kernel(x: Instruction, around: dict[str, Instruction]) -> float:
+    """What a Pallas kernel says of itself."""
+    found = re.search(r'"flops":\s*"?(\d+)', x.rest)
+    return float(found[1]) if found else 0.0
+
+
+FLOPS: dict[str, Callable[[Instruction, dict[str, Instruction]], float]] = {
+    "dot": _dot, "convolution": _convolution, "custom-call": _kernel,
+}
