@@ -37,7 +37,6 @@ def get_config(arg=None):
     config.optimizer.schedule = "constant"
     config.optimizer.warmup_fraction = 0.0
     config.train.batch_size = 128
-    config.train.accumulate = 4
     config.train.epochs = 1
     config.train.eval_every = config.train.checkpoint_every = 200
     config.eval.batch_size = 64

@@ -22,7 +22,7 @@ from jaxfusion.files import write_whole
 
 # May differ when a run is resumed, besides a larger number of steps.
 FREE_ON_RESUME = ("mesh", "encoder.dtype", "decoder.dtype", "encoder.remat", "decoder.remat",
-                  "train.accumulate", "train.log_every")
+                  "encoder.attention", "decoder.attention", "train.accumulate", "train.log_every")
 
 
 def default_config(job: str = "bridge") -> ml_collections.ConfigDict:

@@ -11,6 +11,7 @@ BACKWARDS = ("stack", "second_pass")
 PROJECTORS = ("linear", "ffn", "mapping", "resampler")
 SCHEDULES = ("cosine", "constant")
 DTYPES = ("float32", "bfloat16")
+ATTENTIONS = ("auto", "plain", "cudnn", "pallas")
 REMATS = ("none", "dots", "full")
 ROLES = ("encoder", "decoder")
 OBJECTIVES = ("causal_lm", "masked_lm", "code_switch")
@@ -24,6 +25,7 @@ class EncoderConfig:
     revision: str | None = None  # of a hub id; kept as a commit in the workdir once resolved
     dtype: str = "float32"  # of the frozen weights and activations: float32 or bfloat16
     remat: str = "none"  # what the backward pass recomputes: none, dots (keep products), full
+    attention: str = "auto"  # plain, cudnn (GPU), pallas (TPU); auto: what the device has
     dropout: float = 0.0  # 0.1 is what the papers' runs had by accident of `model.train()`
     added_tokens: tuple[str, ...] = ()  # LangBridge adds whitespace tokens to the tokenizer
 
@@ -36,6 +38,7 @@ class DecoderConfig:
     revision: str | None = None
     dtype: str = "float32"
     remat: str = "none"
+    attention: str = "auto"
 
 
 @dataclass(frozen=True)

@@ -9,12 +9,11 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int
 
+from jaxfusion.nn.attention import FUSED, Pattern, capped, plain_attention, usable
 from jaxfusion.nn.layers import (
     Einsum,
     Embedding,
     RMSNorm,
-    capped,
-    dot_product_attention,
     fan_in_normal,
     rematerialised,
 )
@@ -130,9 +129,10 @@ class SelfAttention(nn.Module):
 
     config: DecoderConfig
     dtype: jnp.dtype
+    attention: str
 
     @nn.compact
-    def __call__(self, x, turn, mask, kv, start):
+    def __call__(self, x, turn, mask, segments, kind, kv, start):
         c = self.config
         into = partial(Einsum, "bnd,dkh->bnkh", init=fan_in_normal(c.d_model), dtype=self.dtype,
                        bias_init=nn.initializers.normal(0.5) if c.qkv_bias else None)
@@ -149,8 +149,17 @@ class SelfAttention(nn.Module):
             write = jax.lax.dynamic_update_slice_in_dim
             k = write(kv[0], k.astype(kv[0].dtype), start, axis=1)
             v = write(kv[1], v.astype(kv[1].dtype), start, axis=1)
+        q = constrain(q, "batch", "length", "heads", "head_dim")
         scale = c.head_dim**-0.5 if c.attn_scale is None else c.attn_scale
-        mixed = dot_product_attention(q, k, v, mask, scale=scale, cap=c.attn_cap)
+        if mask is not None:
+            mixed = plain_attention(q, k, v, mask, scale=scale, cap=c.attn_cap)
+        else:
+            every = [
+                partial(FUSED[self.attention], pattern=Pattern(True, scale, window, c.attn_cap))
+                for window in c.kinds
+            ]
+            mixed = every[0](q, k, v, segments) if len(every) == 1 else jax.lax.switch(
+                kind, every, q, k, v, segments)
         out = Einsum(
             "bnkh,khd->bnd", (c.num_heads, c.head_dim, c.d_model), ("heads", "head_dim", "embed"),
             fan_in_normal(c.num_heads * c.head_dim), self.dtype, name="o",
@@ -172,6 +181,7 @@ class FeedForward(nn.Module):
             fan_in_normal(c.d_model), self.dtype,
         )
         hidden = ACTIVATIONS[c.activation](into(name="gate")(x)) * into(name="up")(x)
+        hidden = constrain(hidden, "batch", "length", "mlp")
         return Einsum(
             "bnf,fd->bnd", (c.d_ff, c.d_model), ("mlp", "embed"),
             fan_in_normal(c.d_ff), self.dtype, name="down",
@@ -181,14 +191,16 @@ class FeedForward(nn.Module):
 class Block(nn.Module):
     """One pre-norm block, in the form `nn.scan` wants: x is carried, its cache scanned over.
 
-    `kind` picks the block's rotary tables and mask out of those of all kinds.
+    `kind` picks the block's rotary tables and mask out of those of all kinds; without masks the
+    kernel named `attention` reads the segments.
     """
 
     config: DecoderConfig
     dtype: jnp.dtype
+    attention: str
 
     @nn.compact
-    def __call__(self, x, kv, kind, turns, masks, start):
+    def __call__(self, x, kv, kind, turns, masks, segments, start):
         c = self.config
         if len(c.kinds) == 1:
             kind = 0  # known when compiled: nothing is copied
@@ -196,7 +208,8 @@ class Block(nn.Module):
         norm = partial(RMSNorm, c.norm_eps, self.dtype, c.norm_offset)
         after = norm if c.post_norms else lambda name: lambda h: h
         h = norm(name="attn_norm")(x)
-        h, kv = SelfAttention(c, self.dtype, name="attn")(h, turn, mask, kv, start)
+        attend = SelfAttention(c, self.dtype, self.attention, name="attn")
+        h, kv = attend(h, turn, mask, segments, kind, kv, start)
         x = x + after(name="attn_post_norm")(h)
         h = norm(name="mlp_norm")(x)
         h = FeedForward(c, self.dtype, name="mlp")(h)
@@ -214,11 +227,13 @@ class Decoder(nn.Module):
       config: shape and features.
       dtype: of parameters and activations; norms, softmax and logits run in float32.
       remat: what the backward pass recomputes: `none`, or a name in `REMAT_POLICIES`.
+      attention: a name in `KERNELS`; with a cache it is always plain.
     """
 
     config: DecoderConfig
     dtype: jnp.dtype = jnp.float32
     remat: str = "none"
+    attention: str = "plain"
 
     def setup(self):
         c = self.config
@@ -229,9 +244,8 @@ class Decoder(nn.Module):
         self.blocks = nn.scan(
             rematerialised(Block, self.remat), variable_axes={"params": 0},
             split_rngs={"params": True}, length=c.num_layers,
-            in_axes=(0, 0, nn.broadcast, nn.broadcast, nn.broadcast),
-            metadata_params={nn.PARTITION_NAME: "layers"},
-        )(c, self.dtype, name="blocks")
+            in_axes=(0, 0, *[nn.broadcast] * 4), metadata_params={nn.PARTITION_NAME: "layers"},
+        )(c, self.dtype, self.attention, name="blocks")
         self.final_norm = RMSNorm(c.norm_eps, self.dtype, c.norm_offset, name="final_norm")
         if not c.tie_embeddings:
             self.head = Embedding(c.vocab_size, c.d_model, head_init, self.dtype, name="head")
@@ -269,13 +283,17 @@ class Decoder(nn.Module):
             kv = (cache.k, cache.v)
         c, real = self.config, segments != 0
         most = jnp.max(jnp.where(real, positions, 0), axis=1)
-        masks = jnp.stack([causal_mask(positions, segments, k_positions, k_segments, window)
-                           for window in c.kinds])
+        kernel = "plain" if cache is not None else usable(
+            self.attention, *positions.shape, c.head_dim, self.dtype, c.attn_cap)
+        masks = None if kernel != "plain" else jnp.stack([
+            causal_mask(positions, segments, k_positions, k_segments, window)
+            for window in c.kinds
+        ])
         ropes = [c.local_rope if window and c.local_rope else c.rope for window in c.kinds]
         turns = jax.tree.map(lambda *x: jnp.stack(x), *(
             rope_tables(rope, c.head_dim, positions, most) for rope in ropes))
         x = constrain(embeddings.astype(self.dtype), "batch", "length", None)
-        x, kv = self.blocks(x, kv, jnp.array(c.kind_of_layer), turns, masks, start)
+        x, kv = self.blocks(x, kv, jnp.array(c.kind_of_layer), turns, masks, segments, start)
         new_cache = None if cache is None else Cache(*kv, k_positions, k_segments)
         return self.final_norm(x), new_cache
 

@@ -7,11 +7,9 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 Names = tuple[str | None, ...]
-# Large enough to silence a masked score, small enough that float32 sums of it stay finite.
-MASKED = -1e30
 
 
 def fan_in_normal(fan_in: int, gain: float = 1.0) -> Callable:
@@ -118,36 +116,3 @@ class Embedding(nn.Module):
             "...d,vd->...v", x, self.embedding.astype(self.dtype),
             preferred_element_type=jnp.float32,
         )
-
-
-def capped(x: Float[Array, "*B"], cap: float | None) -> Float[Array, "*B"]:
-    """`cap * tanh(x / cap)`, or x where there is no cap (Gemma 2, arXiv:2408.00118)."""
-    return x if cap is None else cap * jnp.tanh(x / cap)
-
-
-def dot_product_attention(
-    q: Float[Array, "B S N H"],
-    k: Float[Array, "B T K H"],
-    v: Float[Array, "B T K H"],
-    mask: Bool[Array, "B S T"],
-    *,
-    scale: float,
-    bias: Float[Array, "N S T"] | None = None,
-    cap: float | None = None,
-    dropout: Callable[[Array], Array] = lambda weights: weights,
-) -> Float[Array, "B S N H"]:
-    """Softmax attention with an optional additive bias; query heads may share key-value heads.
-
-    The softmax runs in float32. A query that may attend nowhere gets a mean over all values; such
-    queries are padding, and nothing reads them.
-    """
-    batch, length, heads, _ = q.shape
-    groups = heads // k.shape[2]
-    grouped = q.reshape(batch, length, k.shape[2], groups, -1)
-    scores = jnp.einsum("bskgh,btkh->bkgst", grouped, k, preferred_element_type=jnp.float32)
-    scores = capped(scores * scale, cap)
-    if bias is not None:
-        scores = scores + bias.reshape(k.shape[2], groups, *bias.shape[1:])
-    scores = jnp.where(mask[:, None, None], scores, MASKED)
-    weights = dropout(jax.nn.softmax(scores, axis=-1)).astype(v.dtype)
-    return jnp.einsum("bkgst,btkh->bskgh", weights, v).reshape(batch, length, heads, -1)

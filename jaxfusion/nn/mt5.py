@@ -14,11 +14,11 @@ import numpy as np
 from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
+from jaxfusion.nn.attention import FUSED, Pattern, plain_attention, usable
 from jaxfusion.nn.layers import (
     Einsum,
     Embedding,
     RMSNorm,
-    dot_product_attention,
     fan_in_normal,
     named,
     rematerialised,
@@ -80,17 +80,22 @@ class SelfAttention(nn.Module):
     config: MT5Config
     dtype: jnp.dtype
     dropout: float
+    attention: str
 
     @nn.compact
-    def __call__(self, x, mask, bias, deterministic):
+    def __call__(self, x, mask, segments, bias, deterministic):
         c = self.config
         shape, names = (c.d_model, c.num_heads, c.head_dim), ("embed", "heads", "head_dim")
         into = partial(Einsum, "bsd,dnh->bsnh", shape, names, dtype=self.dtype)
         q = into(init=fan_in_normal(c.d_model * c.head_dim), name="q")(x)
         k = into(init=fan_in_normal(c.d_model), name="k")(x)
         v = into(init=fan_in_normal(c.d_model), name="v")(x)
+        q = constrain(q, "batch", "length", "heads", "head_dim")
         drop = nn.Dropout(self.dropout, deterministic=deterministic)
-        mixed = dot_product_attention(q, k, v, mask, scale=1.0, bias=bias, dropout=drop)
+        if mask is not None:
+            mixed = plain_attention(q, k, v, mask, scale=1.0, bias=bias, dropout=drop)
+        else:
+            mixed = FUSED[self.attention](q, k, v, segments, Pattern(False, 1.0), bias)
         return Einsum(
             "bsnh,nhd->bsd", shape[1:] + shape[:1], names[1:] + names[:1],
             fan_in_normal(c.num_heads * c.head_dim), self.dtype, name="o",
@@ -112,6 +117,7 @@ class FeedForward(nn.Module):
             fan_in_normal(c.d_model), self.dtype,
         )
         hidden = jax.nn.gelu(into(name="gate")(x), approximate=True) * into(name="up")(x)
+        hidden = constrain(hidden, "batch", "length", "mlp")
         hidden = nn.Dropout(self.dropout, deterministic=deterministic)(hidden)
         return Einsum(
             "bsf,fd->bsd", (c.d_ff, c.d_model), ("mlp", "embed"),
@@ -131,16 +137,18 @@ class Block(nn.Module):
     dropout: float
     deterministic: bool
     emit: str
+    attention: str
 
     @nn.compact
-    def __call__(self, carry, weight, mask, bias, probe):
+    def __call__(self, carry, weight, mask, segments, bias, probe):
         x, mixed = carry
         c, common = self.config, (self.dtype, self.dropout)
         drop = nn.Dropout(self.dropout, deterministic=self.deterministic)
         if c.bias_per_layer:
             bias = RelativeBias(c, name="relative_bias")(x.shape[1])
         h = RMSNorm(c.norm_eps, self.dtype, name="attn_norm")(x)
-        h = SelfAttention(c, *common, name="attn")(h, mask, bias, self.deterministic)
+        attend = SelfAttention(c, *common, self.attention, name="attn")
+        h = attend(h, mask, segments, bias, self.deterministic)
         x = x + drop(h)
         h = RMSNorm(c.norm_eps, self.dtype, name="mlp_norm")(x)
         x = x + drop(FeedForward(c, *common, name="mlp")(h, self.deterministic))
@@ -164,12 +172,14 @@ class MT5Encoder(nn.Module):
       dtype: of parameters and activations; norms, softmax and mixes run in float32.
       dropout: the rate where mT5 has dropout (papers' runs left it on by accident: 0.1).
       remat: what the backward pass recomputes: `none`, or a name in `REMAT_POLICIES`.
+      attention: a name in `KERNELS`; with dropout it is always plain.
     """
 
     config: MT5Config
     dtype: jnp.dtype = jnp.float32
     dropout: float = 0.0
     remat: str = "none"
+    attention: str = "plain"
 
     @nn.compact
     def __call__(
@@ -202,19 +212,22 @@ class MT5Encoder(nn.Module):
                           name="embed")
         x = constrain(drop(embed(tokens)), "batch", "length", None)
         bias = None if c.bias_per_layer else RelativeBias(c, name="relative_bias")(x.shape[1])
-        attend = (segments[:, :, None] == segments[:, None, :]) & (segments != 0)[:, None, :]
+        kernel = "plain" if self.dropout and not deterministic else usable(
+            self.attention, *tokens.shape, c.head_dim, self.dtype)
+        mask = None if kernel != "plain" else (
+            segments[:, :, None] == segments[:, None, :]) & (segments != 0)[:, None, :]
 
         emit = "states" if states else "dots" if probe is not None else ""
         blocks = nn.scan(
             rematerialised(Block, self.remat), variable_axes={"params": 0},
             split_rngs={"params": True, "dropout": True},
-            length=c.num_layers, in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
+            length=c.num_layers, in_axes=(0, *[nn.broadcast] * 4),
             metadata_params={nn.PARTITION_NAME: "layers"},
-        )(c, self.dtype, self.dropout, deterministic, emit, name="blocks")
+        )(c, self.dtype, self.dropout, deterministic, emit, self.attention, name="blocks")
         # The last block's raw output is not a state: h_L is read after the final norm, below.
         raw = jnp.zeros(c.num_layers) if mix is None else mix.at[-1].set(0.0)
         mixed = None if mix is None else jnp.zeros(x.shape, jnp.float32)
-        (x, mixed), emitted = blocks((x, mixed), raw, attend, bias, probe)
+        (x, mixed), emitted = blocks((x, mixed), raw, mask, segments, bias, probe)
         last = drop(RMSNorm(c.norm_eps, self.dtype, name="final_norm")(x))
         if states:
             return emitted.at[-1].set(last)

@@ -11,7 +11,8 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Bool, Float
 
-from jaxfusion.nn.layers import Einsum, dot_product_attention, named, symmetric_uniform
+from jaxfusion.nn.attention import plain_attention
+from jaxfusion.nn.layers import Einsum, named, symmetric_uniform
 
 # The hidden layer's activation; LangBridge's GELU is the exact (erf) one.
 ACTIVATIONS = {"ffn": partial(jax.nn.gelu, approximate=False), "mapping": jax.nn.relu}
@@ -98,7 +99,7 @@ class Resampler(nn.Module):
         ones = jnp.ones((x.shape[0], self.latents), bool)
         visible = jnp.concatenate([mask, ones], axis=1)[:, None]
         visible = jnp.broadcast_to(visible, (x.shape[0], self.latents, visible.shape[-1]))
-        mixed = dot_product_attention(q, k, v, visible, scale=self.head_dim**-0.5)
+        mixed = plain_attention(q, k, v, visible, scale=self.head_dim**-0.5)
         y = latents + linear(inner, d, "o", bias=False)(mixed.reshape(*latents.shape[:2], inner))
         h = ACTIVATIONS["ffn"](linear(d, 4 * d, "up")(y))
         y = nn.Dropout(self.dropout, deterministic=deterministic)(y + linear(4 * d, d, "down")(h))

@@ -19,7 +19,7 @@ COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "coll
 # These move nothing by themselves.
 FREE = {"parameter", "tuple", "get-tuple-element", "bitcast", "constant", "while", "conditional",
         "call", "optimization-barrier", "after-all", "partition-id", "replica-id", "iota", "domain"}
-INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.-]+) = (.*?) ([a-z][\w-]*)\((.*)$")
+INSTRUCTION = re.compile(r"^\s+(ROOT )?%?([\w.-]+) = (.*?) ([a-z][\w-]*)\((.*)$")
 HEADER = re.compile(r"^(ENTRY )?%?([\w.-]+) \(.*\) -> .* \{$")
 ARRAY = re.compile(r"([a-z]+\d*\w*)\[([\d,]*)\](\{[^}]*\})?")
 ON_CHIP = re.compile(r"S\([1-9]\d*\)")
@@ -29,6 +29,7 @@ ON_CHIP = re.compile(r"S\([1-9]\d*\)")
 class Instruction:
     """One line of a program."""
 
+    root: str | None
     name: str
     type: str
     opcode: str
@@ -109,15 +110,17 @@ def program_cost(text: str) -> Cost:
 class _Program:
     def __init__(self, text: str):
         self.computations: dict[str, dict[str, Instruction]] = {}
-        self.entry, current = "", None
+        self.entry, current, last = "", None, None
         for line in text.splitlines():
             if header := HEADER.match(line):
                 current = self.computations.setdefault(header[2], {})
                 self.entry = header[2] if header[1] else self.entry
-            elif line.startswith("}"):
+            elif line == "}":
                 current = None
             elif current is not None and (found := INSTRUCTION.match(line)):
-                current[found[1]] = Instruction(*found.groups())
+                last = current[found[2]] = Instruction(*found.groups())
+            elif current is not None and last is not None:  # what a kernel says of itself
+                last.rest += line
         self.known: dict[tuple[str, bool], Cost] = {}
 
     @property
@@ -166,7 +169,8 @@ class _Program:
             return None
         place, body = int(counters[0][1]), self.computations[loop.attribute("body")]
         # An unrolled loop counts by more than one.
-        step = _increment(list(body.values())[-1].operands[place], body)
+        root = next(x for x in body.values() if x.root)
+        step = _increment(root.operands[place], body)
         first = around.get(loop.operands[0])
         start = first and first.opcode == "tuple" and around.get(first.operands[place])
         begin = _integer(start) or 0 if start else 0

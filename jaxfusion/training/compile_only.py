@@ -41,6 +41,7 @@ class Needs:
       weights, optimizer, batch: bytes of the step's arguments. activations: bytes of all else that
         lives at once. peak: their sum. allowed: bytes that a program may use; None if not known.
       model_flops: of all chips, without what is computed again. flops, bytes: of the program.
+      unknown_loops: whose length the program does not tell; counted as if they ran once.
       collectives: by kind, number and bytes sent.
       seconds: at the chip's peaks, for `compute`, `memory` and `network` each; empty if not known.
       binds: which of them is the longest. compile_seconds: what it took here.
@@ -58,6 +59,7 @@ class Needs:
     model_flops: float
     flops: float
     bytes: float
+    unknown_loops: int
     collectives: dict[str, tuple[float, float]]
     seconds: dict[str, float]
     binds: str | None
@@ -125,7 +127,7 @@ def measure(config: Config, devices: list[jax.Device]) -> Needs:
     return Needs(
         devices[0].device_kind, len(devices), dict(mesh.shape), **parts, activations=activations,
         peak=peak, allowed=chip and chip.memory, model_flops=useful, flops=cost.flops,
-        bytes=cost.bytes, collectives=cost.collectives, seconds=times,
+        bytes=cost.bytes, unknown_loops=cost.unknown, collectives=cost.collectives, seconds=times,
         binds=max(times, key=times.get) if times else None, compile_seconds=seconds,
     )
 
@@ -174,8 +176,8 @@ def _step(config: Config, plan: Plan, state: State):
 
 def _model_flops(config: Config, shapes, mesh, trainable, frozen, batch, key) -> float:
     """Of loss and gradient in plain form, nothing computed twice."""
-    plain = replace(config, encoder=replace(config.encoder, remat="none"),
-                    decoder=replace(config.decoder, remat="none"),
+    plain = replace(config, encoder=replace(config.encoder, remat="none", attention="plain"),
+                    decoder=replace(config.decoder, remat="none", attention="plain"),
                     fusion=replace(config.fusion, backward="stack"))
     loss = plan_model(plain, shapes, mesh).bridge.loss
     return count_flops(lambda *x: gradient(loss, *x), trainable, frozen, batch, key)
@@ -251,6 +253,8 @@ def _print(needs: Needs) -> None:
     table.add_row("model FLOPs (its share)", f"{needs.model_flops / needs.chips / 1e12:.2f} T")
     table.add_row("program's FLOPs", f"{needs.flops / 1e12:.2f} T")
     table.add_row("program's bytes", f"{needs.bytes / 1e9:.1f} GB")
+    if needs.unknown_loops:
+        table.add_row("loops of unknown length", f"{needs.unknown_loops}, counted once")
     for kind, (count, size) in sorted(needs.collectives.items()):
         table.add_row(f"{kind} × {count:.0f}", f"{size / 1e9:.2f} GB")
     for kind, seconds in needs.seconds.items():

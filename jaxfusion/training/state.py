@@ -18,7 +18,16 @@ from jaxtyping import Array, Int
 from jaxfusion.data.lexicon import check_version
 from jaxfusion.data.tokenizers import Tokenizers, chat_turn, load_tokenizer
 from jaxfusion.errors import InputError, choose
-from jaxfusion.fields import BACKWARDS, DTYPES, FUSIONS, PROJECTORS, REMATS, ROLES, Config
+from jaxfusion.fields import (
+    ATTENTIONS,
+    BACKWARDS,
+    DTYPES,
+    FUSIONS,
+    PROJECTORS,
+    REMATS,
+    ROLES,
+    Config,
+)
 from jaxfusion.hf.configs import decoder_config, encoder_config
 from jaxfusion.hf.hub import resolve
 from jaxfusion.hf.load import load_params, read_config
@@ -115,7 +124,8 @@ def plan_model(
     Raises:
       InputError: whatever is wrong with names, patterns or the mesh.
     """
-    bridge = make_bridge(config, shapes["encoder"], shapes["decoder"])
+    platform = mesh.devices.flat[0].platform
+    bridge = make_bridge(config, shapes["encoder"], shapes["decoder"], platform)
     for role, shape in shapes.items():
         if shape.num_heads % mesh.shape["tensor"]:
             raise InputError(f"mesh.tensor is {mesh.shape['tensor']}, which does not divide the "
@@ -193,8 +203,15 @@ def replaced(current: Flat, trained: dict[str, np.ndarray], source: str) -> Flat
     return current | placed
 
 
-def make_bridge(config: Config, encoder, decoder) -> Bridge:
+# What `attention='auto'` is on each platform.
+KERNEL_OF = {"cpu": "plain", "gpu": "cudnn", "cuda": "cudnn", "tpu": "pallas"}
+
+
+def make_bridge(config: Config, encoder, decoder, platform: str | None = None) -> Bridge:
     """The bridge of a config over towers of these shapes.
+
+    Args:
+      platform: of the devices it is for; defaults to jax's.
 
     Raises:
       InputError: unknown names, or a layer that the encoder does not have.
@@ -205,9 +222,12 @@ def make_bridge(config: Config, encoder, decoder) -> Bridge:
     dtypes = [jnp.dtype(choose("dtype", tower.dtype, DTYPES))
               for tower in (config.encoder, config.decoder)]
     remats = [choose("remat", tower.remat, REMATS) for tower in (config.encoder, config.decoder)]
+    own = KERNEL_OF.get(platform or jax.default_backend(), "plain")
+    kernels = [own if choose("attention", tower.attention, ATTENTIONS) == "auto"
+               else tower.attention for tower in (config.encoder, config.decoder)]
     return Bridge(
-        MT5Encoder(encoder, dtypes[0], config.encoder.dropout, remats[0]),
-        Decoder(decoder, dtypes[1], remats[1]),
+        MT5Encoder(encoder, dtypes[0], config.encoder.dropout, remats[0], kernels[0]),
+        Decoder(decoder, dtypes[1], remats[1], kernels[1]),
         _make_projector(config, decoder.d_model),
         fusion.name, fusion.layer, fusion.dropout, fusion.d_ff,
         choose("fusion.backward", fusion.backward, BACKWARDS),

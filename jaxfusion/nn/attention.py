@@ -1,0 +1,197 @@
+"""Softmax attention: in plain form, by cuDNN on GPUs, by Pallas kernels on TPUs.
+
+The plain form is the reference of the other two. They read the tokens of a segment in the order of
+their slots, so what a mask of positions allows there must be what slots allow: true of every row
+whose segments lie without gaps, as batches are made.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from jaxfusion.sharding.rules import fitting_spec
+
+KERNELS = ("plain", "cudnn", "pallas")
+# Large enough to silence a masked score, small enough that float32 sums of it stay finite.
+MASKED = -1e30
+BLOCK = 128  # slots that a Pallas kernel takes at a time, or a multiple
+LANES = 128  # of a TPU's vector unit; splash attention wants heads as wide
+
+
+@dataclass(frozen=True)
+class Pattern:
+    """Who attends to whom, of the tokens of a segment.
+
+    Attributes:
+      causal: to earlier ones and itself alone.
+      window: to the last so many, itself counted; None is all.
+      scale: of the scores. cap: their bound, `cap * tanh(x / cap)`; None has none.
+    """
+
+    causal: bool
+    scale: float
+    window: int | None = None
+    cap: float | None = None
+
+
+def capped(x: Float[Array, "*B"], cap: float | None) -> Float[Array, "*B"]:
+    """`cap * tanh(x / cap)`, or x where there is no cap (Gemma 2, arXiv:2408.00118)."""
+    return x if cap is None else cap * jnp.tanh(x / cap)
+
+
+def plain_attention(
+    q: Float[Array, "B S N H"],
+    k: Float[Array, "B T K H"],
+    v: Float[Array, "B T K H"],
+    mask: Bool[Array, "B S T"],
+    *,
+    scale: float,
+    bias: Float[Array, "N S T"] | None = None,
+    cap: float | None = None,
+    dropout: Callable[[Array], Array] = lambda weights: weights,
+) -> Float[Array, "B S N H"]:
+    """Softmax attention with an optional additive bias; query heads may share key-value heads.
+
+    The softmax runs in float32. A query that may attend nowhere gets a mean over all values; such
+    queries are padding, and nothing reads them.
+    """
+    batch, length, heads, _ = q.shape
+    groups = heads // k.shape[2]
+    grouped = q.reshape(batch, length, k.shape[2], groups, -1)
+    scores = jnp.einsum("bskgh,btkh->bkgst", grouped, k, preferred_element_type=jnp.float32)
+    scores = capped(scores * scale, cap)
+    if bias is not None:
+        scores = scores + bias.reshape(k.shape[2], groups, *bias.shape[1:])
+    scores = jnp.where(mask[:, None, None], scores, MASKED)
+    weights = dropout(jax.nn.softmax(scores, axis=-1)).astype(v.dtype)
+    return jnp.einsum("bkgst,btkh->bskgh", weights, v).reshape(batch, length, heads, -1)
+
+
+def usable(
+    kernel: str, rows: int, length: int, head_dim: int, dtype: jnp.dtype, cap: float | None = None
+) -> str:
+    """The kernel, or `plain` where it cannot do what is asked."""
+    if kernel == "cudnn" and (length % 2 or head_dim % 8 or head_dim > 256 or cap is not None
+                              or jnp.dtype(dtype).itemsize != 2):
+        return "plain"
+    if kernel == "pallas" and not _mesh().empty and (
+        rows % math.prod(_mesh().shape[axis] for axis in ("data", "fsdp"))
+    ):
+        return "plain"
+    return kernel
+
+
+def cudnn_attention(
+    q: Float[Array, "B S N H"], k: Float[Array, "B S K H"], v: Float[Array, "B S K H"],
+    segments: Int[Array, "B S"], pattern: Pattern, bias: Float[Array, "N S S"] | None = None,
+    implementation: str = "cudnn",
+) -> Float[Array, "B S N H"]:
+    """As `plain_attention`, by `jax.nn.dot_product_attention`.
+
+    Args:
+      implementation: `xla` runs the same call on any device.
+    """
+    same = (segments[:, :, None] == segments[:, None, :]) & (segments != 0)[:, None, :]
+    window = None if pattern.window is None else (pattern.window - 1, 0)
+    return jax.nn.dot_product_attention(
+        q, k, v, None if bias is None else bias[None].astype(q.dtype), same[:, None],
+        scale=pattern.scale, is_causal=pattern.causal, local_window_size=window,
+        implementation=implementation,
+    )
+
+
+def pallas_attention(
+    q: Float[Array, "B S N H"], k: Float[Array, "B S K H"], v: Float[Array, "B S K H"],
+    segments: Int[Array, "B S"], pattern: Pattern, bias: Float[Array, "N S S"] | None = None,
+    interpret: bool = False,
+) -> Float[Array, "B S N H"]:
+    """As `plain_attention`, by jax's kernels for TPUs, on each device's rows and heads.
+
+    Splash attention for causal patterns, flash attention for those with a bias.
+
+    Args:
+      interpret: runs splash attention on any device; for the other one there is jax's
+        `force_tpu_interpret_mode`.
+    """
+    length = q.shape[1]
+    pad = -length % BLOCK
+    q, k, v = (jnp.pad(x, ((0, 0), (0, pad), (0, 0), (0, 0))) for x in (q, k, v))
+    segments = jnp.pad(segments, ((0, 0), (0, pad)))
+    if bias is not None:
+        bias = jnp.pad(bias, ((0, 0), (0, pad), (0, pad)))
+    kernel = partial(_splash, interpret) if pattern.causal else _flash
+    kernel = partial(kernel, pattern)
+    if _mesh().empty:
+        return kernel(q, k, v, segments, bias)[:, :length]
+    heads = fitting_spec(("heads", "kv_heads"), (q.shape[2], k.shape[2]), _mesh())
+    if heads[0] != heads[1]:  # each device needs the keys of its own query heads
+        k, v = (jnp.repeat(x, q.shape[2] // k.shape[2], axis=2) for x in (k, v))
+    rows = fitting_spec(("batch", None, "heads", None), q.shape, _mesh())
+    specs = (rows, rows, rows, fitting_spec(("batch", None), segments.shape, _mesh()),
+             None if bias is None else fitting_spec(("heads", None, None), bias.shape, _mesh()))
+    # Kernels say nothing of how their results vary over the mesh.
+    split = jax.shard_map(kernel, in_specs=specs, out_specs=rows, check_vma=False)
+    return split(q, k, v, segments, bias)[:, :length]
+
+
+# By name; the plain form takes a mask in place of segments and pattern.
+FUSED = {"cudnn": cudnn_attention, "pallas": pallas_attention}
+
+
+def _mesh():
+    return jax.sharding.get_abstract_mesh()
+
+
+def _splash(interpret: bool, pattern: Pattern, q, k, v, segments, bias) -> Array:
+    from jax.experimental.pallas.ops.tpu.splash_attention import (
+        splash_attention_kernel as splash,
+    )
+    from jax.experimental.pallas.ops.tpu.splash_attention import (
+        splash_attention_mask as masks,
+    )
+
+    length, width = q.shape[1], q.shape[-1]
+    shape = (length, length)
+    one = masks.CausalMask(shape) if pattern.window is None else masks.LocalMask(
+        shape, (pattern.window - 1, 0), 0)
+    block = _block(length)
+    sizes = splash.BlockSizes(
+        block_q=block, block_kv=block, block_kv_compute=block, block_q_dkv=block,
+        block_kv_dkv=block, block_kv_dkv_compute=block, block_q_dq=block, block_kv_dq=block,
+    )
+    kernel = splash.make_splash_mha(
+        masks.MultiHeadMask([one] * q.shape[2]), block_sizes=sizes, head_shards=1, q_seq_shards=1,
+        attn_logits_soft_cap=pattern.cap, interpret=interpret,
+    )
+    spare = ((0, 0), (0, 0), (0, 0), (0, -width % LANES))
+    q, k, v = (jnp.pad(x, spare).swapaxes(1, 2) for x in (q * pattern.scale, k, v))
+    out = jax.vmap(kernel)(q, k, v, splash.SegmentIds(segments, segments))
+    return out.swapaxes(1, 2)[..., :width]
+
+
+def _flash(pattern: Pattern, q, k, v, segments, bias) -> Array:
+    from jax.experimental.pallas.ops.tpu import flash_attention as flash
+
+    q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))
+    block = _block(q.shape[2])
+    names = flash.BlockSizes.__dataclass_fields__
+    sizes = flash.BlockSizes(**{name: 1 if name == "block_b" else block for name in names})
+
+    def one(row):
+        q, k, v, ids = (x[None] for x in row)
+        return flash.flash_attention(
+            q, k, v, None if bias is None else bias[None], flash.SegmentIds(ids, ids),
+            sm_scale=pattern.scale, block_sizes=sizes)[0]
+
+    # Row by row, which a TPU does anyway: the kernel wants a copy of the bias for each row at once.
+    return jax.lax.map(one, (q, k, v, segments)).swapaxes(1, 2)
+
+
+def _block(length: int) -> int:
+    """The largest of a few block sizes that divides the length."""
+    return next(size for size in (512, 256, BLOCK) if length % size == 0)
