@@ -2,7 +2,7 @@
 
 The same command started again resumes where the run stands. With `--compile_only` nothing runs: the
 training step is compiled, for the devices that are here or for `--topology v4-32`, and what it
-takes is printed.
+takes is printed. SIGTERM saves and ends the run with exit status 75.
 """
 
 import re
@@ -20,6 +20,8 @@ CONFIG = config_flags.DEFINE_config_file("config", None, "configs/NAME.py[:arg]"
 WORKDIR = flags.DEFINE_string("workdir", None, "default: runs/<config name>")
 COMPILE_ONLY = flags.DEFINE_bool("compile_only", False, "compile the step, print what it takes")
 TOPOLOGY = flags.DEFINE_string("topology", None, "TPU slice to compile for, such as v4-32")
+PROFILE = flags.DEFINE_string("profile_steps", None, "FIRST:LAST, traced into WORKDIR/profile")
+DISTRIBUTED = flags.DEFINE_bool("distributed", False, "this process is one of several")
 flags.mark_flag_as_required("config")
 
 
@@ -44,23 +46,39 @@ def main(argv: list[str]) -> None:
     # the jobs only the one that runs.
     from jaxfusion.testing.debug import make_inputs
 
+    if DISTRIBUTED.value:
+        from jaxfusion.sharding.hosts import join
+
+        join()
     if COMPILE_ONLY.value:
         _compile(config)
     elif config.job == "compare":
         from jaxfusion.training.compare import compare
 
+        if PROFILE.value:
+            raise InputError("--profile_steps is for one run, this config compares several")
         compare(replace(config, base=make_inputs(config.base)), workdir)
         print(f"done: {workdir / 'report.md'} and its pictures")
     elif config.job == "pretrain":
         from jaxfusion.training.pretrain import CHECKPOINT, pretrain
 
-        pretrain(make_inputs(config), workdir)
+        pretrain(make_inputs(config), workdir, _steps(PROFILE.value))
         print(f"done: {workdir / CHECKPOINT} is a Hugging Face directory")
     else:
         from jaxfusion.training.bridge import train
 
-        train(make_inputs(config), workdir)
+        train(make_inputs(config), workdir, _steps(PROFILE.value))
         print(f"done: {workdir}; score it with: python eval.py --workdir {workdir}")
+
+
+def _steps(text: str | None) -> tuple[int, int] | None:
+    """`10:15` as its two numbers."""
+    if text is None:
+        return None
+    found = re.fullmatch(r"(\d+):(\d+)", text)
+    if not found or not 0 < int(found[1]) <= int(found[2]):
+        raise InputError(f"--profile_steps is '{text}', wanted FIRST:LAST such as 10:15")
+    return int(found[1]), int(found[2])
 
 
 def _compile(config) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from absl import app, flags
 from absl import logging as absl_logging
 
-from jaxfusion.errors import InputError
+from jaxfusion.errors import InputError, Stopped
 
 
 def set_up_logging() -> None:
@@ -27,11 +27,15 @@ def refuse_words(argv: list[str]) -> None:
 
 
 def run_main(main: Callable[[list[str]], None]) -> None:
-    """Runs a script; what the user gave wrong ends it with one line and exit status 1."""
+    """Runs a script; what the user gave wrong ends it with one line and exit status 1, SIGTERM
+    with status 75 once all is saved."""
     try:
         app.run(main, flags_parser=_parse_flags)
     except InputError as error:
         sys.exit(f"error: {error}")
+    except Stopped as stopped:
+        print(stopped, file=sys.stderr)
+        sys.exit(Stopped.EXIT_CODE)
     except OSError as error:  # a full disk, a place that may not be written
         sys.exit(f"error: {error}")
 

@@ -8,6 +8,12 @@ class InputError(ValueError):
     """Something the user gave is wrong. The scripts print its text alone, without a traceback."""
 
 
+class Stopped(Exception):
+    """SIGTERM came: the run is saved, and the same command goes on with it."""
+
+    EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: try again
+
+
 def first_line(error: BaseException) -> str:
     """The first line of an exception's message, or its name where it has none."""
     return next(iter(str(error).splitlines()), type(error).__name__)

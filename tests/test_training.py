@@ -16,15 +16,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from conftest import relative
 
 from jaxfusion import config as configs
 from jaxfusion.config import default_config, finish, from_config_dict
 from jaxfusion.data.pipeline import subset
 from jaxfusion.data.sources import read_examples
 from jaxfusion.data.tasks import TASKS
-from jaxfusion.errors import InputError
+from jaxfusion.errors import InputError, Stopped
 from jaxfusion.evaluation.scoring import Scorer
 from jaxfusion.fields import Config, GroupConfig
+from jaxfusion.sharding import chips
 from jaxfusion.sharding.mesh import make_mesh
 from jaxfusion.testing import torch_reference as reference
 from jaxfusion.testing.checkpoints import write_checkpoints
@@ -36,7 +38,7 @@ from jaxfusion.training.logs import RunLog
 from jaxfusion.training.loop import put_batch, run_to_end
 from jaxfusion.training.optimizer import group_of_each, make_optimizer
 from jaxfusion.training.state import State, load_model, merge
-from jaxfusion.training.step import make_train_step
+from jaxfusion.training.step import gradient, make_train_step
 
 ROOT = Path(__file__).parent.parent
 
@@ -60,7 +62,7 @@ def equal(a, b) -> bool:
 def records(workdir):
     """Metrics by step and name, without speeds."""
     lines = [json.loads(x) for x in (workdir / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in x.items() if k != "examples_per_second"} for x in lines]
+    return [{k: v for k, v in x.items() if not k.endswith("_per_second")} for x in lines]
 
 
 @pytest.fixture(scope="module")
@@ -260,6 +262,60 @@ def test_a_killed_process_resumes(undisturbed, tmp_path):
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     assert "resuming" in done.stderr and "score it with" in done.stdout
     assert records(tmp_path / "run") == records(whole)
+
+
+def test_sigterm_saves_and_the_same_command_goes_on(undisturbed, tmp_path):
+    _, whole, _ = undisturbed
+    command = [sys.executable, "train.py", "--config=configs/xnli_paper.py:debug",
+               f"--workdir={tmp_path / 'run'}", "--config.train.steps=12",
+               "--config.train.log_every=2", "--config.train.eval_every=6",
+               "--config.train.checkpoint_every=12", "--config.data.dev_rows=12"]
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    while "step 2/" not in (line := process.stderr.readline()) and line:
+        pass
+    process.send_signal(signal.SIGTERM)
+    said = process.stderr.read()
+    assert process.wait() == Stopped.EXIT_CODE == 75
+    assert "stopped by SIGTERM after step" in said and "goes on from there" in said
+    steps = Checkpoints(tmp_path / "run").steps
+    assert steps and steps[-1] < 12
+    subprocess.run(command, cwd=ROOT, capture_output=True, check=True)
+    kept = {x["step"]: x["loss"] for x in records(tmp_path / "run") if "loss" in x}
+    wanted = {x["step"]: x["loss"] for x in records(whole) if "loss" in x}
+    assert {step: kept[step] for step in wanted} == wanted
+
+
+def test_parts_of_a_batch_are_its_whole(cache_dir):
+    """Gradients added up over parts are those of the batch, whatever targets lie in which part."""
+    config = make_config(cache_dir, "transformer_softmax,debug", fusion__dropout=0.0)
+    mesh = make_mesh()
+    with jax.set_mesh(mesh):
+        run = prepare(config, mesh)
+        batch = run.batches[0]
+        batch.target_mask[::3] = False  # parts with more and with fewer targets
+        grads = {}
+        for parts in (1, 2, 4, 8):
+            # A function of its own: the number of parts is no argument of a jitted one.
+            grads[parts] = jax.jit(lambda *x, parts=parts: gradient(run.loss, *x, parts))(
+                run.trainable, run.frozen, put_batch(batch, mesh), jax.random.key(0))
+    loss, count, whole = jax.device_get(grads[1])
+    for parts in (2, 4, 8):
+        value, n, parted = jax.device_get(grads[parts])
+        assert n == count and relative(value, loss) < 1e-5
+        for name in whole:
+            bound = 1e-5 * np.abs(whole[name]).max() + 1e-8
+            assert np.abs(parted[name] - whole[name]).max() < bound
+
+
+def test_a_trace_and_speeds_are_written(cache_dir, tmp_path, monkeypatch):
+    monkeypatch.setitem(chips.CHIPS, "cpu", chips.Chip(1e12, 1e12, 1e12, 1e12))
+    train(make_config(cache_dir, train__steps=6), tmp_path / "run", profile=(3, 4))
+    traces = list((tmp_path / "run" / "profile").rglob("perfetto_trace.json.gz"))
+    assert len(traces) == 1 and list((tmp_path / "run" / "profile").rglob("*.xplane.pb"))
+    lines = [json.loads(x) for x in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    for line in (x for x in lines if "loss" in x):
+        assert line["tokens_per_second"] > line["examples_per_second"] > 0
+        assert 0.1 < line["real_tokens"] <= 1 and 0 < line["model_flops_utilisation"] < 1
 
 
 def test_a_damaged_newest_checkpoint_is_passed_over(undisturbed, tmp_path, caplog):

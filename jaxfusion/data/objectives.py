@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import jax
 import numpy as np
 
 from jaxfusion.data.corpus import Document, Pair, induce_lexicon
@@ -152,12 +153,15 @@ class TextBatches:
 
     Args:
       rows, languages: of all texts. drawn: the numbers of those that are learned from.
+      place: of the rows of a batch on the devices; None makes all rows here.
     """
 
     def __init__(
         self, rows: CausalRows | DenoisingRows, languages: Sequence[str], drawn: np.ndarray,
         config: CorpusConfig, batch_size: int, seed: int, steps: int,
+        place: jax.sharding.Sharding | None = None,
     ):
+        self.place = place
         self.rows, self.batch_size, self.seed, self.steps = rows, batch_size, seed, steps
         self.buckets = tuple(b for b in config.buckets if b < config.max_tokens)
         self.buckets = (*self.buckets, config.max_tokens)
@@ -180,7 +184,8 @@ class TextBatches:
         bucket = rng.choice(len(self.buckets), p=self.chance)
         cumulated = self.cumulated[bucket]
         drawn = np.searchsorted(cumulated, rng.random(self.batch_size) * cumulated[-1])
-        return own_rows(self.batch(self.members[bucket][drawn], rng))
+        batch, own = self.batch(self.members[bucket][drawn], rng), own_rows(len(drawn), self.place)
+        return jax.tree.map(lambda x: x[own], batch)
 
     def batch(self, numbers: Sequence[int], rng: np.random.Generator) -> TextBatch:
         """The batch of these texts, in the smallest bucket that holds what came of them."""

@@ -1,8 +1,8 @@
 """The training input: a grain dataset of batches, the same whatever the hosts and restarts."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import lru_cache
-from typing import Any
 
 import grain
 import jax
@@ -48,15 +48,16 @@ class Batches:
     """All training batches by step number, as grain's random-access source.
 
     Each host makes its own rows of each global batch; the plan is the same on all of them.
+
+    Args:
+      place: of the rows of a batch on the devices; None makes all rows here.
     """
 
     def __init__(
         self, rows: Sequence[TokenRow], layout: Shapes | Packing, tokenizers: Tokenizers,
-        batch_size: int, seed: int, steps: int,
+        batch_size: int, seed: int, steps: int, place: jax.sharding.Sharding | None = None,
     ):
-        hosts = jax.process_count()
-        if batch_size % hosts:
-            raise InputError(f"batch_size {batch_size} does not divide by {hosts} hosts")
+        self.place = place
         self.rows, self.layout, self.tokenizers = rows, layout, tokenizers
         self.batch_size, self.steps = batch_size, steps
         self.per_epoch = steps_per_epoch(len(rows), batch_size)
@@ -73,17 +74,19 @@ class Batches:
         epoch, number = divmod(step, self.per_epoch)
         rows = [self.rows[i] for i in self.plan(epoch)[number]]
         # All hosts agree on the shape, which only the whole batch tells.
-        placed = self.layout.place(rows, len(self.tokenizers.start), self.batch_size)
-        return own_rows(collate(*placed, self.tokenizers))
+        groups, shape = self.layout.place(rows, len(self.tokenizers.start), self.batch_size)
+        groups += [[]] * (shape.rows - len(groups))
+        own = own_rows(shape.rows, self.place)
+        return collate([groups[i] for i in own], replace(shape, rows=len(own)), self.tokenizers)
 
 
-def own_rows(batch: Any) -> Any:
-    """This host's part of a global batch's rows."""
-    def part(x):
-        share = len(x) // jax.process_count()
-        return x[jax.process_index() * share : (jax.process_index() + 1) * share]
-
-    return jax.tree.map(part, batch)
+def own_rows(rows: int, place: jax.sharding.Sharding | None) -> np.ndarray:
+    """The numbers of a global batch's rows that lie on this host's devices, ascending."""
+    if place is None:
+        return np.arange(rows)
+    own = {index[0].indices(rows)[:2]
+           for index in place.addressable_devices_indices_map((rows,)).values()}
+    return np.concatenate([np.arange(*bounds) for bounds in sorted(own)])
 
 
 def steps_per_epoch(rows: int, batch_size: int) -> int:

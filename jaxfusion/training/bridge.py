@@ -12,17 +12,18 @@ from jaxfusion.errors import InputError
 from jaxfusion.evaluation.metrics import accuracy
 from jaxfusion.evaluation.scoring import Scorer
 from jaxfusion.fields import Config
+from jaxfusion.sharding.mesh import sharding
 from jaxfusion.training.checkpoint import trained_part
 from jaxfusion.training.loop import CONFIG_FILE, Run, batch_shares, run_to_end
-from jaxfusion.training.state import Flat, Model, State, load_model, merge, overlay
+from jaxfusion.training.state import Flat, Model, State, load_model, merge, overlay, plain
 from jaxfusion.training.warm_start import warm_start
 
 logger = logging.getLogger(__name__)
 
 
-def train(config: Config, workdir: Path) -> State:
+def train(config: Config, workdir: Path, profile: tuple[int, int] | None = None) -> State:
     """Trains a bridge; see `run_to_end`."""
-    return run_to_end(config, workdir, prepare)
+    return run_to_end(config, workdir, prepare, profile)
 
 
 def prepare(config: Config, mesh, fresh: bool = True) -> Run:
@@ -56,7 +57,8 @@ def prepare(config: Config, mesh, fresh: bool = True) -> Run:
         len(rows), config.train.batch_size
     )
     batches = Batches(
-        rows, layout, model.tokenizers, config.train.batch_size, config.train.seed, steps
+        rows, layout, model.tokenizers, config.train.batch_size, config.train.seed, steps,
+        sharding(mesh, "batch"),
     )
     logger.info("%s training rows", f"{len(rows):,}")
     if cut.any:
@@ -64,6 +66,7 @@ def prepare(config: Config, mesh, fresh: bool = True) -> Run:
     return Run(
         model.config, model.bridge.loss, model.trainable, model.frozen, model.groups, batches,
         steps, _dev_scorer(model, dev[: config.data.dev_rows], task.labels), "greedy_exact",
+        plain(model.bridge).loss,
     )
 
 

@@ -26,7 +26,7 @@ from jaxfusion.sharding.mesh import make_mesh, sharding
 from jaxfusion.training.flops import count_flops
 from jaxfusion.training.loop import batch_shares
 from jaxfusion.training.optimizer import make_optimizer, make_schedule
-from jaxfusion.training.state import Plan, State, plan_model
+from jaxfusion.training.state import Plan, State, plain, plan_model
 from jaxfusion.training.step import gradient, make_train_step
 
 STEPS = 1000  # of the schedule; any number gives the same program
@@ -111,7 +111,8 @@ def measure(config: Config, devices: list[jax.Device]) -> Needs:
         except jax.errors.JaxRuntimeError as error:
             raise _too_large(error, devices[0]) from None
         seconds = time.monotonic() - clock
-        useful = _model_flops(config, shapes, mesh, state.trainable, plan.frozen, batch, key)
+        useful = count_flops(lambda *x: gradient(plain(plan.bridge).loss, *x),
+                             state.trainable, plan.frozen, batch, key)
     cost, memory = program_cost(compiled.as_text()), compiled.memory_analysis()
     parts = {"weights": _bytes([state.trainable, plan.frozen]),
              "optimizer": _bytes(state.opt_state), "batch": _bytes(batch)}
@@ -172,15 +173,6 @@ def _step(config: Config, plan: Plan, state: State):
     shardings = jax.tree.map(lambda x: x.sharding, state)
     return make_train_step(plan.bridge.loss, optimizer, schedules, shardings,
                            config.train.accumulate)
-
-
-def _model_flops(config: Config, shapes, mesh, trainable, frozen, batch, key) -> float:
-    """Of loss and gradient in plain form, nothing computed twice."""
-    plain = replace(config, encoder=replace(config.encoder, remat="none", attention="plain"),
-                    decoder=replace(config.decoder, remat="none", attention="plain"),
-                    fusion=replace(config.fusion, backward="stack"))
-    loss = plan_model(plain, shapes, mesh).bridge.loss
-    return count_flops(lambda *x: gradient(loss, *x), trainable, frozen, batch, key)
 
 
 def _roofline(cost: Cost, chip: Chip) -> dict[str, float]:

@@ -3,6 +3,7 @@
 import json
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
@@ -13,19 +14,46 @@ from tensorboardX import SummaryWriter
 METRICS = "metrics.jsonl"
 
 
+@dataclass(frozen=True)
+class Done:
+    """What went through a few steps.
+
+    Attributes:
+      examples: their number. tokens: real ones, of both towers. slots: tokens and padding.
+      flops: the model's. peak: FLOPs a second of all chips; None where it is not known.
+    """
+
+    examples: int
+    tokens: int
+    slots: int
+    flops: float
+    peak: float | None
+
+    def rates(self, seconds: float) -> dict[str, float]:
+        """As metrics, for the time that they took."""
+        found = {"examples_per_second": self.examples / seconds,
+                 "tokens_per_second": self.tokens / seconds,
+                 "real_tokens": self.tokens / self.slots}
+        if self.peak:
+            found["model_flops_utilisation"] = self.flops / seconds / self.peak
+        return found
+
+
 class RunLog:
     """Metrics of one run; a resumed run goes on after the restored step.
 
     Args:
       workdir: `metrics.jsonl` and `tensorboard/` are written here.
       steps: of the whole run. first: steps already done; later records are dropped.
+      writes: False is silent: of several processes one writes.
     """
 
-    def __init__(self, workdir: Path, steps: int, first: int):
-        self.file = workdir / METRICS
-        _drop_after(self.file, first)
-        self.tensorboard = SummaryWriter(str(workdir / "tensorboard"), purge_step=first + 1)
-        self.console = Console(file=sys.stderr)
+    def __init__(self, workdir: Path, steps: int, first: int, writes: bool = True):
+        self.file, self.writes = workdir / METRICS, writes
+        if writes:
+            _drop_after(self.file, first)
+            self.tensorboard = SummaryWriter(str(workdir / "tensorboard"), purge_step=first + 1)
+        self.console = Console(file=sys.stderr, quiet=not writes)
         self.progress = Progress(
             TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
             TextColumn("{task.fields[status]}"), TimeRemainingColumn(),
@@ -42,22 +70,28 @@ class RunLog:
         self, kind: type | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.progress.stop()
-        self.tensorboard.close()
+        if self.writes:
+            self.tensorboard.close()
 
-    def train(self, step: int, metrics: dict[str, float], examples: int) -> None:
-        """Logs a step's metrics; `examples` were trained on since the last call."""
+    def train(self, step: int, metrics: dict[str, float], done: Done) -> None:
+        """Logs a step's metrics, and the speed of all steps since the last call."""
         seconds = time.monotonic() - self.clock
-        rate = examples / seconds
+        rates = done.rates(seconds)
         left = seconds / max(step - self.clock_step, 1) * (self.steps - step)
         self.clock, self.clock_step = time.monotonic(), step
-        status = f"loss {metrics['loss']:.4f}  {rate:.1f} examples/s"
+        status = (f"loss {metrics['loss']:.4f}  {rates['examples_per_second']:.1f} examples/s  "
+                  f"{rates['tokens_per_second']:,.0f} tokens/s")
+        if "model_flops_utilisation" in rates:
+            status += f"  {100 * rates['model_flops_utilisation']:.0f}% of peak"
         self.progress.update(self.task, completed=step, status=status)
         if not self.console.is_terminal:
             self.say(f"step {step}/{self.steps}  {status}  {clock(left)} left")
-        self.write(step, {**metrics, "examples_per_second": rate})
+        self.write(step, {**metrics, **rates})
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
         """Appends a record to the JSONL file and to TensorBoard."""
+        if not self.writes:
+            return
         with self.file.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step, **metrics}) + "\n")
         for name, value in metrics.items():

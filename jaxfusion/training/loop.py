@@ -1,5 +1,7 @@
 """The run of any job: resume, step, score, save."""
 
+import dataclasses
+import json
 import logging
 import math
 import re
@@ -14,11 +16,13 @@ import jax.numpy as jnp
 
 from jaxfusion import config as configs
 from jaxfusion.data.pipeline import iterate
-from jaxfusion.errors import InputError
+from jaxfusion.errors import InputError, Stopped
 from jaxfusion.fields import Config, Job, TrainConfig
+from jaxfusion.sharding.hosts import check_peers, is_first, wait_for_peers
 from jaxfusion.sharding.mesh import make_mesh, sharding
 from jaxfusion.training.checkpoint import Checkpoints, abstract_like, saved_steps
-from jaxfusion.training.logs import RunLog
+from jaxfusion.training.logs import Done, RunLog
+from jaxfusion.training.meter import Meter, Sigterm, Trace
 from jaxfusion.training.optimizer import make_optimizer, make_schedule
 from jaxfusion.training.state import Flat, State, count
 from jaxfusion.training.step import Loss, make_train_step
@@ -38,6 +42,7 @@ class Run:
       trainable, frozen: parameters by path. groups: the optimiser group of each trained one.
       batches: training batches by step number. steps: their number.
       score: trained parameters -> development scores. best: the score that checkpoints are kept by.
+      plain_loss: the loss in the form whose FLOPs are counted.
     """
 
     config: Job
@@ -49,31 +54,41 @@ class Run:
     steps: int
     score: Callable[[Flat], dict[str, float]]
     best: str
+    plain_loss: Loss
 
 
-def run_to_end(config: Job, workdir: Path, prepare: Callable[..., Run]) -> State:
+def run_to_end(
+    config: Job, workdir: Path, prepare: Callable[..., Run],
+    profile: tuple[int, int] | None = None,
+) -> State:
     """Runs a config in a workdir from where it stands to its last step.
 
     Args:
       prepare: `(config, mesh, fresh) -> Run` of the job; `fresh` is False when it is resumed.
+      profile: first and last step of a trace in `WORKDIR/profile`.
 
     Returns:
       The final state.
 
     Raises:
-      InputError: whatever is wrong with the config, checkpoints, data or workdir.
+      InputError: whatever is wrong with the config, checkpoints, data, workdir or other processes.
+      Stopped: SIGTERM came; the state is saved.
     """
     config = check_workdir(config, workdir)
+    check_peers(config=json.dumps(dataclasses.asdict(config), sort_keys=True))
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     with jax.set_mesh(mesh):
         run = prepare(config, mesh, fresh=not saved_steps(workdir))
         logger.info("%s parameters train, %s are frozen; %s steps",
                     *(f"{n:,}" for n in (count(run.trainable), count(run.frozen), run.steps)))
         workdir.mkdir(parents=True, exist_ok=True)
-        configs.save(run.config, workdir / CONFIG_FILE)
+        if is_first():
+            configs.save(run.config, workdir / CONFIG_FILE)
+        wait_for_peers("config")
         checkpoints = Checkpoints(workdir)
         try:
-            return _run(run, checkpoints, workdir, mesh)
+            with Sigterm() as sigterm:
+                return _run(run, checkpoints, workdir, mesh, Trace(workdir, profile), sigterm)
         finally:
             checkpoints.close()
 
@@ -122,7 +137,9 @@ def check_workdir(config: Job, workdir: Path) -> Job:
     return config
 
 
-def _run(run: Run, checkpoints: Checkpoints, workdir: Path, mesh) -> State:
+def _run(
+    run: Run, checkpoints: Checkpoints, workdir: Path, mesh, trace: Trace, sigterm: Sigterm
+) -> State:
     """Restores the newest checkpoint, if any, and steps to the end."""
     config = run.config
     optimizer = make_optimizer(config.optimizer, run.groups, run.steps)
@@ -143,31 +160,40 @@ def _run(run: Run, checkpoints: Checkpoints, workdir: Path, mesh) -> State:
     shardings = jax.tree.map(lambda x: x.sharding, state)
     step_fn = make_train_step(run.loss, optimizer, schedules, shardings,
                               config.train.accumulate)
-    with RunLog(workdir, run.steps, int(state.step)) as log:
-        state = _loop(run, state, step_fn, data, checkpoints, log, mesh)
+    meter = Meter(run.plain_loss, mesh)
+    with RunLog(workdir, run.steps, int(state.step), is_first()) as log, trace:
+        state = _loop(run, state, step_fn, data, checkpoints, log, mesh, meter, trace, sigterm)
     checkpoints.wait()
     return state
 
 
-def _loop(run: Run, state: State, step_fn, data, checkpoints, log: RunLog, mesh) -> State:
+def _loop(
+    run: Run, state: State, step_fn, data, checkpoints, log: RunLog, mesh, meter: Meter,
+    trace: Trace, sigterm: Sigterm,
+) -> State:
     config, key = run.config.train, jax.random.key(run.config.train.seed)
-    done = logged = int(state.step)
+    done = int(state.step)
     pending = None
     while done < run.steps:
-        batch = put_batch(next(data), mesh)
+        rows = next(data)
+        batch = put_batch(rows, mesh)
+        meter.add(rows, config.batch_size, state.trainable, run.frozen, batch, key)
+        trace.before(done + 1)
         state, metrics = step_fn(state, run.frozen, batch, key)
         done += 1
+        trace.after(done, metrics)
         # Read the step before this one: the device never waits for the log.
         if pending is not None:
-            logged = _log(log, *pending, logged, config.batch_size)
+            _log(log, *pending)
             pending = None
-        evaluate = done % config.eval_every == 0 or done == run.steps
-        save = evaluate or done % config.checkpoint_every == 0
+        stop = sigterm.came(done) and done < run.steps
+        evaluate = done == run.steps or (done % config.eval_every == 0 and not stop)
+        save = evaluate or stop or done % config.checkpoint_every == 0
         if save or done % config.log_every == 0:
-            pending = (done, metrics)
+            pending = (done, metrics, meter.take())
         if save:
             # Nothing is saved that was not looked at.
-            logged = _log(log, *pending, logged, config.batch_size)
+            _log(log, *pending)
             pending = None
             dev = run.score(state.trainable) if evaluate else None
             if dev is not None:
@@ -175,20 +201,23 @@ def _loop(run: Run, state: State, step_fn, data, checkpoints, log: RunLog, mesh)
                 log.say(f"step {done}  dev " + "  ".join(f"{k} {v:.3f}" for k, v in dev.items()))
             checkpoints.save(state, data.get_state(), dev and dev[run.best])
             log.restart_clock()
+        if stop:
+            checkpoints.wait()
+            raise Stopped(f"stopped by SIGTERM after step {done}, which is saved; the same "
+                          "command goes on from there")
     return state
 
 
-def _log(log: RunLog, step: int, metrics, logged: int, batch_size: int) -> int:
+def _log(log: RunLog, step: int, metrics, done: Done) -> None:
     """Writes a step's metrics; training on a loss that is no number ends here."""
     values = {name: float(value) for name, value in jax.device_get(metrics).items()}
-    log.train(step, values, (step - logged) * batch_size)
+    log.train(step, values, done)
     if not (math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"])):
         raise InputError(
             f"the loss is {values['loss']} and its gradient's norm {values['grad_norm']} at step "
             f"{step}: lower the learning rate, or use "
             "float32 (encoder.dtype, decoder.dtype); the last checkpoint is untouched"
         )
-    return step
 
 
 def put_batch(batch: Any, mesh) -> Any:

@@ -25,6 +25,7 @@ from jaxfusion.nn.bridge import Params
 from jaxfusion.nn.decoder import Decoder, DecoderConfig
 from jaxfusion.nn.mt5 import MT5Config, MT5Encoder
 from jaxfusion.nn.text_lm import TextLM
+from jaxfusion.sharding.mesh import sharding
 from jaxfusion.training.checkpoint import trained_part
 from jaxfusion.training.loop import Run, batch_shares, put_batch, run_to_end
 from jaxfusion.training.optimizer import group_of_each
@@ -34,7 +35,9 @@ CHECKPOINT = "hf"  # below the workdir
 logger = logging.getLogger(__name__)
 
 
-def pretrain(config: PretrainConfig, workdir: Path) -> State:
+def pretrain(
+    config: PretrainConfig, workdir: Path, profile: tuple[int, int] | None = None
+) -> State:
     """Trains a tower and writes `WORKDIR/hf`, an ordinary Hugging Face directory.
 
     Raises:
@@ -46,7 +49,7 @@ def pretrain(config: PretrainConfig, workdir: Path) -> State:
         made["run"], made["tower"], made["tokenizer"] = prepare(*args, **kwargs)
         return made["run"]
 
-    state = run_to_end(config, workdir, prepare_and_keep)
+    state = run_to_end(config, workdir, prepare_and_keep, profile)
     out = workdir / CHECKPOINT
     if not _is_of(out, config):
         shutil.rmtree(out, ignore_errors=True)  # of fewer steps
@@ -113,7 +116,8 @@ def prepare(config: PretrainConfig, mesh, fresh: bool = True):
     if cut:
         logger.warning("%d texts are cut at %d tokens", cut, config.data.max_tokens)
     batches = TextBatches(rows, [d.language for d in texts], kept, config.data,
-                          config.train.batch_size, config.train.seed, steps)
+                          config.train.batch_size, config.train.seed, steps,
+                          sharding(mesh, "batch"))
     logger.info("%s texts, %d tokens in the vocabulary", f"{len(kept):,}", len(tokenizer))
 
     def init() -> Params:
@@ -125,7 +129,7 @@ def prepare(config: PretrainConfig, mesh, fresh: bool = True):
         trainable = replaced(trainable, trained_part(source)[1], str(source))
     run = Run(config, model.loss, trainable, {},
               group_of_each(trainable, config.optimizer.groups), batches, steps,
-              _dev_scorer(model, batches, held, mesh, config), "accuracy")
+              _dev_scorer(model, batches, held, mesh, config), "accuracy", model.loss)
     return run, tower, tokenizer
 
 

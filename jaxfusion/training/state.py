@@ -234,6 +234,15 @@ def make_bridge(config: Config, encoder, decoder, platform: str | None = None) -
     )
 
 
+def plain(bridge: Bridge) -> Bridge:
+    """The same function with nothing computed twice and no kernels, for counting its FLOPs."""
+    return replace(
+        bridge, backward="stack",
+        encoder=replace(bridge.encoder, remat="none", attention="plain"),
+        decoder=replace(bridge.decoder, remat="none", attention="plain"),
+    )
+
+
 def _make_projector(config: Config, width: int) -> Projector | Resampler:
     c = config.projector
     if choose("projector", c.name, PROJECTORS) != "resampler":
