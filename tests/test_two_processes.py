@@ -34,7 +34,7 @@ def start(workdir, number, port, *flags, devices=2):
                      "--xla_backend_optimization_level=0 "
                      "--xla_cpu_collective_call_terminate_timeout_seconds=300"}
     return subprocess.Popen(
-        [sys.executable, "train.py", "--config=configs/xnli_paper.py:global_softmax,debug",
+        [sys.executable, "train.py", "--config=configs/xnli_paper.py:last,debug",
          f"--workdir={workdir}", "--distributed", *FLAGS, *flags], cwd=ROOT, env=env,
         stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
 
@@ -61,7 +61,7 @@ def undisturbed(cache_dir, tmp_path_factory):
 
 def test_two_processes_train_as_one_does(undisturbed, tmp_path):
     """The losses of one process, though each of two makes only its own rows of a batch."""
-    command = [sys.executable, "train.py", "--config=configs/xnli_paper.py:global_softmax,debug",
+    command = [sys.executable, "train.py", "--config=configs/xnli_paper.py:last,debug",
                f"--workdir={tmp_path / 'one'}", *FLAGS]
     subprocess.run(command, cwd=ROOT, capture_output=True, check=True)
     one, two = losses(tmp_path / "one"), losses(undisturbed)

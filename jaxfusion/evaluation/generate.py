@@ -9,6 +9,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxfusion.nn.bridge import Batch, Bridge, Params
 from jaxfusion.nn.decoder import Cache, init_cache
+from jaxfusion.sharding.rules import constrain, replicated
 
 Score = Callable[..., tuple[Int[Array, "B T"], Float[Array, "C B"]]]
 
@@ -27,6 +28,7 @@ def make_scorer(bridge: Bridge, max_new_tokens: int, eos: int, bare: bool) -> Sc
 
     def score(params: Params, batch: Batch, options, options_mask):
         slots = max(max_new_tokens, options.shape[-1])
+        batch = jax.tree.map(lambda x: constrain(x, "rows", None), batch)
         cache, logits = prefill(bridge, params, batch, slots, bare)
         position = jnp.max(batch.dec_positions, axis=1) + 1
         start = batch.dec_tokens.shape[1]
@@ -36,7 +38,7 @@ def make_scorer(bridge: Bridge, max_new_tokens: int, eos: int, bare: bool) -> Sc
         def likelihood(option):
             return log_likelihood(bridge, params, cache, logits, position, start, *option)
 
-        return tokens, jax.lax.map(likelihood, (options, options_mask))
+        return replicated((tokens, jax.lax.map(likelihood, (options, options_mask))))
 
     return jax.jit(score)
 

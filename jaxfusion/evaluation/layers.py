@@ -10,6 +10,7 @@ from jaxfusion.data.sources import Example
 from jaxfusion.data.tokenizers import Tokenizers
 from jaxfusion.fields import EvalConfig
 from jaxfusion.nn.bridge import Bridge, Params
+from jaxfusion.sharding.rules import replicated
 
 ROWS = 100  # of each language are looked at
 
@@ -23,7 +24,7 @@ def layer_weigher(
     """
     if bridge.fusion_module is None:
         return None
-    fuse = jax.jit(lambda params, batch: bridge.fuse(params, batch)[1])
+    fuse = jax.jit(lambda params, batch: replicated(bridge.fuse(params, batch)[1]))
 
     def weigh(params: Params, examples: Sequence[Example]) -> list[float]:
         rows, _ = tokenize(

@@ -3,6 +3,7 @@
 import hashlib
 import os
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -70,3 +71,10 @@ def _code() -> str:
     """All of this package's source."""
     files = sorted(Path(jaxfusion.__file__).parent.rglob("*.py"))
     return "".join(file.read_text("utf-8") for file in files)
+
+
+def fetch(tree: Any) -> Any:
+    """Arrays that may be spread over all processes as NumPy's, whole in each of them."""
+    if jax.process_count() == 1:
+        return jax.device_get(tree)
+    return multihost_utils.process_allgather(tree, tiled=True)

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 from jax.sharding import AbstractMesh, Mesh, PartitionSpec
@@ -11,6 +12,7 @@ from jaxfusion.errors import InputError, near_match
 # Logical name -> mesh axis (or axes). None: held whole on every device.
 RULES: dict[str, str | tuple[str, ...] | None] = {
     "batch": ("data", "fsdp"),
+    "rows": ("data", "fsdp"),  # of a batch for evaluation, which need not divide
     "length": None,
     "layers": None,
     "vocab": "tensor",
@@ -66,3 +68,10 @@ def constrain(x: jax.Array, *names: str | None) -> jax.Array:
         spec(names)  # names are checked without a mesh, too
         return x
     return jax.lax.with_sharding_constraint(x, fitting_spec(names, x.shape, mesh))
+
+
+def replicated(tree: Any) -> Any:
+    """Arrays that every device, and so every process, holds whole."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return tree
+    return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, PartitionSpec()), tree)

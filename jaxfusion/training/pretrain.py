@@ -25,7 +25,9 @@ from jaxfusion.nn.bridge import Params
 from jaxfusion.nn.decoder import Decoder, DecoderConfig
 from jaxfusion.nn.mt5 import MT5Config, MT5Encoder
 from jaxfusion.nn.text_lm import TextLM
+from jaxfusion.sharding.hosts import fetch, is_first
 from jaxfusion.sharding.mesh import sharding
+from jaxfusion.sharding.rules import replicated
 from jaxfusion.training.checkpoint import trained_part
 from jaxfusion.training.loop import Run, batch_shares, put_batch, run_to_end
 from jaxfusion.training.optimizer import group_of_each
@@ -45,21 +47,27 @@ def pretrain(
     """
     made = {}
 
-    def prepare_and_keep(*args, **kwargs) -> Run:
-        made["run"], made["tower"], made["tokenizer"] = prepare(*args, **kwargs)
+    def prepare_and_keep(config, mesh, fresh) -> Run:
+        made["mesh"] = mesh
+        made["run"], made["tower"], made["tokenizer"] = prepare(config, mesh, fresh)
         return made["run"]
 
     state = run_to_end(config, workdir, prepare_and_keep, profile)
     out = workdir / CHECKPOINT
     if not _is_of(out, config):
-        shutil.rmtree(out, ignore_errors=True)  # of fewer steps
+        if is_first():
+            shutil.rmtree(out, ignore_errors=True)  # of fewer steps
         world = Path(config.data.path) / WORLD_FILE
+        with jax.set_mesh(made["mesh"]):
+            dev = made["run"].score(state.trainable)
         about = {
             "world": json.loads(world.read_text("utf-8")) if world.is_file() else None,
-            "dev": made["run"].score(state.trainable), "config": dataclasses.asdict(config),
+            "dev": dev, "config": dataclasses.asdict(config),
         }
         about["config"]["data"]["path"] = Path(config.data.path).name
-        write_checkpoint(out, made["tower"], made["tokenizer"], state.trainable, about)
+        whole = fetch(state.trainable)
+        if is_first():
+            write_checkpoint(out, made["tower"], made["tokenizer"], whole, about)
     return state
 
 
@@ -151,7 +159,7 @@ def write_checkpoint(
     Args:
       about: what made it, for `pretraining.json`.
     """
-    params, = traverse_util.unflatten_dict(jax.device_get(flat), sep="/").values()
+    params, = traverse_util.unflatten_dict(flat, sep="/").values()
     with new_directory(out) as partial:
         write_tower(partial, tower, params)
         write_tokenizer(partial, tokenizer)
@@ -188,7 +196,8 @@ def _dev_scorer(
     @jax.jit
     def measure(trainable, batch):
         params = merge(trainable, {})
-        return jnp.stack([*model.loss(params, batch), *model.hits(params, batch, full)])
+        return replicated(jnp.stack([*model.loss(params, batch),
+                                     *model.hits(params, batch, full)]))
 
     def score(trainable: Flat) -> dict[str, float]:
         loss, weight, hits, counted = np.array(

@@ -16,6 +16,7 @@ from jaxfusion.data.tokenizers import Tokenizers
 from jaxfusion.errors import InputError
 from jaxfusion.nn.bridge import Params
 from jaxfusion.nn.projector import Projector
+from jaxfusion.sharding.hosts import fetch
 from jaxfusion.training.state import Model, merge
 
 ROWS = 1024  # training texts that are looked at
@@ -64,11 +65,11 @@ def _pairs(model: Model, params: Params, texts: list[str]):
     queries, targets = zip(*(pair for pair in found if len(pair[0]) <= limit), strict=True)
     rows = [TokenRow(query, [], []) for query in queries]
     fuse = jax.jit(lambda params, batch: model.bridge.fuse(params, batch)[0])
-    table = np.asarray(params["decoder"]["embed"]["embedding"], np.float32)
+    table = fetch(params["decoder"]["embed"]["embedding"]).astype(np.float32)
     x, y = [], []
     shapes = find_shapes(rows, doubling_buckets(limit))
     for numbers, batch in in_order(rows, shapes, model.tokenizers, BATCH):
-        features = np.asarray(fuse(params, batch), np.float32)
+        features = fetch(fuse(params, batch)).astype(np.float32)
         for row, number in zip(features, numbers, strict=False):
             x.append(row[: len(queries[number])])
             y.append(np.stack([table[ids].mean(axis=0) for ids in targets[number]]))
