@@ -75,6 +75,7 @@ def _debug(config: ml_collections.ConfigDict) -> None:
     config.data.max_decoder_tokens = config.eval.max_decoder_tokens = 128
     config.fusion.d_ff = 64
     config.train.batch_size = config.eval.batch_size = 8
+    config.train.accumulate = 1
     for group in config.optimizer.groups.values():
         group.learning_rate = 1e-2
     config.train.steps = 200

@@ -9,6 +9,8 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
+from jaxfusion.sharding.rules import constrain
+
 Names = tuple[str | None, ...]
 
 
@@ -107,8 +109,12 @@ class Embedding(nn.Module):
             "embedding", init, (self.vocab_size, self.d_model), self.dtype
         )
 
-    def __call__(self, tokens: Int[Array, "*B"]) -> Float[Array, "*B D"]:
-        return jnp.take(self.embedding.astype(self.dtype), tokens, axis=0)
+    def __call__(self, tokens: Int[Array, "B N"]) -> Float[Array, "B N D"]:
+        # Every device reads its columns for its neighbours' tokens too, and then they exchange: the
+        # table stays where it is, and no device ever holds the vectors of the whole batch.
+        tokens = constrain(tokens, "looked_up", "length")
+        vectors = jnp.take(self.embedding.astype(self.dtype), tokens, axis=0)
+        return constrain(vectors, "looked_up", "length", "embed")
 
     def attend(self, x: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
         """Logits against every embedding, accumulated in float32."""

@@ -13,6 +13,7 @@ from jaxfusion.errors import InputError, near_match
 RULES: dict[str, str | tuple[str, ...] | None] = {
     "batch": ("data", "fsdp"),
     "rows": ("data", "fsdp"),  # of a batch for evaluation, which need not divide
+    "looked_up": "data",  # the batch while a table that is split over fsdp is read
     "length": None,
     "layers": None,
     "vocab": "tensor",
@@ -23,9 +24,9 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
     "mlp": "tensor",
     "norm": None,
     "buckets": None,
-    # The trained parts are small and every device needs all of them at every step.
+    # Of fusion and projector: with what the optimiser keeps, hundreds of megabytes.
     "bridge_in": None,
-    "bridge_out": None,
+    "bridge_out": "fsdp",
 }
 
 

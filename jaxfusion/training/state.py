@@ -40,6 +40,7 @@ from jaxfusion.sharding.rules import fitting_spec, spec
 from jaxfusion.training.optimizer import group_of_each
 
 logger = logging.getLogger(__name__)
+SAID_BYTES = 1 << 20  # of a parameter in float32: what is smaller may lie on every device unsaid
 
 Flat = dict[str, Any]  # parameter path, as 'decoder/blocks/attn/q/kernel' -> array
 
@@ -292,7 +293,7 @@ def describe(init: Callable[[], Params], mesh: Mesh) -> dict[str, jax.ShapeDtype
         raise AssertionError(f"parameters without logical axis names: {unnamed}")
     specs = {path: fitting_spec(box.names, box.value.shape, mesh) for path, box in flat.items()}
     whole = {
-        f"{name} ({size})" for path, box in flat.items()
+        f"{name} ({size})" for path, box in flat.items() if box.value.size * 4 > SAID_BYTES
         for name, size, axis in zip(box.names, box.value.shape, specs[path], strict=True)
         if name is not None and spec([name])[0] != axis
     }

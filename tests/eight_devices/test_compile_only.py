@@ -1,0 +1,152 @@
+"""Steps compiled for chips that are not there: what they take, and what the numbers rest on."""
+
+import json
+import math
+import re
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+from test_configs import ROOT, get_config
+
+from jaxfusion.config import from_config_dict
+from jaxfusion.errors import InputError
+from jaxfusion.sharding import chips
+from jaxfusion.sharding.hlo import program_cost
+from jaxfusion.sharding.mesh import make_mesh
+from jaxfusion.testing.debug import make_inputs
+from jaxfusion.training.bridge import prepare
+from jaxfusion.training.compile_only import compile_only, measure
+from jaxfusion.training.optimizer import make_optimizer
+
+LAYERS, ROWS, WIDTH, INNER = 6, 256, 1024, 4096
+
+
+def config_of(name, arg="debug", **train):
+    config = make_inputs(from_config_dict(get_config(ROOT / "configs" / f"{name}.py", arg)))
+    return replace(config, train=replace(config.train, **train))
+
+
+def compiled(devices, remat):
+    """The gradient of a stack of two-matrix layers, split over `fsdp` and `tensor`."""
+    mesh = make_mesh(1, 2, len(devices) // 2, devices)
+
+    def shape(*sizes, spec):
+        return jax.ShapeDtypeStruct(sizes, jnp.bfloat16,
+                                    sharding=NamedSharding(mesh, PartitionSpec(*spec)))
+
+    def loss(up, down, x):
+        def layer(x, w):
+            return x + jnp.tanh(x @ w[0]) @ w[1], None
+
+        layer = jax.checkpoint(layer, policy=jax.checkpoint_policies.nothing_saveable
+                               ) if remat else layer
+        return jnp.sum(jax.lax.scan(layer, x, (up, down))[0].astype(jnp.float32))
+
+    with jax.set_mesh(mesh):
+        return jax.jit(jax.grad(loss, argnums=2)).lower(
+            shape(LAYERS, WIDTH, INNER, spec=(None, "fsdp", "tensor")),
+            shape(LAYERS, INNER, WIDTH, spec=(None, "tensor", "fsdp")),
+            shape(ROWS, WIDTH, spec=("fsdp", None)),
+        ).compile()
+
+
+@pytest.mark.parametrize("where", ["v4-8", "v5e-8", "cpu"])
+@pytest.mark.parametrize("remat", [False, True])
+def test_loops_count_as_often_as_they_run(where, remat):
+    """FLOPs by hand: two products forward, two backward, one again; XLA counts one layer."""
+    devices = jax.devices() if where == "cpu" else chips.topology_devices(where)
+    program = compiled(devices, remat)
+    cost = program_cost(program.as_text())
+    products = 4 + remat  # of the second product the result is not needed again
+    assert cost.unknown == 0
+    by_hand = products * 2 * ROWS * WIDTH * INNER * LAYERS / len(devices)
+    assert cost.flops == pytest.approx(by_hand, rel=1e-6)
+    assert program.cost_analysis()["flops"] < by_hand / 2
+    assert cost.sent > 0
+    # Every device reads at least its part of the weights, once in each direction.
+    assert cost.bytes > 2 * 2 * LAYERS * WIDTH * INNER * 2 / len(devices)
+
+
+@pytest.mark.parametrize("topology", ["v4-8", "v5p-8", "v5e-8", "v6e-8"])
+def test_the_debug_step_compiles_for_every_tpu(topology, cache_dir, capsys):
+    needs = compile_only(config_of("tpu_v4"), topology)
+    out = capsys.readouterr()
+    assert json.loads(out.out.splitlines()[-1])["peak"] == needs.peak
+    assert "← binds" in out.err and "model FLOPs" in out.err
+    assert 0 < needs.peak < needs.allowed and needs.unknown_loops == 0
+    assert needs.chips == {"v4": 4, "v5p": 4}.get(topology.split("-")[0], 8)
+    # Rematerialised, padded to the chip's tiles, but the same work.
+    assert 0.5 < needs.flops * needs.chips / needs.model_flops < 4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("topology", ["v4-8", "v4-32"])
+def test_the_full_step_fits(topology):
+    needs = compile_only(config_of("tpu_v4", None), topology)
+    assert needs.peak < needs.allowed
+    assert 1 < needs.flops * needs.chips / needs.model_flops < 2
+
+
+def test_arguments_are_what_a_run_holds(cache_dir):
+    config = config_of("gpu", batch_size=16, accumulate=2)
+    needs = measure(config, jax.devices())
+    mesh = make_mesh(1, -1, 1)
+    with jax.set_mesh(mesh):
+        run = prepare(config, mesh)
+        moments = make_optimizer(config.optimizer, run.groups, 10).init(run.trainable)
+
+    def held(tree):
+        return sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(tree))
+
+    assert held([run.trainable, run.frozen]) == needs.weights
+    assert abs(held(moments) - needs.optimizer) < 100  # counters
+    assert needs.peak >= needs.weights + needs.optimizer + needs.batch
+
+
+def test_too_large_says_what_would_fit(cache_dir, monkeypatch, capsys):
+    config = config_of("gpu", batch_size=64)
+    config = replace(config, decoder=replace(config.decoder, remat="none"))
+    roomy = measure(config, jax.devices())
+    parts = replace(config, train=replace(config.train, accumulate=4))
+    parts = replace(parts, **{role: replace(getattr(parts, role), dtype="bfloat16", remat="full")
+                              for role in ("encoder", "decoder")})
+    small = measure(parts, jax.devices())
+    assert small.activations < 0.7 * roomy.activations
+    limit = (small.peak + roomy.peak) / 2
+    monkeypatch.setitem(chips.CHIPS, "cpu", chips.Chip(1e12, limit, 1e12, 1e12))
+    with pytest.raises(InputError, match=r"the step takes .* GiB of each chip") as error:
+        compile_only(config)
+    flags = re.findall(r"--config\.(\w+)\.(\w+)=(\w+)", str(error.value))
+    assert "it fits" in str(error.value) and flags
+    for group, name, value in flags:
+        part = getattr(config, group)
+        kind = type(getattr(part, name))
+        config = replace(config, **{group: replace(part, **{name: kind(value)})})
+    assert compile_only(config).peak <= limit
+    monkeypatch.setitem(chips.CHIPS, "cpu", chips.Chip(1e12, 1.0, 1e12, 1e12))
+    with pytest.raises(InputError, match=r"it does not fit with .* either; take more dev"):
+        compile_only(replace(config, train=replace(config.train, accumulate=8)))
+
+
+def test_names_of_slices():
+    with pytest.raises(InputError, match="unknown topology 'v4-7'; known: v4-8, v4-16"):
+        chips.topology_devices("v4-7")
+    for name in ("v4-64", "v5e-1", "v5e-16", "v6e-256"):
+        cores = 2 if name.startswith("v4") else 1
+        assert len(chips.topology_devices(name)) == int(name.split("-")[1]) // cores
+
+
+def test_flops_of_a_jaxpr():
+    from jaxfusion.training.flops import count_flops
+
+    x, w = jnp.zeros((3, 8, 16)), jnp.zeros((5, 16, 16))
+
+    def stack(x, w):
+        return jax.lax.scan(lambda x, w: (jax.jit(jnp.dot)(x, w), None), x, w)[0]
+
+    assert count_flops(stack, x, w) == 2 * math.prod(x.shape) * 16 * 5
+    grad = jax.grad(lambda x: jnp.sum(jax.checkpoint(stack)(x, w) ** 2))
+    assert count_flops(grad, x) >= 2 * 2 * math.prod(x.shape) * 16 * 5

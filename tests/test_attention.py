@@ -1,0 +1,113 @@
+"""Attention by kernels against the plain form: values and gradients, packed rows and padding."""
+
+from contextlib import nullcontext
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import relative
+from jax.experimental.pallas.tpu import force_tpu_interpret_mode
+from test_decoder import CASES, apply
+
+from jaxfusion.nn import attention
+from jaxfusion.nn.attention import Pattern, cudnn_attention, pallas_attention, plain_attention
+from jaxfusion.nn.decoder import Decoder
+from jaxfusion.nn.mt5 import MT5Encoder
+from jaxfusion.testing.checkpoints import SIZES, random_params
+
+ROWS, LENGTH, HEADS, WIDTH = 2, 200, 4, 64
+PATTERNS = {
+    "causal": (Pattern(True, 0.125), False), "window": (Pattern(True, 0.125, window=17), False),
+    "cap": (Pattern(True, 0.125, cap=5.0), False), "bias": (Pattern(False, 1.0), True),
+}
+# The call that a GPU makes, in the form that any device runs.
+KERNELS = {"cudnn": partial(cudnn_attention, implementation="xla"),
+           "pallas": partial(pallas_attention, interpret=True)}
+
+
+def segments():
+    """A row with padding behind, and one with two examples and padding."""
+    found = np.zeros((ROWS, LENGTH), np.int32)
+    found[0, :150] = found[1, :80] = 1
+    found[1, 80:190] = 2
+    return found
+
+
+def masked(ids, pattern):
+    back = np.arange(LENGTH)[:, None] - np.arange(LENGTH)
+    seen = (ids[:, :, None] == ids[:, None]) & (ids != 0)[:, None]
+    seen = seen & (back >= 0) if pattern.causal else seen
+    return seen & (back < pattern.window) if pattern.window else seen
+
+
+@pytest.mark.parametrize("kernel,case", [
+    (kernel, case) for kernel in KERNELS for case in PATTERNS if (kernel, case) != ("cudnn", "cap")
+])
+def test_kernels_equal_the_plain_form(kernel, case):
+    pattern, biased = PATTERNS[case]
+    rng, ids = np.random.default_rng(0), segments()
+    draw = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)  # noqa: E731
+    keys = HEADS if biased else HEADS // 2
+    q = draw(ROWS, LENGTH, HEADS, WIDTH)
+    k, v = (draw(ROWS, LENGTH, keys, WIDTH) for _ in range(2))
+    bias = draw(HEADS, LENGTH, LENGTH) if biased else None
+
+    def run(attend):
+        def loss(q, k, v):
+            out = jnp.where((ids != 0)[:, :, None, None], attend(q, k, v), 0.0)
+            return jnp.sum(jnp.sin(out)), out
+
+        grad = jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True)
+        # Splash attention has an interpreter of its own, flash attention needs jax's.
+        with force_tpu_interpret_mode() if (kernel, biased) == ("pallas", True) else nullcontext():
+            (_, out), grads = jax.jit(grad)(q, k, v)
+        return [out, *grads]
+
+    plain = run(lambda *x: plain_attention(*x, masked(ids, pattern), scale=pattern.scale,
+                                           bias=bias, cap=pattern.cap))
+    other = run(lambda *x: KERNELS[kernel](*x, ids, pattern, bias))
+    assert all(relative(ours, theirs) < 1e-5 for ours, theirs in zip(other, plain, strict=True))
+
+
+@pytest.mark.parametrize("case", ["llama3", "mistral_v01", "qwen25_window", "gemma3"])
+def test_a_decoder_is_the_same_by_kernels(case, monkeypatch):
+    """Every window of a family reaches its kernel; packed rows, so positions start anew."""
+    config, params = CASES[case], {"params": random_params(CASES[case], 0)}
+    tokens = np.random.default_rng(0).integers(0, 101, (2, 24))
+    ids = np.array([[1] * 14 + [2] * 8 + [0] * 2, [1] * 20 + [0] * 4])
+    positions = np.array([[*range(14), *range(8), 0, 0], [*range(20), 0, 0, 0, 0]])
+    plain = apply(config, params, tokens, positions, ids, method="score")
+    for name, kernel in KERNELS.items():
+        monkeypatch.setitem(attention.FUSED, name, kernel)
+        monkeypatch.setattr("jaxfusion.nn.decoder.usable", lambda kernel, *_: kernel)
+        decoder = Decoder(config, attention=name)
+        fused = jax.jit(partial(decoder.apply, method="score"))(params, tokens, positions, ids)
+        assert relative(fused[ids != 0], plain[ids != 0]) < 1e-5
+
+
+@pytest.mark.parametrize("per_layer", [False, True])
+def test_an_encoder_is_the_same_by_kernels(per_layer, monkeypatch):
+    from dataclasses import replace
+
+    config = replace(SIZES["tiny"][0], vocab_size=101, bias_per_layer=per_layer)
+    params = {"params": random_params(config, 0)}
+    tokens = np.random.default_rng(0).integers(0, 101, (2, 24))
+    ids = np.array([[1] * 14 + [2] * 8 + [0] * 2, [1] * 20 + [0] * 4])
+    plain = MT5Encoder(config).apply(params, tokens, ids)
+    for name, kernel in KERNELS.items():
+        monkeypatch.setitem(attention.FUSED, name, kernel)
+        monkeypatch.setattr("jaxfusion.nn.mt5.usable", lambda kernel, *_: kernel)
+        with force_tpu_interpret_mode():
+            fused = jax.jit(MT5Encoder(config, attention=name).apply)(params, tokens, ids)
+        assert relative(fused[ids != 0], plain[ids != 0]) < 1e-5
+
+
+def test_what_a_kernel_cannot_do_is_done_plainly():
+    usable = attention.usable
+    assert usable("cudnn", 2, 128, 64, jnp.bfloat16) == "cudnn"
+    assert usable("cudnn", 2, 127, 64, jnp.bfloat16) == "plain"
+    assert usable("cudnn", 2, 128, 64, jnp.float32) == "plain"
+    assert usable("cudnn", 2, 128, 64, jnp.bfloat16, cap=5.0) == "plain"
+    assert usable("pallas", 2, 127, 64, jnp.float32, cap=5.0) == "pallas"
