@@ -1,5 +1,5 @@
 """Scores a trained bridge, or its bare LLM: `python eval.py --workdir DIR [--tasks a,b]
-[--languages x,y] [--limit N] [--llm_only] [--data_path DIR]`, or
+[--languages x,y] [--limit N] [--llm_only] [--data_path DIR] [--distributed]`, or
 answers one input: `python eval.py --workdir DIR --ask "PREMISE | HYPOTHESIS"`.
 
 Scoring writes `DIR/eval/results.json` (`llm_only.json` for the bare LLM) and prints a table.
@@ -17,6 +17,7 @@ LANGUAGES = flags.DEFINE_list("languages", [], "default: config.eval.languages, 
 LIMIT = flags.DEFINE_integer("limit", None, "score the first so many rows", lower_bound=1)
 DATA_PATH = flags.DEFINE_string("data_path", None, "directory of the tasks' files")
 ASK = flags.DEFINE_string("ask", None, "answer one input instead: its columns, apart by ' | '")
+DISTRIBUTED = flags.DEFINE_bool("distributed", False, "this process is one of several")
 LLM_ONLY = flags.DEFINE_bool("llm_only", False, "score the bare LLM on the text prompt")
 
 
@@ -24,8 +25,11 @@ def main(argv: list[str]) -> None:
     refuse_words(argv)
     set_up_logging()
     from jaxfusion.evaluation.report import print_table
+    from jaxfusion.sharding.hosts import is_first, join
     from jaxfusion.training.evaluate import evaluate
 
+    if DISTRIBUTED.value:
+        join()
     workdir = Path(WORKDIR.value)
     if ASK.value is not None:
         from jaxfusion.training.ask import ask
@@ -36,8 +40,9 @@ def main(argv: list[str]) -> None:
         workdir, tasks=tuple(TASKS.value), languages=tuple(LANGUAGES.value),
         limit=LIMIT.value, llm_only=LLM_ONLY.value, data_path=DATA_PATH.value,
     )
-    print_table(results, "LLM alone" if LLM_ONLY.value else str(workdir))
-    print(workdir / "eval" / ("llm_only.json" if LLM_ONLY.value else "results.json"))
+    if is_first():
+        print_table(results, "LLM alone" if LLM_ONLY.value else str(workdir))
+        print(workdir / "eval" / ("llm_only.json" if LLM_ONLY.value else "results.json"))
 
 
 if __name__ == "__main__":

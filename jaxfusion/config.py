@@ -104,12 +104,14 @@ def from_config_dict(config: ml_collections.ConfigDict) -> Job:
     Raises:
       InputError: an unknown field (with the near match), or a value of the wrong type.
     """
-    run = _from_json(config.to_dict())
+    run = from_json(config.to_dict())
     check(run)
     return run
 
 
-def _from_json(values: dict[str, Any]) -> Job:
+def from_json(values: dict[str, Any]) -> Job:
+    """The config of a run's JSON; fields that it lacks, as those of later versions, have defaults.
+    """
     return _from_dict(JOBS[choose("job", values.get("job", "bridge"), JOBS)], values, "")
 
 
@@ -194,7 +196,7 @@ def load(file: Path) -> Job:
     if not file.is_file():
         raise InputError(f"{file.parent} is no workdir of a run: {file.name} is missing")
     try:
-        return _from_json(json.loads(file.read_text("utf-8")))
+        return from_json(json.loads(file.read_text("utf-8")))
     except json.JSONDecodeError as error:
         raise InputError(f"{file} is no JSON: {error}") from None
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from jaxfusion.errors import Stopped
+from jaxfusion.training.evaluate import evaluate
 
 ROOT = Path(__file__).parent.parent
 FLAGS = ["--config.train.steps=8", "--config.train.log_every=1", "--config.train.eval_every=4",
@@ -24,24 +25,24 @@ def free_port() -> int:
         return found.getsockname()[1]
 
 
-def start(workdir, number, port, *flags, devices=2):
-    """One of two processes, each with a few devices."""
+def start(workdir, number, port, *flags, script=None):
+    """One of two processes with two devices each, of train.py unless a command is given."""
     env = {name: x for name, x in os.environ.items() if name != "XLA_FLAGS"} | {
         "JAX_PLATFORMS": "cpu", "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
         "JAX_COORDINATOR_BIND_ADDRESS": f"127.0.0.1:{port}", "JAX_NUM_PROCESSES": "2",
         "JAX_PROCESS_ID": str(number),
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} "
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=2 "
                      "--xla_backend_optimization_level=0 "
                      "--xla_cpu_collective_call_terminate_timeout_seconds=300"}
+    script = script or ["train.py", "--config=configs/xnli_paper.py:last,debug", *FLAGS]
     return subprocess.Popen(
-        [sys.executable, "train.py", "--config=configs/xnli_paper.py:last,debug",
-         f"--workdir={workdir}", "--distributed", *FLAGS, *flags], cwd=ROOT, env=env,
-        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        [sys.executable, *script, f"--workdir={workdir}", "--distributed", *flags], cwd=ROOT,
+        env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
 
 
-def run_both(workdir, *flags):
+def run_both(workdir, *flags, script=None):
     port = free_port()
-    both = [start(workdir, i, port, *flags) for i in range(2)]
+    both = [start(workdir, i, port, *flags, script=script) for i in range(2)]
     said = [process.communicate(timeout=300)[1] for process in both]
     return [process.returncode for process in both], said
 
@@ -68,6 +69,17 @@ def test_two_processes_train_as_one_does(undisturbed, tmp_path):
     assert one.keys() == two.keys() == set(range(1, 9))
     assert all(abs(one[step] - two[step]) < 1e-4 * one[step] for step in one)
     assert abs(one[1] - two[1]) < 1e-5 * one[1]
+
+
+def test_two_processes_score_as_one_does(undisturbed):
+    codes, said = run_both(undisturbed, "--limit=12", script=["eval.py"])
+    assert codes == [0, 0], said
+    file = undisturbed / "eval" / "results.json"
+    two = json.loads(file.read_text())
+    alone, _ = evaluate(undisturbed, limit=12)
+    assert alone == two and all(
+        x["greedy_exact"]["n"] == 12 for task in two.values() for x in task.values())
+    assert not list(file.parent.glob("*step*"))  # nothing was written twice
 
 
 def test_one_is_killed_and_both_start_again(undisturbed, tmp_path):

@@ -18,6 +18,7 @@ from jaxfusion.evaluation.metrics import accuracy
 from jaxfusion.evaluation.report import Results, merge_results
 from jaxfusion.evaluation.scoring import Scorer
 from jaxfusion.fields import CompareConfig, Config
+from jaxfusion.sharding.hosts import check_peers, is_first
 from jaxfusion.sharding.mesh import make_mesh
 from jaxfusion.training.checkpoint import trained_part
 from jaxfusion.training.loop import CONFIG_FILE
@@ -45,18 +46,22 @@ def evaluate(
         to the hub for others.
 
     Returns:
-      All results that the file now holds, and the details of what was scored now.
+      All results that the file now holds (in other processes than the first: what was scored now),
+      and the details of what was scored now.
 
     Raises:
       InputError: no such run, task, language or data.
     """
     config = load_config(workdir)
+    check_peers(workdir=str(workdir), asked=str((tasks, languages, limit, llm_only, data_path)))
     rows = read_rows(config, tasks, languages, limit, data_path)
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     with jax.set_mesh(mesh):
         step, model = (0, load_model(config, mesh)) if llm_only else load_trained(
             config, workdir, mesh)
         new, details = _score(model, rows, llm_only)
+    if not is_first():
+        return new, details
     name, more = ("llm_only", "llm_only_details") if llm_only else ("results", "details")
     about = {"step": step, "limit": limit, "encoder": config.encoder.checkpoint,
              "decoder": config.decoder.checkpoint}

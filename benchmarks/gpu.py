@@ -1,0 +1,234 @@
+"""Full-size training steps on one GPU, beside the papers' pipeline in PyTorch on the same GPU.
+
+    bash benchmarks/gpu.sh            # both sizes, into benchmarks/results/gpu_*.json
+    python benchmarks/gpu.py --size langbridge --out FILE
+
+Random weights, bfloat16 towers, a trained part in float32, every row as long as the limits allow.
+Told are examples and tokens a second, memory, and FLOPs of the model (nothing computed twice)
+against the rate of a large matrix product, which is measured in the same run. Needs neither data
+nor checkpoints, and of this project's dependencies only those of the model.
+"""
+
+import argparse
+import gc
+import json
+import os
+import platform
+import statistics
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # PyTorch needs its share
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import torch
+import transformers
+from transformers import AutoConfig, AutoModelForCausalLM, MT5EncoderModel
+
+from jaxfusion.fields import Config, DecoderConfig, EncoderConfig, FusionConfig
+from jaxfusion.hf.backbones import BACKBONES, backbone_shape
+from jaxfusion.nn.bridge import Batch
+from jaxfusion.sharding.mesh import make_mesh
+from jaxfusion.testing import torch_reference
+from jaxfusion.training.flops import count_flops
+from jaxfusion.training.optimizer import make_optimizer
+from jaxfusion.training.state import State, plain, plan_model, start
+from jaxfusion.training.step import gradient, make_train_step
+
+BOS = 1
+
+
+@dataclass(frozen=True)
+class Size:
+    """Towers, and what a batch holds."""
+
+    encoder: str
+    decoder: str
+    fusion: str
+    rows: int
+    queries: int  # encoder tokens of each
+    answers: int
+
+
+SIZES = {
+    "xnli": Size("google/mt5-large", "meta-llama/Llama-3.2-1B-Instruct", "transformer_softmax",
+                 64, 128, 8),
+    "langbridge": Size("DKYoon/mt5-xl-lm-adapt", "meta-llama/Llama-2-7b-hf", "global_softmax",
+                       16, 1024, 128),
+    "tiny": Size("google/mt5-small", "meta-llama/Llama-3.2-1B-Instruct", "global_softmax",
+                 4, 32, 8),
+}
+
+
+def make_batch(size: Size) -> Batch:
+    """Rows without padding: `[BOS] + prefix + end vector + answer`."""
+    rng, rows = np.random.default_rng(0), size.rows
+    length = 1 + size.queries + 1 + size.answers
+    queries = rng.integers(3, 30_000, (rows, size.queries)).astype(np.int32)
+    answers = rng.integers(3, 30_000, (rows, size.answers)).astype(np.int32)
+    tokens, source = np.zeros((rows, length), np.int32), np.full((rows, length), -1, np.int32)
+    tokens[:, 0], tokens[:, -size.answers :] = BOS, answers
+    source[:, 1 : size.queries + 2] = np.arange(size.queries + 1)
+    slots = np.arange(length - size.answers - 1, length - 1)
+    return Batch(
+        enc_tokens=queries, enc_segments=np.ones_like(queries), dec_tokens=tokens,
+        dec_source=source, dec_positions=np.broadcast_to(np.arange(length), tokens.shape),
+        dec_segments=np.ones_like(tokens), target_slots=np.broadcast_to(slots, answers.shape),
+        target_tokens=answers, target_mask=np.ones_like(answers, bool),
+    )
+
+
+class OurStep:
+    """The training step of this project."""
+
+    def __init__(self, size: Size, batch: Batch, attention: str, remat: str):
+        config = Config(
+            encoder=EncoderConfig(size.encoder, dtype="bfloat16", attention=attention),
+            decoder=DecoderConfig(size.decoder, dtype="bfloat16", attention=attention,
+                                  remat=remat),
+            fusion=FusionConfig(size.fusion, dropout=0.0),
+        )
+        shapes = {"encoder": backbone_shape("encoder", size.encoder),
+                  "decoder": backbone_shape("decoder", size.decoder)}
+        mesh = make_mesh(devices=jax.devices()[:1])
+        with jax.set_mesh(mesh):
+            plan = plan_model(config, shapes, mesh)
+            flat = start(lambda: plan.bridge.init(
+                jax.random.key(0), ("encoder", "fusion", "projector", "decoder")), plan.params)
+            trainable = {path: flat[path].astype(jnp.float32) for path in plan.groups}
+            frozen = {path: x for path, x in flat.items() if path not in plan.groups}
+            optimizer = make_optimizer(config.optimizer, plan.groups, 1000)
+            self.state = State(jnp.zeros((), jnp.int32), trainable, optimizer.init(trainable))
+            self.rest = (frozen, jax.device_put(batch), jax.random.key(0))
+            step = make_train_step(plan.bridge.loss, optimizer, {})
+            clock = time.perf_counter()
+            self.program = step.lower(self.state, *self.rest).compile()
+            self.compile_seconds = time.perf_counter() - clock
+            self.flops = count_flops(lambda *x: gradient(plain(plan.bridge).loss, *x),
+                                     trainable, *self.rest)
+        memory = self.program.memory_analysis()
+        self.memory = (memory.argument_size_in_bytes + memory.temp_size_in_bytes
+                       + memory.output_size_in_bytes - memory.alias_size_in_bytes)
+
+    def __call__(self) -> None:
+        self.state, metrics = self.program(self.state, *self.rest)
+        jax.block_until_ready(metrics)
+
+
+class TorchStep:
+    """The papers' pipeline, as its authors write it."""
+
+    def __init__(self, size: Size, batch: Batch):
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        torch.set_default_device(device)
+        encoder = MT5EncoderModel(_torch_config(size.encoder, dropout_rate=0.0))
+        llm = AutoModelForCausalLM.from_config(_torch_config(size.decoder))
+        layers, width = encoder.config.num_layers, encoder.config.d_model
+        fusion = {
+            "global_softmax": lambda: torch_reference.GlobalSoftmax(layers),
+            "transformer_softmax": lambda: torch_reference.TransformerSoftmax(
+                layers, width, dropout=0.0),
+        }[size.fusion]()
+        self.bridge = torch_reference.TorchBridge(
+            encoder.to(torch.bfloat16), llm.to(torch.bfloat16), fusion).train()
+        self.rows = (batch.enc_tokens.tolist(), batch.target_tokens.tolist())
+        self.trained = [p for p in self.bridge.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(self.trained, 3e-5, (0.8, 0.999))
+        self.device = device
+
+    def __call__(self) -> None:
+        self.optimizer.zero_grad()
+        with torch.autocast(self.device, torch.bfloat16):
+            loss = self.bridge(*self.rows, BOS)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.trained, 1.0)
+        self.optimizer.step()
+        loss.item()
+
+
+def _torch_config(name: str, **more):
+    described = {**BACKBONES[name], **more}
+    return AutoConfig.for_model(described.pop("model_type"), **described)
+
+
+def median_seconds(step, repeats: int) -> float:
+    """Of a call, after three that do not count."""
+    seconds = []
+    for i in range(3 + repeats):
+        clock = time.perf_counter()
+        step()
+        seconds.append(time.perf_counter() - clock)
+        if i < 3:
+            seconds.clear()
+    return statistics.median(seconds)
+
+
+def matmul_rate(width: int) -> float:
+    """FLOPs a second of one large bfloat16 product."""
+    x = jax.random.normal(jax.random.key(0), (width, width), jnp.bfloat16)
+    product = jax.jit(lambda x: x @ x)
+    return 2 * width**3 / median_seconds(lambda: jax.block_until_ready(product(x)), 20)
+
+
+def measure(size: Size, repeats: int, width: int, contenders: list[str]) -> dict:
+    """Contender by contender, each alone on the device."""
+    batch, found = make_batch(size), {}
+    rate = matmul_rate(width)
+    tokens = int((batch.enc_segments != 0).sum() + (batch.dec_segments != 0).sum())
+    flops = None
+    for name in contenders:
+        if name == "torch":
+            step = TorchStep(size, batch)
+        else:
+            attention, _, remat = name.partition("-")
+            step = OurStep(size, batch, attention, remat or "none")
+            flops = step.flops
+        seconds = median_seconds(step, repeats)
+        memory = (torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None
+                  ) if name == "torch" else step.memory
+        found[name] = {
+            "seconds": seconds, "examples_per_second": size.rows / seconds,
+            "tokens_per_second": tokens / seconds, "memory_gib": memory and memory / 2**30,
+            "share_of_matmul_rate": flops and flops / seconds / rate,
+            "compile_seconds": getattr(step, "compile_seconds", None),
+        }
+        print(name, json.dumps(found[name]), flush=True)
+        del step
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+    return {"matmul_flops_per_second": rate, "model_flops": flops, "contenders": found}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--size", choices=list(SIZES), default="xnli")
+    parser.add_argument("--rows", type=int, help="of the batch")
+    parser.add_argument("--repeats", type=int, default=10)
+    parser.add_argument("--width", type=int, default=8192, help="of the matrix product")
+    parser.add_argument("--contenders", nargs="+", metavar="KERNEL[-REMAT]",
+                        default=["cudnn", "plain", "cudnn-full", "torch"])
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args()
+    size = SIZES[args.size]
+    size = replace(size, rows=args.rows or size.rows)
+    result = {
+        "size": args.size, "rows": size.rows, "device": jax.devices()[0].device_kind,
+        "python": platform.python_version(), "jax": jax.__version__, "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        **measure(size, args.repeats, args.width, args.contenders),
+    }
+    ours, theirs = (result["contenders"].get(name) for name in (args.contenders[0], "torch"))
+    if theirs:
+        result["times_faster_than_torch"] = theirs["seconds"] / ours["seconds"]
+    text = json.dumps(result, indent=2)
+    print(text)
+    if args.out:
+        args.out.write_text(text + "\n", "utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,80 @@
+"""Makes the tables of docs/scaling.md: `python benchmarks/scaling.py [--tables]`.
+
+Compiles the step of configs/tpu_v4.py for TPU slices by `train.py --compile_only` (under a minute
+each on two cores, no TPU needed) into benchmarks/results/scaling.json, and writes the tables from
+it between their marks; with --tables the tables alone.
+"""
+
+import json
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import libtpu
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks" / "results" / "scaling.json"
+SLICES = ("v4-8", "v4-16", "v4-32", "v4-64", "v5e-16", "v5p-8", "v6e-8")
+FUSIONS = ("last", "global_softmax", "transformer_softmax")
+GIB = 2**30
+
+def needs(topology: str, fusion: str) -> dict:
+    """What the step takes of a slice."""
+    command = [sys.executable, "train.py", f"--config=configs/tpu_v4.py:{fusion}",
+               "--compile_only", f"--topology={topology}"]
+    if fusion != "global_softmax":
+        command.append("--config.fusion.backward=stack")
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(f"{topology} {fusion}: {done.stderr[-500:]}")
+    print(topology, fusion, done.stdout.splitlines()[-1][:100], flush=True)
+    return {"topology": topology, "fusion": fusion, **json.loads(done.stdout.splitlines()[-1])}
+
+
+def table(rows: list[dict], first: str) -> str:
+    header = [first, "chips", "weights", "optimiser", "activations", "peak of allowed",
+              "model TFLOPs", "program's", "compute", "memory", "network"]
+    lines = [header, ["---"] * len(header)]
+    for row in rows:
+        times = {
+            kind: f"**{1e3 * s:,.0f} ms**" if kind == row["binds"] else f"{1e3 * s:,.0f} ms"
+            for kind, s in row["seconds"].items()
+        }
+        lines.append([
+            row[first], str(row["chips"]),
+            *(f"{row[name] / GIB:.2f} GiB" for name in ("weights", "optimizer", "activations")),
+            f"{row['peak'] / GIB:.2f} of {row['allowed'] / GIB:.2f} GiB",
+            f"{row['model_flops'] / row['chips'] / 1e12:,.0f}", f"{row['flops'] / 1e12:,.0f}",
+            *(times[kind] for kind in ("compute", "memory", "network")),
+        ])
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def main() -> None:
+    if "--tables" not in sys.argv:
+        rows = [needs(topology, "global_softmax") for topology in SLICES]
+        rows += [needs("v4-32", fusion) for fusion in FUSIONS if fusion != "global_softmax"]
+        machine = (f"{len(os.sched_getaffinity(0))} CPU cores, Python {platform.python_version()}, "
+                   f"jax {jax.__version__}")
+        RESULTS.write_text(json.dumps(
+            {"machine": machine, "libtpu": libtpu.__version__, "rows": rows}, indent=1) + "\n")
+    result = json.loads(RESULTS.read_text("utf-8"))
+    slices = [row for row in result["rows"] if row["fusion"] == "global_softmax"]
+    fusions = sorted((row for row in result["rows"] if row["topology"] == "v4-32"),
+                     key=lambda row: FUSIONS.index(row["fusion"]))
+    made = f"\nOn {result['machine']}, libtpu {result['libtpu']}."
+    page = ROOT / "docs" / "scaling.md"
+    text = page.read_text("utf-8")
+    for mark, rows in (("slices", table(slices, "topology")),
+                       ("fusions", table(fusions, "fusion"))):
+        before, rest = text.split(f"<!-- {mark} -->")
+        _, after = rest.split(f"<!-- /{mark} -->")
+        text = f"{before}<!-- {mark} -->\n{rows}\n{made}\n<!-- /{mark} -->{after}"
+    page.write_text(text, "utf-8")
+
+
+if __name__ == "__main__":
+    main()
