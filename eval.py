@@ -10,6 +10,7 @@ from pathlib import Path
 from absl import flags
 
 from jaxfusion.cli import refuse_words, run_main, set_up_logging
+from jaxfusion.errors import InputError
 
 WORKDIR = flags.DEFINE_string("workdir", None, "workdir of a run of train.py", required=True)
 TASKS = flags.DEFINE_list("tasks", [], "default: config.eval.tasks, or the training task")
@@ -29,7 +30,9 @@ def main(argv: list[str]) -> None:
     from jaxfusion.training.evaluate import evaluate
 
     if DISTRIBUTED.value:
-        join()
+        if ASK.value is not None:
+            raise InputError("--ask is answered by one process, without --distributed")
+        join(preemptible=False)
     workdir = Path(WORKDIR.value)
     if ASK.value is not None:
         from jaxfusion.training.ask import ask

@@ -5,6 +5,7 @@ training step is compiled, for the devices that are here or for `--topology v4-3
 takes is printed. SIGTERM saves and ends the run with exit status 75.
 """
 
+import os
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -42,6 +43,13 @@ def main(argv: list[str]) -> None:
     workdir = Path(WORKDIR.value or default_workdir(name))
     if TOPOLOGY.value is not None and not COMPILE_ONLY.value:
         raise InputError("--topology goes with --compile_only; a run takes the devices it finds")
+    if DISTRIBUTED.value and config.job == "compare":
+        raise InputError("--distributed is for one run; train the variants of a comparison one by "
+                         "one")
+    if PROFILE.value and (COMPILE_ONLY.value or config.job == "compare"):
+        raise InputError("--profile_steps is for a single run")
+    # jax reserves three quarters of a GPU's memory unless told otherwise.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.92")
     # jax, and all that stands on it, is imported only once the config is known to be right, and of
     # the jobs only the one that runs.
     from jaxfusion.testing.debug import make_inputs
@@ -55,8 +63,6 @@ def main(argv: list[str]) -> None:
     elif config.job == "compare":
         from jaxfusion.training.compare import compare
 
-        if PROFILE.value:
-            raise InputError("--profile_steps is for one run, this config compares several")
         compare(replace(config, base=make_inputs(config.base)), workdir)
         print(f"done: {workdir / 'report.md'} and its pictures")
     elif config.job == "pretrain":

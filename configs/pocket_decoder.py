@@ -7,6 +7,11 @@ The second command goes on from runs/pocket_decoder with noise on the embeddings
 never hit them exactly. It writes runs/pocket_decoder_noise/hf, kept in the repository as
 pocket/decoder (see pocket/README.md).
 
+    python train.py --config configs/pocket_decoder.py:lens
+
+makes runs/pocket_decoder_lens/hf, kept as pocket/lens_decoder: an LLM that has read and solved much
+in English and little in two other languages, for configs/lens_quickstart.py.
+
 Needs: two CPU cores, about half an hour together. Learns from English text of the pocket world
 (jaxfusion/data/pocket.py), some of it solved tasks; no frame of a development or test row is among
 it.
@@ -40,4 +45,10 @@ def get_config(arg=None):
         config.train.init_from = "runs/pocket_decoder"
         config.objective.noise = 0.8
         config.train.steps = 1800
-    return finish(config, ",".join(word for word in words if word not in ("", "noise")))
+    if "lens" in words:
+        config.tower.vocab_size = 2048
+        config.data.languages = ("en", "latn_a", "deva")
+        config.data.translations = True
+        config.data.buckets = (24, 32, 40, 48)
+        config.data.max_tokens = 64
+    return finish(config, ",".join(x for x in words if x not in ("", "noise", "lens")))

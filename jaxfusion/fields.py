@@ -14,6 +14,7 @@ DTYPES = ("float32", "bfloat16")
 ATTENTIONS = ("auto", "plain", "cudnn", "pallas")
 REMATS = ("none", "dots", "full")
 ROLES = ("encoder", "decoder")
+METHODS = ("lens", "supervised", "steering", "disentangle", "none")
 OBJECTIVES = ("causal_lm", "masked_lm", "code_switch")
 
 
@@ -180,6 +181,7 @@ class CorpusConfig:
     path: str = "made:pocket"
     languages: tuple[str, ...] = ()  # empty: all of the directory
     pivot: str = "en"  # the language of the pairs' first column
+    translations: bool = False  # a decoder reads pairs too, as "SENTENCE = TRANSLATION"
     max_tokens: int = 64  # longer texts are cut, counted and reported
     buckets: tuple[int, ...] = (16, 24, 32, 40, 48, 64)  # lengths that get compiled
     sampling: float = 0.5  # a language with n texts is drawn in proportion to n**sampling
@@ -227,7 +229,59 @@ class CompareConfig:
     rows: int | None = None  # test rows of each language
 
 
+@dataclass(frozen=True)
+class ParallelConfig:
+    """Prompts that mean the same in several languages."""
+
+    # A .jsonl or .tsv file with a column per language; text files by a pattern with {language}, the
+    # same line in each; or the id of a hub dataset with a column per language.
+    path: str = ""
+    central: str = "en"
+    targets: tuple[str, ...] = ()
+    columns: dict[str, str] = field(default_factory=dict)  # of languages that are named otherwise
+    answer: str | None = None  # column of answers, for supervised tuning
+    probe_rows: int | None = None  # the first so many rows are probed; none: all
+    rows: int = 200  # the first so many are trained on
+    chat_template: bool = True  # the LLM's own, in probing and training
+    max_tokens: int = 128  # longer prompts lose their beginning, counted and reported
+    buckets: tuple[int, ...] = (32, 64, 128)  # lengths that get compiled
+    task_path: str | None = None  # directory of the files of eval.tasks; none: the hub
+
+
+@dataclass(frozen=True)
+class LensConfig:
+    """What is done with the language subspaces (arXiv:2410.04407)."""
+
+    method: str = "lens"  # lens, supervised (both train), steering, disentangle, none
+    rank: int | None = None  # of the language-specific subspace; none: all languages but one
+    blocks: int = 2  # so many at the top train
+    loss_layers: tuple[int, ...] = ()  # where languages are aligned and separated; empty: the last
+    align: float = 1.0  # weights of the three losses; any may be 0
+    separate: float = 1.0
+    retain: float = 1.0
+    weights: dict[str, float] = field(default_factory=dict)  # w_k of languages; 1 unless given
+    layers: tuple[int, ...] = ()  # that steering and disentangling edit; empty: the middle third
+    strength: float = 1.0  # of steering and disentangling
+
+
+@dataclass(frozen=True)
+class LensRunConfig:
+    """An LLM whose languages are probed and moved, with its baselines."""
+
+    job: str = "lens"
+    decoder: DecoderConfig = DecoderConfig()
+    data: ParallelConfig = ParallelConfig()
+    lens: LensConfig = LensConfig()
+    optimizer: OptimizerConfig = OptimizerConfig(
+        groups={"blocks": GroupConfig(("decoder/blocks/.*",), 1e-5, 0.1)}, b1=0.9, clip_norm=1.0)
+    train: TrainConfig = TrainConfig()
+    eval: EvalConfig = EvalConfig()
+    mesh: MeshConfig = MeshConfig()
+    # Runs from one cache, each with its name and the fields of `lens` and others that differ.
+    sweep: tuple[dict[str, Any], ...] = ()
+
+
 JOBS: dict[str, type] = {
-    "bridge": Config, "pretrain": PretrainConfig, "compare": CompareConfig
+    "bridge": Config, "pretrain": PretrainConfig, "compare": CompareConfig, "lens": LensRunConfig
 }
-Job = Config | PretrainConfig | CompareConfig
+Job = Config | PretrainConfig | CompareConfig | LensRunConfig

@@ -111,3 +111,18 @@ def test_what_a_kernel_cannot_do_is_done_plainly():
     assert usable("cudnn", 2, 128, 64, jnp.float32) == "plain"
     assert usable("cudnn", 2, 128, 64, jnp.bfloat16, cap=5.0) == "plain"
     assert usable("pallas", 2, 127, 64, jnp.float32, cap=5.0) == "pallas"
+
+
+@pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs a GPU")
+@pytest.mark.parametrize("case", ["causal", "window", "bias"])
+def test_cudnn_itself_equals_the_plain_form(case):
+    pattern, biased = PATTERNS[case]
+    rng, ids = np.random.default_rng(0), segments()
+    draw = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.bfloat16)  # noqa: E731
+    keys = HEADS if biased else HEADS // 2
+    q, k, v = draw(ROWS, LENGTH, HEADS, WIDTH), *(draw(ROWS, LENGTH, keys, WIDTH) for _ in "kv")
+    bias = draw(HEADS, LENGTH, LENGTH).astype(jnp.float32) if biased else None
+    ours = jax.jit(lambda *x: cudnn_attention(*x, ids, pattern, bias))(q, k, v)
+    plain = plain_attention(q, k, v, masked(ids, pattern), scale=pattern.scale, bias=bias)
+    real = ids != 0
+    assert relative(ours[real].astype(np.float32), plain[real].astype(np.float32)) < 2e-2

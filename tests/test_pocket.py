@@ -139,7 +139,7 @@ def test_pretraining_text_holds_no_sentence_of_a_scored_frame():
               for pair in sample(800, split) for s in pair[:2]}
     text = "\n".join(pocket.texts("en", 2000))
     text += "\n".join(a for a, _ in pocket.pairs("sinh", 500))
-    text += "\n".join(prompt for prompt, _ in pocket.solved(3000))
+    text += "\n".join(prompt for prompt, _ in pocket.solved("en", 3000))
     found = [s for s in scored if f" {s} " in f" {text} ".replace("\n", " ")]
     assert not found
 

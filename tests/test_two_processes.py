@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from jaxfusion.errors import Stopped
+from jaxfusion.training.checkpoint import saved_steps
 from jaxfusion.training.evaluate import evaluate
 
 ROOT = Path(__file__).parent.parent
@@ -45,6 +46,13 @@ def run_both(workdir, *flags, script=None):
     both = [start(workdir, i, port, *flags, script=script) for i in range(2)]
     said = [process.communicate(timeout=300)[1] for process in both]
     return [process.returncode for process in both], said
+
+
+def wait_for_a_checkpoint(workdir, process):
+    end = time.monotonic() + 120
+    while not saved_steps(workdir) and process.poll() is None and time.monotonic() < end:
+        time.sleep(0.005)
+    assert saved_steps(workdir) and process.poll() is None
 
 
 def losses(workdir):
@@ -86,8 +94,7 @@ def test_one_is_killed_and_both_start_again(undisturbed, tmp_path):
     """The one that is left ends too; on another mesh, the two go on to the same end."""
     workdir, port = tmp_path / "run", free_port()
     both = [start(workdir, i, port) for i in range(2)]
-    while not (workdir / "checkpoints" / "2").is_dir() and both[0].poll() is None:
-        time.sleep(0.02)
+    wait_for_a_checkpoint(workdir, both[0])
     both[1].send_signal(signal.SIGKILL)
     both[0].communicate(timeout=120)
     assert both[0].returncode != 0
@@ -104,8 +111,7 @@ def test_sigterm_to_one_stops_both_where_they_can_go_on(tmp_path):
     workdir, port = tmp_path / "run", free_port()
     long = ("--config.train.steps=400", "--config.train.eval_every=400")
     both = [start(workdir, i, port, *long) for i in range(2)]
-    while not (workdir / "checkpoints" / "2").is_dir() and both[0].poll() is None:
-        time.sleep(0.02)
+    wait_for_a_checkpoint(workdir, both[0])
     both[1].send_signal(signal.SIGTERM)
     said = [process.communicate(timeout=120)[1] for process in both]
     assert [process.returncode for process in both] == [Stopped.EXIT_CODE] * 2, said

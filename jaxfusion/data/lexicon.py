@@ -69,6 +69,7 @@ class Language:
       group: rich, mid or poor: how much text there is of it.
       reported: False for the languages on which recipes are chosen.
       texts, pairs: monolingual texts, and sentences with their English translation.
+      solved: tasks with their answers, for an LLM.
       verb_first, adjective_last, place_first, postposition, determiner_last: its word order.
       definite: how it says `the`: by a word, a prefix, a suffix, or not at all.
       plural: of nouns, by a prefix or a suffix.
@@ -88,17 +89,18 @@ class Language:
     definite: str = "word"
     plural: str = "suffix"
     negation: str = "before"
+    solved: int = 0
 
 
 # Names are scripts, not languages: nothing here is Sinhala, only written in its letters.
 LANGUAGES: dict[str, Language] = {
-    "en": Language(None, "english", True, 24_000, 0),
+    "en": Language(None, "english", True, 24_000, 0, solved=160_000),
     "deva": Language("deva", "rich", False, 12_000, 6_000, place_first=True, postposition=True,
-                     definite="none", negation="before"),
+                     definite="none", negation="before", solved=4_000),
     "arab": Language("arab", "rich", True, 12_000, 6_000, verb_first=True, adjective_last=True,
                      definite="prefix", negation="before"),
     "latn_a": Language("latn_a", "rich", True, 12_000, 6_000, adjective_last=True,
-                       negation="after"),
+                       negation="after", solved=8_000),
     "beng": Language("beng", "mid", True, 6_000, 3_000, place_first=True, postposition=True,
                      definite="suffix", negation="after"),
     "taml": Language("taml", "mid", True, 5_000, 2_500, place_first=True, postposition=True,

@@ -36,7 +36,6 @@ from jaxfusion.errors import InputError, choose
 from jaxfusion.files import new_directory
 
 TASK_ROWS = {"train": 12_000, "dev": 300, "test": 600}
-SOLVED = 160_000  # English documents with their answers, for the LLM
 
 # What changes between premise and hypothesis: the verb, and at most one word of the subject.
 CHANGES = (None, "noun", "place", "adjective")
@@ -184,18 +183,18 @@ def pairs(language: str, rows: int, seed: int = 0) -> Iterator[tuple[str, str]]:
         yield english(sentence), render(sentence, language)
 
 
-def solved(rows: int, seed: int = 0) -> Iterator[tuple[str, str]]:
-    """English prompts and answers for the LLM: inference, questions, and lexical facts."""
-    rng = random.Random(f"{VERSION} {seed} solved")
+def solved(language: str, rows: int, seed: int = 0) -> Iterator[tuple[str, str]]:
+    """Prompts and English answers for the LLM: inference, questions, and English lexical facts."""
+    rng = random.Random(f"{VERSION} {seed} solved" + (f" {language}" if language != "en" else ""))
     for _ in range(rows):
         kind = rng.random()
         if kind < 0.7:
             # A third without any modifier: the plain case is learned first, and helps the others.
             modified = 0.0 if kind < 0.25 else 0.5
-            columns = render_inference(*random_inference(rng, "train", modified), "en")
+            columns = render_inference(*random_inference(rng, "train", modified), language)
             yield NLI_PROMPT.format(**columns).strip(), columns["label"]
-        elif kind < 0.88:
-            columns = render_question(random_question(rng, "train"), "en")
+        elif kind < 0.88 or language != "en":
+            columns = render_question(random_question(rng, "train"), language)
             yield QA_PROMPT.format(**columns).strip(), columns["target"]
         else:
             yield _fact(rng)
@@ -225,14 +224,16 @@ def write_texts(out: Path, scale: float = 1.0, seed: int = 0) -> None:
     """Writes into a directory what to pretrain on; `scale` shrinks it.
 
     `text-LANGUAGE.txt` (a text a line), `pairs-LANGUAGE.tsv` (English, then the language), and
-    `solved-en.tsv` (prompt, answer).
+    `solved-LANGUAGE.tsv` (prompt, answer).
     """
     for name, language in LANGUAGES.items():
         _write(out / f"text-{name}.txt", texts(name, _scaled(language.texts, scale), seed))
         if language.pairs:
             rows = pairs(name, _scaled(language.pairs, scale), seed)
             _write(out / f"pairs-{name}.tsv", ("\t".join(row) for row in rows))
-    _write(out / "solved-en.tsv", ("\t".join(row) for row in solved(_scaled(SOLVED, scale), seed)))
+        if language.solved:
+            rows = solved(name, _scaled(language.solved, scale), seed)
+            _write(out / f"solved-{name}.tsv", ("\t".join(row) for row in rows))
     _sign(out, scale, seed)
 
 

@@ -92,6 +92,17 @@ def _file_rows(name, task, split, language, path) -> Iterator[tuple[dict[str, An
     yield from _read(path / file, task.files, rows)
 
 
+def read_rows(file: Path) -> list[tuple[dict[str, Any], str]]:
+    """All rows of a `.tsv` (with a header) or `.jsonl` file, each with its place for messages.
+
+    Raises:
+      InputError: another kind of file, or a malformed row.
+    """
+    if file.suffix not in (".tsv", ".jsonl"):
+        raise InputError(f"{file} is no .tsv or .jsonl file")
+    return list(_read(file, Files(), slice(None)))
+
+
 def _read(file: Path, layout: Files, rows: slice) -> Iterator[tuple[dict[str, Any], str]]:
     read = {".tsv": _read_tsv, ".jsonl": _read_jsonl}[file.suffix]
     try:

@@ -76,14 +76,20 @@ def usable(
     kernel: str, rows: int, length: int, head_dim: int, dtype: jnp.dtype, cap: float | None = None
 ) -> str:
     """The kernel, or `plain` where it cannot do what is asked."""
-    if kernel == "cudnn" and (length % 2 or head_dim % 8 or head_dim > 256 or cap is not None
-                              or jnp.dtype(dtype).itemsize != 2):
+    if kernel == "cudnn" and (length % 2 or head_dim % 8 or head_dim > _cudnn_width()
+                              or cap is not None or jnp.dtype(dtype).itemsize != 2):
         return "plain"
-    if kernel == "pallas" and not _mesh().empty and (
+    if kernel != "plain" and not _mesh().empty and (
         rows % math.prod(_mesh().shape[axis] for axis in ("data", "fsdp"))
     ):
         return "plain"
     return kernel
+
+
+def _cudnn_width() -> int:
+    """The widest head that cuDNN's flash attention takes, which depends on the GPU."""
+    capability = getattr(jax.devices()[0], "compute_capability", "9.0")
+    return 256 if float(capability) >= 9.0 else 128
 
 
 def cudnn_attention(
@@ -96,13 +102,16 @@ def cudnn_attention(
     Args:
       implementation: `xla` runs the same call on any device.
     """
-    same = (segments[:, :, None] == segments[:, None, :]) & (segments != 0)[:, None, :]
-    window = None if pattern.window is None else (pattern.window - 1, 0)
-    return jax.nn.dot_product_attention(
-        q, k, v, None if bias is None else bias[None].astype(q.dtype), same[:, None],
-        scale=pattern.scale, is_causal=pattern.causal, local_window_size=window,
-        implementation=implementation,
-    )
+    def attend(q, k, v, segments, bias):
+        same = (segments[:, :, None] == segments[:, None, :]) & (segments != 0)[:, None, :]
+        window = None if pattern.window is None else (pattern.window - 1, 0)
+        return jax.nn.dot_product_attention(
+            q, k, v, None if bias is None else bias[None].astype(q.dtype), same[:, None],
+            scale=pattern.scale, is_causal=pattern.causal, local_window_size=window,
+            implementation=implementation,
+        )
+
+    return _on_each_device(attend, q, k, v, segments, bias)
 
 
 def pallas_attention(
@@ -125,9 +134,14 @@ def pallas_attention(
     if bias is not None:
         bias = jnp.pad(bias, ((0, 0), (0, pad), (0, pad)))
     kernel = partial(_splash, interpret) if pattern.causal else _flash
-    kernel = partial(kernel, pattern)
+    out = _on_each_device(partial(kernel, pattern), q, k, v, segments, bias)
+    return out[:, :length]
+
+
+def _on_each_device(kernel: Callable[..., Array], q, k, v, segments, bias) -> Array:
+    """A kernel on the rows and heads of each device of the mesh: the compiler cannot split it."""
     if _mesh().empty:
-        return kernel(q, k, v, segments, bias)[:, :length]
+        return kernel(q, k, v, segments, bias)
     heads = fitting_spec(("heads", "kv_heads"), (q.shape[2], k.shape[2]), _mesh())
     if heads[0] != heads[1]:  # each device needs the keys of its own query heads
         k, v = (jnp.repeat(x, q.shape[2] // k.shape[2], axis=2) for x in (k, v))
@@ -136,7 +150,7 @@ def pallas_attention(
              None if bias is None else fitting_spec(("heads", None, None), bias.shape, _mesh()))
     # Kernels say nothing of how their results vary over the mesh.
     split = jax.shard_map(kernel, in_specs=specs, out_specs=rows, check_vma=False)
-    return split(q, k, v, segments, bias)[:, :length]
+    return split(q, k, v, segments, bias)
 
 
 # By name; the plain form takes a mask in place of segments and pattern.

@@ -1,7 +1,7 @@
 """The bridge (2401.10695, 2508.09091): encoder → fusion → projector → splice → decoder.
 
 Everything here is a function of a parameter tree `{'encoder', 'fusion', 'projector', 'decoder'}`
-and a batch; nothing is stored.
+and a batch; nothing is stored. The tree may have `edits` of the decoder's states (`make_edits`).
 """
 
 from dataclasses import dataclass
@@ -206,4 +206,5 @@ class Bridge:
         return -jnp.sum(jnp.where(batch.target_mask, taken, 0.0)) / jnp.maximum(count, 1), count
 
     def _decode(self, params: Params, *args, **kwargs):
-        return self.decoder.apply({"params": params["decoder"]}, *args, **kwargs)
+        edits = {"edits": params["edits"]} if "edits" in params else {}
+        return self.decoder.apply({"params": params["decoder"], **edits}, *args, **kwargs)

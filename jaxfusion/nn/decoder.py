@@ -104,6 +104,20 @@ jax.tree_util.register_dataclass(
 )
 
 
+def make_edits(
+    shift: Float[Array, "L E"], basis: Float[Array, "L E r"], strength: Float[Array, "L"]
+) -> dict[str, Any]:
+    """The collection `edits` of a decoder: behind block l, `h ← h + shift_l − s_l B_l B_lᵀ h`.
+
+    Steering adds a direction (Lens, arXiv:2410.04407); taking out the language-specific subspace in
+    middle layers is disentanglement.
+
+    Args:
+      shift, basis: the vectors and the subspaces' orthonormal columns. strength: s_l, 0 or more.
+    """
+    return {"blocks": {"shift": shift, "basis": basis * jnp.sqrt(strength)[:, None, None]}}
+
+
 def init_cache(config: DecoderConfig, batch: int, slots: int, dtype: Any) -> Cache:
     """An empty cache of `slots` tokens for each of `batch` rows."""
     shape = (config.num_layers, batch, slots, config.num_kv_heads, config.head_dim)
@@ -192,7 +206,9 @@ class Block(nn.Module):
     """One pre-norm block, in the form `nn.scan` wants: x is carried, its cache scanned over.
 
     `kind` picks the block's rotary tables and mask out of those of all kinds; without masks the
-    kernel named `attention` reads the segments.
+    kernel named `attention` reads the segments. Emits its cache and, where `read` names a slot of
+    every row, what the residual stream holds there. A variable collection `edits` may add a vector
+    to the stream behind the block, and take out what lies in a subspace (see `make_edits`).
     """
 
     config: DecoderConfig
@@ -200,7 +216,7 @@ class Block(nn.Module):
     attention: str
 
     @nn.compact
-    def __call__(self, x, kv, kind, turns, masks, segments, start):
+    def __call__(self, x, kv, kind, turns, masks, segments, start, read):
         c = self.config
         if len(c.kinds) == 1:
             kind = 0  # known when compiled: nothing is copied
@@ -214,7 +230,11 @@ class Block(nn.Module):
         h = norm(name="mlp_norm")(x)
         h = FeedForward(c, self.dtype, name="mlp")(h)
         x = x + after(name="mlp_post_norm")(h)
-        return constrain(x, "batch", "length", None), kv
+        if self.has_variable("edits", "shift"):
+            basis = self.get_variable("edits", "basis").astype(x.dtype)
+            x = x + self.get_variable("edits", "shift").astype(x.dtype) - (x @ basis) @ basis.T
+        x = constrain(x, "batch", "length", None)
+        return x, (kv, None if read is None else x[jnp.arange(len(x)), read])
 
 
 class Decoder(nn.Module):
@@ -242,9 +262,9 @@ class Decoder(nn.Module):
         embed_init = head_init if c.tie_embeddings else nn.initializers.normal(1.0)
         self.embedder = Embedding(c.vocab_size, c.d_model, embed_init, self.dtype, name="embed")
         self.blocks = nn.scan(
-            rematerialised(Block, self.remat), variable_axes={"params": 0},
+            rematerialised(Block, self.remat), variable_axes={"params": 0, "edits": 0},
             split_rngs={"params": True}, length=c.num_layers,
-            in_axes=(0, 0, *[nn.broadcast] * 4), metadata_params={nn.PARTITION_NAME: "layers"},
+            in_axes=(0, 0, *[nn.broadcast] * 5), metadata_params={nn.PARTITION_NAME: "layers"},
         )(c, self.dtype, self.attention, name="blocks")
         self.final_norm = RMSNorm(c.norm_eps, self.dtype, c.norm_offset, name="final_norm")
         if not c.tie_embeddings:
@@ -275,6 +295,14 @@ class Decoder(nn.Module):
         Returns:
           Hidden states, and the cache with the new tokens in it (None if none was given).
         """
+        x, new_cache, _ = self.run(embeddings, positions, segments, cache, start)
+        return self.final_norm(x), new_cache
+
+    def run(
+        self, embeddings, positions, segments, cache: Cache | None = None, start=0, read=None
+    ) -> tuple[Float[Array, "B N E"], Cache | None, Float[Array, "L B E"] | None]:
+        """All blocks without the final norm: the residual stream, the cache, and behind every block
+        what the stream holds at the slots `read` [B]."""
         k_positions, k_segments, kv = positions, segments, None
         if cache is not None:
             write = partial(jax.lax.dynamic_update_slice_in_dim, start_index=start, axis=1)
@@ -293,9 +321,16 @@ class Decoder(nn.Module):
         turns = jax.tree.map(lambda *x: jnp.stack(x), *(
             rope_tables(rope, c.head_dim, positions, most) for rope in ropes))
         x = constrain(embeddings.astype(self.dtype), "batch", "length", None)
-        x, kv = self.blocks(x, kv, jnp.array(c.kind_of_layer), turns, masks, segments, start)
-        new_cache = None if cache is None else Cache(*kv, k_positions, k_segments)
-        return self.final_norm(x), new_cache
+        x, (kv, states) = self.blocks(x, kv, jnp.array(c.kind_of_layer), turns, masks, segments,
+                                      start, read)
+        return x, None if cache is None else Cache(*kv, k_positions, k_segments), states
+
+    def states_at(self, tokens, positions, segments, slots) -> Float[Array, "L B E"]:
+        """`h_1 … h_L` of one slot of every row, as Hugging Face numbers them: the last is after
+        the final norm."""
+        x, _, states = self.run(self.embed(tokens), positions, segments, read=slots)
+        last = self.final_norm(x)[jnp.arange(len(x)), slots]
+        return states.at[-1].set(last)
 
     def logits(self, hidden: Float[Array, "*B E"]) -> Float[Array, "*B V"]:
         """Next-token logits in float32."""

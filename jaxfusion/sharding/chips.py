@@ -1,11 +1,12 @@
 """What a chip can do, and the slices of chips that can be compiled for without having them."""
 
+import importlib.util
 import os
 from dataclasses import dataclass
 
 import jax
 
-from jaxfusion.errors import InputError
+from jaxfusion.errors import InputError, first_line
 
 GIB = 2.0**30
 
@@ -27,18 +28,20 @@ class Chip:
     network: float
 
 
-# By jax's name of the device. TPUs: cloud.google.com/tpu/docs (system architecture), of v4's 32 GiB
-# the compiler keeps 1.25; a ring uses two links. GPUs: NVIDIA's data sheets of the SXM modules,
-# dense, NVLink one way.
+# Of a GPU's memory, what train.py has jax reserve.
+GPU_SHARE = 0.92
+# By jax's name of the device. TPUs: cloud.google.com/tpu/docs (system architecture), and of the
+# memory what the compiler allows (30.75 GiB of v4's 32); a ring uses two links. GPUs: NVIDIA's data
+# sheets of the SXM modules, dense, NVLink one way.
 CHIPS = {
     "TPU v4": Chip(275e12, 30.75 * GIB, 1.228e12, 90e9),
     "TPU v5 lite": Chip(197e12, 15.75 * GIB, 0.819e12, 90e9),
-    "TPU v5": Chip(459e12, 94.75 * GIB, 2.765e12, 180e9),
-    "TPU v5p": Chip(459e12, 94.75 * GIB, 2.765e12, 180e9),
+    "TPU v5": Chip(459e12, 95.73 * GIB, 2.765e12, 180e9),
+    "TPU v5p": Chip(459e12, 95.73 * GIB, 2.765e12, 180e9),
     "TPU v6 lite": Chip(918e12, 31.25 * GIB, 1.638e12, 180e9),
-    "NVIDIA A100-SXM4-80GB": Chip(312e12, 79.1 * GIB, 2.039e12, 300e9),
-    "NVIDIA H100 80GB HBM3": Chip(989e12, 79.1 * GIB, 3.35e12, 450e9),
-    "NVIDIA H200": Chip(989e12, 139.8 * GIB, 4.8e12, 450e9),
+    "NVIDIA A100-SXM4-80GB": Chip(312e12, 79.1 * GPU_SHARE * GIB, 2.039e12, 300e9),
+    "NVIDIA H100 80GB HBM3": Chip(989e12, 79.1 * GPU_SHARE * GIB, 3.35e12, 450e9),
+    "NVIDIA H200": Chip(989e12, 139.8 * GPU_SHARE * GIB, 4.8e12, 450e9),
 }
 
 # Grids by number of chips. v4 and v5p are sold by cores, of which a chip has two.
@@ -68,8 +71,12 @@ def topology_devices(name: str) -> list[jax.Device]:
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v4-8")
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # nothing here holds a TPU
     from jax.experimental.topologies import get_topology_desc
 
+    if importlib.util.find_spec("libtpu") is None:
+        raise InputError("the TPU compiler is missing; install it with: pip install "
+                         "'jaxfusion[tpu]'")
     kind, _, size = name.partition("-")
     grids, cores = KINDS[kind]
     chips = int(size) // cores
@@ -81,8 +88,7 @@ def topology_devices(name: str) -> list[jax.Device]:
             chip_config_name="megacore" if cores == 2 else "default", chips_per_host_bounds=host,
         )
     except Exception as error:
-        raise InputError(f"no TPU compiler for '{name}' ({str(error).splitlines()[0]}); install "
-                         "it with: pip install 'jaxfusion[tpu]'") from None
+        raise InputError(f"libtpu gives no devices for '{name}': {first_line(error)}") from None
     return list(description.devices)
 
 

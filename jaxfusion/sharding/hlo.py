@@ -9,7 +9,7 @@ buffers that the compiler placed on the chip are free.
 import math
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import numpy as np
@@ -81,17 +81,20 @@ class Cost:
       bytes: moved from and to the device's memory.
       collectives: by kind, how many and how many bytes each device sends.
       unknown: loops whose trip count the text does not tell, counted once.
+      silent: runs of kernels that do not tell their FLOPs, which are missing.
     """
 
     flops: float = 0.0
     bytes: float = 0.0
     collectives: dict[str, tuple[float, float]] = field(default_factory=dict)
     unknown: int = 0
+    silent: float = 0.0
 
     def add(self, other: "Cost", times: float = 1.0) -> None:
         self.flops += times * other.flops
         self.bytes += times * other.bytes
         self.unknown += other.unknown
+        self.silent += times * other.silent
         for kind, (count, size) in other.collectives.items():
             have = self.collectives.get(kind, (0.0, 0.0))
             self.collectives[kind] = (have[0] + times * count, have[1] + times * size)
@@ -122,6 +125,8 @@ class _Program:
             elif current is not None and last is not None:  # what a kernel says of itself
                 last.rest += line
         self.known: dict[tuple[str, bool], Cost] = {}
+        sizes = [int(n) for n in re.findall(r"(?:num_partitions|replica_count)=(\d+)", text[:5000])]
+        self.devices = math.prod(sizes)
 
     @property
     def cost(self) -> Cost:
@@ -139,7 +144,7 @@ class _Program:
     def _count(self, x: Instruction, around: dict[str, Instruction], fused: bool, total: Cost):
         kind = x.opcode.removesuffix("-start")
         if kind in COLLECTIVES:
-            sent = _sent(kind, x, around)
+            sent = _sent(kind, x, around, _group_size(x, self.devices))
             total.add(Cost(collectives={kind: (1.0, sent)}))
         elif x.opcode == "while":
             times = self._trips(x, around)
@@ -152,7 +157,10 @@ class _Program:
             total.add(max((self.of(b) for b in branches if b in self.computations),
                           key=lambda cost: cost.flops, default=Cost()))
         elif called := x.attribute("calls") or (x.opcode == "call" and x.attribute("to_apply")):
-            total.add(self.of(called, fused or x.opcode == "fusion"))
+            inside = self.of(called, fused or x.opcode == "fusion")
+            # So a TPU's compiler writes a reduce-scatter, which sends half of an all-reduce.
+            total.add(_scattered(inside) if called.startswith("all-reduce-scatter") else inside)
+        total.silent += x.opcode == "custom-call" and _is_silent(x)
         total.flops += FLOPS.get(x.opcode, lambda *_: 0.0)(x, around)
         if not fused and kind not in FREE and not x.opcode.endswith("-done"):
             total.bytes += self._traffic(x, around)
@@ -171,14 +179,27 @@ class _Program:
         # An unrolled loop counts by more than one.
         root = next(x for x in body.values() if x.root)
         step = _increment(root.operands[place], body)
-        first = around.get(loop.operands[0])
-        start = first and first.opcode == "tuple" and around.get(first.operands[place])
-        begin = _integer(start) or 0 if start else 0
-        return None if step is None else -(-(limits[0] - begin) // step)
+        start = around.get(loop.operands[0])
+        start = around.get(start.operands[place]) if start and start.opcode == "tuple" else None
+        while start is not None and start.opcode in ("copy", "bitcast"):
+            start = around.get(start.operands[0])
+        begin = start and _integer(start)
+        below = any("direction=LT" in x.rest for x in self._with_called(condition))
+        if step is None or begin is None or not below:
+            return None
+        return -(-(limits[0] - begin) // step)
+
+    def _with_called(self, computation: dict[str, Instruction]) -> list[Instruction]:
+        found = list(computation.values())
+        for x in computation.values():
+            found += self.computations.get(x.attribute("calls") or "", {}).values()
+        return found
 
     def _traffic(self, x: Instruction, around: dict[str, Instruction]) -> float:
         """What an instruction reads and writes."""
         operands = [around[name] for name in x.operands if name in around]
+        if x.opcode.endswith("-start"):  # its type has what is read beside what is written
+            return x.bytes
         if x.opcode in ("dynamic-slice", "gather"):
             return 2 * x.bytes
         if x.opcode in ("dynamic-update-slice", "scatter"):
@@ -234,10 +255,16 @@ def _size(x: Instruction) -> float:
     return sum(math.prod(dims) * size for dims, size, _ in _arrays(x.type))
 
 
-def _sent(kind: str, x: Instruction, around: dict[str, Instruction]) -> float:
+def _scattered(cost: Cost) -> Cost:
+    """The cost of an all-reduce of which every device keeps its part alone."""
+    count, sent = cost.collectives.get("all-reduce", (0.0, 0.0))
+    others = {kind: x for kind, x in cost.collectives.items() if kind != "all-reduce"}
+    return replace(cost, collectives={**others, "reduce-scatter": (count, sent / 2)})
+
+
+def _sent(kind: str, x: Instruction, around: dict[str, Instruction], devices: int) -> float:
     """Bytes that each device of a ring sends in a collective."""
     given = sum(_size(around[name]) for name in x.operands if name in around)
-    devices = _group_size(x)
     if kind == "all-gather":
         return given * (devices - 1)
     if kind == "all-reduce":
@@ -247,7 +274,8 @@ def _sent(kind: str, x: Instruction, around: dict[str, Instruction]) -> float:
     return given * (devices - 1) / devices
 
 
-def _group_size(x: Instruction) -> int:
+def _group_size(x: Instruction, devices: int) -> int:
+    """How many devices take part together; all of them where the text names none."""
     groups = x.rest.split("replica_groups=")[-1] if "replica_groups=" in x.rest else ""
     if found := re.match(r"\[\d+,(\d+)\]<=", groups):
         return int(found[1])
@@ -258,7 +286,7 @@ def _group_size(x: Instruction) -> int:
         return math.prod(int(sizes[name]) for name in names)
     if found := re.match(r"\{\{([\d,]+)\}", groups):
         return len(found[1].split(","))
-    return 2
+    return devices
 
 
 def _dot(x: Instruction, around: dict[str, Instruction]) -> float:
@@ -291,9 +319,21 @@ def _convolution(x: Instruction, around: dict[str, Instruction]) -> float:
 
 
 def _kernel(x: Instruction, around: dict[str, Instruction]) -> float:
-    """What a Pallas kernel says of itself."""
-    found = re.search(r'"flops":\s*"?(\d+)', x.rest)
-    return float(found[1]) if found else 0.0
+    """What a kernel says of itself: Pallas kernels their FLOPs, cuBLAS its dimensions."""
+    if found := re.search(r'"flops":\s*"?(\d+)', x.rest):
+        return float(found[1])
+    if axes := re.search(r'"lhs_contracting_dimensions":\[([^\]]*)\]', x.rest):
+        left = around[x.operands[0]].shape
+        axes = re.findall(r"\d+", axes[1])
+        return 2.0 * math.prod(x.shape) * math.prod(left[int(axis)] for axis in axes)
+    return 0.0
+
+
+def _is_silent(x: Instruction) -> bool:
+    """Whether a custom call computes, and does not tell how much."""
+    names = r"tpu_custom_call|__cu\w+\$|__onednn|[^\"]*fmha"
+    kernel = re.search(rf'custom_call_target="({names})', x.rest)
+    return bool(kernel) and not re.search(r'"flops"|lhs_contracting_dimensions', x.rest)
 
 
 FLOPS: dict[str, Callable[[Instruction, dict[str, Instruction]], float]] = {

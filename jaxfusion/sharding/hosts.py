@@ -2,8 +2,9 @@
 
 import hashlib
 import os
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -12,18 +13,23 @@ from jax.experimental import multihost_utils
 import jaxfusion
 from jaxfusion.errors import InputError, first_line
 
+T = TypeVar("T")
 HEARTBEAT_SECONDS = 30  # a peer that is gone for so long ends the others
 
 
-def join() -> None:
+def join(preemptible: bool = True) -> None:
     """Makes this process one of several.
 
     On a TPU pod or under SLURM jax finds the others by itself; elsewhere each process gets
     JAX_COORDINATOR_ADDRESS (host:port of the first), JAX_NUM_PROCESSES and JAX_PROCESS_ID.
 
+    Args:
+      preemptible: SIGTERM is kept for who asks for it, as training does; else it ends the process.
+
     Raises:
       InputError: the others are not to be found.
     """
+    jax.config.update("jax_enable_preemption_service", preemptible)
     known = {}
     for name in ("num_processes", "process_id"):
         value = os.environ.get(f"JAX_{name.upper()}")
@@ -59,6 +65,27 @@ def check_peers(**texts: str) -> None:
         if len(others):
             raise InputError(f"process {others[0]} has another {name} than process 0; start all "
                              f"with the same command on the same files")
+
+
+def with_peers(start: Callable[[], T]) -> T:
+    """What `start` gives, if it does so in all processes.
+
+    Raises:
+      InputError: the one of this process; or that of another one, which would else be waited for.
+    """
+    if jax.process_count() == 1:
+        return start()
+    error, found = None, None
+    try:
+        found = start()
+    except InputError as raised:
+        error = raised
+    failed = np.flatnonzero(multihost_utils.process_allgather(np.array(error is not None)))
+    if error is not None:
+        raise error
+    if len(failed):
+        raise InputError(f"process {failed[0]} could not start; its own message says why")
+    return found
 
 
 def wait_for_peers(what: str) -> None:

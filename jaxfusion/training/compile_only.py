@@ -16,7 +16,8 @@ import jax.numpy as jnp
 from rich.console import Console
 from rich.table import Table
 
-from jaxfusion.errors import InputError
+from jaxfusion.data.batching import DECODER_STEP
+from jaxfusion.errors import InputError, first_line
 from jaxfusion.fields import ROLES, Config
 from jaxfusion.hf.backbones import backbone_shape
 from jaxfusion.nn.bridge import Batch
@@ -42,6 +43,7 @@ class Needs:
         lives at once. peak: their sum. allowed: bytes that a program may use; None if not known.
       model_flops: of all chips, without what is computed again. flops, bytes: of the program.
       unknown_loops: whose length the program does not tell; counted as if they ran once.
+      silent_kernels: runs of kernels that do not tell their FLOPs, which are missing.
       collectives: by kind, number and bytes sent.
       seconds: at the chip's peaks, for `compute`, `memory` and `network` each; empty if not known.
       binds: which of them is the longest. compile_seconds: what it took here.
@@ -60,6 +62,7 @@ class Needs:
     flops: float
     bytes: float
     unknown_loops: int
+    silent_kernels: float
     collectives: dict[str, tuple[float, float]]
     seconds: dict[str, float]
     binds: str | None
@@ -72,6 +75,8 @@ class TooLarge(InputError):
 
 def compile_only(config: Config, topology: str | None = None) -> Needs:
     """Compiles the step, prints its needs as a table and, as the last line of stdout, as JSON.
+
+    The batch is the largest without packing; what scoring takes is not in it.
 
     Args:
       topology: a TPU slice such as `v4-32`; None takes the devices that are here.
@@ -109,17 +114,15 @@ def measure(config: Config, devices: list[jax.Device]) -> Needs:
         try:
             compiled = lowered.compile()
         except jax.errors.JaxRuntimeError as error:
-            raise _too_large(error, devices[0]) from None
+            raise _refusal(error, devices[0]) from None
         seconds = time.monotonic() - clock
         useful = count_flops(lambda *x: gradient(plain(plan.bridge).loss, *x),
                              state.trainable, plan.frozen, batch, key)
     cost, memory = program_cost(compiled.as_text()), compiled.memory_analysis()
     parts = {"weights": _bytes([state.trainable, plan.frozen]),
              "optimizer": _bytes(state.opt_state), "batch": _bytes(batch)}
-    # What comes out takes the place of the state that went in.
-    activations = (memory.temp_size_in_bytes + memory.output_size_in_bytes
-                   - memory.alias_size_in_bytes)
-    peak = memory.argument_size_in_bytes + activations
+    peak = peak_bytes(memory)
+    activations = peak - memory.argument_size_in_bytes
     chip = chip_of(devices[0])
     if chip is not None and peak > chip.memory:  # a GPU's compiler does not know what it has
         raise TooLarge(f"the step takes {peak / GIB:.1f} GiB of each chip, {devices[0].device_kind}"
@@ -128,9 +131,16 @@ def measure(config: Config, devices: list[jax.Device]) -> Needs:
     return Needs(
         devices[0].device_kind, len(devices), dict(mesh.shape), **parts, activations=activations,
         peak=peak, allowed=chip and chip.memory, model_flops=useful, flops=cost.flops,
-        bytes=cost.bytes, unknown_loops=cost.unknown, collectives=cost.collectives, seconds=times,
+        bytes=cost.bytes, unknown_loops=cost.unknown, silent_kernels=cost.silent,
+        collectives=cost.collectives, seconds=times,
         binds=max(times, key=times.get) if times else None, compile_seconds=seconds,
     )
+
+
+def peak_bytes(memory: Any) -> int:
+    """Of a program's `memory_analysis()`: what comes out takes the place of what is donated."""
+    return (memory.argument_size_in_bytes + memory.temp_size_in_bytes
+            + memory.output_size_in_bytes - memory.alias_size_in_bytes)
 
 
 def _arguments(config: Config, plan: Plan, mesh) -> tuple[State, Batch, jax.ShapeDtypeStruct]:
@@ -150,12 +160,13 @@ def _arguments(config: Config, plan: Plan, mesh) -> tuple[State, Batch, jax.Shap
 
 
 def _batch(config: Config, plan: Plan, mesh) -> Batch:
-    """A batch whose every row is as long as the limits allow."""
+    """A batch whose every row is as long as the limits allow, one example in each."""
     c, rows = config.data, config.train.batch_size
     targets, text = c.max_decoder_tokens, c.max_decoder_tokens if c.text_prompt else 0
     slots = c.max_encoder_tokens
+    behind = -(-(text + targets) // DECODER_STEP) * DECODER_STEP
     # BOS, the prefix and its end vector, text and answer.
-    length = 1 + (plan.bridge.latents or slots) + 1 + text + targets
+    length = 1 + (plan.bridge.latents or slots) + 1 + behind
     sizes = {"enc": slots, "dec": length, "target": targets}
     return Batch(**{
         name: jax.ShapeDtypeStruct(
@@ -186,15 +197,18 @@ def _bytes(tree: Any) -> float:
                      for x in jax.tree.leaves(tree)))
 
 
-def _too_large(error: Exception, device: jax.Device) -> Exception:
-    """The compiler's refusal as one line; any other error as it is."""
-    used = re.search(r"Used ([\d.]+)G of ([\d.]+)G hbm", str(error))
-    if "RESOURCE_EXHAUSTED" not in str(error):
-        return error
-    if used is None:
+def _refusal(error: Exception, device: jax.Device) -> InputError:
+    """The compiler's refusal as one line."""
+    if "RESOURCE_EXHAUSTED" not in str(error) and "HbmOom" not in str(error):
+        return InputError(f"{device.device_kind}'s compiler refuses the step: {first_line(error)}")
+    sizes = (re.search(r"Used ([\d.]+[MGT]) of ([\d.]+[MGT]) hbm", str(error)) or re.search(
+        r"\(([\d.]+[MGT])\) exceeds available HBM \(([\d.]+[MGT])\)", str(error)))
+    if sizes is None:
         return TooLarge(f"the step does not fit the memory of {device.device_kind}")
-    return TooLarge(f"the step takes {float(used[1]):.1f} GiB of each chip, {device.device_kind} "
-                    f"has {float(used[2]):.2f}")
+    used, limit = (float(x[:-1]) * {"M": 1 / 1024, "G": 1, "T": 1024}[x[-1]]
+                   for x in sizes.groups())
+    return TooLarge(f"the step takes {used:.1f} GiB or more of each chip, {device.device_kind} has "
+                    f"{limit:.2f}")
 
 
 def _what_fits(config: Config, devices: list[jax.Device], topology: str | None) -> str:
@@ -245,6 +259,8 @@ def _print(needs: Needs) -> None:
     table.add_row("model FLOPs (its share)", f"{needs.model_flops / needs.chips / 1e12:.2f} T")
     table.add_row("program's FLOPs", f"{needs.flops / 1e12:.2f} T")
     table.add_row("program's bytes", f"{needs.bytes / 1e9:.1f} GB")
+    if needs.silent_kernels:
+        table.add_row("kernels that tell no FLOPs", f"run {needs.silent_kernels:,.0f} times")
     if needs.unknown_loops:
         table.add_row("loops of unknown length", f"{needs.unknown_loops}, counted once")
     for kind, (count, size) in sorted(needs.collectives.items()):

@@ -18,7 +18,7 @@ from jaxfusion import config as configs
 from jaxfusion.data.pipeline import iterate
 from jaxfusion.errors import InputError, Stopped
 from jaxfusion.fields import Config, Job, TrainConfig
-from jaxfusion.sharding.hosts import check_peers, is_first, wait_for_peers
+from jaxfusion.sharding.hosts import check_peers, is_first, wait_for_peers, with_peers
 from jaxfusion.sharding.mesh import make_mesh, sharding
 from jaxfusion.training.checkpoint import Checkpoints, abstract_like, saved_steps
 from jaxfusion.training.logs import Done, RunLog
@@ -74,11 +74,13 @@ def run_to_end(
       InputError: whatever is wrong with the config, checkpoints, data, workdir or other processes.
       Stopped: SIGTERM came; the state is saved.
     """
-    config = check_workdir(config, workdir)
+    config = with_peers(lambda: check_workdir(config, workdir))
     check_peers(config=json.dumps(dataclasses.asdict(config), sort_keys=True))
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     with jax.set_mesh(mesh):
-        run = prepare(config, mesh, fresh=not saved_steps(workdir))
+        steps = saved_steps(workdir)
+        check_peers(checkpoints=str(steps))
+        run = with_peers(lambda: prepare(config, mesh, fresh=not steps))
         logger.info("%s parameters train, %s are frozen; %s steps",
                     *(f"{n:,}" for n in (count(run.trainable), count(run.frozen), run.steps)))
         workdir.mkdir(parents=True, exist_ok=True)
@@ -172,7 +174,7 @@ def _loop(
     trace: Trace, sigterm: Sigterm,
 ) -> State:
     config, key = run.config.train, jax.random.key(run.config.train.seed)
-    done = int(state.step)
+    done = first = int(state.step)
     pending = None
     while done < run.steps:
         rows = next(data)
@@ -180,6 +182,9 @@ def _loop(
         meter.add(rows, config.batch_size, state.trainable, run.frozen, batch, key)
         trace.before(done + 1)
         state, metrics = step_fn(state, run.frozen, batch, key)
+        if done == first:  # which compiles: no speed has that in it
+            jax.block_until_ready(metrics)
+            log.restart_clock()
         done += 1
         trace.after(done, metrics)
         # Read the step before this one: the device never waits for the log.

@@ -1,5 +1,6 @@
 """Around the steps of a run: how fast they are, a trace of some of them, and SIGTERM."""
 
+import logging
 import signal
 from pathlib import Path
 from typing import Any
@@ -14,19 +15,25 @@ from jaxfusion.training.flops import count_flops
 from jaxfusion.training.logs import Done
 from jaxfusion.training.step import Loss, gradient
 
+logger = logging.getLogger(__name__)
+
 
 class Meter:
     """Counts what went through the steps since it was last asked.
 
-    Tokens are those of both towers; FLOPs are the model's, of slots with and without tokens, and
-    nothing that is computed again.
+    Tokens are those of both towers, of several processes as many as this one's rows let expect;
+    FLOPs are the model's, of slots with and without tokens, and nothing that is computed again.
     """
 
     def __init__(self, plain_loss: Loss, mesh):
         self.loss, self.known = plain_loss, {}
         chip = chip_of(mesh.devices.flat[0])
         self.peak = chip and chip.flops * mesh.devices.size
-        self.take()
+        self._begin()
+
+    def _begin(self) -> None:
+        self.examples = self.tokens = self.slots = 0
+        self.flops = 0.0
 
     def add(self, rows: Any, examples: int, trainable, frozen, batch: Any, key) -> None:
         """Counts one step.
@@ -35,9 +42,11 @@ class Meter:
           rows: of the batch, this process's. batch: all of it, on the mesh.
         """
         segments = [x for name, x in vars(rows).items() if name.endswith("segments")]
+        # Other processes may have other rows, or the same ones.
+        share = len(jax.tree.leaves(batch)[0]) / len(segments[0])
         self.examples += examples
-        self.tokens += sum(int(np.count_nonzero(x)) for x in segments) * jax.process_count()
-        self.slots += sum(x.size for x in segments) * jax.process_count()
+        self.tokens += round(share * sum(int(np.count_nonzero(x)) for x in segments))
+        self.slots += round(share * sum(x.size for x in segments))
         if self.peak is not None:
             shape = tuple(x.shape for x in jax.tree.leaves(batch))
             if shape not in self.known:
@@ -47,10 +56,8 @@ class Meter:
 
     def take(self) -> Done:
         """What was counted; begins anew."""
-        done = getattr(self, "examples", 0) and Done(
-            self.examples, self.tokens, self.slots, self.flops, self.peak)
-        self.examples = self.tokens = self.slots = 0
-        self.flops = 0.0
+        done = Done(self.examples, self.tokens, self.slots, self.flops, self.peak)
+        self._begin()
         return done
 
 
@@ -84,6 +91,9 @@ class Trace:
 
     def __exit__(self, *_: Any) -> None:
         self.stop()
+        if self.steps and is_first() and not self.out.is_dir():
+            logger.warning("no trace was written: steps %d to %d are not among those of this run",
+                           *self.steps)
 
 
 class Sigterm:

@@ -93,6 +93,9 @@ def prepare(config: PretrainConfig, mesh, fresh: bool = True):
     corpus = read_corpus(path, config.data.languages)
     # Solved rows teach an LLM to answer; an encoder reads plain text.
     texts = [d for d in corpus.documents if role == "decoder" or not d.answer]
+    if config.data.translations and role == "decoder":
+        texts += [Document(language, f"{a} = {b}") for language, rows in corpus.pairs.items()
+                  for a, b in rows]
     if name == "code_switch" and config.data.pivot not in {d.language for d in texts}:
         raise InputError(f"{path} has no text-{config.data.pivot}.txt; set data.pivot to the "
                          "language of its pairs' first column")

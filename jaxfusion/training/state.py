@@ -226,6 +226,10 @@ def make_bridge(config: Config, encoder, decoder, platform: str | None = None) -
     own = KERNEL_OF.get(platform or jax.default_backend(), "plain")
     kernels = [own if choose("attention", tower.attention, ATTENTIONS) == "auto"
                else tower.attention for tower in (config.encoder, config.decoder)]
+    for role, kernel in zip(ROLES, kernels, strict=True):
+        if kernel not in ("plain", own):
+            raise InputError(f"{role}.attention is '{kernel}', which is not for "
+                             f"{platform or jax.default_backend()}; set it to auto or plain")
     return Bridge(
         MT5Encoder(encoder, dtypes[0], config.encoder.dropout, remats[0], kernels[0]),
         Decoder(decoder, dtypes[1], remats[1], kernels[1]),

@@ -18,7 +18,7 @@ from jaxfusion.sharding.hlo import program_cost
 from jaxfusion.sharding.mesh import make_mesh
 from jaxfusion.testing.debug import make_inputs
 from jaxfusion.training.bridge import prepare
-from jaxfusion.training.compile_only import compile_only, measure
+from jaxfusion.training.compile_only import TooLarge, compile_only, measure
 from jaxfusion.training.optimizer import make_optimizer
 
 LAYERS, ROWS, WIDTH, INNER = 6, 256, 1024, 4096
@@ -29,9 +29,10 @@ def config_of(name, arg="debug", **train):
     return replace(config, train=replace(config.train, **train))
 
 
-def compiled(devices, remat):
+def compiled(devices, remat, argument=2):
     """The gradient of a stack of two-matrix layers, split over `fsdp` and `tensor`."""
-    mesh = make_mesh(1, 2, len(devices) // 2, devices)
+    fsdp = 2 if argument == 2 else len(devices)
+    mesh = make_mesh(1, fsdp, len(devices) // fsdp, devices)
 
     def shape(*sizes, spec):
         return jax.ShapeDtypeStruct(sizes, jnp.bfloat16,
@@ -46,11 +47,12 @@ def compiled(devices, remat):
         return jnp.sum(jax.lax.scan(layer, x, (up, down))[0].astype(jnp.float32))
 
     with jax.set_mesh(mesh):
-        return jax.jit(jax.grad(loss, argnums=2)).lower(
-            shape(LAYERS, WIDTH, INNER, spec=(None, "fsdp", "tensor")),
-            shape(LAYERS, INNER, WIDTH, spec=(None, "tensor", "fsdp")),
-            shape(ROWS, WIDTH, spec=("fsdp", None)),
-        ).compile()
+        arguments = (shape(LAYERS, WIDTH, INNER, spec=(None, "fsdp", "tensor")),
+                     shape(LAYERS, INNER, WIDTH, spec=(None, "tensor", "fsdp")),
+                     shape(ROWS, WIDTH, spec=("fsdp", None)))
+        place = arguments[argument].sharding
+        return jax.jit(jax.grad(loss, argnums=argument), out_shardings=place).lower(
+            *arguments).compile()
 
 
 @pytest.mark.parametrize("where", ["v4-8", "v5e-8", "cpu"])
@@ -68,6 +70,68 @@ def test_loops_count_as_often_as_they_run(where, remat):
     assert cost.sent > 0
     # Every device reads at least its part of the weights, once in each direction.
     assert cost.bytes > 2 * 2 * LAYERS * WIDTH * INNER * 2 / len(devices)
+
+
+def test_what_is_sent_is_counted_by_hand():
+    """Weights gathered, their gradient summed and scattered, each once for each layer."""
+    devices = chips.topology_devices("v4-8")
+    cost = program_cost(compiled(devices, False, argument=0).as_text())
+    weight, others = 2 * WIDTH * INNER, len(devices) - 1  # in bfloat16
+    scattered = cost.collectives["reduce-scatter"]
+    assert scattered[0] == LAYERS
+    by_hand = LAYERS * weight * others / len(devices)
+    assert by_hand <= scattered[1] < 1.2 * by_hand  # the compiler pads
+    gathers, gathered = cost.collectives["all-gather"]
+    # Up and down forward, down again backward.
+    assert gathers == 3 * LAYERS and gathered == gathers * weight * others / len(devices)
+
+
+def test_what_a_program_leaves_open_is_said():
+    loop = """
+HloModule m, num_partitions=4
+
+%body (p: (s32[], f32[8,8])) -> (s32[], f32[8,8]) {
+  %p = (s32[], f32[8,8]) parameter(0)
+  %i = s32[] get-tuple-element(%p), index=0
+  %x = f32[8,8] get-tuple-element(%p), index=1
+  %one = s32[] constant(1)
+  %j = s32[] add(%i, %one)
+  %y = f32[8,8] dot(%x, %x), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+  %z = f32[8,8] all-reduce(%y), replica_groups={}, to_apply=%add
+  ROOT %t = (s32[], f32[8,8]) tuple(%j, %z)
+}
+
+%cond (p: (s32[], f32[8,8])) -> pred[] {
+  %p = (s32[], f32[8,8]) parameter(0)
+  %i = s32[] get-tuple-element(%p), index=0
+  %n = s32[] constant(10)
+  ROOT %c = pred[] compare(%i, %n), direction=LT
+}
+
+ENTRY %main (a: f32[8,8], k: s32[]) -> f32[8,8] {
+  %a = f32[8,8] parameter(0)
+  %k = s32[] parameter(1)
+  %zero = s32[] constant(START)
+  %t = (s32[], f32[8,8]) tuple(%FIRST, %a)
+  %w = (s32[], f32[8,8]) while(%t), condition=%cond, body=%body
+  %fa = f32[8,8] custom-call(%a), custom_call_target="__cudnn$fmhaSoftmax"
+  %gemm = (f32[8,8], s8[64]) custom-call(%a, %a), custom_call_target="__cublas$gemm", \
+backend_config={"gemm":{"dot_dimension_numbers":{"lhs_contracting_dimensions":["1"]}}}
+  ROOT %r = f32[8,8] get-tuple-element(%w), index=1
+}
+"""
+    product = 2 * 8**3
+    known = program_cost(loop.replace("START", "4").replace("FIRST", "zero"))
+    assert known.flops == 6 * product + product and (known.unknown, known.silent) == (0, 1)
+    assert known.collectives == {"all-reduce": (6, 6 * 2 * 8 * 8 * 4 * 3 / 4)}
+    open_ended = program_cost(loop.replace("START", "0").replace("FIRST", "k"))
+    assert open_ended.unknown == 1 and open_ended.flops == 2 * product
+
+
+def test_the_compilers_own_refusal_is_one_line(cache_dir):
+    config = config_of("tpu_v4", batch_size=1 << 18)
+    with pytest.raises(TooLarge, match=r"takes [\d.]+ GiB or more .* TPU v5 lite has 15"):
+        measure(config, chips.topology_devices("v5e-1"))
 
 
 @pytest.mark.parametrize("topology", ["v4-8", "v5p-8", "v5e-8", "v6e-8"])
