@@ -46,7 +46,7 @@ def main(argv: list[str]) -> None:
     if DISTRIBUTED.value and config.job == "compare":
         raise InputError("--distributed is for one run; train the variants of a comparison one by "
                          "one")
-    if PROFILE.value and (COMPILE_ONLY.value or config.job == "compare"):
+    if PROFILE.value and (COMPILE_ONLY.value or config.job in ("compare", "lens")):
         raise InputError("--profile_steps is for a single run")
     # jax reserves three quarters of a GPU's memory unless told otherwise.
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.92")
@@ -70,6 +70,11 @@ def main(argv: list[str]) -> None:
 
         pretrain(make_inputs(config), workdir, _steps(PROFILE.value))
         print(f"done: {workdir / CHECKPOINT} is a Hugging Face directory")
+    elif config.job == "lens":
+        from jaxfusion.lens.job import lens
+
+        lens(make_inputs(config), workdir)
+        print(f"done: {workdir}")
     else:
         from jaxfusion.training.bridge import train
 

@@ -17,7 +17,7 @@ import ml_collections
 from ml_collections import config_dict
 
 from jaxfusion.errors import InputError, choose, near_match
-from jaxfusion.fields import FUSIONS, JOBS, CompareConfig, Config, Job
+from jaxfusion.fields import FUSIONS, JOBS, CompareConfig, Config, Job, LensRunConfig
 from jaxfusion.files import write_whole
 
 # May differ when a run is resumed, besides a larger number of steps.
@@ -47,6 +47,8 @@ def finish(config: ml_collections.ConfigDict, arg: str | None) -> ml_collections
             config.fusion.name = word
         elif word == "debug" and config.job == "pretrain":
             _debug_pretraining(config)
+        elif word == "debug" and config.job == "lens":
+            _debug_lens(config)
         elif word == "debug":
             _debug(config if config.job == "bridge" else config.base)
     return (_comparison(config) if "compare" in words else config).lock()
@@ -98,6 +100,25 @@ def _debug_pretraining(config: ml_collections.ConfigDict) -> None:
     config.train.log_every = config.train.eval_every = config.train.checkpoint_every = 10
 
 
+def _debug_lens(config: ml_collections.ConfigDict) -> None:
+    """The same run on a tiny LLM and made rows of the pocket world."""
+    config.decoder.checkpoint = "made:tiny"
+    config.decoder.dtype = "float32"
+    config.data.path = "made:pocket_debug"
+    config.data.central, config.data.targets = "en", ("latn_a", "deva")
+    config.data.chat_template = False
+    config.data.probe_rows = config.data.rows = 40
+    config.data.max_tokens, config.data.buckets = 128, (128,)
+    config.lens.blocks = 1
+    config.lens.loss_layers = config.lens.layers = ()
+    config.train.batch_size = config.eval.batch_size = 8
+    config.train.steps, config.train.log_every = 5, 1
+    config.train.eval_every = config.train.checkpoint_every = 5
+    config.eval.tasks, config.data.task_rows = ("pocket_nli",), 12
+    config.data.task_path, config.data.answer = "made:pocket_debug", "answer"
+    config.eval.languages = ()
+
+
 def from_config_dict(config: ml_collections.ConfigDict) -> Job:
     """The dataclass form of a resolved ConfigDict.
 
@@ -122,7 +143,7 @@ COUNTS = (
     "train.eval_every", "train.checkpoint_every", "eval.batch_size", "eval.max_encoder_tokens",
     "eval.max_decoder_tokens", "eval.max_new_tokens", "data.max_tokens", "tower.d_model",
     "tower.d_ff", "tower.num_layers", "tower.num_heads", "tower.head_dim", "tower.vocab_size",
-    "rows",
+    "rows", "data.rows", "data.probe_rows", "lens.blocks", "lens.rank", "data.task_rows",
 )
 
 
@@ -144,6 +165,26 @@ def variants(config: CompareConfig) -> dict[str, Config]:
         values = ml_collections.ConfigDict(dataclasses.asdict(config.base)).to_dict()
         _override(values, fields)
         found[name] = _from_dict(Config, values, f"variants.{name}.")
+        check(found[name])
+    return found
+
+
+def sweep(config: LensRunConfig) -> dict[str, LensRunConfig]:
+    """The config of each run of a sweep.
+
+    Raises:
+      InputError: names that make the same directory, or fields that such a run does not have.
+    """
+    places = [directory_name(fields.get("name", "")) for fields in config.sweep]
+    if len(set(places)) < len(places) or "" in places:
+        raise InputError(f"the names of a sweep must make different directories, got {places}")
+    found = {}
+    for fields in config.sweep:
+        fields = dict(fields)
+        name = fields.pop("name")
+        values = {**dataclasses.asdict(config), "sweep": ()}
+        _override(values, fields)
+        found[name] = _from_dict(LensRunConfig, values, f"sweep.{name}.")
         check(found[name])
     return found
 

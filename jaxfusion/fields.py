@@ -246,6 +246,8 @@ class ParallelConfig:
     max_tokens: int = 128  # longer prompts lose their beginning, counted and reported
     buckets: tuple[int, ...] = (32, 64, 128)  # lengths that get compiled
     task_path: str | None = None  # directory of the files of eval.tasks; none: the hub
+    task_split: str = "test"
+    task_rows: int | None = None  # the first so many of each language
 
 
 @dataclass(frozen=True)

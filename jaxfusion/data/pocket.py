@@ -35,6 +35,7 @@ from jaxfusion.data.tasks import NLI_LABELS, NLI_PROMPT, QA_PROMPT, SPLITS
 from jaxfusion.errors import InputError, choose
 from jaxfusion.files import new_directory
 
+PARALLEL = 4000
 TASK_ROWS = {"train": 12_000, "dev": 300, "test": 600}
 
 # What changes between premise and hypothesis: the verb, and at most one word of the subject.
@@ -234,6 +235,25 @@ def write_texts(out: Path, scale: float = 1.0, seed: int = 0) -> None:
         if language.solved:
             rows = solved(name, _scaled(language.solved, scale), seed)
             _write(out / f"solved-{name}.tsv", ("\t".join(row) for row in rows))
+    _sign(out, scale, seed)
+
+
+def parallel(rows: int, seed: int = 0) -> Iterator[dict[str, str]]:
+    """Prompts of inferences in English and every other language that has solved tasks, and their
+    answer; none of a dev or test frame."""
+    rng = random.Random(f"{VERSION} {seed} parallel")
+    names = [name for name, language in LANGUAGES.items() if language.solved]
+    for _ in range(rows):
+        pair = random_inference(rng, "train")
+        columns = {name: render_inference(*pair, name) for name in names}
+        yield {**{name: NLI_PROMPT.format(**x).strip() for name, x in columns.items()},
+               "answer": columns["en"]["label"]}
+
+
+def write_parallel(out: Path, scale: float = 1.0, seed: int = 0) -> None:
+    """Writes `parallel.jsonl` into a directory: a column per language, and `answer`."""
+    _write(out / "parallel.jsonl", (json.dumps(row, ensure_ascii=False)
+                                    for row in parallel(_scaled(PARALLEL, scale), seed)))
     _sign(out, scale, seed)
 
 

@@ -1,6 +1,7 @@
 """Pictures of a comparison. Labels are Latin: matplotlib's own font has few other scripts."""
 
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 
@@ -63,5 +64,40 @@ def draw_layers(comparison: Comparison, out: Path) -> None:
         axes.set_yticks(range(len(languages)), languages)
         axes.set(title=name, xlabel="encoder layer")
     figure.colorbar(image, ax=panels[0].tolist(), label="mean weight, %")
+    figure.savefig(out, dpi=150)
+    plt.close(figure)
+
+
+def draw_languages(before, after: dict[str, Any], out: Path) -> None:
+    """Languages in the plane of the first two specific directions of the last layer, before and
+    after; and the singular values by layer.
+
+    Args:
+      before: the `Probe` of the LLM as it was. after: those of trained ones, by name.
+    """
+    figure, (plane, values) = plt.subplots(1, 2, figsize=(10.5, 4.4), layout="constrained")
+    basis = before.subspaces(before.layers).specific[:, :2]
+    markers = "osD^vP*X"
+    for i, (name, found) in enumerate({"before": before, **after}.items()):
+        # Against the central language: what all share is no difference.
+        at = (found.means[-1] - found.means[-1][0]) @ basis
+        at = np.pad(at, ((0, 0), (0, 2 - at.shape[1])))
+        plane.scatter(*at.T, marker=markers[i % len(markers)], label=name, s=36,
+                      facecolors="none" if i else "0.2", edgecolors=f"C{i}" if i else "0.2")
+        if i == 0:
+            for language, point in zip(found.languages, at, strict=True):
+                plane.annotate(language, point, textcoords="offset points", xytext=(5, 5))
+    plane.set(xlabel="first specific direction", ylabel="second specific direction",
+              title=f"last layer, {before.languages[0]} at the origin")
+    plane.legend(frameon=False, fontsize=8)
+    layers = range(1, before.layers + 1)
+    for i, line in enumerate(zip(*(before.subspaces(x).singular_values for x in layers),
+                                 strict=True)):
+        values.plot(layers, line, marker="o", label=f"value {i + 1}")
+    values.set(xlabel="layer", ylabel="singular value of the language means", yscale="log")
+    values.set_xticks(list(layers)[:: max(1, before.layers // 12)])
+    values.legend(frameon=False, fontsize=8)
+    for axes in (plane, values):
+        axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(out, dpi=150)
     plt.close(figure)

@@ -325,6 +325,10 @@ class Decoder(nn.Module):
                                       start, read)
         return x, None if cache is None else Cache(*kv, k_positions, k_segments), states
 
+    def normalise(self, x: Float[Array, "*B E"]) -> Float[Array, "*B E"]:
+        """The final norm of what `run` gives."""
+        return self.final_norm(x)
+
     def states_at(self, tokens, positions, segments, slots) -> Float[Array, "L B E"]:
         """`h_1 … h_L` of one slot of every row, as Hugging Face numbers them: the last is after
         the final norm."""

@@ -6,10 +6,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from jaxfusion.data.lexicon import VERSION as WORLD
-from jaxfusion.data.pocket import write_tasks, write_texts
+from jaxfusion.data.pocket import write_parallel, write_tasks, write_texts
 from jaxfusion.data.tasks import get_task
 from jaxfusion.errors import choose
-from jaxfusion.fields import Job, PretrainConfig
+from jaxfusion.fields import Job, LensRunConfig, PretrainConfig
 from jaxfusion.files import new_directory
 from jaxfusion.testing.checkpoints import SIZES, write_checkpoints
 from jaxfusion.testing.text import write_rows
@@ -29,18 +29,18 @@ def make_inputs(config: Job) -> Job:
     `~/.cache/jaxfusion`).
     """
     cache = Path(os.environ.get("JAXFUSION_CACHE", Path.home() / ".cache" / "jaxfusion"))
+    if isinstance(config, LensRunConfig):
+        return _lens_inputs(config, cache)
     if config.data.path and config.data.path.startswith(f"{MADE}pocket"):
-        config = replace(config, data=replace(config.data, path=_world(config, cache)))
+        if isinstance(config, PretrainConfig):
+            path = _world(config.data.path, "texts", write_texts, cache)
+        else:
+            path = _world(config.data.path, "tasks", write_tasks, cache) / config.data.task
+        config = replace(config, data=replace(config.data, path=str(path)))
     if isinstance(config, PretrainConfig):
         return config
     for role in ("encoder", "decoder"):
-        tower = getattr(config, role)
-        if tower.checkpoint.startswith(MADE):
-            size = choose("checkpoint size", tower.checkpoint.removeprefix(MADE), SIZES)
-            towers = cache / f"{size}-v{VERSION}"
-            _make(towers, lambda out, size=size: write_checkpoints(out, size))
-            tower = replace(tower, checkpoint=str(towers / role))
-            config = replace(config, **{role: tower})
+        config = replace(config, **{role: _tower(config, role, cache)})
     if config.data.path == f"{MADE}rows":
         rows = cache / f"rows-{config.data.task}-v{VERSION}"
         _make(rows, lambda out: _write_rows(out, config.data.task))
@@ -48,11 +48,32 @@ def make_inputs(config: Job) -> Job:
     return config
 
 
-def _world(config: Job, cache: Path) -> str:
-    """The directory of the world's texts, or of the rows of the task that is trained."""
-    size = choose("pocket world", config.data.path.removeprefix(MADE), WORLDS)
-    part, write = (("texts", write_texts) if isinstance(config, PretrainConfig)
-                   else ("tasks", write_tasks))
+def _lens_inputs(config: LensRunConfig, cache: Path) -> LensRunConfig:
+    data = config.data
+    if data.path.startswith(f"{MADE}pocket"):
+        prompts = _world(data.path, "parallel", write_parallel, cache) / "parallel.jsonl"
+        data = replace(data, path=str(prompts))
+    if data.task_path and data.task_path.startswith(f"{MADE}pocket"):
+        tasks = _world(data.task_path, "tasks", write_tasks, cache)
+        data = replace(data, task_path=str(tasks / config.eval.tasks[0]))
+    config = replace(config, data=data)
+    return replace(config, decoder=_tower(config, "decoder", cache))
+
+
+def _tower(config: Job, role: str, cache: Path):
+    """A tower's fields, `made:SIZE` as a directory."""
+    tower = getattr(config, role)
+    if not tower.checkpoint.startswith(MADE):
+        return tower
+    size = choose("checkpoint size", tower.checkpoint.removeprefix(MADE), SIZES)
+    towers = cache / f"{size}-v{VERSION}"
+    _make(towers, lambda out: write_checkpoints(out, size))
+    return replace(tower, checkpoint=str(towers / role))
+
+
+def _world(path: str, part: str, write: Callable[[Path, float], None], cache: Path) -> Path:
+    """A directory of the world's texts, tasks or parallel prompts."""
+    size = choose("pocket world", path.removeprefix(MADE), WORLDS)
     out = cache / f"{size}-{part}-v{WORLD}"
 
     def write_new(out: Path) -> None:
@@ -60,7 +81,7 @@ def _world(config: Job, cache: Path) -> str:
             write(partial, WORLDS[size])
 
     _make(out, write_new)
-    return str(out if part == "texts" else out / config.data.task)
+    return out
 
 
 def _write_rows(out: Path, task: str) -> None:

@@ -30,7 +30,9 @@ class Done:
     peak: float | None
 
     def rates(self, seconds: float) -> dict[str, float]:
-        """As metrics, for the time that they took."""
+        """As metrics, for the time that they took; none where nothing was counted."""
+        if not self.slots:
+            return {}
         found = {"examples_per_second": self.examples / seconds,
                  "tokens_per_second": self.tokens / seconds,
                  "real_tokens": self.tokens / self.slots}
@@ -79,8 +81,10 @@ class RunLog:
         rates = done.rates(seconds)
         left = seconds / max(step - self.clock_step, 1) * (self.steps - step)
         self.clock, self.clock_step = time.monotonic(), step
-        status = (f"loss {metrics['loss']:.4f}  {rates['examples_per_second']:.1f} examples/s  "
-                  f"{rates['tokens_per_second']:,.0f} tokens/s")
+        status = f"loss {metrics['loss']:.4f}"
+        if rates:
+            status += (f"  {rates['examples_per_second']:.1f} examples/s  "
+                       f"{rates['tokens_per_second']:,.0f} tokens/s")
         if "model_flops_utilisation" in rates:
             status += f"  {100 * rates['model_flops_utilisation']:.0f}% of peak"
         self.progress.update(self.task, completed=step, status=status)

@@ -185,6 +185,7 @@ def _loop(
         if done == first:  # which compiles: no speed has that in it
             jax.block_until_ready(metrics)
             log.restart_clock()
+            meter.take()
         done += 1
         trace.after(done, metrics)
         # Read the step before this one: the device never waits for the log.

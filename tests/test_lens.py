@@ -1,0 +1,310 @@
+"""Lens: identities of its subspaces, its losses against full vectors, kept activations, edits."""
+
+import json
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import relative
+from test_configs import ROOT, get_config
+from test_decoder import CASES
+
+from jaxfusion.config import from_config_dict
+from jaxfusion.data.batching import TokenRow
+from jaxfusion.data.parallel import read_parallel
+from jaxfusion.data.tokenizers import Tokenizers, load_tokenizer
+from jaxfusion.errors import InputError
+from jaxfusion.fields import ParallelConfig
+from jaxfusion.lens import job
+from jaxfusion.lens.losses import Goal, align, retain, separate
+from jaxfusion.lens.manipulate import (
+    KeptBatches,
+    Manipulation,
+    Supervised,
+    cut,
+    keep,
+    make_goals,
+    split,
+)
+from jaxfusion.lens.probe import load, probe, save
+from jaxfusion.lens.subspace import displacements, factorise
+from jaxfusion.nn.decoder import Decoder, make_edits
+from jaxfusion.testing.checkpoints import random_params
+from jaxfusion.testing.debug import make_inputs
+
+K, E = 5, 48
+
+
+@pytest.fixture(scope="module")
+def means():
+    rng = np.random.default_rng(0)
+    return 3 + rng.normal(size=(K, E))
+
+
+# The subspaces
+
+
+def test_at_full_rank_the_factors_are_the_means(means):
+    spaces = factorise(means)
+    assert np.abs(spaces.agnostic @ spaces.specific).max() < 1e-10
+    assert np.abs(spaces.specific.T @ spaces.specific - np.eye(K - 1)).max() < 1e-12
+    moved = displacements(spaces, means, 0)
+    assert relative(moved, means - means[0]) < 1e-10 and not moved[0].any()
+    shared = spaces.onto_agnostic(means)
+    assert np.ptp(shared, axis=0).max() < 1e-10 * np.abs(shared).max()
+    assert (np.diff(spaces.singular_values) <= 0).all()
+
+
+@pytest.mark.parametrize("rank", [1, 2, 3])
+def test_at_lower_rank_they_stay_orthogonal(means, rank):
+    spaces = factorise(means, rank)
+    assert spaces.specific.shape == (E, rank)
+    assert np.abs(spaces.agnostic @ spaces.specific).max() < 1e-10
+    # The share of the differences that the first directions hold.
+    differences = means - means.mean(axis=0)
+    kept = np.linalg.norm(spaces.onto_specific(differences)) / np.linalg.norm(differences)
+    values = np.linalg.svd(differences, compute_uv=False)
+    assert kept == pytest.approx(np.sqrt((values[:rank] ** 2).sum() / (values**2).sum()), rel=0.05)
+
+
+def test_float32_would_lose_directions(means):
+    """Why the factorisation is float64's: nearly parallel means, as real models have."""
+    close = (100 + 1e-3 * means).astype(np.float32)
+    spaces = factorise(close)
+    assert np.abs(spaces.agnostic @ spaces.specific).max() < 1e-6
+    assert relative(displacements(spaces, close, 0), close.astype(float) - close[0]) < 1e-5
+
+
+def test_what_cannot_be_factorised_is_said(means):
+    with pytest.raises(InputError, match="two languages or more, got 1"):
+        factorise(means[:1])
+    with pytest.raises(InputError, match="rank is 5, wanted 1 to 4 with 5 languages"):
+        factorise(means, 5)
+
+
+# The losses
+
+
+def test_losses_are_the_full_vectors_mean_squared_errors(means):
+    spaces, rng = factorise(means, 3), np.random.default_rng(1)
+    states, before = rng.normal(size=(2, 4, K, E))
+    weights = np.array([1.0, 0.5, 2.0, 0.0])
+    moves = weights[:, None] * displacements(spaces, means, 0)[1:]
+    goal = Goal(spaces.direction, spaces.specific, moves @ spaces.specific)
+    mse = lambda a, b: ((a - b) ** 2).mean(axis=-1)  # noqa: E731
+    shared = spaces.onto_agnostic(states)
+    full = mse(shared[:, :1], shared[:, 1:]).sum(axis=1)
+    assert relative(align(states, goal), full) < 1e-5
+    full = mse(spaces.onto_specific(states - before)[:, 1:], moves).sum(axis=1)
+    assert relative(separate(states, before, goal), full) < 1e-5
+    assert relative(retain(states[:, 0], before[:, 0]), mse(states[:, 0], before[:, 0])) < 1e-5
+
+
+# Kept activations
+
+
+@pytest.fixture(scope="module")
+def tokenizers(tiny):
+    return Tokenizers(None, load_tokenizer(tiny / "decoder", 512, "decoder"))
+
+
+def prompts(answers=False):
+    rng = np.random.default_rng(0)
+
+    def row():
+        return TokenRow([], rng.integers(3, 100, rng.integers(3, 12)).tolist(),
+                        rng.integers(3, 100, 2).tolist() if answers else [])
+
+    return {name: [row() for _ in range(6)] for name in ("en", "sw", "ta")}
+
+
+@pytest.mark.parametrize("case", ["llama3", "mistral_v01", "gemma3"])
+def test_a_step_on_kept_activations_is_one_of_the_whole_model(case, tokenizers):
+    """Loss and gradient of the top blocks, against the whole model run on the same prompts."""
+    config, blocks = CASES[case], 2
+    decoder, params = Decoder(config), random_params(config, 0)
+    rows = prompts()
+    found = probe(decoder, params, rows, tokenizers, (16,), 4)
+    goals = make_goals(found, blocks, (config.num_layers - 1, config.num_layers), None, {"sw": 0.5})
+    kept = keep(decoder, params, rows, tokenizers.start, blocks, 5)
+    first = config.num_layers - blocks
+    rng = np.random.default_rng(1)
+    top = jax.tree.map(lambda x: x + jnp.asarray(rng.normal(0, 0.05, x.shape), x.dtype),
+                       cut(params, first, None)["blocks"])
+    upper = Decoder(split(config, blocks)[1])
+    job = Manipulation(upper, goals, 0.7, 1.3, 2.0)
+    batch = jax.tree.map(lambda x: x[:4], kept)
+
+    def ours(top):
+        return job.loss({"decoder": {**params, "blocks": top}}, batch)[0]
+
+    def whole(top):
+        full = {**params, "blocks": jax.tree.map(
+            lambda a, b: jnp.concatenate([a[:first], b]), params["blocks"], top)}
+        total = 0.0
+        for i in range(4):
+            states, means = [], []
+            for name in rows:
+                ids = jnp.array([[*tokenizers.start, *rows[name][i].text]])
+                position = jnp.arange(ids.shape[1])[None]
+                real = jnp.ones_like(ids)
+                states.append(decoder.apply({"params": full}, ids, position, real,
+                                            jnp.array([ids.shape[1] - 1]), method="states_at"))
+                hidden, _ = decoder.apply(
+                    {"params": full}, decoder.apply({"params": full}, ids, method="embed"),
+                    position, real)
+                means.append(hidden[0].mean(axis=0))
+            states = jnp.stack([x[:, 0] for x in states], axis=1)  # [L C E]
+            total += 2.0 * retain(means[0][None], batch.mean[i : i + 1])[0]
+            for number, goal in goals.items():
+                at, before = states[first + number][None], batch.before[i : i + 1, :, number]
+                total += 0.7 * align(at, goal)[0] + 1.3 * separate(at, before, goal)[0]
+        return total / 4
+
+    (a, grads), (b, wanted) = (jax.jit(jax.value_and_grad(f))(top) for f in (ours, whole))
+    assert relative(a, b) < 1e-4
+    for x, y in zip(jax.tree.leaves(grads), jax.tree.leaves(wanted), strict=True):
+        assert np.abs(x - y).max() < 1e-3 * np.abs(y).max() + 1e-6
+    # Of the untouched model nothing is to be retained, and nothing has moved yet.
+    still = Manipulation(upper, {}, 0.0, 0.0, 1.0)
+    assert float(still.loss({"decoder": cut(params, first, None)}, batch)[0]) < 1e-9
+
+
+def test_supervised_tuning_foretells_the_answers(tokenizers):
+    config = CASES["llama3"]
+    decoder, params, rows = Decoder(config), random_params(config, 0), prompts(answers=True)
+    kept = keep(decoder, params, rows, tokenizers.start, 1, 4)
+    below, top = split(config, 1)
+    loss, count = Supervised(Decoder(top)).loss({"decoder": cut(params, below.num_layers, None)},
+                                                kept)
+    total = 0.0
+    for texts in rows.values():
+        for row in texts:
+            ids = np.array([[*tokenizers.start, *row.text, *row.target]])
+            logits = decoder.apply({"params": params}, ids, np.arange(ids.shape[1])[None],
+                                   np.ones_like(ids), method="score")
+            chances = jax.nn.log_softmax(logits)[0, -3:-1]
+            total -= float(sum(chances[i, token] for i, token in enumerate(row.target)))
+    assert int(count) == 36 and float(loss) == pytest.approx(total / 36, rel=1e-4)
+
+
+def test_batches_have_every_prompt_once_an_epoch(tokenizers):
+    config = CASES["llama3"]
+    kept = keep(Decoder(config), random_params(config, 0), prompts(), tokenizers.start, 1, 4)
+    batches = KeptBatches(kept, 3, 0, 4)
+    seen = [batches[i].mean[:, 0].tolist() for i in range(4)]
+    every = sorted(kept.mean[:, 0].tolist())
+    assert sorted(seen[0] + seen[1]) == sorted(seen[2] + seen[3]) == every
+    with pytest.raises(InputError, match="only 6 prompts"):
+        KeptBatches(kept, 7, 0, 4)
+
+
+def test_a_probe_reads_the_last_real_token_and_comes_back(tokenizers, tmp_path):
+    config = CASES["llama3"]
+    decoder, params, rows = Decoder(config), random_params(config, 0), prompts()
+    found = probe(decoder, params, rows, tokenizers, (8, 16), 4)
+    for k, texts in enumerate(rows.values()):
+        states = []
+        for row in texts:
+            ids = np.array([[*tokenizers.start, *row.text]])
+            states.append(decoder.apply(
+                {"params": params}, ids, np.arange(ids.shape[1])[None], np.ones_like(ids),
+                np.array([ids.shape[1] - 1]), method="states_at")[:, 0])
+        assert relative(found.means[:, k], np.mean(states, axis=0)) < 1e-5
+        assert relative(found.variances[:, k], np.var(np.array(states, np.float64), axis=0)) < 1e-3
+    save(found, tmp_path / "probe.safetensors", {"by": "test"})
+    again = load(tmp_path / "probe.safetensors")
+    assert again.languages == found.languages and np.array_equal(again.means, found.means)
+
+
+# Edits
+
+
+def test_edits_steer_and_take_out_a_subspace():
+    config = CASES["llama3"]
+    decoder, params = Decoder(config), random_params(config, 0)
+    tokens = np.random.default_rng(0).integers(0, 100, (2, 9))
+    place = np.broadcast_to(np.arange(9), tokens.shape), np.ones_like(tokens), np.array([8, 8])
+    rng = np.random.default_rng(1)
+    layers, width = config.num_layers, config.d_model
+    basis = np.linalg.qr(rng.normal(size=(width, 2)))[0]
+    shift = rng.normal(size=width)
+
+    def states(shifts, strength):
+        edits = make_edits(jnp.asarray(shifts), jnp.broadcast_to(basis, (layers, width, 2)),
+                           jnp.asarray(strength))
+        return np.asarray(decoder.apply({"params": params, "edits": edits}, tokens, *place,
+                                        method="states_at"))
+
+    none = np.zeros((layers, width)), np.zeros(layers)
+    plain = np.asarray(decoder.apply({"params": params}, tokens, *place, method="states_at"))
+    assert relative(states(*none), plain) < 1e-6
+    only_first = none[0].copy()
+    only_first[0] = shift
+    steered = states(only_first, none[1])
+    assert relative(steered[0] - plain[0], np.broadcast_to(shift, plain[0].shape)) < 1e-4
+    assert np.abs(steered[-1] - plain[-1]).max() > 1e-2
+    strength = none[1].copy()
+    strength[1] = 1.0
+    rid = states(none[0], strength)
+    assert np.abs(rid[1] @ basis).max() < 1e-4 < np.abs(plain[1] @ basis).max()
+
+
+# Prompts, and the whole job
+
+
+def test_parallel_prompts_from_every_source(tmp_path):
+    rows = [{"en": "one", "xx": "uno", "label": "a"}, {"en": "two", "xx": "dos", "label": "b"}]
+    (tmp_path / "p.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "p.tsv").write_text("en\txx\tlabel\none\tuno\ta\ntwo\tdos\tb\n")
+    for name, language in (("en", "en"), ("xx", "xx")):
+        (tmp_path / f"text-{name}.txt").write_text("\n".join(row[language] for row in rows) + "\n")
+    config = ParallelConfig(central="en", targets=("yy",), columns={"yy": "xx"})
+    wanted = {"en": ["one", "two"], "yy": ["uno", "dos"]}
+    for file in ("p.jsonl", "p.tsv"):
+        found, answers = read_parallel(replace(config, path=str(tmp_path / file), answer="label"))
+        assert found == wanted and answers == ["a", "b"]
+    found, answers = read_parallel(replace(config, path=str(tmp_path / "text-{language}.txt")))
+    assert found == wanted and answers is None
+
+
+@pytest.mark.parametrize("fields,message", [
+    ({"targets": ()}, "wanted one target or more"),
+    ({"targets": ("zz",)}, r"has no column 'zz'; it has en, xx; set data\.columns"),
+    ({"answer": "zz"}, "has no column 'zz'"),
+    ({"path": "none/here.jsonl"}, "is neither a file here nor a hub dataset"),
+    ({"path": "text-{language}.txt"}, "is missing: data.path names a text file for every language"),
+])
+def test_bad_parallel_prompts_are_said(fields, message, tmp_path):
+    (tmp_path / "p.jsonl").write_text('{"en": "one", "xx": "uno"}\n')
+    config = ParallelConfig(path=str(tmp_path / "p.jsonl"), targets=("xx",))
+    with pytest.raises(InputError, match=message):
+        read_parallel(replace(config, **fields))
+    (tmp_path / "p.jsonl").write_text('{"en": "one", "xx": " "}\n')
+    with pytest.raises(InputError, match="row 1 is empty in 'xx'"):
+        read_parallel(config)
+
+
+def test_real_parallel_text_is_read(real_data):
+    folder = real_data / "ntrex" / "NTREX-128"
+    config = ParallelConfig(
+        path=str(folder / "newstest2019-{language}.txt"), targets=("sin", "swa"),
+        columns={"en": "src.eng", "sin": "ref.sin", "swa": "ref.swa"})
+    found, _ = read_parallel(config)
+    assert {len(texts) for texts in found.values()} == {1997}
+
+
+def test_a_whole_run_and_again(cache_dir, tmp_path, capsys):
+    config = make_inputs(from_config_dict(get_config(ROOT / "configs" / "lens_quickstart.py",
+                                                     "debug")))
+    first = job.lens(config, tmp_path / "run")
+    made = {file.name for file in (tmp_path / "run").iterdir()}
+    assert {"probe.safetensors", "languages.png", "accuracy.png", "report.md", "report.json",
+            "config.json", "Lens", "supervised", "no_align"} <= made
+    assert set(first.correct) == {"LLM", *(x["name"] for x in config.sweep)}
+    again = job.lens(config, tmp_path / "run")
+    assert again.correct == first.correct
+    with pytest.raises(InputError, match="was written by another config"):
+        job.lens(replace(config, lens=replace(config.lens, align=0.5)), tmp_path / "run")
