@@ -15,12 +15,12 @@ from pathlib import Path
 import jax
 import libtpu
 
+from jaxfusion.sharding.chips import GIB
+
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "scaling.json"
 SLICES = ("v4-8", "v4-16", "v4-32", "v4-64", "v5e-16", "v5p-8", "v6e-8")
 FUSIONS = ("last", "global_softmax", "transformer_softmax")
-GIB = 2**30
-
 def needs(topology: str, fusion: str) -> dict:
     """What the step takes of a slice."""
     command = [sys.executable, "train.py", f"--config=configs/tpu_v4.py:{fusion}",
@@ -47,8 +47,9 @@ def table(rows: list[dict], first: str) -> str:
             row[first], str(row["chips"]),
             *(f"{row[name] / GIB:.2f} GiB" for name in ("weights", "optimizer", "activations")),
             f"{row['peak'] / GIB:.2f} of {row['allowed'] / GIB:.2f} GiB",
-            f"{row['model_flops'] / row['chips'] / 1e12:,.0f}", f"{row['flops'] / 1e12:,.0f}",
-            *(times[kind] for kind in ("compute", "memory", "network")),
+            f"{row['model_flops'] / row['chips'] / 1e12:,.0f}",
+            "?" if row["flops"] is None else f"{row['flops'] / 1e12:,.0f}",
+            *(times.get(kind, "?") for kind in ("compute", "memory", "network")),
         ])
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 

@@ -41,7 +41,8 @@ class Needs:
       chip, chips, mesh: what it was compiled for.
       weights, optimizer, batch: bytes of the step's arguments. activations: bytes of all else that
         lives at once. peak: their sum. allowed: bytes that a program may use; None if not known.
-      model_flops: of all chips, without what is computed again. flops, bytes: of the program.
+      model_flops: of all chips, without what is computed again.
+      flops, bytes: of the program; None where its text cannot be had, and then what follows is empty.
       unknown_loops: whose length the program does not tell; counted as if they ran once.
       silent_kernels: runs of kernels that do not tell their FLOPs, which are missing.
       collectives: by kind, number and bytes sent.
@@ -59,8 +60,8 @@ class Needs:
     peak: float
     allowed: float | None
     model_flops: float
-    flops: float
-    bytes: float
+    flops: float | None
+    bytes: float | None
     unknown_loops: int
     silent_kernels: float
     collectives: dict[str, tuple[float, float]]
@@ -118,7 +119,7 @@ def measure(config: Config, devices: list[jax.Device]) -> Needs:
         seconds = time.monotonic() - clock
         useful = count_flops(lambda *x: gradient(plain(plan.bridge).loss, *x),
                              state.trainable, plan.frozen, batch, key)
-    cost, memory = program_cost(compiled.as_text()), compiled.memory_analysis()
+    cost, memory = _cost(compiled), compiled.memory_analysis()
     parts = {"weights": _bytes([state.trainable, plan.frozen]),
              "optimizer": _bytes(state.opt_state), "batch": _bytes(batch)}
     peak = peak_bytes(memory)
@@ -127,14 +128,26 @@ def measure(config: Config, devices: list[jax.Device]) -> Needs:
     if chip is not None and peak > chip.memory:  # a GPU's compiler does not know what it has
         raise TooLarge(f"the step takes {peak / GIB:.1f} GiB of each chip, {devices[0].device_kind}"
                        f" has {chip.memory / GIB:.2f}")
-    times = {} if chip is None else _roofline(cost, chip)
+    told = cost is not None
+    times = _roofline(cost, chip) if told and chip is not None else {}
+    cost = cost or Cost()
     return Needs(
         devices[0].device_kind, len(devices), dict(mesh.shape), **parts, activations=activations,
-        peak=peak, allowed=chip and chip.memory, model_flops=useful, flops=cost.flops,
-        bytes=cost.bytes, unknown_loops=cost.unknown, silent_kernels=cost.silent,
+        peak=peak, allowed=chip and chip.memory, model_flops=useful,
+        flops=cost.flops if told else None, bytes=cost.bytes if told else None,
+        unknown_loops=cost.unknown, silent_kernels=cost.silent,
         collectives=cost.collectives, seconds=times,
         binds=max(times, key=times.get) if times else None, compile_seconds=seconds,
     )
+
+
+def _cost(compiled) -> Cost | None:
+    """The program's cost; None where jax cannot read back what the compiler made (asynchronous
+    updates of libtpu 0.0.51 for v5p)."""
+    try:
+        return program_cost(compiled.as_text())
+    except jax.errors.JaxRuntimeError:
+        return None
 
 
 def peak_bytes(memory: Any) -> int:
@@ -257,8 +270,11 @@ def _print(needs: Needs) -> None:
     if needs.allowed:
         table.add_row("allowed", f"{needs.allowed / GIB:.2f} GiB")
     table.add_row("model FLOPs (its share)", f"{needs.model_flops / needs.chips / 1e12:.2f} T")
-    table.add_row("program's FLOPs", f"{needs.flops / 1e12:.2f} T")
-    table.add_row("program's bytes", f"{needs.bytes / 1e9:.1f} GB")
+    if needs.flops is None:
+        table.add_row("the program", "cannot be read back")
+    else:
+        table.add_row("program's FLOPs", f"{needs.flops / 1e12:.2f} T")
+        table.add_row("program's bytes", f"{needs.bytes / 1e9:.1f} GB")
     if needs.silent_kernels:
         table.add_row("kernels that tell no FLOPs", f"run {needs.silent_kernels:,.0f} times")
     if needs.unknown_loops:
