@@ -3,7 +3,7 @@
 
 A bridge loads in plain PyTorch with `AutoModelForCausalLM.from_pretrained(HFDIR,
 trust_remote_code=True)`; with `--format langbridge` it is LangBridge's own layout. A pretrained
-tower is an ordinary checkpoint of its family, without remote code.
+tower, and the LLM of a Lens run, is an ordinary checkpoint of its family, without remote code.
 """
 
 from pathlib import Path
@@ -25,16 +25,17 @@ def main(argv: list[str]) -> None:
     refuse_words(argv)
     set_up_logging()
     from jaxfusion import config
-    from jaxfusion.fields import PretrainConfig
-    from jaxfusion.training.export import export, export_langbridge, export_tower
+    from jaxfusion.fields import LensRunConfig, PretrainConfig
+    from jaxfusion.training.export import export, export_langbridge, export_lens, export_tower
     from jaxfusion.training.loop import CONFIG_FILE
 
     common = {"dtype": DTYPE.value, "overwrite": OVERWRITE.value}
-    if isinstance(config.load(Path(WORKDIR.value) / CONFIG_FILE), PretrainConfig):
+    job = config.load(Path(WORKDIR.value) / CONFIG_FILE)
+    if isinstance(job, PretrainConfig | LensRunConfig):
         if MERGE.value or FORMAT.value != "jaxfusion":
-            raise InputError(f"{WORKDIR.value} holds a pretrained tower: --merge and --format are "
-                             "for bridges")
-        export_tower(Path(WORKDIR.value), Path(OUT.value), **common)
+            raise InputError(f"{WORKDIR.value} holds no bridge: --merge and --format are for those")
+        write = export_tower if isinstance(job, PretrainConfig) else export_lens
+        write(Path(WORKDIR.value), Path(OUT.value), **common)
     elif FORMAT.value == "langbridge":
         export_langbridge(Path(WORKDIR.value), Path(OUT.value), **common)
     else:

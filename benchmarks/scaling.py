@@ -21,6 +21,8 @@ ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "scaling.json"
 SLICES = ("v4-8", "v4-16", "v4-32", "v4-64", "v5e-16", "v5p-8", "v6e-8")
 FUSIONS = ("last", "global_softmax", "transformer_softmax")
+
+
 def needs(topology: str, fusion: str) -> dict:
     """What the step takes of a slice."""
     command = [sys.executable, "train.py", f"--config=configs/tpu_v4.py:{fusion}",

@@ -31,8 +31,11 @@ from jaxfusion.lens.manipulate import (
 from jaxfusion.lens.probe import load, probe, save
 from jaxfusion.lens.subspace import displacements, factorise
 from jaxfusion.nn.decoder import Decoder, make_edits
+from jaxfusion.sharding.mesh import make_mesh
 from jaxfusion.testing.checkpoints import random_params
 from jaxfusion.testing.debug import make_inputs
+from jaxfusion.training.checkpoint import trained_part
+from jaxfusion.training.export import export_lens
 
 K, E = 5, 48
 
@@ -296,6 +299,24 @@ def test_real_parallel_text_is_read(real_data):
     assert {len(texts) for texts in found.values()} == {1997}
 
 
+def check_export(config, workdir, out):
+    """The exported LLM's logits in PyTorch are those of the trained blocks in ours."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    with jax.set_mesh(make_mesh()):
+        model = job.Model(config, make_mesh())
+    first = model.decoder.config.num_layers - config.lens.blocks
+    params = job.with_top(model.params, trained_part(workdir)[1], first)
+    tokens = np.random.default_rng(0).integers(3, 100, (2, 12))
+    place = np.broadcast_to(np.arange(12), tokens.shape), np.ones_like(tokens)
+    ours = model.decoder.apply({"params": params}, tokens, *place, method="score")
+    before = model.decoder.apply({"params": model.params}, tokens, *place, method="score")
+    with torch.no_grad():
+        theirs = AutoModelForCausalLM.from_pretrained(out)(torch.tensor(tokens)).logits.numpy()
+    assert relative(ours, theirs) < 1e-5 and relative(before, theirs) > 1e-4
+
+
 def test_a_whole_run_and_again(cache_dir, tmp_path, capsys):
     config = make_inputs(from_config_dict(get_config(ROOT / "configs" / "lens_quickstart.py",
                                                      "debug")))
@@ -306,5 +327,9 @@ def test_a_whole_run_and_again(cache_dir, tmp_path, capsys):
     assert set(first.correct) == {"LLM", *(x["name"] for x in config.sweep)}
     again = job.lens(config, tmp_path / "run")
     assert again.correct == first.correct
+    with pytest.raises(InputError, match="holds no trained LLM; give one of: .*/Lens, "):
+        export_lens(tmp_path / "run", tmp_path / "out")
+    export_lens(tmp_path / "run" / "Lens", tmp_path / "out")
+    check_export(config, tmp_path / "run" / "Lens", tmp_path / "out")
     with pytest.raises(InputError, match="was written by another config"):
         job.lens(replace(config, lens=replace(config.lens, align=0.5)), tmp_path / "run")

@@ -42,7 +42,7 @@ class Needs:
       weights, optimizer, batch: bytes of the step's arguments. activations: bytes of all else that
         lives at once. peak: their sum. allowed: bytes that a program may use; None if not known.
       model_flops: of all chips, without what is computed again.
-      flops, bytes: of the program; None where its text cannot be had, and then what follows is empty.
+      flops, bytes: of the program; None where it cannot be read back, and what follows is empty.
       unknown_loops: whose length the program does not tell; counted as if they ran once.
       silent_kernels: runs of kernels that do not tell their FLOPs, which are missing.
       collectives: by kind, number and bytes sent.

@@ -22,6 +22,7 @@ from jaxfusion.errors import InputError, choose
 from jaxfusion.fields import DTYPES, ROLES, Config
 from jaxfusion.files import new_directory
 from jaxfusion.hf.configs import decoder_config, encoder_config
+from jaxfusion.hf.hub import resolve
 from jaxfusion.hf.load import open_tensors, read_config
 from jaxfusion.hf.save import (
     copy_tower,
@@ -237,6 +238,42 @@ def export_tower(
         shutil.copyfile(source / ABOUT_FILE, partial / ABOUT_FILE)
 
 
+def export_lens(
+    workdir: Path, out: Path, *, dtype: str | None = None, overwrite: bool = False
+) -> None:
+    """Writes the LLM of a Lens run as an ordinary causal LM of its own family.
+
+    Args:
+      workdir: of one run of a sweep, as `runs/lens/Lens`.
+      dtype: of all tensors; None keeps each one's.
+
+    Raises:
+      InputError: `workdir` holds a sweep, nothing was trained, or `out` is not empty.
+    """
+    _check_dtype(dtype)
+    config = configs.load(workdir / CONFIG_FILE)
+    if not (workdir / "checkpoints").is_dir():
+        inside = sorted(str(file.parent) for file in workdir.glob("*/checkpoints"))
+        raise InputError(f"{workdir} holds no trained LLM; give one of: {', '.join(inside) or '-'}")
+    step, trained = trained_part(workdir)
+    source, _ = resolve(config.decoder.checkpoint, config.decoder.revision)
+    _check_out(out, workdir, source)
+    shape = decoder_config(read_config(source), f"{source}/config.json")
+    rows, first = table(shape), shape.num_layers - config.lens.blocks
+    replaced = {  # numbered from the first trained block on
+        re.sub(r"(?<=layers\.)\d+", lambda found: str(int(found[0]) + first), name): x
+        for name, x in _trained_tensors("decoder", trained, rows)
+    }
+    names = tower_names(rows, shape.num_layers, open_tensors(source).files)
+    with new_directory(out, overwrite) as partial:
+        copy_tower(source, partial, read_config(source), names, replaced, dtype)
+        write_tokenizer(partial, load_tokenizer(source, shape.vocab_size, "decoder"))
+        (partial / "README.md").write_text(LENS_CARD.format(
+            checkpoint=config.decoder.checkpoint, licence=_licence(source), step=step,
+            method=config.lens.method, blocks=config.lens.blocks, central=config.data.central,
+            targets=", ".join(config.data.targets)), "utf-8")
+
+
 def _check_trained(trained: Flat, own: Table, tables: dict[str, Table], workdir: Path) -> None:
     """Raises InputError where the checkpoint and the config disagree on what is trained."""
     wanted = {row.ours for row in own.rows}
@@ -343,6 +380,20 @@ def _licence(path: Path) -> str:
     found = card.is_file() and re.search(r"^license:[ \t]*(\S+)", card.read_text("utf-8"), re.M)
     return found[1] if found else "see its own page"
 
+
+LENS_CARD = """\
+---
+library_name: transformers
+pipeline_tag: text-generation
+tags: [jaxfusion, lens, multilingual]
+---
+
+# {checkpoint}, its languages moved
+
+The top {blocks} blocks of `{checkpoint}` (licence: {licence}), trained for {step} steps by
+`{method}` (Lens, arXiv:2410.04407) with jaxfusion: central language {central}, targets {targets}.
+An ordinary checkpoint of its family, under the terms of the LLM it was made from.
+"""
 
 CARD = """\
 ---
