@@ -21,7 +21,8 @@ ROOT = Path(__file__).parent.parent
 FILES = sorted((ROOT / "configs").glob("*.py"))
 PRETRAINING = [file for file in FILES if file.stem.endswith(("_encoder", "_decoder"))]
 COMPARISONS = [file for file in FILES if file.stem == "quickstart"]
-BRIDGES = [file for file in FILES if file not in PRETRAINING + COMPARISONS]
+LENSES = [file for file in FILES if file.stem.startswith("lens_")]
+BRIDGES = [file for file in FILES if file not in PRETRAINING + COMPARISONS + LENSES]
 
 
 def get_config(file, arg=None):

@@ -17,7 +17,9 @@ WIDTH = 0.8  # of a language's bars together
 def draw_accuracy(comparison: Comparison, out: Path, chance: float | None = None) -> None:
     """A bar per language and model, with intervals, and the level of chance."""
     c, languages = comparison, comparison.languages
-    size = (max(7.0, 1.0 + 0.95 * len(languages)), 4.2)
+    columns = min(5, len(c.correct) + 1)  # of the legend
+    lines = -(-(len(c.correct) + 1) // columns)
+    size = (max(7.0, 1.0 + 0.95 * len(languages)), 4.0 + 0.25 * lines)
     figure, axes = plt.subplots(figsize=size, layout="constrained")
     width = WIDTH / len(c.correct)
     colours = plt.get_cmap("viridis")(np.linspace(0.05, 0.9, len(c.correct) - 1))
@@ -38,8 +40,8 @@ def draw_accuracy(comparison: Comparison, out: Path, chance: float | None = None
     ])
     axes.set(ylabel=f"accuracy on {c.task}, %", ylim=(0, 100))
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(ncols=len(c.correct) + 1, loc="upper center", bbox_to_anchor=(0.5, 1.12),
-                frameon=False, fontsize=9)
+    axes.legend(ncols=columns, loc="lower center", bbox_to_anchor=(0.5, 1.0), frameon=False,
+                fontsize=9)
     figure.savefig(out, dpi=150)
     plt.close(figure)
 
