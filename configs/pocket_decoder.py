@@ -9,8 +9,8 @@ pocket/decoder (see pocket/README.md).
 
     python train.py --config configs/pocket_decoder.py:lens
 
-makes runs/pocket_decoder_lens/hf, kept as pocket/lens_decoder: an LLM that has read and solved much
-in English and little in two other languages, for configs/lens_quickstart.py.
+makes runs/pocket_decoder_lens/hf, an LLM that has read and solved much in English and little in two
+other languages, for configs/lens_quickstart.py.
 
 Needs: two CPU cores, about half an hour together. Learns from English text of the pocket world
 (jaxfusion/data/pocket.py), some of it solved tasks; no frame of a development or test row is among
