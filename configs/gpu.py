@@ -10,37 +10,14 @@ Needs: one GPU of 80 GB or more; the checkpoints of configs/tpu_v4.py, whose run
 Published: no figure for this pair; configs/langbridge.py is the published recipe.
 """
 
-from jaxfusion.config import default_config, finish
+import runpy
+from pathlib import Path
+
+from jaxfusion.config import finish
 
 
 def get_config(arg=None):
-    config = default_config()
-    config.encoder.checkpoint = "DKYoon/mt5-xl-lm-adapt"
-    config.decoder.checkpoint = "meta-llama/Llama-2-7b-hf"
-    config.encoder.dtype = config.decoder.dtype = "bfloat16"
-    config.decoder.remat = "full"
-    config.fusion.name = "global_softmax"
-    config.fusion.backward = "second_pass"
-    config.projector.end_std = 1.0
-
-    config.data.task = "metamath"
-    config.data.train_rows = 200_000
-    config.data.dev_rows = 128
-    config.data.max_encoder_tokens = 1024
-    config.data.max_decoder_tokens = 128
-    config.data.buckets = (128, 256, 512, 1024)
-
-    config.optimizer.groups.bridge.learning_rate = 6e-4
-    config.optimizer.groups.bridge.weight_decay = 0.0
-    config.optimizer.b1 = 0.9
-    config.optimizer.schedule = "constant"
-    config.optimizer.warmup_fraction = 0.0
-    config.train.batch_size = 128
+    same = runpy.run_path(str(Path(__file__).with_name("tpu_v4.py")))
+    config = same["get_config"]().unlock()
     config.train.accumulate = 16
-    config.train.epochs = 1
-    config.train.eval_every = config.train.checkpoint_every = 200
-    config.eval.batch_size = 64
-    config.eval.max_encoder_tokens = 1024
-    config.eval.max_new_tokens = 256
-    config.mesh.data, config.mesh.fsdp = 1, -1
     return finish(config, arg)
