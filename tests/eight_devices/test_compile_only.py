@@ -81,7 +81,7 @@ def test_what_is_sent_is_counted_by_hand():
     assert scattered[0] == LAYERS
     by_hand = LAYERS * weight * others / len(devices)
     assert by_hand <= scattered[1] < 1.2 * by_hand  # the compiler pads
-    # Up and down forward, down again backward; and the inner activations, for the weights' gradient.
+    # Up and down forward, down again backward; and inner activations, for the weights' gradient.
     gathered = LAYERS * (3 * weight + 2 * ROWS * INNER) * others / len(devices)
     assert cost.collectives["all-gather"] == (4 * LAYERS, gathered)
 
