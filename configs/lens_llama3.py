@@ -1,4 +1,4 @@
-"""Lens (arXiv:2410.04407) on Llama-3-8B-Instruct, English and Chinese, as its authors ran it.
+"""Lens (arXiv:2410.04407) on Llama-3-8B-Instruct, English and Chinese, with its authors' settings.
 
     python train.py --config configs/lens_llama3.py --config.data.path=prompts.jsonl
     python train.py --config configs/lens_llama3.py --config.data.path=prompts.jsonl \

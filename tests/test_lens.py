@@ -35,7 +35,7 @@ from jaxfusion.sharding.mesh import make_mesh
 from jaxfusion.testing.checkpoints import random_params
 from jaxfusion.testing.debug import make_inputs
 from jaxfusion.training.checkpoint import trained_part
-from jaxfusion.training.export import export_lens
+from jaxfusion.training.export_tower import export_lens
 
 K, E = 5, 48
 
@@ -334,3 +334,14 @@ def test_a_whole_run_and_again(cache_dir, tmp_path, capsys):
     check_export(config, tmp_path / "run" / "Lens", tmp_path / "out")
     with pytest.raises(InputError, match="was written by another config"):
         job.lens(replace(config, lens=replace(config.lens, align=0.5)), tmp_path / "run")
+
+
+def test_runs_of_a_sweep_keep_prompts_of_their_own(cache_dir, tmp_path):
+    """What is kept for one run serves another only where both want the same."""
+    config = make_inputs(from_config_dict(get_config(ROOT / "configs" / "lens_quickstart.py",
+                                                     "debug")))
+    config = replace(config, eval=replace(config.eval, tasks=()),
+                     sweep=({"name": "Lens"}, {"name": "few", "data": {"rows": 4}}))
+    with pytest.raises(InputError, match="batch_size is 8, but there are only 4 prompts"):
+        job.lens(config, tmp_path / "run")
+    assert (tmp_path / "run" / "Lens" / "checkpoints").is_dir()

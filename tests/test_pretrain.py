@@ -19,7 +19,7 @@ from jaxfusion.errors import InputError
 from jaxfusion.fields import CorpusConfig, ObjectiveConfig
 from jaxfusion.hf.load import SINGLE, read_config
 from jaxfusion.testing.debug import make_inputs
-from jaxfusion.training.export import export_tower
+from jaxfusion.training.export_tower import export_tower
 from jaxfusion.training.pretrain import pretrain
 
 CONFIGS = {file.stem: file for file in FILES}

@@ -3,9 +3,8 @@
 import json
 import logging
 import time
-from collections.abc import Callable
 from dataclasses import asdict, replace
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,7 @@ from jaxfusion.errors import InputError, choose
 from jaxfusion.evaluation.comparison import Comparison, as_json, markdown
 from jaxfusion.evaluation.pictures import draw_accuracy, draw_languages
 from jaxfusion.evaluation.scoring import Scorer
-from jaxfusion.fields import ATTENTIONS, DTYPES, METHODS, REMATS, LensRunConfig
+from jaxfusion.fields import DTYPES, METHODS, REMATS, LensRunConfig
 from jaxfusion.files import write_whole
 from jaxfusion.hf.configs import decoder_config
 from jaxfusion.hf.hub import resolve
@@ -32,6 +31,7 @@ from jaxfusion.hf.load import load_params, read_config
 from jaxfusion.hf.tables import table
 from jaxfusion.lens import probe as probing
 from jaxfusion.lens.manipulate import (
+    Kept,
     KeptBatches,
     Manipulation,
     Supervised,
@@ -47,7 +47,7 @@ from jaxfusion.sharding.hosts import is_first
 from jaxfusion.sharding.mesh import make_mesh, sharding
 from jaxfusion.training.loop import CONFIG_FILE, Run, batch_shares, check_workdir, run_to_end
 from jaxfusion.training.optimizer import group_of_each
-from jaxfusion.training.state import KERNEL_OF, Flat, describe
+from jaxfusion.training.state import Flat, describe, kernel_for
 
 PROBE_FILE = "probe.safetensors"
 UNTOUCHED = "LLM"  # the model as it was, in tables
@@ -59,18 +59,17 @@ class Model:
 
     def __init__(self, config: LensRunConfig, mesh):
         tower = config.decoder
-        self.path, self.commit = resolve(tower.checkpoint, tower.revision)
-        shape = decoder_config(read_config(self.path), f"{self.path}/config.json")
-        kernel = choose("attention", tower.attention, ATTENTIONS)
-        kernel = KERNEL_OF.get(jax.default_backend(), "plain") if kernel == "auto" else kernel
+        path, self.commit = resolve(tower.checkpoint, tower.revision)
+        shape = decoder_config(read_config(path), f"{path}/config.json")
         self.decoder = Decoder(shape, jnp.dtype(choose("dtype", tower.dtype, DTYPES)),
-                               choose("remat", tower.remat, REMATS), kernel)
+                               choose("remat", tower.remat, REMATS),
+                               kernel_for("decoder", tower.attention))
         tokens = jnp.zeros((1, 2), jnp.int32)
-        self.places = describe(lambda: self.decoder.init(
+        places = describe(lambda: self.decoder.init(
             jax.random.key(0), tokens, tokens, tokens, method="score")["params"], mesh)
-        flat = load_params(self.path, table(shape), self.places)
+        flat = load_params(path, table(shape), places)
         self.params = traverse_util.unflatten_dict(flat, sep="/")
-        tokenizer = load_tokenizer(self.path, shape.vocab_size, "decoder")
+        tokenizer = load_tokenizer(path, shape.vocab_size, "decoder")
         turn = chat_turn(tokenizer) if config.data.chat_template else None
         self.tokenizers = Tokenizers(None, tokenizer, turn)
         self.bridge = Bridge(None, self.decoder, None, "last")
@@ -99,11 +98,16 @@ def lens(config: LensRunConfig, workdir: Path) -> Comparison | None:
         if is_first():
             configs.save(config, workdir / CONFIG_FILE)
         found = probe(config, model, rows)
-        probing.save(found, workdir / PROBE_FILE, asdict(config))
+        if is_first():
+            probing.save(found, workdir / PROBE_FILE, asdict(config))
         say_probe(found)
-        kept = lru(lambda supervised: keep(
-            model.decoder, model.params, training_rows(config, model, texts, answers, supervised),
-            model.tokenizers.start, config.lens.blocks, config.eval.batch_size))
+
+        @lru_cache(2)  # what several runs of a sweep share
+        def kept(supervised: bool, blocks: int, number: int) -> Kept:
+            return keep(model.decoder, model.params,
+                        training_rows(config, model, texts, answers, supervised, number),
+                        model.tokenizers.start, blocks, config.eval.batch_size)
+
         examples = read_tasks(config)
         correct, seconds, moved = {UNTOUCHED: score(config, model, examples)}, {}, {}
         for name, run in runs.items():
@@ -131,18 +135,6 @@ def variants(config: LensRunConfig) -> dict[str, LensRunConfig]:
     return configs.sweep(config)
 
 
-def lru(make: Callable[[bool], Any]) -> Callable[[bool], Any]:
-    """Makes each of two things once, when it is first asked for."""
-    made: dict[bool, Any] = {}
-
-    def get(which: bool) -> Any:
-        if which not in made:
-            made[which] = make(which)
-        return made[which]
-
-    return get
-
-
 def prompt_rows(config: LensRunConfig, tokenizers: Tokenizers, texts) -> dict[str, list[TokenRow]]:
     """Prompts as ids, by language; too long ones lose their beginning, which is said."""
     found, most = {}, config.data.max_tokens
@@ -156,17 +148,17 @@ def prompt_rows(config: LensRunConfig, tokenizers: Tokenizers, texts) -> dict[st
     return found
 
 
-def training_rows(config, model: Model, texts, answers, supervised: bool):
+def training_rows(config, model: Model, texts, answers, supervised: bool, number: int):
     """The prompts that are trained on, with their answers for supervised tuning."""
     if supervised and answers is None:
         raise InputError("supervised tuning needs answers: set data.answer to their column")
     found = {}
     for name, prompts in texts.items():
-        prompts = prompts[: config.data.rows]
+        prompts = prompts[:number]
         rows, _ = tokenize_bare([Example(prompt, "", -1) for prompt in prompts], model.tokenizers,
                                 config.data.max_tokens)
         if supervised:
-            ends = model.tokenizers.encode_answers(prompts, answers[: config.data.rows])
+            ends = model.tokenizers.encode_answers(prompts, answers[:number])
             rows = [replace(row, target=[*end, model.tokenizers.eos])
                     for row, end in zip(rows, ends, strict=True)]
         found[name] = rows
@@ -207,7 +199,7 @@ def trained(run: LensRunConfig, workdir: Path, model: Model, found: Probe, kept)
 
     def prepare(config, mesh, fresh):
         batch_shares(config.train, mesh)
-        data = kept(supervised)
+        data = kept(supervised, blocks, config.data.rows)
         per_epoch = -(-len(data.last) // config.train.batch_size)
         steps = config.train.steps or config.train.epochs * per_epoch
         batches = KeptBatches(data, config.train.batch_size, config.train.seed, steps,

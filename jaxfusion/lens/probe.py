@@ -3,7 +3,6 @@
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -109,6 +108,5 @@ def load(file: Path) -> Probe:
     """Reads what `save` wrote."""
     with safe_open(file, framework="numpy") as opened:
         about = opened.metadata()
-        read = partial(opened.get_tensor)
-        return Probe(tuple(json.loads(about["languages"])), read("means"), read("variances"),
-                     int(about["rows"]))
+        return Probe(tuple(json.loads(about["languages"])), opened.get_tensor("means"),
+                     opened.get_tensor("variances"), int(about["rows"]))

@@ -3,7 +3,6 @@
 import json
 import logging
 import re
-import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import resources
@@ -15,14 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
-from jaxfusion import config as configs
-from jaxfusion.data.lexicon import ABOUT_FILE
-from jaxfusion.data.tokenizers import Tokenizers, load_tokenizer
+from jaxfusion.data.tokenizers import Tokenizers
 from jaxfusion.errors import InputError, choose
 from jaxfusion.fields import DTYPES, ROLES, Config
 from jaxfusion.files import new_directory
-from jaxfusion.hf.configs import decoder_config, encoder_config
-from jaxfusion.hf.hub import resolve
 from jaxfusion.hf.load import open_tensors, read_config
 from jaxfusion.hf.save import (
     copy_tower,
@@ -42,8 +37,6 @@ from jaxfusion.hf.tables import (
 )
 from jaxfusion.training.checkpoint import trained_part
 from jaxfusion.training.evaluate import load_config
-from jaxfusion.training.loop import CONFIG_FILE
-from jaxfusion.training.pretrain import CHECKPOINT
 from jaxfusion.training.state import Flat, find_towers, load_tokenizers, read_shapes
 
 MODELING = "modeling_jaxfusion.py"
@@ -69,7 +62,7 @@ class Trained:
 
     def replaced(self, role: str) -> dict[str, np.ndarray]:
         """Tensors of a tower that were trained."""
-        return dict(_trained_tensors(role, self.trained, table(self.shapes[role])))
+        return dict(trained_tensors(role, self.trained, table(self.shapes[role])))
 
     def json(self, role: str) -> dict[str, Any]:
         """A tower's `config.json`; an encoder-decoder's becomes that of its encoder."""
@@ -99,19 +92,20 @@ def _collect(workdir: Path, out: Path) -> Trained:
     shapes = read_shapes(paths)
     own = bridge_table(config.fusion.name, config.projector.name)
     _check_trained(trained, own, {role: table(shapes[role]) for role in ROLES}, workdir)
-    _check_out(out, workdir, *paths.values())
+    check_out(out, workdir, *paths.values())
     tokenizers = load_tokenizers(config, paths, shapes)
     return Trained(workdir, step, config, trained, paths, shapes, tokenizers)
 
 
-def _check_out(out: Path, *kept: Path) -> None:
+def check_out(out: Path, *kept: Path) -> None:
     """Raises InputError where writing to `out` would remove what is read."""
     for path in kept:
         if path.resolve().is_relative_to(out.resolve()):
             raise InputError(f"{out} holds {path}, which is read; give another directory")
 
 
-def _check_dtype(dtype: str | None) -> None:
+def check_dtype(dtype: str | None) -> None:
+    """Raises InputError for a dtype that no checkpoint is written in."""
     if dtype is not None:
         choose("dtype", dtype, DTYPES)
 
@@ -132,7 +126,7 @@ def export(
     Raises:
       InputError: no trained bridge in `workdir`, or `out` is not empty.
     """
-    _check_dtype(dtype)
+    check_dtype(dtype)
     if dtype is not None and not merge:
         raise InputError("--dtype is that of the backbones, which only --merge writes")
     bridge = _collect(workdir, out)
@@ -171,7 +165,7 @@ def export_langbridge(
     Raises:
       InputError: LangBridge has no such fusion or projector, or as in `export`.
     """
-    _check_dtype(dtype)
+    check_dtype(dtype)
     bridge = _collect(workdir, out)
     config, tokenizers = bridge.config, bridge.tokenizers
     kinds = {ours: theirs for theirs, ours in ALIGNMENTS.items()}
@@ -211,69 +205,6 @@ def export_langbridge(
         write_tokenizer(partial / "encoder_tokenizer", tokenizers.encoder)
 
 
-def export_tower(
-    workdir: Path, out: Path, *, dtype: str | None = None, overwrite: bool = False
-) -> None:
-    """Writes the tower of a pretraining run as an ordinary checkpoint of its own family.
-
-    Args:
-      dtype: of all tensors; None keeps each one's.
-
-    Raises:
-      InputError: the run has not come to its end, or `out` is not empty.
-    """
-    _check_dtype(dtype)
-    config, source = configs.load(workdir / CONFIG_FILE), workdir / CHECKPOINT
-    _check_out(out, workdir, source)
-    if not source.is_dir():
-        raise InputError(f"{workdir} has not come to its end: {source} is missing; start its "
-                         "train.py command again")
-    role = config.tower.role
-    read = encoder_config if role == "encoder" else decoder_config
-    shape = read(read_config(source), f"{source}/config.json")
-    names = tower_names(table(shape), shape.num_layers, open_tensors(source).files)
-    with new_directory(out, overwrite) as partial:
-        copy_tower(source, partial, read_config(source), names, {}, dtype)
-        write_tokenizer(partial, load_tokenizer(source, shape.vocab_size, role))
-        shutil.copyfile(source / ABOUT_FILE, partial / ABOUT_FILE)
-
-
-def export_lens(
-    workdir: Path, out: Path, *, dtype: str | None = None, overwrite: bool = False
-) -> None:
-    """Writes the LLM of a Lens run as an ordinary causal LM of its own family.
-
-    Args:
-      workdir: of one run of a sweep, as `runs/lens/Lens`.
-      dtype: of all tensors; None keeps each one's.
-
-    Raises:
-      InputError: `workdir` holds a sweep, nothing was trained, or `out` is not empty.
-    """
-    _check_dtype(dtype)
-    config = configs.load(workdir / CONFIG_FILE)
-    if not (workdir / "checkpoints").is_dir():
-        inside = sorted(str(file.parent) for file in workdir.glob("*/checkpoints"))
-        raise InputError(f"{workdir} holds no trained LLM; give one of: {', '.join(inside) or '-'}")
-    step, trained = trained_part(workdir)
-    source, _ = resolve(config.decoder.checkpoint, config.decoder.revision)
-    _check_out(out, workdir, source)
-    shape = decoder_config(read_config(source), f"{source}/config.json")
-    rows, first = table(shape), shape.num_layers - config.lens.blocks
-    replaced = {  # numbered from the first trained block on
-        re.sub(r"(?<=layers\.)\d+", lambda found: str(int(found[0]) + first), name): x
-        for name, x in _trained_tensors("decoder", trained, rows)
-    }
-    names = tower_names(rows, shape.num_layers, open_tensors(source).files)
-    with new_directory(out, overwrite) as partial:
-        copy_tower(source, partial, read_config(source), names, replaced, dtype)
-        write_tokenizer(partial, load_tokenizer(source, shape.vocab_size, "decoder"))
-        (partial / "README.md").write_text(LENS_CARD.format(
-            checkpoint=config.decoder.checkpoint, licence=_licence(source), step=step,
-            method=config.lens.method, blocks=config.lens.blocks, central=config.data.central,
-            targets=", ".join(config.data.targets)), "utf-8")
-
-
 def _check_trained(trained: Flat, own: Table, tables: dict[str, Table], workdir: Path) -> None:
     """Raises InputError where the checkpoint and the config disagree on what is trained."""
     wanted = {row.ours for row in own.rows}
@@ -284,7 +215,7 @@ def _check_trained(trained: Flat, own: Table, tables: dict[str, Table], workdir:
                          f"{sorted(missing)}, unknown {sorted(unknown)}")
 
 
-def _trained_tensors(role: str, trained: Flat, rows: Table) -> Iterator[tuple[str, np.ndarray]]:
+def trained_tensors(role: str, trained: Flat, rows: Table) -> Iterator[tuple[str, np.ndarray]]:
     """Hugging Face tensors of what was trained in a tower.
 
     Raises:
@@ -351,7 +282,7 @@ def _card(bridge: Trained, described: dict[str, Any]) -> str:
                 for language, by in languages.items() for scoring, x in by.items()
             ]
     parts = [f"- {role}: `{getattr(config, role).checkpoint}`, "
-             f"licence: {_licence(bridge.paths[role])}" for role in ROLES]
+             f"licence: {licence_of(bridge.paths[role])}" for role in ROLES]
     return CARD.format(
         fusion=config.fusion.name, projector=config.projector.name, task=config.data.task,
         language=config.data.language, step=bridge.step, **_asking(bridge),
@@ -375,25 +306,12 @@ after = answers(prompts, add_special_tokens=False, padding=True, padding_side="l
     return {"prompt": lines, "more": "after.input_ids, after.attention_mask, "}
 
 
-def _licence(path: Path) -> str:
+def licence_of(path: Path) -> str:
+    """What a checkpoint's model card says of its licence."""
     card = path / "README.md"
     found = card.is_file() and re.search(r"^license:[ \t]*(\S+)", card.read_text("utf-8"), re.M)
     return found[1] if found else "see its own page"
 
-
-LENS_CARD = """\
----
-library_name: transformers
-pipeline_tag: text-generation
-tags: [jaxfusion, lens, multilingual]
----
-
-# {checkpoint}, its languages moved
-
-The top {blocks} blocks of `{checkpoint}` (licence: {licence}), trained for {step} steps by
-`{method}` (Lens, arXiv:2410.04407) with jaxfusion: central language {central}, targets {targets}.
-An ordinary checkpoint of its family, under the terms of the LLM it was made from.
-"""
 
 CARD = """\
 ---

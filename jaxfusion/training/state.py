@@ -208,6 +208,22 @@ def replaced(current: Flat, trained: dict[str, np.ndarray], source: str) -> Flat
 KERNEL_OF = {"cpu": "plain", "gpu": "cudnn", "cuda": "cudnn", "tpu": "pallas"}
 
 
+def kernel_for(role: str, asked: str, platform: str | None = None) -> str:
+    """The attention of a tower on a platform, jax's own by default.
+
+    Raises:
+      InputError: an unknown one, or one for another platform.
+    """
+    platform = platform or jax.default_backend()
+    own = KERNEL_OF.get(platform, "plain")
+    if choose("attention", asked, ATTENTIONS) == "auto":
+        return own
+    if asked not in ("plain", own):
+        raise InputError(f"{role}.attention is '{asked}', which is not for {platform}; set it to "
+                         "auto or plain")
+    return asked
+
+
 def make_bridge(config: Config, encoder, decoder, platform: str | None = None) -> Bridge:
     """The bridge of a config over towers of these shapes.
 
@@ -223,13 +239,7 @@ def make_bridge(config: Config, encoder, decoder, platform: str | None = None) -
     dtypes = [jnp.dtype(choose("dtype", tower.dtype, DTYPES))
               for tower in (config.encoder, config.decoder)]
     remats = [choose("remat", tower.remat, REMATS) for tower in (config.encoder, config.decoder)]
-    own = KERNEL_OF.get(platform or jax.default_backend(), "plain")
-    kernels = [own if choose("attention", tower.attention, ATTENTIONS) == "auto"
-               else tower.attention for tower in (config.encoder, config.decoder)]
-    for role, kernel in zip(ROLES, kernels, strict=True):
-        if kernel not in ("plain", own):
-            raise InputError(f"{role}.attention is '{kernel}', which is not for "
-                             f"{platform or jax.default_backend()}; set it to auto or plain")
+    kernels = [kernel_for(role, getattr(config, role).attention, platform) for role in ROLES]
     return Bridge(
         MT5Encoder(encoder, dtypes[0], config.encoder.dropout, remats[0], kernels[0]),
         Decoder(decoder, dtypes[1], remats[1], kernels[1]),
