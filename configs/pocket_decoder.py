@@ -49,6 +49,8 @@ def get_config(arg=None):
         config.tower.vocab_size = 2048
         config.data.languages = ("en", "latn_a", "deva")
         config.data.translations = True
+        config.data.sampling = 0.4
+        config.train.steps = 8000
         config.data.buckets = (24, 32, 40, 48)
         config.data.max_tokens = 64
     return finish(config, ",".join(x for x in words if x not in ("", "noise", "lens")))

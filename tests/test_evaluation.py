@@ -6,12 +6,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import relative
 from hypothesis import given
 from hypothesis import strategies as st
 
 from jaxfusion.config import default_config, finish, from_config_dict
 from jaxfusion.data.batching import collate, find_shapes, tokenize
 from jaxfusion.data.sources import Example
+from jaxfusion.data.task import Task, last_number
 from jaxfusion.evaluation.generate import make_scorer
 from jaxfusion.evaluation.metrics import accuracy, wilson_interval
 from jaxfusion.evaluation.report import merge_results
@@ -21,6 +23,7 @@ from jaxfusion.sharding.mesh import make_mesh
 from jaxfusion.training.state import load_model, merge
 
 LABELS = ("bako", "dimofu gata")
+TASK = Task("{text}", LABELS, ("en",))
 QUERIES = [f"{'la ru ' * n}Label: " for n in (1, 9, 3, 4, 12)]
 EXAMPLES = [Example(query, LABELS[i % 2], i % 2) for i, query in enumerate(QUERIES)]
 
@@ -50,11 +53,11 @@ def rows_of(model, examples, with_target=False, text_prompt=""):
 def test_a_prompt_is_answered_as_it_is_alone(model, params, bare):
     """In any batch, bucket and padding; tokens are compared up to near-ties of the top two."""
     config = EvalConfig(batch_size=4, max_encoder_tokens=128, max_new_tokens=6)
-    together = Scorer(model.bridge, model.tokenizers, config, bare=bare)(params, EXAMPLES, LABELS)
+    together = Scorer(model.bridge, model.tokenizers, config, bare=bare)(params, EXAMPLES, TASK)
     for i, example in enumerate(EXAMPLES):
         alone = Scorer(
             model.bridge, model.tokenizers, EvalConfig(batch_size=1, max_new_tokens=6), bare=bare
-        )(params, [example], LABELS)
+        )(params, [example], TASK)
         assert alone.answers[0] == together.answers[i]
         assert alone.correct["likelihood"][0] == together.correct["likelihood"][i]
 
@@ -90,14 +93,40 @@ def test_greedy_and_likelihood_equal_a_full_pass(model, params):
 
 def test_too_long_queries_are_counted(model, params):
     config = EvalConfig(batch_size=4, max_encoder_tokens=16, max_new_tokens=2)
-    scored = Scorer(model.bridge, model.tokenizers, config)(params, EXAMPLES, LABELS)
+    scored = Scorer(model.bridge, model.tokenizers, config)(params, EXAMPLES, TASK)
     assert scored.cut.queries > 0 and len(scored.answers) == len(EXAMPLES)
 
 
 def test_free_text_has_greedy_scores_alone(model, params):
     config = EvalConfig(batch_size=4, max_new_tokens=2)
-    scored = Scorer(model.bridge, model.tokenizers, config)(params, EXAMPLES, ())
+    task = Task("{text}", (), ("en",))
+    scored = Scorer(model.bridge, model.tokenizers, config)(params, EXAMPLES, task)
     assert set(scored.correct) == {"greedy_exact"}
+
+
+def test_letters_are_scored_by_the_prompts_own_logits(model, params):
+    """Options of one token give what they give with a cache behind the prompt."""
+    bridge, tokenizers = model.bridge, model.tokenizers
+    rows = rows_of(model, EXAMPLES[:2])
+    batch = collate(*find_shapes(rows, (64,)).place(rows, 1, 2), tokenizers)
+    score = make_scorer(bridge, 0, tokenizers.eos, bare=False)
+    letters = np.array([[[7], [7]], [[8], [9]]])
+    tokens, scores = score(params, batch, letters, letters > 0)
+    assert tokens.shape == (2, 0)
+    longer = np.pad(letters, ((0, 0), (0, 0), (0, 7)))
+    _, cached = make_scorer(bridge, 5, tokenizers.eos, bare=False)(
+        params, batch, longer, longer > 0)
+    assert relative(scores, cached) < 1e-6
+
+
+def test_numbers_are_compared_and_not_the_words_around_them(model, params):
+    for text, number in (("So she has 1,250.50 dollars.", "1250.5"), ("x = -3", "-3"), ("", ""),
+                         ("18", "18"), ("First 3, then 20.0", "20"), ("none", "")):
+        assert last_number(text) == number
+    task = Task("{text}", (), ("en",), extract=lambda text: "same")
+    scored = Scorer(model.bridge, model.tokenizers, EvalConfig(batch_size=4, max_new_tokens=2))(
+        params, EXAMPLES, task)
+    assert all(scored.correct["greedy_exact"])
 
 
 def test_wilson_interval_against_published_values():

@@ -11,7 +11,8 @@ from jaxfusion.data import grammar, pocket
 from jaxfusion.data.grammar import UP, leaves
 from jaxfusion.data.lexicon import LANGUAGES, VERSION, check_version, concepts, words
 from jaxfusion.data.pocket import random_inference, task_rows
-from jaxfusion.data.tasks import NLI_LABELS, SPLITS
+from jaxfusion.data.task import SPLITS
+from jaxfusion.data.tasks import NLI_LABELS
 from jaxfusion.errors import InputError
 from jaxfusion.evaluation.shortcuts import CUES, lookup_correct, surface
 

@@ -407,7 +407,7 @@ def test_thirty_two_real_rows_are_learned(real_data, cache_dir, tmp_path, fusion
     rows = read_examples("sib200", task, "train", "eng_Latn", str(real_data / "sib200"))
     rows = subset(rows, 32, balanced=False, seed=config.train.seed)
     scorer = Scorer(model.bridge, model.tokenizers, config.eval)
-    scored = scorer(merge(state.trainable, model.frozen), rows, task.labels)
+    scored = scorer(merge(state.trainable, model.frozen), rows, task)
     assert np.mean(scored.correct["greedy_exact"]) > 0.9
 
 

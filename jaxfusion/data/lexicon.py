@@ -96,11 +96,11 @@ class Language:
 LANGUAGES: dict[str, Language] = {
     "en": Language(None, "english", True, 24_000, 0, solved=160_000),
     "deva": Language("deva", "rich", False, 12_000, 6_000, place_first=True, postposition=True,
-                     definite="none", negation="before", solved=4_000),
+                     definite="none", negation="before", solved=12_000),
     "arab": Language("arab", "rich", True, 12_000, 6_000, verb_first=True, adjective_last=True,
                      definite="prefix", negation="before"),
     "latn_a": Language("latn_a", "rich", True, 12_000, 6_000, adjective_last=True,
-                       negation="after", solved=8_000),
+                       negation="after", solved=24_000),
     "beng": Language("beng", "mid", True, 6_000, 3_000, place_first=True, postposition=True,
                      definite="suffix", negation="after"),
     "taml": Language("taml", "mid", True, 5_000, 2_500, place_first=True, postposition=True,

@@ -31,7 +31,8 @@ from jaxfusion.data.grammar import (
     within,
 )
 from jaxfusion.data.lexicon import LANGUAGES, VERSION, WORLD_FILE, words
-from jaxfusion.data.tasks import NLI_LABELS, NLI_PROMPT, QA_PROMPT, SPLITS
+from jaxfusion.data.task import SPLITS
+from jaxfusion.data.tasks import NLI_LABELS, NLI_PROMPT, QA_PROMPT
 from jaxfusion.errors import InputError, choose
 from jaxfusion.files import new_directory
 

@@ -1,68 +1,10 @@
 """The papers' tasks: prompt, labels, languages, and where their data lives."""
 
-from dataclasses import dataclass, field
+import json
 
 from jaxfusion.data.lexicon import LANGUAGES as POCKET
+from jaxfusion.data.task import SPLITS, Files, Hub, Row, Task, last_number
 from jaxfusion.errors import InputError, choose
-
-SPLITS = ("train", "dev", "test")
-
-
-@dataclass(frozen=True)
-class Hub:
-    """A Hugging Face dataset; `{language}` and `{split}` are filled in.
-
-    Attributes:
-      name: dataset id.
-      config: its configuration.
-      splits: their name of each of our splits; may end in a slice such as `train[:500]`.
-      rename: their column -> ours.
-    """
-
-    name: str
-    config: str | None = None
-    splits: dict[str, str] = field(default_factory=lambda: {
-        "train": "train", "dev": "validation", "test": "test"
-    })
-    rename: dict[str, str] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Files:
-    """Files below a directory; `{language}` is filled in, `[a:b]` takes rows a to b-1.
-
-    Attributes:
-      splits: path of each split's file, `.tsv` or `.jsonl`.
-      columns: names of a TSV without header.
-      rename: their column -> ours.
-    """
-
-    splits: dict[str, str] = field(default_factory=dict)
-    columns: tuple[str, ...] | None = None
-    rename: dict[str, str] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Task:
-    """One task.
-
-    Attributes:
-      prompt: the encoder's text; `{column}` names a column of the data.
-      labels: what the LLM answers, by class; empty for free text, read from column `target`.
-      languages: as the data source writes them.
-      hub: its dataset. files: its files below `data.path`; `{split}-{language}.jsonl` works too.
-    """
-
-    prompt: str
-    labels: tuple[str, ...]
-    languages: tuple[str, ...]
-    hub: Hub | None = None
-    files: Files = Files()
-
-    @property
-    def target_column(self) -> str:
-        return "label" if self.labels else "target"
-
 
 NLI_PROMPT = "Premise: {premise} Hypothesis: {hypothesis} Label: "
 NLI_LABELS = ("Entailment", "Neutral", "Contradiction")
@@ -73,6 +15,38 @@ ALPACA_PROMPT = (
     "Below is an instruction that describes a task. Write a response that appropriately "
     "completes the request.\n\n### Instruction:\n{query}\n\n### Response: Let's think step by step."
 )
+
+
+def _winograd(row: Row, language: str) -> Row | None:
+    """XWinograd's row with a blank in the pronoun's place; None for another language's."""
+    if row["language"] != language:
+        return None
+    tokens, (_, (first, last), _) = json.loads(row["tokens"]), json.loads(row["pronoun"])
+    sentence, place, spans = row["sentence"], 0, []
+    for token in tokens[:last]:
+        # Quotes and elisions are written otherwise among the tokens: these find no place.
+        found = sentence.find(token, place)
+        spans.append((found, found + len(token)))
+        place = max(place, spans[-1][1]) if found >= 0 else place
+    begin, end = spans[first][0], spans[last - 1][1]
+    if begin < 0 or end < begin:
+        raise ValueError(f"pronoun {tokens[first:last]} is not in the sentence")
+    (one, *_, right), (two, *_) = json.loads(row["options"])
+    end = begin + len(sentence[begin:end].rstrip(".,"))  # some spans have them
+    return {"sentence": f"{sentence[:begin]}_{sentence[end:]}".strip(), "option1": one,
+            "option2": two, "label": "1" if right else "2"}
+
+
+def _mmlu(row: Row, language: str) -> Row:
+    """English MMLU in the columns of the translated one."""
+    return {"Question": row["question"], **dict(zip("ABCD", row["choices"], strict=True)),
+            "label": row["answer"]}
+
+
+# The translated MMLU calls a language by its country, too.
+MMMLU = {"ar": "AR_XY", "bn": "BN_BD", "de": "DE_DE", "es": "ES_LA", "fr": "FR_FR", "hi": "HI_IN",
+         "id": "ID_ID", "it": "IT_IT", "ja": "JA_JP", "ko": "KO_KR", "pt": "PT_BR", "sw": "SW_KE",
+         "yo": "YO_NG", "zh": "ZH_CN"}
 
 TASKS: dict[str, Task] = {
     "xnli": Task(
@@ -131,6 +105,60 @@ TASKS: dict[str, Task] = {
     # Of the made-up world in data/pocket.py.
     "pocket_nli": Task(NLI_PROMPT, NLI_LABELS, tuple(POCKET)),
     "pocket_qa": Task(QA_PROMPT, (), tuple(POCKET)),
+    # Multiple choice as Lens is scored on: the options have letters, and the letters are compared.
+    # Of XCOPA's questions (cause or effect) many are wrong in Swahili, Indonesian and others:
+    # Estonian has the original's.
+    "xcopa": Task(
+        "Premise: {premise}\nWhich is more likely to be its {question}?\nA: {choice1}\n"
+        "B: {choice2}\nAnswer: ",
+        ("A", "B"),
+        ("en", "et", "ht", "id", "it", "qu", "sw", "ta", "th", "tr", "vi", "zh"),
+        hub=Hub("cambridgeltl/xcopa", "{language}"),
+        hubs={"en": Hub("pkavumba/balanced-copa", None, {"train": "train", "test": "test"})},
+        files=Files({"dev": "data/{language}/val.{language}.jsonl",
+                     "test": "data/{language}/test.{language}.jsonl"}),
+        borrowed={"question": "et"},
+    ),
+    "xstorycloze": Task(
+        "Story: {input_sentence_1} {input_sentence_2} {input_sentence_3} {input_sentence_4}\n"
+        "Which sentence ends it?\nA: {sentence_quiz1}\nB: {sentence_quiz2}\nAnswer: ",
+        ("A", "B"),
+        ("en", "ar", "es", "eu", "hi", "id", "my", "ru", "sw", "te", "zh"),
+        hub=Hub("juletxara/xstory_cloze", "{language}",
+                {"train": "train", "dev": "train", "test": "eval"},
+                {"answer_right_ending": "label"}),
+        spellings=("1", "2"),
+    ),
+    "xwinograd": Task(
+        "Sentence: {sentence}\nWhat belongs in the place of _?\nA: {option1}\nB: {option2}\n"
+        "Answer: ",
+        ("A", "B"),
+        ("en", "fr", "ja", "pt", "ru", "zh"),
+        hub=Hub("Muennighoff/xwinograd", "{language}", {"test": "test"}, {"answer": "label"},
+                names={"ja": "jp"}),
+        # The file of the authors' repository, all languages in one.
+        files=Files({"test": "dataset.tsv"}, ("language", "part", "original", "sentence", "tokens",
+                                              "pronoun", "options"),
+                    make=_winograd, names={"ja": "jp"}),
+        spellings=("1", "2"),
+    ),
+    "mmmlu": Task(
+        "Question: {Question}\nA: {A}\nB: {B}\nC: {C}\nD: {D}\nAnswer: ",
+        ("A", "B", "C", "D"),
+        ("en", *MMMLU),
+        hub=Hub("openai/MMMLU", "{language}", {"test": "test"}, {"Answer": "label"}, names=MMMLU),
+        hubs={"en": Hub("cais/mmlu", "all", make=_mmlu)},
+        files=Files({"test": "{language}.json"}, rename={"Answer": "label"}),
+    ),
+    "mgsm": Task(
+        ALPACA_PROMPT,
+        (),
+        ("en", "bn", "de", "es", "fr", "ja", "ru", "sw", "te", "th", "zh"),
+        hub=Hub("juletxara/mgsm", "{language}", {"train": "train", "test": "test"},
+                {"question": "query", "answer_number": "target"}),
+        files=Files({"test": "mgsm_{language}.tsv"}, ("query", "target")),
+        extract=last_number,
+    ),
     # LangBridge's labelled corpora: English question and answer, no classes.
     "metamath": Task(
         ALPACA_PROMPT,

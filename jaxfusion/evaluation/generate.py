@@ -72,6 +72,8 @@ def greedy(
     """
     rows = position.shape[0]
     tokens = jnp.full((rows, max_new_tokens), eos, jnp.int32)
+    if not max_new_tokens:
+        return tokens
     ones = jnp.ones((rows, 1), jnp.int32)
 
     def unfinished(state):
@@ -97,13 +99,16 @@ def log_likelihood(
     bridge: Bridge, params: Params, cache: Cache, logits: Float[Array, "B V"],
     position: Int[Array, "B"], start: int, option: Int[Array, "B T"], mask: Bool[Array, "B T"],
 ) -> Float[Array, "B"]:
-    """Summed log-probability of each row's `option` after its prompt."""
-    positions = position[:, None] + jnp.arange(option.shape[1])
-    hidden, _ = bridge.decode(
-        params, bridge.embed(params, option), positions, mask.astype(jnp.int32), cache, start
-    )
-    following = bridge.logits(params, hidden[:, :-1])
-    before = jnp.concatenate([logits[:, None], following], axis=1)
+    """Summed log-probability of each row's `option` after its prompt.
+
+    Options of one token cost nothing more: the prompt's last logits foretell them.
+    """
+    before, read = logits[:, None], option[:, :-1]
+    if read.shape[1]:
+        positions = position[:, None] + jnp.arange(read.shape[1])
+        hidden, _ = bridge.decode(params, bridge.embed(params, read), positions,
+                                  mask[:, :-1].astype(jnp.int32), cache, start)
+        before = jnp.concatenate([before, bridge.logits(params, hidden)], axis=1)
     log_probs = jax.nn.log_softmax(before, axis=-1)
     taken = jnp.take_along_axis(log_probs, option[:, :, None], axis=-1)[:, :, 0]
     return jnp.sum(jnp.where(mask, taken, 0.0), axis=1)

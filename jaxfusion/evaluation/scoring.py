@@ -17,6 +17,7 @@ from jaxfusion.data.batching import (
     tokenize_bare,
 )
 from jaxfusion.data.sources import Example
+from jaxfusion.data.task import Task
 from jaxfusion.data.tokenizers import Tokenizers
 from jaxfusion.evaluation.generate import make_scorer
 from jaxfusion.fields import EvalConfig
@@ -43,7 +44,8 @@ class Scored:
 class Scorer:
     """Scores examples with one compiled program per batch shape.
 
-    `greedy_exact`: the greedy answer equals the target after strip, as the papers score.
+    `greedy_exact`: the greedy answer equals the target after strip, as the papers score; where the
+    task extracts something of both, that.
     `likelihood`: the correct label has the largest summed log-probability; behind a bridge with
     the end token that training put after every answer, for the bare LLM without it.
     """
@@ -57,11 +59,12 @@ class Scorer:
         self.score = make_scorer(bridge, config.max_new_tokens, tokenizers.eos, bare)
 
     def __call__(
-        self, params: Params, examples: Sequence[Example], labels: Sequence[str],
+        self, params: Params, examples: Sequence[Example], task: Task,
         progress: Callable[[int], None] = lambda rows: None,
     ) -> Scored:
         """Scores the examples; `progress` is told how many rows each batch had."""
         rows, cut = self._rows(examples)
+        labels, extract = task.labels, task.extract or str.strip
         buckets = doubling_buckets(self.config.max_encoder_tokens)
         if self.bare:
             buckets = doubling_buckets(self.config.max_decoder_tokens)
@@ -76,7 +79,7 @@ class Scorer:
             progress(len(numbers))
         correct = {
             "greedy_exact": [
-                answer == example.target.strip()
+                extract(answer) == extract(example.target)
                 for answer, example in zip(answers, examples, strict=True)
             ]
         }
@@ -109,7 +112,9 @@ class Scorer:
                 prompts, [label] * len(prompts))]
             for label in labels
         ] or [[[] for _ in prompts]]
-        longest = max(8, *(len(answer) for rows in ids for answer in rows))
+        longest = max(len(answer) for rows in ids for answer in rows)
+        # Letters are read from the prompt's last logits; longer answers share few shapes.
+        longest = longest if longest <= 1 else max(8, longest)
         shape = (len(ids), self.config.batch_size, longest)
         options, mask = np.zeros(shape, np.int32), np.zeros(shape, bool)
         for c, rows in enumerate(ids):

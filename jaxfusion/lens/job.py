@@ -261,7 +261,7 @@ def score(config: LensRunConfig, model: Model, examples, params=None, edits=None
     found = {}
     for (task, language), rows in examples.items():
         extra = {} if edits is None else {"edits": edits(language)}
-        scored = scorer({**tree, **extra}, rows, get_task(task).labels)
+        scored = scorer({**tree, **extra}, rows, get_task(task))
         kind = "likelihood" if get_task(task).labels else "greedy_exact"
         found.setdefault(task, {})[language] = [int(x) for x in scored.correct[kind]]
     return found

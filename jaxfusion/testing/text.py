@@ -5,7 +5,7 @@ import random
 import re
 from pathlib import Path
 
-from jaxfusion.data.tasks import SPLITS, Task
+from jaxfusion.data.task import SPLITS, Task
 from jaxfusion.data.tokenizers import train_tokenizer
 
 SYLLABLES = [c + v for c in "bdfgklmnprstvz" for v in "aeiou"]

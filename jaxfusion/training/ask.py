@@ -11,7 +11,8 @@ from rich.table import Table
 
 from jaxfusion.data.batching import find_shapes, in_order, tokenize
 from jaxfusion.data.sources import Example
-from jaxfusion.data.tasks import Task, get_task
+from jaxfusion.data.task import Task
+from jaxfusion.data.tasks import get_task
 from jaxfusion.errors import InputError
 from jaxfusion.evaluation.scoring import Scorer
 from jaxfusion.sharding.mesh import make_mesh
@@ -41,7 +42,7 @@ def ask(workdir: Path, text: str) -> str:
         params = merge(model.trainable, model.frozen)
         example = Example(query, "", -1)
         scorer = Scorer(model.bridge, model.tokenizers, config.eval, config.data.text_prompt)
-        scored = scorer(params, [example], task.labels)
+        scored = scorer(params, [example], task)
         console = Console(highlight=False)
         console.print(f"answer: [bold]{escape(scored.answers[0])}[/bold]")
         for label, chance in zip(task.labels, softmax(scored.likelihoods[0]), strict=True):

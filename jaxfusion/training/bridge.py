@@ -7,6 +7,7 @@ from jaxfusion.data.batching import find_shapes, tokenize
 from jaxfusion.data.packing import find_packing
 from jaxfusion.data.pipeline import Batches, steps_per_epoch, subset
 from jaxfusion.data.sources import Example, read_examples
+from jaxfusion.data.task import Task
 from jaxfusion.data.tasks import check_languages, get_task
 from jaxfusion.errors import InputError
 from jaxfusion.evaluation.metrics import accuracy
@@ -65,7 +66,7 @@ def prepare(config: Config, mesh, fresh: bool = True) -> Run:
         logger.warning("longer than the limits: %s", cut)
     return Run(
         model.config, model.bridge.loss, model.trainable, model.frozen, model.groups, batches,
-        steps, _dev_scorer(model, dev[: config.data.dev_rows], task.labels), "greedy_exact",
+        steps, _dev_scorer(model, dev[: config.data.dev_rows], task), "greedy_exact",
         plain(model.bridge).loss,
     )
 
@@ -82,13 +83,13 @@ def start_from(model: Model, workdir: Path) -> Model:
     return overlay(model, trained, str(workdir))
 
 
-def _dev_scorer(model: Model, dev: list[Example], labels: tuple[str, ...]):
+def _dev_scorer(model: Model, dev: list[Example], task: Task):
     """Trained parameters -> accuracy on the development rows, by scoring name."""
     config = model.config
     scorer = Scorer(model.bridge, model.tokenizers, config.eval, config.data.text_prompt)
 
     def score(trainable: Flat) -> dict[str, float]:
-        scored = scorer(merge(trainable, model.frozen), dev, labels)
+        scored = scorer(merge(trainable, model.frozen), dev, task)
         if scored.cut.any:
             logger.warning("development rows longer than the limits: %s", scored.cut)
         return {name: accuracy(rows)["accuracy"] for name, rows in scored.correct.items()}

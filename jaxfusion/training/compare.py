@@ -12,7 +12,8 @@ from rich.table import Table
 from jaxfusion import config as configs
 from jaxfusion.config import directory_name, variants
 from jaxfusion.data.sources import read_examples
-from jaxfusion.data.tasks import NLI_PROMPT, Task, check_languages, get_task
+from jaxfusion.data.task import Task
+from jaxfusion.data.tasks import NLI_PROMPT, check_languages, get_task
 from jaxfusion.errors import InputError
 from jaxfusion.evaluation.comparison import Comparison, as_json, markdown, table
 from jaxfusion.evaluation.pictures import draw_accuracy, draw_layers
@@ -87,7 +88,7 @@ def check(config: CompareConfig, runs: dict[str, Config]) -> None:
 def _compare(config: CompareConfig, runs: dict[str, Config], details) -> Comparison:
     first, name = next(iter(runs)), config.base.data.task
     task, languages = get_task(name), details[first][name]
-    scoring = "likelihood" if task.labels else "greedy_exact"
+    scoring = task.scoring
     warm = [variant for variant, run in runs.items()
             if run.projector.warm_start and run.train.init_from is None]
     notes = []

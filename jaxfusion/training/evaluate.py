@@ -131,7 +131,7 @@ def _score(model: Model, rows: Rows, llm_only: bool) -> tuple[Results, Details]:
         for (name, language), examples in rows.items():
             progress.update(bar, description=f"{name} {language}")
             scored = scorer(
-                params, examples, get_task(name).labels, lambda n: progress.advance(bar, n)
+                params, examples, get_task(name), lambda n: progress.advance(bar, n)
             )
             if scored.cut.any:
                 logger.warning("%s %s, longer than the limits: %s", name, language, scored.cut)
