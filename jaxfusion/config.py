@@ -155,18 +155,7 @@ def variants(config: CompareConfig) -> dict[str, Config]:
     """
     if not config.variants:
         raise InputError("a comparison needs at least one variant in config.variants")
-    places = [directory_name(fields.get("name", "")) for fields in config.variants]
-    if len(set(places)) < len(places) or "" in places:
-        raise InputError(f"the names of variants must make different directories, got {places}")
-    found = {}
-    for fields in config.variants:
-        fields = dict(fields)
-        name = fields.pop("name")
-        values = ml_collections.ConfigDict(dataclasses.asdict(config.base)).to_dict()
-        _override(values, fields)
-        found[name] = _from_dict(Config, values, f"variants.{name}.")
-        check(found[name])
-    return found
+    return _each("variants", config.variants, dataclasses.asdict(config.base), Config)
 
 
 def sweep(config: LensRunConfig) -> dict[str, LensRunConfig]:
@@ -175,17 +164,23 @@ def sweep(config: LensRunConfig) -> dict[str, LensRunConfig]:
     Raises:
       InputError: names that make the same directory, or fields that such a run does not have.
     """
-    places = [directory_name(fields.get("name", "")) for fields in config.sweep]
+    return _each("sweep", config.sweep, {**dataclasses.asdict(config), "sweep": ()}, LensRunConfig)
+
+
+def _each(name: str, entries, base: dict[str, Any], kind: type) -> dict[str, Any]:
+    """A config of every entry: `base` with the entry's fields, by the entry's name."""
+    places = [directory_name(fields.get("name", "")) for fields in entries]
     if len(set(places)) < len(places) or "" in places:
-        raise InputError(f"the names of a sweep must make different directories, got {places}")
+        raise InputError(f"the names in config.{name} must make different directories, got "
+                         f"{places}")
     found = {}
-    for fields in config.sweep:
+    for fields in entries:
         fields = dict(fields)
-        name = fields.pop("name")
-        values = {**dataclasses.asdict(config), "sweep": ()}
+        entry = fields.pop("name")
+        values = json.loads(json.dumps(base))
         _override(values, fields)
-        found[name] = _from_dict(LensRunConfig, values, f"sweep.{name}.")
-        check(found[name])
+        found[entry] = _from_dict(kind, values, f"{name}.{entry}.")
+        check(found[entry])
     return found
 
 

@@ -15,6 +15,8 @@ ATTENTIONS = ("auto", "plain", "cudnn", "pallas")
 REMATS = ("none", "dots", "full")
 ROLES = ("encoder", "decoder")
 METHODS = ("lens", "supervised", "steering", "disentangle", "none")
+RECIPES = ("default", "paper_code")
+PLACES = ("memory", "disk")
 OBJECTIVES = ("causal_lm", "masked_lm", "code_switch")
 
 
@@ -245,7 +247,14 @@ class ParallelConfig:
     chat_template: bool = True  # the LLM's own, in probing and training
     max_tokens: int = 128  # longer prompts lose their beginning, counted and reported
     buckets: tuple[int, ...] = (32, 64, 128)  # lengths that get compiled
-    task_path: str | None = None  # directory of the files of eval.tasks; none: the hub
+    probe: str | None = None  # probe.safetensors of an earlier run, in place of probing
+    # Prompts behind those that were probed and trained on: of so many the perplexity is measured,
+    # so many are answered, to see in which language (needs the extra `identify`).
+    perplexity_rows: int = 0
+    reply_rows: int = 0
+    codes: dict[str, str] = field(default_factory=dict)  # ISO 639-1, of languages named otherwise
+    # Directory of the files of eval.tasks, {task} filled in; none: the hub.
+    task_path: str | None = None
     task_split: str = "test"
     task_rows: int | None = None  # the first so many of each language
 
@@ -255,15 +264,17 @@ class LensConfig:
     """What is done with the language subspaces (arXiv:2410.04407)."""
 
     method: str = "lens"  # lens, supervised (both train), steering, disentangle, none
+    recipe: str = "default"  # or paper_code: prompts and probe as in the authors' code
     rank: int | None = None  # of the language-specific subspace; none: all languages but one
     blocks: int = 2  # so many at the top train
-    loss_layers: tuple[int, ...] = ()  # where languages are aligned and separated; empty: the last
+    loss_layers: tuple[int, ...] = ()  # behind which the losses act; empty: the last
     align: float = 1.0  # weights of the three losses; any may be 0
     separate: float = 1.0
     retain: float = 1.0
     weights: dict[str, float] = field(default_factory=dict)  # w_k of languages; 1 unless given
     layers: tuple[int, ...] = ()  # that steering and disentangling edit; empty: the middle third
     strength: float = 1.0  # of steering and disentangling
+    keep: str = "memory"  # where activations are kept: memory, or disk (mapped, in the workdir)
 
 
 @dataclass(frozen=True)
@@ -272,11 +283,13 @@ class LensRunConfig:
 
     job: str = "lens"
     decoder: DecoderConfig = DecoderConfig()
+    bridge: str | None = None  # workdir of a bridge: its LLM, reading through it
     data: ParallelConfig = ParallelConfig()
     lens: LensConfig = LensConfig()
     optimizer: OptimizerConfig = OptimizerConfig(
-        groups={"blocks": GroupConfig(("decoder/blocks/.*",), 1e-5, 0.1)}, b1=0.9, clip_norm=1.0)
-    train: TrainConfig = TrainConfig()
+        groups={"blocks": GroupConfig(("decoder/blocks/.*(kernel|bias)",), 1e-5, 0.1),
+                "norms": GroupConfig(("decoder/blocks/.*scale",), 1e-5, 0.0)}, b1=0.9)
+    train: TrainConfig = TrainConfig(epochs=1, log_every=5)
     eval: EvalConfig = EvalConfig()
     mesh: MeshConfig = MeshConfig()
     # Runs from one cache, each with its name and the fields of `lens` and others that differ.

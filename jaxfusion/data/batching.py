@@ -106,15 +106,24 @@ def tokenize(
 
 
 def tokenize_bare(
-    examples: Sequence[Example], tokenizers: Tokenizers, max_decoder_tokens: int
+    examples: Sequence[Example], tokenizers: Tokenizers, max_decoder_tokens: int,
+    with_target: bool = False,
 ) -> tuple[list[TokenRow], Cut]:
-    """Rows of the bare LLM: `start + query`, the answer left to be generated.
+    """Rows of the bare LLM: `start + query + target + EOS`.
 
     A query that is too long loses its beginning, so that it still ends in its `Label:`.
+
+    Args:
+      with_target: False leaves the answer to be generated.
     """
-    texts = tokenizers.encode_bare([example.query for example in examples])
+    queries = [example.query for example in examples]
+    texts, targets = tokenizers.encode_bare(queries), [[] for _ in examples]
+    if with_target:
+        answers = tokenizers.encode_answers(queries, [example.target for example in examples])
+        targets = [[*answer, tokenizers.eos] for answer in answers]
     too_long = sum(len(text) > max_decoder_tokens for text in texts)
-    rows = [TokenRow([], text[-max_decoder_tokens:], []) for text in texts]
+    rows = [TokenRow([], text[-max_decoder_tokens:], target)
+            for text, target in zip(texts, targets, strict=True)]
     return rows, Cut(0, too_long, 0, 0, max_decoder_tokens)
 
 

@@ -24,6 +24,7 @@ class Comparison:
       baselines: accuracy of what needs no understanding, by name.
       layer_weights: model -> language -> weight of each layer.
       notes: what a reader must know, a line each.
+      central: the language that must not lose; its difference to the reference is shown.
     """
 
     task: str
@@ -34,6 +35,7 @@ class Comparison:
     baselines: dict[str, float]
     layer_weights: dict[str, dict[str, list[float]]]
     notes: tuple[str, ...] = ()
+    central: str | None = None
 
     @property
     def languages(self) -> tuple[str, ...]:
@@ -52,6 +54,12 @@ class Comparison:
         """Mean over a group's languages, or its difference to another model's; bootstrap."""
         rows = self._rows(model, group)
         return bootstrap_mean(rows if minus is None else rows - self._rows(minus, group))
+
+    def change(self, model: str, language: str) -> Cell:
+        """How much more of a language a model gets right than the reference; bootstrap."""
+        rows, before = (np.array([self.correct[m][language]], float)
+                        for m in (model, self.reference))
+        return bootstrap_mean(rows - before)
 
     def _rows(self, model: str, group: str) -> np.ndarray:
         return np.array([self.correct[model][name] for name in self.group(group)], float)
@@ -80,6 +88,10 @@ def table(c: Comparison) -> list[list[str]]:
         differences = {m: _show(c.mean(m, "all groups", minus=c.reference), sign="+")
                        for m in others}
         rows.append([f"minus {c.reference}", "", *(differences.get(m, "") for m in models)])
+    if c.central in c.languages:
+        changes = {m: _show(c.change(m, c.central), sign="+") for m in others}
+        rows.append([f"{c.central} minus {c.reference}", "",
+                     *(changes.get(m, "") for m in models)])
     return rows
 
 
@@ -110,5 +122,7 @@ def as_json(c: Comparison) -> dict[str, Any]:
         "groups": {m: {g: cell(c.mean(m, g)) for g in c.group_names} for m in c.correct},
         "differences": {m: {g: cell(c.mean(m, g, minus=c.reference)) for g in c.group_names}
                         for m in c.correct if m != c.reference},
+        **({"central": {m: cell(c.change(m, c.central)) for m in c.correct if m != c.reference}}
+           if c.central in c.languages else {}),
         "layer_weights": c.layer_weights, "notes": list(c.notes),
     }

@@ -1,8 +1,10 @@
 """A Lens run: probe an LLM's languages, move them, score it beside its baselines, draw."""
 
-import json
 import logging
+import shutil
+import tempfile
 import time
+from contextlib import ExitStack
 from dataclasses import asdict, replace
 from functools import lru_cache, partial
 from pathlib import Path
@@ -14,160 +16,172 @@ import numpy as np
 from flax import traverse_util
 
 from jaxfusion import config as configs
-from jaxfusion.data.batching import TokenRow, tokenize_bare
 from jaxfusion.data.parallel import read_parallel
-from jaxfusion.data.sources import Example, read_examples
-from jaxfusion.data.tasks import check_languages, get_task
-from jaxfusion.data.tokenizers import Tokenizers, chat_turn, load_tokenizer
 from jaxfusion.errors import InputError, choose
-from jaxfusion.evaluation.comparison import Comparison, as_json, markdown
-from jaxfusion.evaluation.pictures import draw_accuracy, draw_languages
-from jaxfusion.evaluation.scoring import Scorer
-from jaxfusion.fields import DTYPES, METHODS, REMATS, LensRunConfig
-from jaxfusion.files import write_whole
-from jaxfusion.hf.configs import decoder_config
-from jaxfusion.hf.hub import resolve
-from jaxfusion.hf.load import load_params, read_config
-from jaxfusion.hf.tables import table
+from jaxfusion.evaluation.comparison import Comparison
+from jaxfusion.evaluation.pictures import draw_languages
+from jaxfusion.fields import METHODS, PLACES, RECIPES, LensRunConfig
 from jaxfusion.lens import probe as probing
-from jaxfusion.lens.manipulate import (
-    Kept,
-    KeptBatches,
-    Manipulation,
-    Supervised,
-    cut,
-    keep,
-    make_goals,
-    split,
-)
+from jaxfusion.lens.keep import Kept, KeptBatches, cut, keep, top
+from jaxfusion.lens.manipulate import Manipulation, Supervised, aims, make_goals
+from jaxfusion.lens.model import Model, load_model
 from jaxfusion.lens.probe import Probe
-from jaxfusion.nn.bridge import Bridge
-from jaxfusion.nn.decoder import Decoder, make_edits
+from jaxfusion.lens.prompts import probe_as_authors, prompt_rows, training_rows
+from jaxfusion.lens.scores import UNTOUCHED, measure, read_questions, report
+from jaxfusion.nn.decoder import make_edits
 from jaxfusion.sharding.hosts import is_first
 from jaxfusion.sharding.mesh import make_mesh, sharding
 from jaxfusion.training.loop import CONFIG_FILE, Run, batch_shares, check_workdir, run_to_end
 from jaxfusion.training.optimizer import group_of_each
-from jaxfusion.training.state import Flat, describe, kernel_for
+from jaxfusion.training.state import Flat
 
 PROBE_FILE = "probe.safetensors"
-UNTOUCHED = "LLM"  # the model as it was, in tables
+KEPT = ".kept-"  # how directories of activations on disk begin
+TRAINING = ("lens", "supervised")
 logger = logging.getLogger(__name__)
-
-
-class Model:
-    """The LLM on the mesh, with its tokenizer."""
-
-    def __init__(self, config: LensRunConfig, mesh):
-        tower = config.decoder
-        path, self.commit = resolve(tower.checkpoint, tower.revision)
-        shape = decoder_config(read_config(path), f"{path}/config.json")
-        self.decoder = Decoder(shape, jnp.dtype(choose("dtype", tower.dtype, DTYPES)),
-                               choose("remat", tower.remat, REMATS),
-                               kernel_for("decoder", tower.attention))
-        tokens = jnp.zeros((1, 2), jnp.int32)
-        places = describe(lambda: self.decoder.init(
-            jax.random.key(0), tokens, tokens, tokens, method="score")["params"], mesh)
-        flat = load_params(path, table(shape), places)
-        self.params = traverse_util.unflatten_dict(flat, sep="/")
-        tokenizer = load_tokenizer(path, shape.vocab_size, "decoder")
-        turn = chat_turn(tokenizer) if config.data.chat_template else None
-        self.tokenizers = Tokenizers(None, tokenizer, turn)
-        self.bridge = Bridge(None, self.decoder, None, "last")
 
 
 def lens(config: LensRunConfig, workdir: Path) -> Comparison | None:
     """Probes, runs every method of the sweep (or the config's own), scores them and reports.
 
     Writes `probe.safetensors`, `languages.png`, a directory with checkpoints for each method that
-    trains, and with `eval.tasks` `report.md`, `report.json` and `accuracy.png`. Started again, it
-    goes on where it stopped.
+    trains, and with anything to score `report.md`, `report.json` and `accuracy.png`. Started again,
+    it goes on where it stopped.
+
+    Returns:
+      The comparison on the first task, if there are tasks.
 
     Raises:
       InputError: whatever is wrong with the config, data, checkpoint or workdir.
     """
     config = check_workdir(config, workdir)
     runs = variants(config)
+    texts, answers = read_parallel(config.data)
+    questions = read_questions(config, texts)
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
-    with jax.set_mesh(mesh):
-        model = Model(config, mesh)
-        config = replace(config, decoder=replace(
-            config.decoder, revision=model.commit or config.decoder.revision))
-        texts, answers = read_parallel(config.data)
-        rows = prompt_rows(config, model.tokenizers, texts)
+    with jax.set_mesh(mesh), ExitStack() as stack:
+        model, config = load_model(config, mesh)
+        check_layers(runs, model.bridge.decoder.config.num_layers)
+        probed = {name: prompts[: config.data.probe_rows] for name, prompts in texts.items()}
+        rows = prompt_rows(config, model, probed)
         workdir.mkdir(parents=True, exist_ok=True)
         if is_first():
             configs.save(config, workdir / CONFIG_FILE)
-        found = probe(config, model, rows)
-        if is_first():
-            probing.save(found, workdir / PROBE_FILE, asdict(config))
-        say_probe(found)
+            for left in workdir.glob(f"{KEPT}*"):  # by a run that was killed
+                shutil.rmtree(left)
+        found = _probe(config, model, probed, rows, workdir)
 
         @lru_cache(2)  # what several runs of a sweep share
         def kept(supervised: bool, blocks: int, number: int) -> Kept:
-            return keep(model.decoder, model.params,
-                        training_rows(config, model, texts, answers, supervised, number),
-                        model.tokenizers.start, blocks, config.eval.batch_size)
+            prompts = {name: texts[name][:number] for name in texts}
+            return keep(model.bridge, model.params,
+                        training_rows(config, model, prompts,
+                                      answers[:number] if supervised else None),
+                        model.tokenizers, blocks, config.eval.batch_size,
+                        _folder(config, workdir, stack))
 
-        examples = read_tasks(config)
-        correct, seconds, moved = {UNTOUCHED: score(config, model, examples)}, {}, {}
+        scores, seconds, moved = {UNTOUCHED: measure(config, model, questions)}, {}, {}
         for name, run in runs.items():
             logger.info("\n%s", name)
-            clock = time.monotonic()
-            edits, params = None, model.params
-            if run.lens.method in ("lens", "supervised"):
-                params = trained(run, workdir / configs.directory_name(name), model, found, kept)
-                moved[name] = probe(config, model, rows, params)
+            clock, edits, decoder = time.monotonic(), None, model.params["decoder"]
+            if run.lens.method in TRAINING:
+                if run.lens.method == "supervised" and answers is None:
+                    raise InputError("supervised tuning needs answers: set data.answer to their "
+                                     "column")
+                decoder = trained(run, workdir / configs.directory_name(name), model, found, kept)
+                moved[name] = _read(config, model, rows, decoder)
             elif run.lens.method != "none":
                 edits = partial(make_language_edits, run, found)
-            seconds[name] = {"train": time.monotonic() - clock}
-            correct[name] = score(config, model, examples, params, edits)
+            seconds[name] = time.monotonic() - clock
+            scores[name] = measure(config, model, questions, decoder, edits)
     if not is_first():
         return None
     draw_languages(found, moved, workdir / "languages.png")
-    return report(config, correct, seconds, workdir) if examples else None
+    return report(config, scores, seconds, workdir)
 
 
 def variants(config: LensRunConfig) -> dict[str, LensRunConfig]:
-    """The runs of a sweep by name, each a config of its own; without a sweep the config's own."""
-    choose("lens.method", config.lens.method, METHODS)
-    if not config.sweep:
-        return {config.lens.method: config}
-    return configs.sweep(config)
+    """The runs of a sweep by name, each a config of its own; without a sweep the config's own.
+
+    Raises:
+      InputError: names that are unknown, or settings that make no sense together.
+    """
+    runs = configs.sweep(config) if config.sweep else {config.lens.method: config}
+    for name, run in runs.items():
+        choose("lens.method", run.lens.method, METHODS)
+        choose("lens.recipe", run.lens.recipe, RECIPES)
+        choose("lens.keep", run.lens.keep, PLACES)
+        _check_shared(config, name, run)
+        rank, most = run.lens.rank, len(config.data.targets)
+        if rank is not None and rank > most:
+            raise InputError(f"lens.rank is {rank}, wanted 1 to {most} with {most + 1} languages")
+        losses = (run.lens.align, run.lens.separate, run.lens.retain)
+        decay = [group for group, x in run.optimizer.groups.items() if x.weight_decay]
+        if run.lens.method == "lens" and not any(losses) and decay:
+            raise InputError(f"lens.align, separate and retain of '{name}' are all 0, but "
+                             f"optimizer.groups.{decay[0]} has a weight decay, which alone would "
+                             "shrink the blocks; set a loss's weight, or weight_decay=0")
+    if config.lens.recipe == "paper_code" and (config.bridge or not config.data.chat_template):
+        raise InputError("lens.recipe='paper_code' is for chats of an LLM alone: leave bridge out "
+                         "and set data.chat_template=True")
+    return runs
 
 
-def prompt_rows(config: LensRunConfig, tokenizers: Tokenizers, texts) -> dict[str, list[TokenRow]]:
-    """Prompts as ids, by language; too long ones lose their beginning, which is said."""
-    found, most = {}, config.data.max_tokens
-    for name, prompts in texts.items():
-        prompts = prompts[: config.data.probe_rows]
-        found[name], cut_rows = tokenize_bare(
-            [Example(prompt, "", -1) for prompt in prompts], tokenizers, most)
-        if cut_rows.any:
-            logger.warning("%s: %d prompts lose their beginning at %d tokens", name,
-                           cut_rows.texts, most)
+def _check_shared(config: LensRunConfig, name: str, run: LensRunConfig) -> None:
+    """Raises InputError where a run of a sweep wants another of what all of them share."""
+    def shared(c: LensRunConfig) -> dict[str, Any]:
+        data = replace(c.data, rows=0)
+        return {"decoder": c.decoder, "bridge": c.bridge, "data": data, "mesh": c.mesh,
+                "eval": c.eval, "lens.recipe": c.lens.recipe, "lens.keep": c.lens.keep}
+
+    ours, theirs = shared(config), shared(run)
+    if other := [field for field in ours if ours[field] != theirs[field]]:
+        raise InputError(f"sweep '{name}' sets {other[0]}, which all runs of a sweep share; of "
+                         "data only rows may differ")
+
+
+def check_layers(runs: dict[str, LensRunConfig], layers: int) -> None:
+    """Raises InputError for a layer that the LLM does not have."""
+    for run in runs.values():
+        c = run.lens
+        if c.method in TRAINING:
+            first = layers - c.blocks + 1
+            if not 1 <= c.blocks < layers:
+                raise InputError(f"lens.blocks is {c.blocks}, the LLM has {layers} blocks: wanted "
+                                 f"1 to {layers - 1}")
+            if outside := [x for x in c.loss_layers if not first <= x <= layers]:
+                raise InputError(f"lens.loss_layers has {outside[0]}, wanted layers that train: "
+                                 f"{first} to {layers}")
+        # The last layer's states are after the final norm, which no edit of the stream reaches.
+        elif outside := [x for x in c.layers if not 1 <= x < layers]:
+            raise InputError(f"lens.layers has {outside[0]}, wanted 1 to {layers - 1}")
+
+
+def _folder(config: LensRunConfig, workdir: Path, stack: ExitStack) -> Path | None:
+    """Where activations are kept until the run ends."""
+    if config.lens.keep == "memory":
+        return None
+    return Path(stack.enter_context(tempfile.TemporaryDirectory(dir=workdir, prefix=KEPT)))
+
+
+def _probe(config: LensRunConfig, model: Model, texts, rows, workdir: Path) -> Probe:
+    """The probe of the untouched LLM: this run's own, another run's, or a new one."""
+    own, languages = workdir / PROBE_FILE, tuple(texts)
+    if config.data.probe or own.is_file():
+        found = probing.load(Path(config.data.probe or own), languages, model.identity)
+    elif config.lens.recipe == "paper_code":
+        found = probe_as_authors(model, texts)
+    else:
+        found = _read(config, model, rows, model.params["decoder"])
+    if is_first():
+        probing.save(found, own, model.identity, asdict(config))
+    say_probe(found)
     return found
 
 
-def training_rows(config, model: Model, texts, answers, supervised: bool, number: int):
-    """The prompts that are trained on, with their answers for supervised tuning."""
-    if supervised and answers is None:
-        raise InputError("supervised tuning needs answers: set data.answer to their column")
-    found = {}
-    for name, prompts in texts.items():
-        prompts = prompts[:number]
-        rows, _ = tokenize_bare([Example(prompt, "", -1) for prompt in prompts], model.tokenizers,
-                                config.data.max_tokens)
-        if supervised:
-            ends = model.tokenizers.encode_answers(prompts, answers[:number])
-            rows = [replace(row, target=[*end, model.tokenizers.eos])
-                    for row, end in zip(rows, ends, strict=True)]
-        found[name] = rows
-    return found
-
-
-def probe(config: LensRunConfig, model: Model, rows, params=None) -> Probe:
-    """The means of the LLM as it was, or with other parameters."""
-    return probing.probe(model.decoder, model.params if params is None else params, rows,
+def _read(config: LensRunConfig, model: Model, rows, decoder) -> Probe:
+    """A probe of the LLM with these parameters."""
+    return probing.probe(model.bridge, {**model.params, "decoder": decoder}, rows,
                          model.tokenizers, config.data.buckets, config.eval.batch_size)
 
 
@@ -183,19 +197,17 @@ def say_probe(found: Probe) -> None:
 
 def trained(run: LensRunConfig, workdir: Path, model: Model, found: Probe, kept) -> dict[str, Any]:
     """The LLM's parameters after a run of `run_to_end` on its top blocks."""
-    supervised = run.lens.method == "supervised"
-    blocks = run.lens.blocks
-    _, top = split(model.decoder.config, blocks)
-    first = model.decoder.config.num_layers - blocks
-    upper = model.decoder.clone(config=top)
+    supervised, blocks = run.lens.method == "supervised", run.lens.blocks
+    decoder = model.params["decoder"]
+    first = model.bridge.decoder.config.num_layers - blocks
+    upper = top(model.bridge.decoder, blocks)
     goals = make_goals(found, blocks, run.lens.loss_layers, run.lens.rank, run.lens.weights)
-    part = traverse_util.flatten_dict({"decoder": cut(model.params, first, None)}, sep="/")
+    part = traverse_util.flatten_dict({"decoder": cut(decoder, first, None)}, sep="/")
     groups = group_of_each(part, run.optimizer.groups)
     if other := [name for name in groups if not name.startswith("decoder/blocks/")]:
         raise InputError(f"optimizer.groups train {other[0]}: of a Lens run only decoder/blocks/ "
                          "can train")
-    job = Supervised(upper) if supervised else Manipulation(
-        upper, goals, run.lens.align, run.lens.separate, run.lens.retain)
+    loss = Supervised(upper).loss if supervised else Manipulation(upper, tuple(goals)).loss
 
     def prepare(config, mesh, fresh):
         batch_shares(config.train, mesh)
@@ -206,15 +218,16 @@ def trained(run: LensRunConfig, workdir: Path, model: Model, found: Probe, kept)
                               sharding(mesh, "batch"))
         trainable = {name: part[name].astype(jnp.float32) for name in groups}
         frozen = {name: x for name, x in part.items() if name not in groups}
-        return Run(config, job.loss, trainable, frozen, groups, batches, steps,
-                   lambda _: {"none": 0.0}, "none", job.loss)
+        frozen |= {} if supervised else aims(goals, run.lens)
+        return Run(config, loss, trainable, frozen, groups, batches, steps,
+                   lambda _: {"none": 0.0}, "none", loss)
 
     state = run_to_end(run, workdir, prepare)
-    return with_top(model.params, state.trainable, first)
+    return with_top(decoder, state.trainable, first)
 
 
 def with_top(params: dict[str, Any], trained_part: Flat, first: int) -> dict[str, Any]:
-    """The parameters with trained blocks in the place of those from `first` on."""
+    """A decoder's parameters with trained blocks in the place of those from `first` on."""
     flat = traverse_util.flatten_dict(params, sep="/")
     for name, x in trained_part.items():
         name = name.removeprefix("decoder/")
@@ -239,51 +252,3 @@ def make_language_edits(run: LensRunConfig, found: Probe, language: str) -> dict
         else:
             basis[layer - 1], strength[layer - 1] = spaces.specific, c.strength
     return make_edits(*(jnp.asarray(x, jnp.float32) for x in (shift, basis, strength)))
-
-
-def read_tasks(config: LensRunConfig) -> dict[tuple[str, str], list[Example]]:
-    """Test rows of every task, in the central language and the targets."""
-    found = {}
-    for name in config.eval.tasks:
-        languages = config.eval.languages or (config.data.central, *config.data.targets)
-        check_languages(name, languages)
-        for language in languages:
-            found[name, language] = read_examples(
-                name, get_task(name), config.data.task_split, language, config.data.task_path
-            )[: config.data.task_rows]
-    return found
-
-
-def score(config: LensRunConfig, model: Model, examples, params=None, edits=None):
-    """What is right, by task and language, of the LLM with other parameters or edits."""
-    scorer = Scorer(model.bridge, model.tokenizers, config.eval, bare=True)
-    tree = {"decoder": model.params if params is None else params}
-    found = {}
-    for (task, language), rows in examples.items():
-        extra = {} if edits is None else {"edits": edits(language)}
-        scored = scorer({**tree, **extra}, rows, get_task(task))
-        kind = "likelihood" if get_task(task).labels else "greedy_exact"
-        found.setdefault(task, {})[language] = [int(x) for x in scored.correct[kind]]
-    return found
-
-
-def report(config: LensRunConfig, correct, seconds, workdir: Path) -> Comparison:
-    """Writes the tables of all tasks; returns the first one's comparison."""
-    pages, figures, comparisons = [], {"seconds": seconds}, []
-    for task in config.eval.tasks:
-        languages = config.eval.languages or config.data.targets
-        others = tuple(name for name in languages if name != config.data.central)
-        labels = get_task(task).labels
-        comparison = Comparison(
-            task, "likelihood" if labels else "greedy_exact",
-            {name: found[task] for name, found in correct.items()}, {"targets": others},
-            UNTOUCHED, {}, {}, (f"{config.data.central} is the central language.",))
-        comparisons.append(comparison)
-        pages.append(markdown(comparison))
-        figures[task] = as_json(comparison)
-    write_whole(workdir / "report.md", "\n".join(pages))
-    write_whole(workdir / "report.json", json.dumps(figures, indent=2) + "\n")
-    labels = get_task(comparisons[0].task).labels
-    draw_accuracy(comparisons[0], workdir / "accuracy.png", 1 / len(labels) if labels else None)
-    print("\n".join(pages))
-    return comparisons[0]

@@ -7,17 +7,18 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float
-from safetensors import safe_open
+from jaxtyping import Array, Float
+from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from jaxfusion.data.batching import TokenRow, find_bare_shapes, in_order
+from jaxfusion.data.batching import TokenRow, find_bare_shapes, find_shapes, in_order
 from jaxfusion.data.tokenizers import Tokenizers
-from jaxfusion.errors import InputError
+from jaxfusion.errors import InputError, first_line
 from jaxfusion.lens.subspace import Subspaces, displacements, factorise
-from jaxfusion.nn.decoder import Decoder
-from jaxfusion.sharding.rules import replicated
+from jaxfusion.nn.bridge import Batch, Bridge, Params
+from jaxfusion.sharding.rules import constrain, replicated
 
 
 @dataclass(frozen=True)
@@ -55,41 +56,64 @@ class Probe:
         return displacements(self.subspaces(layer, rank), self.means[layer - 1], 0)
 
 
+class Sums:
+    """One language's states as they come, batch by batch: their number, mean and squared distance
+    from it (Chan, Golub and LeVeque, 1979), so that no large sums cancel."""
+
+    def __init__(self):
+        self.rows, self.mean, self.square = 0, 0.0, 0.0
+
+    def add(self, states: Float[np.ndarray, "L B E"]) -> None:
+        rows, mean = states.shape[1], states.mean(axis=1)
+        whole, apart = self.rows + rows, mean - self.mean
+        self.square = self.square + ((states - mean[:, None]) ** 2).sum(axis=1) + (
+            apart**2 * (self.rows * rows / whole))
+        self.mean, self.rows = self.mean + apart * (rows / whole), whole
+
+    @staticmethod
+    def probe(languages: tuple[str, ...], sums: "Sequence[Sums]") -> Probe:
+        """The probe of what was added for each language."""
+        return Probe(languages, np.stack([x.mean for x in sums], axis=1),
+                     np.stack([x.square / x.rows for x in sums], axis=1), sums[0].rows)
+
+
 def probe(
-    decoder: Decoder, params: Any, rows: dict[str, Sequence[TokenRow]], tokenizers: Tokenizers,
+    bridge: Bridge, params: Params, rows: dict[str, Sequence[TokenRow]], tokenizers: Tokenizers,
     buckets: Sequence[int], batch_size: int,
 ) -> Probe:
     """Reads every prompt once; of the states only sums are kept.
 
     Args:
-      params: of the decoder. rows: prompts by language, the central one first.
+      bridge: the LLM alone, or behind a bridge.
+      rows: prompts by language, the central one first.
     """
-    read = jax.jit(lambda params, *x: replicated(
-        decoder.apply({"params": params}, *x, method="states_at")))
-    means, variances = [], []
+    read = jax.jit(lambda *x: replicated(last_states(bridge, *x)))
+    find = find_bare_shapes if bridge.encoder is None else find_shapes
+    sums = []
     for texts in rows.values():
-        shapes = find_bare_shapes(texts, buckets)
-        total = square = 0.0
-        for numbers, batch in in_order(texts, shapes, tokenizers, batch_size):
-            slots = last_slots(batch.dec_segments)
-            states = read(params, batch.dec_tokens, batch.dec_positions, batch.dec_segments, slots)
-            states = np.asarray(states, np.float64)[:, : len(numbers)]
-            total = total + states.sum(axis=1)
-            square = square + (states**2).sum(axis=1)
-        means.append(total / len(texts))
-        variances.append(square / len(texts) - means[-1] ** 2)
-    return Probe(tuple(rows), np.stack(means, axis=1), np.stack(variances, axis=1),
-                 len(next(iter(rows.values()))))
+        one = Sums()
+        for numbers, batch in in_order(texts, find(texts, buckets), tokenizers, batch_size):
+            one.add(np.asarray(read(params, batch), np.float64)[:, : len(numbers)])
+        sums.append(one)
+    return Sums.probe(tuple(rows), sums)
 
 
-def last_slots(segments: np.ndarray) -> np.ndarray:
-    """The last real slot of every row, wherever the padding is."""
-    length = segments.shape[1]
-    return length - 1 - np.argmax(segments[:, ::-1] != 0, axis=1)
+def last_states(bridge: Bridge, params: Params, batch: Batch) -> Float[Array, "L B E"]:
+    """`h_1 … h_L` of every row's last real slot, wherever the padding is."""
+    batch = jax.tree.map(lambda x: constrain(x, "rows", None), batch)
+    length = batch.dec_segments.shape[1]
+    last = length - 1 - jnp.argmax(batch.dec_segments[:, ::-1] != 0, axis=1)
+    read = jax.nn.one_hot(last, length)[:, None]
+    return bridge.states(params, batch, read)[:, :, 0]
 
 
-def save(found: Probe, file: Path, about: dict[str, Any]) -> None:
-    """Writes a probe as safetensors with what made it; per layer also `m_a`, `M_s` and `Δ`."""
+def save(found: Probe, file: Path, identity: dict[str, str], about: dict[str, Any]) -> None:
+    """Writes a probe as safetensors; per layer also `m_a`, `M_s` and `Δ`.
+
+    Args:
+      identity: by which `load` knows the model and tokenizer again.
+      about: what made it.
+    """
     tensors = {"means": found.means, "variances": found.variances}
     for layer in range(1, found.layers + 1):
         spaces = found.subspaces(layer)
@@ -97,16 +121,31 @@ def save(found: Probe, file: Path, about: dict[str, Any]) -> None:
                     f"layer.{layer}.specific": spaces.specific,
                     f"layer.{layer}.singular_values": spaces.singular_values,
                     f"layer.{layer}.displacements": found.displacements(layer)}
-    about = {"languages": json.dumps(found.languages), "rows": str(found.rows),
-             "about": json.dumps(about)}
+    header = {"languages": json.dumps(found.languages), "rows": str(found.rows),
+              "identity": json.dumps(identity), "about": json.dumps(about)}
     partial_file = file.with_name(f".{file.name}.partial")
-    save_file({name: np.ascontiguousarray(x) for name, x in tensors.items()}, partial_file, about)
+    save_file({name: np.ascontiguousarray(x) for name, x in tensors.items()}, partial_file, header)
     partial_file.rename(file)
 
 
-def load(file: Path) -> Probe:
-    """Reads what `save` wrote."""
-    with safe_open(file, framework="numpy") as opened:
-        about = opened.metadata()
-        return Probe(tuple(json.loads(about["languages"])), opened.get_tensor("means"),
-                     opened.get_tensor("variances"), int(about["rows"]))
+def load(file: Path, languages: tuple[str, ...], identity: dict[str, str]) -> Probe:
+    """Reads what `save` wrote.
+
+    Raises:
+      InputError: there is no probe, or one of other languages, another model or tokenizer.
+    """
+    try:
+        with safe_open(file, framework="numpy") as opened:
+            header = opened.metadata()
+            found = Probe(tuple(json.loads(header["languages"])), opened.get_tensor("means"),
+                          opened.get_tensor("variances"), int(header["rows"]))
+            was = json.loads(header["identity"])
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise InputError(f"{file} is no probe of a Lens run: {first_line(error)}") from None
+    for part in [name for name in identity if was.get(name) != identity[name]]:
+        raise InputError(f"{file} was made with another {part} than this config's; leave "
+                         "data.probe out to probe anew")
+    if found.languages != languages:
+        raise InputError(f"{file} is of {', '.join(found.languages)}, wanted "
+                         f"{', '.join(languages)}, the central language first")
+    return found

@@ -58,16 +58,16 @@ class Bridge:
     """The four parts and how the fusion reads the encoder.
 
     Attributes:
-      encoder, decoder, projector: modules.
+      encoder, decoder, projector: modules; of the LLM alone only the decoder is one.
       fusion: `last`, `layer`, `global_softmax` or `transformer_softmax`.
       fusion_layer: l of `layer`, 1 … L as Hugging Face numbers states.
       fusion_dropout, fusion_d_ff: of `transformer_softmax`.
       backward: of `global_softmax` in training: 'stack' keeps all states, 'second_pass' none.
     """
 
-    encoder: MT5Encoder
+    encoder: MT5Encoder | None
     decoder: Decoder
-    projector: Projector | Resampler
+    projector: Projector | Resampler | None
     fusion: str
     fusion_layer: int = 0
     fusion_dropout: float = 0.1
@@ -170,12 +170,23 @@ class Bridge:
         )
         return self.splice(params, batch, prefix)
 
+    def read(self, params: Params, batch: Batch) -> Array:
+        """Decoder inputs of a batch; without an encoder those of its text. [B N E]"""
+        if self.encoder is None:
+            return self.embed(params, batch.dec_tokens)
+        return self.inputs(params, batch)
+
     def decode(
         self, params: Params, embeddings: Array, positions, segments,
         cache: Cache | None = None, start: Array | int = 0,
     ) -> tuple[Array, Cache | None]:
         """The decoder's hidden states and cache; see `Decoder.__call__`."""
         return self._decode(params, embeddings, positions, segments, cache, start)
+
+    def states(self, params: Params, batch: Batch, read: Array) -> Float[Array, "L B P E"]:
+        """What the decoder's layers hold of a batch; see `Decoder.states`."""
+        return self._decode(params, self.read(params, batch), batch.dec_positions,
+                            batch.dec_segments, read, method="states")
 
     def logits(self, params: Params, hidden: Array) -> Array:
         """Next-token logits of hidden states, float32."""

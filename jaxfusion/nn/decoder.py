@@ -202,13 +202,19 @@ class FeedForward(nn.Module):
         )(hidden)
 
 
+def weigh(read: Float[Array, "B P N"], x: Float[Array, "B N E"]) -> Float[Array, "B P E"]:
+    """P weighted sums over the slots of every row, in float32."""
+    return jnp.einsum("bpn,bne->bpe", read, x, preferred_element_type=jnp.float32,
+                      precision=jax.lax.Precision.HIGHEST)
+
+
 class Block(nn.Module):
     """One pre-norm block, in the form `nn.scan` wants: x is carried, its cache scanned over.
 
     `kind` picks the block's rotary tables and mask out of those of all kinds; without masks the
-    kernel named `attention` reads the segments. Emits its cache and, where `read` names a slot of
-    every row, what the residual stream holds there. A variable collection `edits` may add a vector
-    to the stream behind the block, and take out what lies in a subspace (see `make_edits`).
+    kernel named `attention` reads the segments. Emits its cache and, where `read` [B P N] weighs
+    the slots of every row, P sums over the residual stream. A variable collection `edits` may add a
+    vector to the stream behind the block, and take out what lies in a subspace (see `make_edits`).
     """
 
     config: DecoderConfig
@@ -234,7 +240,7 @@ class Block(nn.Module):
             basis = self.get_variable("edits", "basis").astype(x.dtype)
             x = x + self.get_variable("edits", "shift").astype(x.dtype) - (x @ basis) @ basis.T
         x = constrain(x, "batch", "length", None)
-        return x, (kv, None if read is None else x[jnp.arange(len(x)), read])
+        return x, (kv, None if read is None else weigh(read, x))
 
 
 class Decoder(nn.Module):
@@ -300,9 +306,9 @@ class Decoder(nn.Module):
 
     def run(
         self, embeddings, positions, segments, cache: Cache | None = None, start=0, read=None
-    ) -> tuple[Float[Array, "B N E"], Cache | None, Float[Array, "L B E"] | None]:
+    ) -> tuple[Float[Array, "B N E"], Cache | None, Float[Array, "L B P E"] | None]:
         """All blocks without the final norm: the residual stream, the cache, and behind every block
-        what the stream holds at the slots `read` [B]."""
+        the sums over the stream's slots by the weights `read` [B P N]."""
         k_positions, k_segments, kv = positions, segments, None
         if cache is not None:
             write = partial(jax.lax.dynamic_update_slice_in_dim, start_index=start, axis=1)
@@ -329,12 +335,11 @@ class Decoder(nn.Module):
         """The final norm of what `run` gives."""
         return self.final_norm(x)
 
-    def states_at(self, tokens, positions, segments, slots) -> Float[Array, "L B E"]:
-        """`h_1 … h_L` of one slot of every row, as Hugging Face numbers them: the last is after
-        the final norm."""
-        x, _, states = self.run(self.embed(tokens), positions, segments, read=slots)
-        last = self.final_norm(x)[jnp.arange(len(x)), slots]
-        return states.at[-1].set(last)
+    def states(self, embeddings, positions, segments, read) -> Float[Array, "L B P E"]:
+        """`h_1 … h_L` as Hugging Face numbers them, the last after the final norm: of each the sums
+        over the slots by the weights `read` [B P N], in float32."""
+        x, _, states = self.run(embeddings, positions, segments, read=read)
+        return states.at[-1].set(weigh(read, self.final_norm(x)))
 
     def logits(self, hidden: Float[Array, "*B E"]) -> Float[Array, "*B V"]:
         """Next-token logits in float32."""

@@ -6,7 +6,8 @@ import logging
 import math
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ import jax.numpy as jnp
 from jaxfusion import config as configs
 from jaxfusion.data.pipeline import iterate
 from jaxfusion.errors import InputError, Stopped
-from jaxfusion.fields import Config, Job, TrainConfig
+from jaxfusion.fields import Config, Job, OptimizerConfig, TrainConfig
 from jaxfusion.sharding.hosts import check_peers, is_first, wait_for_peers, with_peers
 from jaxfusion.sharding.mesh import make_mesh, sharding
 from jaxfusion.training.checkpoint import Checkpoints, abstract_like, saved_steps
@@ -95,6 +96,33 @@ def run_to_end(
             checkpoints.close()
 
 
+@dataclass(frozen=True)
+class Step:
+    """What a training step is compiled from; equal ones are the same program.
+
+    Attributes:
+      loss, groups: as of `Run`. accumulate: parts of a batch. steps: of the schedule.
+      shardings: of the state.
+    """
+
+    loss: Loss
+    accumulate: int
+    steps: int
+    optimizer: OptimizerConfig = field(hash=False)
+    groups: dict[str, str] = field(hash=False)
+    shardings: State = field(hash=False)
+
+
+@lru_cache(2)  # the runs of a sweep compile once
+def train_step(step: Step):
+    """The compiled step; see `make_train_step`."""
+    c = step.optimizer
+    schedules = {name: make_schedule(c, group.learning_rate, step.steps)
+                 for name, group in c.groups.items()}
+    return make_train_step(step.loss, make_optimizer(c, step.groups, step.steps), schedules,
+                           step.shardings, step.accumulate)
+
+
 def batch_shares(train: TrainConfig, mesh) -> int:
     """Into how many equal parts the rows of a batch go: of the mesh, and one after the other.
 
@@ -155,13 +183,8 @@ def _run(
         done = int(state.step)
         logger.info("%s %s at step %d", "resuming" if done < run.steps else "finished:",
                     workdir, done)
-    schedules = {
-        name: make_schedule(config.optimizer, group.learning_rate, run.steps)
-        for name, group in config.optimizer.groups.items()
-    }
-    shardings = jax.tree.map(lambda x: x.sharding, state)
-    step_fn = make_train_step(run.loss, optimizer, schedules, shardings,
-                              config.train.accumulate)
+    step_fn = train_step(Step(run.loss, config.train.accumulate, run.steps, config.optimizer,
+                              run.groups, jax.tree.map(lambda x: x.sharding, state)))
     meter = Meter(run.plain_loss, mesh)
     with RunLog(workdir, run.steps, int(state.step), is_first()) as log, trace:
         state = _loop(run, state, step_fn, data, checkpoints, log, mesh, meter, trace, sigterm)

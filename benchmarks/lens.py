@@ -1,0 +1,494 @@
+"""Lens' manipulation: steps on kept states, against whole models run in every step.
+
+    python benchmarks/lens.py --size tiny                     # seconds
+    python benchmarks/lens.py --size full --rounds 3 --json benchmarks/results/lens.json
+
+The top two blocks of a Llama of 32 train, English-like and one more language, float32, AdamW with
+clipped gradients; weights are random and the same for all, and so are prompts and their order:
+
+  kept      `keep` reads every prompt once, then steps run the top blocks alone
+  unkept    the same losses of two models of ours, trained and untouched: each step reads the
+            batch's prompts with both, whole; gradients go into the top blocks alone; no logits
+  torch     the same with two LlamaForCausalLM, as users run them: a language at a time, padded to
+            its longest prompt of the batch, all hidden states, and logits that nobody reads
+
+A run is one setting of (λ, w), for `kept` with what it keeps; a sweep is 20, for `kept` from one
+reading. Of the others 2 settings are timed and the 20 extrapolated from them. Losses of the first 3
+steps must agree before anything is timed. Seconds are without those in which XLA compiled, which
+have a column of their own. Memory is what one run of each, in a process of its own, has at its
+peak beyond what that process had after its imports: the models it loads are counted.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+# Compilation is measured, so it must not come out of a cache.
+os.environ.pop("JAX_COMPILATION_CACHE_DIR", None)
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import torch
+from flax import traverse_util
+from table import machine as on
+from table import table
+from timing import machine, medians, speedup
+from transformers import LlamaForCausalLM
+from transformers.utils.logging import disable_progress_bar
+
+from jaxfusion.data.batching import DECODER_STEP, TokenRow
+from jaxfusion.data.tokenizers import Tokenizers
+from jaxfusion.fields import GroupConfig, LensConfig, OptimizerConfig
+from jaxfusion.hf.load import load_params
+from jaxfusion.hf.tables import table as names_of
+from jaxfusion.lens import probe as probing
+from jaxfusion.lens.keep import Kept, KeptBatches, cut, keep, last_and_mean, split
+from jaxfusion.lens.manipulate import Manipulation, aims, make_goals
+from jaxfusion.lens.probe import Probe
+from jaxfusion.nn.bridge import Bridge
+from jaxfusion.nn.decoder import Decoder, DecoderConfig
+from jaxfusion.testing.checkpoints import random_params, write_random_tower
+from jaxfusion.training.optimizer import group_of_each, make_optimizer
+from jaxfusion.training.state import Flat, State
+from jaxfusion.training.step import make_train_step
+
+LANGUAGES = ("central", "target")
+BLOCKS, BATCH = 2, 8
+SETTINGS = [(weight, move) for weight in (0.1, 0.3, 1.0, 3.0, 10.0) for move in (0.5, 1.0, 2.0, 4.0)]
+TIMED = 2  # settings of which the others' sweeps are extrapolated
+RATE, DECAY = 1e-3, 0.1
+OPTIMIZER = OptimizerConfig(
+    groups={"blocks": GroupConfig(("decoder/blocks/.*",), RATE, DECAY)}, b1=0.9,
+    schedule="constant", warmup_fraction=0.0)
+BOS, EOS = 1, 2
+TOKENIZERS = Tokenizers(None, SimpleNamespace(bos_token_id=BOS, eos_token_id=EOS))
+CHECKED, TOLERANCE = 3, 1e-3  # steps, and by how much their losses may differ, relative
+MIB = 1 << 20
+# What `kept` is to be: times faster than the others in a run and in a sweep, and their memory.
+RUN, SWEEP = {"unkept": 1.7, "torch": 3.0}, {"unkept": 8.0, "torch": 15.0}
+SHARE = 0.6
+
+
+class Size(NamedTuple):
+    """A model and what it reads: prompts of each language, half of `length` to all of it long."""
+
+    shape: DecoderConfig
+    length: int
+    prompts: int
+    steps: int
+
+
+SIZES = {
+    "tiny": Size(DecoderConfig(512, 64, 128, 8, 4, 4, 16), 32, 32, 4),
+    "full": Size(DecoderConfig(8192, 384, 1024, 32, 6, 6, 64), 64, 200, 25),
+}
+
+
+class Prompts(NamedTuple):
+    """All prompts [R C N], each from slot 0 on; `last` [R C] are their last slots."""
+
+    tokens: np.ndarray
+    positions: np.ndarray
+    segments: np.ndarray
+    last: np.ndarray
+
+
+Setting = tuple[float, float]  # weight of align and separate; w of the target
+
+
+class Work(NamedTuple):
+    """What all contenders start from."""
+
+    size: Size
+    model: Path
+    rows: dict[str, list[TokenRow]]
+    prompts: Prompts
+    found: Probe
+
+    def aims(self, setting: Setting) -> dict[str, np.ndarray]:
+        """Goals and weights of a setting by path, which every contender takes as arguments."""
+        weight, move = setting
+        goals = make_goals(self.found, BLOCKS, (), None, {LANGUAGES[1]: move})
+        return aims(goals, LensConfig(align=weight, separate=weight))
+
+
+class Compilation:
+    """Counts what XLA compiles, and the seconds in which jax traces, lowers and compiles."""
+
+    def __init__(self):
+        self.spans, self.programs = [], 0
+        jax.monitoring.register_event_duration_secs_listener(self._heard)
+
+    def _heard(self, event: str, seconds: float, **_: Any) -> None:
+        if event.startswith("/jax/core/compile/"):
+            end = time.perf_counter()
+            self.spans.append((end - seconds, end))
+            self.programs += event.endswith("backend_compile_duration")
+
+    def take(self) -> tuple[float, int]:
+        """Seconds and programs since it was asked last; functions inside functions count once."""
+        total, until = 0.0, 0.0
+        for start, end in sorted(self.spans):
+            total += max(0.0, end - max(start, until))
+            until = max(until, end)
+        programs, self.spans, self.programs = self.programs, [], 0
+        return total, programs
+
+
+class Ours:
+    """What both contenders of ours share: a jitted step, and runs of it from the start on."""
+
+    def __init__(self, work: Work):
+        self.work, (below, above) = work, split(work.size.shape, BLOCKS)
+        self.decoder, self.lower, self.upper = map(Decoder, (work.size.shape, below, above))
+        self.first, params = below.num_layers, self.load()
+        top = flatten(decoder=cut(params, self.first, None))
+        self.groups = group_of_each(top, OPTIMIZER.groups)
+        self.trainable = {path: top[path] for path in self.groups}
+        self.frozen = {path: x for path, x in top.items() if path not in self.groups}
+        self.optimizer = make_optimizer(OPTIMIZER, self.groups, work.size.steps)
+        self.set_up(params)
+        self.step = make_train_step(self.loss, self.optimizer, {})
+
+    def load(self) -> dict[str, Any]:
+        """The decoder's parameters from the checkpoint."""
+        wanted = flatten(**jax.eval_shape(lambda: random_params(self.work.size.shape, 0)))
+        place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        wanted = {path: x.update(sharding=place) for path, x in wanted.items()}
+        flat = load_params(self.work.model, names_of(self.work.size.shape), wanted)
+        return traverse_util.unflatten_dict(flat, sep="/")
+
+    def run(self, batches: KeptBatches, setting: Setting, steps: int) -> list[float]:
+        """Trains from the start with one setting; returns the loss before every step."""
+        trainable = jax.tree.map(jnp.copy, self.trainable)  # the step takes its state's memory
+        state = State(jnp.zeros((), jnp.int32), trainable, self.optimizer.init(trainable))
+        # A setting is an argument of the step: another one compiles nothing.
+        frozen, key, losses = self.frozen | self.work.aims(setting), jax.random.key(0), []
+        for i in range(steps):
+            state, metrics = self.step(state, frozen, batches[i], key)
+            losses.append(metrics["loss"])
+        jax.block_until_ready(state)
+        return [float(x) for x in losses]
+
+
+class Cached(Ours):
+    """The product's way."""
+
+    def set_up(self, params) -> None:
+        self.params = {"decoder": params}
+        self.loss = Manipulation(self.upper, (BLOCKS - 1,)).loss
+
+    def prepare(self) -> KeptBatches:
+        kept = keep(Bridge(None, self.decoder, None, "last"), self.params, self.work.rows,
+                    TOKENIZERS, BLOCKS, BATCH * len(LANGUAGES))
+        return KeptBatches(kept, BATCH, 0, self.work.size.steps)
+
+
+class Uncached(Ours):
+    """Two models, both run whole in every step."""
+
+    def set_up(self, params) -> None:
+        # Another copy of the weights, which is what two models are.
+        self.frozen |= flatten(below=cut(params, 0, self.first), reference=self.load())
+        self.after = Manipulation(self.upper, (BLOCKS - 1,)).loss
+
+    def prepare(self) -> KeptBatches:
+        return KeptBatches(self.work.prompts, BATCH, 0, self.work.size.steps)
+
+    def loss(self, params: dict[str, Any], batch: Prompts, key=None):
+        """Of both languages side by side: what is kept otherwise is computed here."""
+        rows, languages = batch.last.shape
+        tokens, *place, last = (x.reshape(rows * languages, *x.shape[2:]) for x in batch)
+        live, reference = {"params": params["below"]}, {"params": params["reference"]}
+        hidden, _, _ = self.lower.apply(
+            live, self.lower.apply(live, tokens, method="embed"), *place, method="run")
+        states = self.decoder.apply(
+            reference, self.decoder.apply(reference, tokens, method="embed"), *place,
+            last_and_mean(last, place[1]), method="states")
+        hidden, states = (x.reshape(rows, languages, *x.shape[1:])
+                          for x in (hidden, jnp.moveaxis(states[-BLOCKS:], 0, 1)))
+        kept = Kept(hidden, batch.positions, batch.segments, batch.last, states[:, :, :, 0],
+                    states[:, 0, :, 1], slots=None, tokens=None, answered=None)
+        return self.after(params, kept)
+
+
+class Torch:
+    """Two LlamaForCausalLM."""
+
+    def __init__(self, work: Work):
+        self.work = work
+        self.live, self.reference = (
+            LlamaForCausalLM.from_pretrained(work.model, dtype=torch.float32)
+            .eval().requires_grad_(False) for _ in range(2))
+        self.top = self.live.model.layers[-BLOCKS:].requires_grad_(True)
+
+    def prepare(self) -> KeptBatches:
+        return KeptBatches(self.work.prompts, BATCH, 0, self.work.size.steps)
+
+    def run(self, batches: KeptBatches, setting: Setting, steps: int) -> list[float]:
+        """As `Ours.run`."""
+        self.top.load_state_dict(self.reference.model.layers[-BLOCKS:].state_dict())
+        optimizer = torch.optim.AdamW(
+            self.top.parameters(), RATE, (OPTIMIZER.b1, OPTIMIZER.b2), OPTIMIZER.eps, DECAY)
+        lens = {name.rpartition("/")[2]: torch.from_numpy(np.array(x))
+                for name, x in self.work.aims(setting).items()}
+        losses = []
+        for i in range(steps):
+            optimizer.zero_grad()
+            loss = self.loss(batches[i], lens)
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(self.top.parameters(), OPTIMIZER.clip_norm)
+            optimizer.step()
+            losses.append(loss.item())
+        return losses
+
+    def loss(self, batch: Prompts, lens: dict[str, torch.Tensor]) -> torch.Tensor:
+        """The losses of `jaxfusion.lens.losses`."""
+        after, mean = states(self.live, batch)
+        with torch.no_grad():
+            before, mean_before = states(self.reference, batch)
+        width, along = after.shape[-1], after @ lens["direction"]
+        align = ((along[:, :1] - along[:, 1:]) ** 2).sum(dim=1) / width
+        moved = (after - before)[:, 1:] @ lens["specific"]
+        separate = ((moved - lens["moves"]) ** 2).sum(dim=(1, 2)) / width
+        retain = ((mean - mean_before) ** 2).mean(dim=-1)
+        total = lens["align"] * align + lens["separate"] * separate + lens["retain"] * retain
+        return total.mean()
+
+
+def states(model: LlamaForCausalLM, batch: Prompts) -> tuple[torch.Tensor, torch.Tensor]:
+    """Final states of every language's last tokens [B C E], and the central prompts' means."""
+    lasts, means = [], []
+    for c in range(len(LANGUAGES)):
+        last = torch.from_numpy(batch.last[:, c]).long()
+        length = int(last.max()) + 1
+        tokens, real = (torch.from_numpy(np.ascontiguousarray(x[:, c, :length])).long()
+                        for x in (batch.tokens, batch.segments))
+        out = model(input_ids=tokens, attention_mask=real, output_hidden_states=True,
+                    use_cache=False)
+        final = out.hidden_states[-1]
+        lasts.append(final[torch.arange(len(final)), last])
+        means.append((final * real[:, :, None]).sum(dim=1) / real.sum(dim=1, keepdim=True))
+    return torch.stack(lasts, dim=1), means[0]
+
+
+CONTENDERS = {"kept": Cached, "unkept": Uncached, "torch": Torch}
+
+
+def flatten(**tree: Any) -> Flat:
+    return traverse_util.flatten_dict(tree, sep="/")
+
+
+def make_rows(size: Size) -> dict[str, list[TokenRow]]:
+    """Random prompts; each language has half of the vocabulary to itself, so that they differ."""
+    rng, half = np.random.default_rng(0), size.shape.vocab_size // 2
+    found = {}
+    for language, low in zip(LANGUAGES, (EOS + 1, half), strict=True):
+        lengths = rng.integers(size.length // 2, size.length, size.prompts)  # and BOS
+        found[language] = [
+            TokenRow([], rng.integers(low, low + half - EOS - 1, n).tolist(), []) for n in lengths]
+    return found
+
+
+def lay_out(rows: dict[str, list[TokenRow]]) -> Prompts:
+    """The prompts as arrays, as long as `keep` makes them."""
+    whole = [[[BOS, *row.text] for row in prompts] for prompts in rows.values()]
+    lengths = np.array([[len(ids) for ids in prompts] for prompts in whole], np.int32).T
+    slots = np.arange(-(-lengths.max() // DECODER_STEP) * DECODER_STEP, dtype=np.int32)
+    real = slots < lengths[:, :, None]
+    tokens = np.zeros(real.shape, np.int32)
+    tokens[real] = [i for pair in zip(*whole, strict=True) for ids in pair for i in ids]
+    return Prompts(tokens, np.where(real, slots, 0), real.astype(np.int32), lengths - 1)
+
+
+def make_work(size: Size, folder: Path) -> Work:
+    """Writes a random checkpoint and probes it, once for all processes."""
+    model, file, rows = folder / "model", folder / "probe.npz", make_rows(size)
+    if not file.exists():
+        model.mkdir()
+        write_random_tower(model, size.shape)
+        bridge = Bridge(None, Decoder(size.shape), None, "last")
+        found = probing.probe(bridge, {"decoder": random_params(size.shape, 0)}, rows, TOKENIZERS,
+                              (size.length,), BATCH)
+        np.savez(file, means=found.means, variances=found.variances)
+    found = Probe(LANGUAGES, **np.load(file), rows=size.prompts)
+    return Work(size, model, rows, lay_out(rows), found)
+
+
+def check(contenders: dict[str, Any], compilation: Compilation) -> dict[str, Any]:
+    """The first losses of all contenders and what each compiled for them.
+
+    Raises:
+      SystemExit: they differ, so that nobody should compare their times.
+    """
+    losses, compiled = {}, {}
+    for name, contender in contenders.items():
+        compilation.take()
+        losses[name] = contender.run(contender.prepare(), (1.0, 1.0), CHECKED)
+        compiled[name] = compilation.take()[0]
+    worst = max(abs(a / b - 1) for x in losses.values()
+                for a, b in zip(x, losses["torch"], strict=True))
+    if not worst <= TOLERANCE:
+        sys.exit(f"error: losses differ by {worst:.1e}, at most {TOLERANCE} is allowed: {losses}")
+    return {"first_losses": losses, "largest_relative_difference": worst,
+            "compile_seconds": compiled}
+
+
+def sweep(contender: Any, settings: list[Setting], compilation: Compilation) -> None:
+    """Runs settings from one preparation.
+
+    Raises:
+      SystemExit: a setting had to be compiled.
+    """
+    batches, before = contender.prepare(), compilation.programs
+    for setting in settings:
+        contender.run(batches, setting, contender.work.size.steps)
+    if compilation.programs > before:
+        sys.exit(f"error: {type(contender).__name__} compiled for a setting")
+
+
+def turns(
+    calls: dict[str, Callable[[], None]], rounds: int, compilation: Compilation
+) -> dict[str, list[float]]:
+    """Seconds of every call without compilation, contenders taking turns (A B C A B C …)."""
+    seconds = {name: [] for name in calls}
+    for _ in range(rounds):
+        for name, call in calls.items():
+            compilation.take()
+            start = time.perf_counter()
+            call()
+            whole = time.perf_counter() - start
+            seconds[name].append(whole - compilation.take()[0])
+    return seconds
+
+
+def measure(work: Work, rounds: int) -> dict[str, Any]:
+    """Checks, then times runs and sweeps."""
+    compilation = Compilation()
+    contenders = {name: kind(work) for name, kind in CONTENDERS.items()}
+    result = check(contenders, compilation)
+
+    def timed(settings_of: Callable[[str], list[Setting]]) -> dict[str, list[float]]:
+        return turns({name: lambda x=contender, name=name: sweep(x, settings_of(name), compilation)
+                      for name, contender in contenders.items()}, rounds, compilation)
+
+    runs = timed(lambda name: SETTINGS[:1])
+    sweeps = timed(lambda name: SETTINGS if name == "kept" else SETTINGS[:TIMED])
+    for name in sweeps:
+        if name != "kept":
+            sweeps[name] = [x * len(SETTINGS) / TIMED for x in sweeps[name]]
+    for what, seconds in (("run", runs), ("sweep", sweeps)):
+        result[what] = {
+            "seconds": seconds, "median_seconds": medians(seconds),
+            "times_faster": {name: speedup(seconds, "kept", name)
+                             for name in contenders if name != "kept"},
+        }
+    return result
+
+
+def resident(what: str) -> int:
+    """Bytes of this process: `VmRSS` now, `VmHWM` at their highest."""
+    status = Path("/proc/self/status").read_text("utf-8")
+    return 1024 * int(next(line for line in status.splitlines() if what in line).split()[1])
+
+
+def peak(name: str, work: Work) -> int:
+    """Bytes that loading and one run of a contender take at most beyond what was there before."""
+    jax.block_until_ready(jnp.zeros(()))  # so that no backend starts on the contender's account
+    before = resident("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # forgets the imports' own peak
+    contender = CONTENDERS[name](work)
+    contender.run(contender.prepare(), SETTINGS[0], work.size.steps)
+    return resident("VmHWM") - before
+
+
+def peaks(size: str, folder: Path) -> dict[str, int]:
+    """The memory of every contender, each in a process of its own."""
+    found = {}
+    for name in CONTENDERS:
+        out = subprocess.run(
+            [sys.executable, __file__, "--size", size, "--peak", name, "--folder", str(folder)],
+            capture_output=True, text=True)
+        if out.returncode:
+            sys.exit(f"error: no memory of {name}: {out.stderr}")
+        found[name] = int(out.stdout.split()[-1])
+    return found
+
+
+def targets(result: dict[str, Any]) -> list[list[str]]:
+    """What `kept` was to reach: what, figure, target, met or not."""
+    rows, memory = [], result["peak_bytes"]
+    for what, wanted in (("run", RUN), ("sweep", SWEEP)):
+        for name, least in wanted.items():
+            times = result[what]["times_faster"][name]["of_medians"]
+            rows.append([f"{what}, against `{name}`", f"{times:.2f}× faster", f"{least:g}×",
+                         "met" if times >= least else "not met"])
+    for name in RUN:
+        share = memory["kept"] / memory[name]
+        rows.append([f"memory, against `{name}`", f"{share:.0%}", f"under {SHARE:.0%}",
+                     "met" if share < SHARE else "not met"])
+    return rows
+
+
+def section(result: dict[str, Any]) -> list[str]:
+    """The result as Markdown."""
+    rows = []
+    for name in CONTENDERS:
+        cells = []
+        for what in ("run", "sweep"):
+            seconds = result[what]["seconds"][name]
+            cells.append(f"{result[what]['median_seconds'][name]:.2f} s "
+                         f"({min(seconds):.2f} to {max(seconds):.2f})")
+        rows.append([f"`{name}`", *cells, f"{result['compile_seconds'][name]:.1f} s",
+                     f"{result['peak_bytes'][name] / MIB:.0f} MiB"])
+    size = SIZES[result["size"]]
+    shape, settings = size.shape, len(SETTINGS)
+    return [
+        f"## Lens on kept states, size `{result['size']}`", "",
+        f"`benchmarks/lens.py`: a Llama of {shape.num_layers} blocks, width {shape.d_model} and "
+        f"{shape.vocab_size:,} tokens, of which the top {BLOCKS} blocks train; {size.prompts} "
+        f"prompts of at most {size.length} tokens in {len(LANGUAGES)} languages, {size.steps} steps "
+        f"of {BATCH}. A run is one setting, a sweep {settings}: `kept` ran all of them, in each of "
+        f"{result['rounds']} rounds; the others ran {TIMED}, and {settings} are extrapolated from "
+        f"these. Medians (range), without compilation; memory is a run's peak beyond the imports.",
+        "", *table(["", "run", f"sweep of {settings}", "compilation", "memory"], rows), "",
+        *table(["`kept`", "is", "wanted", ""], targets(result)), "",
+        f"Losses of the first {CHECKED} steps differ by {result['largest_relative_difference']:.0e}"
+        f" at most. {on(result)}", "",
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--size", choices=list(SIZES), default="full")
+    parser.add_argument("--rounds", type=int, default=3, help="timed turns of each contender")
+    parser.add_argument("--json", type=Path, help="where to write the figures")
+    parser.add_argument("--peak", choices=list(CONTENDERS), help=argparse.SUPPRESS)
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    disable_progress_bar()
+    size = SIZES[args.size]
+    if args.peak:
+        print(peak(args.peak, make_work(size, args.folder)))
+        return
+    with TemporaryDirectory() as folder:
+        work = make_work(size, Path(folder))
+        result = {"benchmark": "lens", "machine": machine(), "size": args.size,
+                  "rounds": args.rounds, "settings": SETTINGS, "settings_timed_of_others": TIMED,
+                  **measure(work, args.rounds), "peak_bytes": peaks(args.size, Path(folder))}
+    print("\n".join(section(result)))
+    if args.json:
+        args.json.write_text(json.dumps(result, indent=1) + "\n", "utf-8")
+
+
+if __name__ == "__main__":
+    main()

