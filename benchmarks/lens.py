@@ -3,8 +3,8 @@
     python benchmarks/lens.py --size tiny                     # seconds
     python benchmarks/lens.py --size full --rounds 3 --json benchmarks/results/lens.json
 
-The top two blocks of a Llama of 32 train, English-like and one more language, float32, AdamW with
-clipped gradients; weights are random and the same for all, and so are prompts and their order:
+The top two blocks of a Llama train on prompts of a central language and one target, float32, AdamW
+with clipped gradients; weights are random and the same for all, and so are prompts and their order:
 
   kept      `keep` reads every prompt once, then steps run the top blocks alone
   unkept    the same losses of two models of ours, trained and untouched: each step reads the
@@ -63,7 +63,8 @@ from jaxfusion.training.step import make_train_step
 
 LANGUAGES = ("central", "target")
 BLOCKS, BATCH = 2, 8
-SETTINGS = [(weight, move) for weight in (0.1, 0.3, 1.0, 3.0, 10.0) for move in (0.5, 1.0, 2.0, 4.0)]
+WEIGHTS, MOVES = (0.1, 0.3, 1.0, 3.0, 10.0), (0.5, 1.0, 2.0, 4.0)
+SETTINGS = [(weight, move) for weight in WEIGHTS for move in MOVES]
 TIMED = 2  # settings of which the others' sweeps are extrapolated
 RATE, DECAY = 1e-3, 0.1
 OPTIMIZER = OptimizerConfig(
@@ -157,7 +158,12 @@ class Ours:
         self.frozen = {path: x for path, x in top.items() if path not in self.groups}
         self.optimizer = make_optimizer(OPTIMIZER, self.groups, work.size.steps)
         self.set_up(params)
+        del params  # of two models, the second is loaded when the first is in its place
+        self.complete()
         self.step = make_train_step(self.loss, self.optimizer, {})
+
+    def complete(self) -> None:
+        """What a contender loads besides."""
 
     def load(self) -> dict[str, Any]:
         """The decoder's parameters from the checkpoint."""
@@ -197,25 +203,29 @@ class Uncached(Ours):
     """Two models, both run whole in every step."""
 
     def set_up(self, params) -> None:
-        # Another copy of the weights, which is what two models are.
-        self.frozen |= flatten(below=cut(params, 0, self.first), reference=self.load())
+        self.frozen |= flatten(below=cut(params, 0, self.first))
         self.after = Manipulation(self.upper, (BLOCKS - 1,)).loss
+
+    def complete(self) -> None:
+        self.frozen |= flatten(reference=self.load())  # a copy of its own, as two models have
 
     def prepare(self) -> KeptBatches:
         return KeptBatches(self.work.prompts, BATCH, 0, self.work.size.steps)
 
     def loss(self, params: dict[str, Any], batch: Prompts, key=None):
-        """Of both languages side by side: what is kept otherwise is computed here."""
-        rows, languages = batch.last.shape
-        tokens, *place, last = (x.reshape(rows * languages, *x.shape[2:]) for x in batch)
+        """Language by language, as the authors' code does: what is kept otherwise is computed
+        here."""
         live, reference = {"params": params["below"]}, {"params": params["reference"]}
-        hidden, _, _ = self.lower.apply(
-            live, self.lower.apply(live, tokens, method="embed"), *place, method="run")
-        states = self.decoder.apply(
-            reference, self.decoder.apply(reference, tokens, method="embed"), *place,
-            last_and_mean(last, place[1]), method="states")
-        hidden, states = (x.reshape(rows, languages, *x.shape[1:])
-                          for x in (hidden, jnp.moveaxis(states[-BLOCKS:], 0, 1)))
+        every = []
+        for c in range(batch.last.shape[1]):
+            tokens, *place, last = (x[:, c] for x in batch)
+            hidden, *_ = self.lower.apply(
+                live, self.lower.apply(live, tokens, method="embed"), *place, method="run")
+            states, _ = self.decoder.apply(
+                reference, self.decoder.apply(reference, tokens, method="embed"), *place,
+                last_and_mean(last, place[1]), method="states")
+            every.append((hidden, jnp.moveaxis(states[-BLOCKS:], 0, 1)))
+        hidden, states = (jnp.stack(x, axis=1) for x in zip(*every, strict=True))
         kept = Kept(hidden, batch.positions, batch.segments, batch.last, states[:, :, :, 0],
                     states[:, 0, :, 1], slots=None, tokens=None, answered=None)
         return self.after(params, kept)
@@ -456,14 +466,16 @@ def section(result: dict[str, Any]) -> list[str]:
         f"## Lens on kept states, size `{result['size']}`", "",
         f"`benchmarks/lens.py`: a Llama of {shape.num_layers} blocks, width {shape.d_model} and "
         f"{shape.vocab_size:,} tokens, of which the top {BLOCKS} blocks train; {size.prompts} "
-        f"prompts of at most {size.length} tokens in {len(LANGUAGES)} languages, {size.steps} steps "
-        f"of {BATCH}. A run is one setting, a sweep {settings}: `kept` ran all of them, in each of "
-        f"{result['rounds']} rounds; the others ran {TIMED}, and {settings} are extrapolated from "
-        f"these. Medians (range), without compilation; memory is a run's peak beyond the imports.",
+        f"prompts of at most {size.length} tokens in {len(LANGUAGES)} languages, {size.steps} "
+        f"steps of {BATCH}. A run is one setting, a sweep {settings}: `kept` ran all of them, in "
+        f"each of {result['rounds']} rounds; the others ran {TIMED}, and {settings} are "
+        "extrapolated from these. Medians (range), without compilation; memory is a run's peak "
+        "beyond the imports.",
         "", *table(["", "run", f"sweep of {settings}", "compilation", "memory"], rows), "",
         *table(["`kept`", "is", "wanted", ""], targets(result)), "",
         f"Losses of the first {CHECKED} steps differ by {result['largest_relative_difference']:.0e}"
-        f" at most. {on(result)}", "",
+        f" at most. {on(result)} Load average at the start: "
+        f"{result['machine']['load_average']:.1f}.", "",
     ]
 
 

@@ -35,13 +35,14 @@ def finish(config: ml_collections.ConfigDict, arg: str | None) -> ml_collections
 
     `debug` shrinks the run to a size that a CPU does in seconds, on checkpoints and rows made for
     it; a fusion's name sets that fusion; `compare` makes a comparison of the three fusions of the
-    papers out of a bridge; a comma joins them.
+    papers out of a bridge; `multilingual` gives Lens the six targets of its paper, `paper_code` the
+    recipe of its authors' code; a comma joins them.
 
     Raises:
       InputError: another argument.
     """
-    words = arg.split(",") if arg else []
-    known = ("debug", *(("compare", *FUSIONS) if config.job == "bridge" else ()))
+    words = sorted(arg.split(",") if arg else [], key="debug".__eq__)  # which goes last
+    known = ("debug", *OTHER_WORDS.get(config.job, ()))
     for word in words:
         if choose("config argument", word, known) in FUSIONS:
             config.fusion.name = word
@@ -49,9 +50,16 @@ def finish(config: ml_collections.ConfigDict, arg: str | None) -> ml_collections
             _debug_pretraining(config)
         elif word == "debug" and config.job == "lens":
             _debug_lens(config)
+        elif word == "multilingual":
+            config.data.targets = ("zh", "ja", "ko", "ar", "bn", "sw")
+        elif word == "paper_code":
+            config.lens.recipe = word
         elif word == "debug":
             _debug(config if config.job == "bridge" else config.base)
     return (_comparison(config) if "compare" in words else config).lock()
+
+
+OTHER_WORDS = {"bridge": ("compare", *FUSIONS), "lens": ("multilingual", "paper_code")}
 
 
 def _comparison(base: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
@@ -109,7 +117,7 @@ def _debug_lens(config: ml_collections.ConfigDict) -> None:
     config.data.chat_template = False
     config.data.probe_rows = config.data.rows = 40
     config.data.max_tokens, config.data.buckets = 128, (128,)
-    config.lens.blocks = 1
+    config.lens.blocks, config.lens.recipe = 1, "default"
     config.lens.loss_layers = config.lens.layers = ()
     config.train.batch_size = config.eval.batch_size = 8
     config.train.steps, config.train.log_every = 5, 1

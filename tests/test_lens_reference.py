@@ -1,6 +1,7 @@
 """Lens against what its authors define, written out in NumPy and PyTorch in full vectors."""
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -19,7 +20,7 @@ from transformers import AutoModelForCausalLM
 from jaxfusion.config import from_config_dict
 from jaxfusion.data.batching import TokenRow
 from jaxfusion.data.tokenizers import Tokenizers, load_tokenizer
-from jaxfusion.fields import LensConfig
+from jaxfusion.fields import GroupConfig, LensConfig
 from jaxfusion.hf.load import open_tensors
 from jaxfusion.hf.save import to_tensors, write_tower
 from jaxfusion.hf.tables import table
@@ -81,7 +82,6 @@ def test_at_full_rank_nothing_of_the_means_is_lost(shape):
     assert relative(spaces.agnostic + spaces.onto_specific(means), means) < 1e-8
 
 
-@pytest.mark.xfail(strict=True, reason="pinv's default cutoff of 1e-15 lets rounding through")
 def test_one_large_dimension_of_a_wide_llm_leaves_them_orthogonal():
     """At a rank below K − 1 the means cut to it are singular, and must be inverted as such."""
     worst = 0.0
@@ -271,7 +271,6 @@ def test_loss_and_gradients_are_the_authors(setup, layers, rank):
         name = f"model.{head}.{int(i) + setup.first}.{tail}"
         reference = theirs[name].grad.numpy()
         assert np.abs(reference).max() > 1e-6, f"{name}: a gradient of 0 says little"
-        print(name, relative(ours, reference))
         assert relative(ours, reference) < 1e-5, name
         compared += 1
     of_top = [f"model.layers.{i}." for i in range(setup.first, number)]
@@ -297,8 +296,8 @@ def test_kept_activations_give_the_whole_models_loss(setup):
         embedded = decoder.apply({"params": params}, tokens, method="embed")
         read = np.stack([np.eye(longest)[np.full(len(every), longest - 1)],
                          segments / segments.sum(axis=1, keepdims=True)], axis=1)
-        states = decoder.apply({"params": params}, embedded, positions, segments,
-                               jnp.asarray(read, jnp.float32), method="states")
+        states, _ = decoder.apply({"params": params}, embedded, positions, segments,
+                                  jnp.asarray(read, jnp.float32), method="states")
         states = states.reshape(number, PROMPTS, len(LANGUAGES), 2, -1)
         return states[:, :, :, 0], states[:, :, 0, 1]
 
@@ -329,18 +328,19 @@ def test_a_run_changes_the_chosen_blocks_alone(cache_dir, tmp_path):
     config = get_config(ROOT / "configs" / "lens_quickstart.py", "debug").unlock()
     config.decoder.checkpoint, config.lens.blocks = "made:pocket", 2
     config.train.steps = config.train.eval_every = config.train.checkpoint_every = 3
-    config.optimizer.groups.blocks.patterns = ("decoder/blocks/(attn|mlp)/.*",)
     config.sweep = ()
     config = make_inputs(from_config_dict(config))
     config = replace(config, eval=replace(config.eval, tasks=()))
-    config = replace(config, lens=replace(config.lens, method="lens"))
+    groups = {"chosen": GroupConfig(("decoder/blocks/(attn|mlp)/.*",), 1e-3, 0.1)}
+    config = replace(config, lens=replace(config.lens, method="lens"),
+                     optimizer=replace(config.optimizer, groups=groups))
     job.lens(config, tmp_path / "run")
     (workdir,) = (file.parent for file in (tmp_path / "run").glob("*/checkpoints"))
     step, trained = trained_part(workdir)
     assert step == 3 and all(len(x) == 2 for x in trained.values())
     export_lens(workdir, tmp_path / "out")
     source = config.decoder.checkpoint
-    before, after = (open_tensors(type(tmp_path)(path)) for path in (source, tmp_path / "out"))
+    before, after = (open_tensors(path) for path in (Path(source), tmp_path / "out"))
     assert set(before.files) == set(after.files)
     changed = {name for name in before.files
                if before.read(name).tobytes() != after.read(name).tobytes()}

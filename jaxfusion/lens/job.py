@@ -28,7 +28,8 @@ from jaxfusion.lens.model import Model, load_model
 from jaxfusion.lens.probe import Probe
 from jaxfusion.lens.prompts import probe_as_authors, prompt_rows, training_rows
 from jaxfusion.lens.scores import UNTOUCHED, measure, read_questions, report
-from jaxfusion.nn.decoder import make_edits
+from jaxfusion.nn.bridge import Params
+from jaxfusion.nn.decoder import Decoder, make_edits
 from jaxfusion.sharding.hosts import is_first
 from jaxfusion.sharding.mesh import make_mesh, sharding
 from jaxfusion.training.loop import CONFIG_FILE, Run, batch_shares, check_workdir, run_to_end
@@ -83,17 +84,21 @@ def lens(config: LensRunConfig, workdir: Path) -> Comparison | None:
         scores, seconds, moved = {UNTOUCHED: measure(config, model, questions)}, {}, {}
         for name, run in runs.items():
             logger.info("\n%s", name)
-            clock, edits, decoder = time.monotonic(), None, model.params["decoder"]
+            clock, edits, was = time.monotonic(), None, None
             if run.lens.method in TRAINING:
                 if run.lens.method == "supervised" and answers is None:
                     raise InputError("supervised tuning needs answers: set data.answer to their "
                                      "column")
-                decoder = trained(run, workdir / configs.directory_name(name), model, found, kept)
-                moved[name] = _read(config, model, rows, decoder)
+                top_blocks = trained(run, workdir / configs.directory_name(name), model, found,
+                                     kept)
+                was = swap_top(model.params, top_blocks)
+                moved[name] = _read(config, model, rows)
             elif run.lens.method != "none":
                 edits = partial(make_language_edits, run, found)
             seconds[name] = time.monotonic() - clock
-            scores[name] = measure(config, model, questions, decoder, edits)
+            scores[name] = measure(config, model, questions, edits)
+            if was is not None:
+                swap_top(model.params, was)
     if not is_first():
         return None
     draw_languages(found, moved, workdir / "languages.png")
@@ -172,17 +177,17 @@ def _probe(config: LensRunConfig, model: Model, texts, rows, workdir: Path) -> P
     elif config.lens.recipe == "paper_code":
         found = probe_as_authors(model, texts)
     else:
-        found = _read(config, model, rows, model.params["decoder"])
+        found = _read(config, model, rows)
     if is_first():
         probing.save(found, own, model.identity, asdict(config))
     say_probe(found)
     return found
 
 
-def _read(config: LensRunConfig, model: Model, rows, decoder) -> Probe:
-    """A probe of the LLM with these parameters."""
-    return probing.probe(model.bridge, {**model.params, "decoder": decoder}, rows,
-                         model.tokenizers, config.data.buckets, config.eval.batch_size)
+def _read(config: LensRunConfig, model: Model, rows) -> Probe:
+    """A probe of the LLM as it is now."""
+    return probing.probe(model.bridge, model.params, rows, model.tokenizers, config.data.buckets,
+                         config.eval.batch_size)
 
 
 def say_probe(found: Probe) -> None:
@@ -195,8 +200,8 @@ def say_probe(found: Probe) -> None:
                     found.languages[1:], distances[1:], strict=True)))
 
 
-def trained(run: LensRunConfig, workdir: Path, model: Model, found: Probe, kept) -> dict[str, Any]:
-    """The LLM's parameters after a run of `run_to_end` on its top blocks."""
+def trained(run: LensRunConfig, workdir: Path, model: Model, found: Probe, kept) -> Flat:
+    """The LLM's top blocks after a run of `run_to_end`."""
     supervised, blocks = run.lens.method == "supervised", run.lens.blocks
     decoder = model.params["decoder"]
     first = model.bridge.decoder.config.num_layers - blocks
@@ -207,7 +212,7 @@ def trained(run: LensRunConfig, workdir: Path, model: Model, found: Probe, kept)
     if other := [name for name in groups if not name.startswith("decoder/blocks/")]:
         raise InputError(f"optimizer.groups train {other[0]}: of a Lens run only decoder/blocks/ "
                          "can train")
-    loss = Supervised(upper).loss if supervised else Manipulation(upper, tuple(goals)).loss
+    loss = loss_of(upper, None if supervised else tuple(goals))
 
     def prepare(config, mesh, fresh):
         batch_shares(config.train, mesh)
@@ -222,17 +227,36 @@ def trained(run: LensRunConfig, workdir: Path, model: Model, found: Probe, kept)
         return Run(config, loss, trainable, frozen, groups, batches, steps,
                    lambda _: {"none": 0.0}, "none", loss)
 
-    state = run_to_end(run, workdir, prepare)
-    return with_top(decoder, state.trainable, first)
+    return run_to_end(run, workdir, prepare).trainable
 
 
-def with_top(params: dict[str, Any], trained_part: Flat, first: int) -> dict[str, Any]:
-    """A decoder's parameters with trained blocks in the place of those from `first` on."""
-    flat = traverse_util.flatten_dict(params, sep="/")
-    for name, x in trained_part.items():
-        name = name.removeprefix("decoder/")
-        flat[name] = jnp.concatenate([flat[name][:first], x.astype(flat[name].dtype)])
-    return traverse_util.unflatten_dict(flat, sep="/")
+@lru_cache(4)  # equal losses as one object, by which the compiled step is known again
+def loss_of(upper: Decoder, layers: tuple[int, ...] | None):
+    """The loss of manipulation behind these trained blocks; of supervised tuning without them."""
+    return (Supervised(upper) if layers is None else Manipulation(upper, layers)).loss
+
+
+def swap_top(params: Params, part: Flat) -> Flat:
+    """Puts other top blocks into the LLM, in its place: a second LLM would not fit beside it.
+
+    Args:
+      params: with `decoder`, which is replaced. part: by path, from `decoder/blocks/` on.
+
+    Returns:
+      What was there.
+    """
+    flat = traverse_util.flatten_dict({"decoder": params["decoder"]}, sep="/")
+    old, new = _swap({name: flat[name] for name in part}, part)
+    params["decoder"] = traverse_util.unflatten_dict({**flat, **new}, sep="/")["decoder"]
+    return old
+
+
+@partial(jax.jit, donate_argnums=0)
+def _swap(whole: Flat, part: Flat) -> tuple[Flat, Flat]:
+    first = {name: len(x) - len(part[name]) for name, x in whole.items()}
+    old = {name: x[first[name]:] for name, x in whole.items()}
+    new = {name: x.at[first[name]:].set(part[name].astype(x.dtype)) for name, x in whole.items()}
+    return old, new
 
 
 def make_language_edits(run: LensRunConfig, found: Probe, language: str) -> dict[str, Any]:

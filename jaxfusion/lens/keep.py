@@ -92,20 +92,17 @@ def keep(
       blocks: that will train.
       folder: where to keep what is large, mapped into memory; None keeps it in memory.
     """
-    below, above = split(bridge.decoder.config, blocks)
-    lower, upper = (bridge.decoder.clone(config=c) for c in (below, above))
+    first = split(bridge.decoder.config, blocks)[0].num_layers
     flat = [texts[r] for r in range(len(next(iter(rows.values())))) for texts in rows.values()]
     shape = _shape_of_all(flat, tokenizers, batch_size)
 
     @jax.jit
     def run(params: Params, batch: Batch, last):
         batch = jax.tree.map(lambda x: constrain(x, "rows", None), batch)
-        place, decoder = (batch.dec_positions, batch.dec_segments), params["decoder"]
-        x, _, _ = lower.apply({"params": cut(decoder, 0, below.num_layers)},
-                              bridge.read(params, batch), *place, method="run")
-        states = upper.apply({"params": cut(decoder, below.num_layers, None)}, x, *place,
-                             last_and_mean(last, batch.dec_segments), method="states")
-        return x, jnp.moveaxis(states, 0, 1)
+        # One pass through all blocks: cut in two, the parameters would be copied.
+        states, hidden = bridge.states(
+            params, batch, last_and_mean(last, batch.dec_segments), first)
+        return hidden, jnp.moveaxis(states[first:], 0, 1)
 
     def reserve(name: str, like: np.ndarray) -> np.ndarray:
         size = (len(flat), *like.shape[1:])

@@ -45,8 +45,8 @@ class Manipulation:
         """
         rows, languages = batch.last.shape
         hidden, positions, segments, last = _flat(batch)
-        states = self.upper.apply({"params": params["decoder"]}, hidden, positions, segments,
-                                  last_and_mean(last, segments), method="states")
+        states, _ = self.upper.apply({"params": params["decoder"]}, hidden, positions, segments,
+                                     last_and_mean(last, segments), method="states")
         states = states.reshape(len(states), rows, languages, *states.shape[2:])
         aims, total = params["lens"], 0.0
         for layer in self.layers:

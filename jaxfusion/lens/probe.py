@@ -104,7 +104,7 @@ def last_states(bridge: Bridge, params: Params, batch: Batch) -> Float[Array, "L
     length = batch.dec_segments.shape[1]
     last = length - 1 - jnp.argmax(batch.dec_segments[:, ::-1] != 0, axis=1)
     read = jax.nn.one_hot(last, length)[:, None]
-    return bridge.states(params, batch, read)[:, :, 0]
+    return bridge.states(params, batch, read)[0][:, :, 0]
 
 
 def save(found: Probe, file: Path, identity: dict[str, str], about: dict[str, Any]) -> None:

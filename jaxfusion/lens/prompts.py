@@ -113,7 +113,8 @@ def probe_as_authors(model: Model, texts: dict[str, list[str]]) -> Probe:
         last = jnp.zeros(tokens.shape).at[:, -1].set(1.0)[:, None]
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
         embedded = decoder.apply(params, tokens, method="embed")
-        return decoder.apply(params, embedded, positions, segments, last, method="states")[:, :, 0]
+        states, _ = decoder.apply(params, embedded, positions, segments, last, method="states")
+        return states[:, :, 0]
 
     sums = []
     for name, prompts in texts.items():

@@ -70,6 +70,9 @@ def read_questions(config: LensRunConfig, texts: dict[str, list[str]]) -> Questi
         for language in chosen:
             tasks[name, language] = read_examples(
                 name, get_task(name), c.task_split, language, c.task_path)[: c.task_rows]
+    if config.bridge and c.perplexity_rows:
+        raise InputError("data.perplexity_rows is for an LLM that reads text itself; leave bridge "
+                         "out")
     # Never on rows that the probe or the blocks were fitted on.
     used, have = max(c.rows, c.probe_rows or 0), len(texts[c.central])
     used = have if c.probe_rows is None and (c.perplexity_rows or c.reply_rows) else used
@@ -78,9 +81,6 @@ def read_questions(config: LensRunConfig, texts: dict[str, list[str]]) -> Questi
         raise InputError(f"data.perplexity_rows and reply_rows ask for {wanted} prompts that were "
                          f"neither probed nor trained on; of {have} prompts {used} are: set "
                          "data.probe_rows and data.rows lower")
-    if config.bridge and c.perplexity_rows:
-        raise InputError("data.perplexity_rows is for an LLM that reads text itself; leave bridge "
-                         "out")
     identify = load_identifier() if c.reply_rows else None
     questions = Questions(
         tasks, *({name: rows[used : used + number] for name, rows in texts.items() if number}
@@ -93,19 +93,17 @@ def read_questions(config: LensRunConfig, texts: dict[str, list[str]]) -> Questi
 
 
 def measure(
-    config: LensRunConfig, model: Model, questions: Questions, decoder=None, edits=None
+    config: LensRunConfig, model: Model, questions: Questions, edits=None
 ) -> Scores:
-    """Asks the LLM all questions.
+    """Asks the LLM as it is now all questions.
 
     Args:
-      decoder: its parameters, if not the untouched ones.
       edits: language -> what is changed while the LLM reads that language.
     """
     found, c = Scores(), config.eval
-    tree = {**model.params, **({} if decoder is None else {"decoder": decoder})}
 
     def params(language: str):
-        return tree if edits is None else {**tree, "edits": edits(language)}
+        return model.params if edits is None else {**model.params, "edits": edits(language)}
 
     def ask(task: Task, language: str, rows: list[Example]):
         asked = replace(c, max_new_tokens=0) if task.labels else c  # letters need no decoding

@@ -12,6 +12,8 @@ from jaxtyping import Float
 
 from jaxfusion.errors import InputError
 
+SAME = 1e-12  # relative: means that differ by less are the same
+
 
 @dataclass(frozen=True)
 class Subspaces:
@@ -52,7 +54,8 @@ def factorise(means: Float[np.ndarray, "K E"], rank: int | None = None) -> Subsp
       rank: r; None is K − 1, at which `m_a` and `M_s` give the means back exactly.
 
     Raises:
-      InputError: fewer than two languages, or a rank that they cannot have.
+      InputError: fewer than two languages, or a rank that they cannot have, by their number or
+        because their means are the same.
     """
     columns = np.asarray(means, np.float64).T  # [E K], as the paper writes it
     languages = columns.shape[1]
@@ -65,7 +68,15 @@ def factorise(means: Float[np.ndarray, "K E"], rank: int | None = None) -> Subsp
     centre = columns.mean(axis=1, keepdims=True)
     u, s, vt = np.linalg.svd(columns - centre, full_matrices=False)
     low = centre + (u[:, :rank] * s[:rank]) @ vt[:rank]
-    agnostic = np.linalg.pinv(low).T @ np.ones(languages)
+    if s[rank - 1] <= SAME * np.linalg.norm(centre):
+        raise InputError(f"the means of {languages} languages differ in fewer than {rank} "
+                         "directions; set the rank lower, or leave out languages whose prompts are "
+                         "the same")
+    # pinv(low) at its exact rank r + 1: a cutoff by size takes rounding noise for a direction
+    # where one dimension dominates, as it does in wide LLMs.
+    u, s, vt = np.linalg.svd(low, full_matrices=False)
+    u, s, vt = u[:, : rank + 1], s[: rank + 1], vt[: rank + 1]
+    agnostic = (u / s) @ vt @ np.ones(languages)
     agnostic = agnostic / (agnostic @ agnostic)
     u, s, _ = np.linalg.svd(low - agnostic[:, None], full_matrices=False)
     return Subspaces(agnostic, u[:, :rank], s[:rank])

@@ -183,10 +183,10 @@ class Bridge:
         """The decoder's hidden states and cache; see `Decoder.__call__`."""
         return self._decode(params, embeddings, positions, segments, cache, start)
 
-    def states(self, params: Params, batch: Batch, read: Array) -> Float[Array, "L B P E"]:
+    def states(self, params: Params, batch: Batch, read: Array, hold: int | None = None):
         """What the decoder's layers hold of a batch; see `Decoder.states`."""
         return self._decode(params, self.read(params, batch), batch.dec_positions,
-                            batch.dec_segments, read, method="states")
+                            batch.dec_segments, read, hold, method="states")
 
     def logits(self, params: Params, hidden: Array) -> Array:
         """Next-token logits of hidden states, float32."""

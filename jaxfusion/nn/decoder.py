@@ -212,7 +212,8 @@ class Block(nn.Module):
     """One pre-norm block, in the form `nn.scan` wants: x is carried, its cache scanned over.
 
     `kind` picks the block's rotary tables and mask out of those of all kinds; without masks the
-    kernel named `attention` reads the segments. Emits its cache and, where `read` [B P N] weighs
+    kernel named `attention` reads the segments. What block number `hold` reads is carried along,
+    where that is wanted. Emits its cache and, where `read` [B P N] weighs
     the slots of every row, P sums over the residual stream. A variable collection `edits` may add a
     vector to the stream behind the block, and take out what lies in a subspace (see `make_edits`).
     """
@@ -222,8 +223,10 @@ class Block(nn.Module):
     attention: str
 
     @nn.compact
-    def __call__(self, x, kv, kind, turns, masks, segments, start, read):
-        c = self.config
+    def __call__(self, carried, kv, kind, number, turns, masks, segments, start, read, hold):
+        c, (x, held) = self.config, carried
+        if held is not None:
+            held = jnp.where(number == hold, x, held)
         if len(c.kinds) == 1:
             kind = 0  # known when compiled: nothing is copied
         turn, mask = jax.tree.map(lambda every: every[kind], (turns, masks))
@@ -240,7 +243,7 @@ class Block(nn.Module):
             basis = self.get_variable("edits", "basis").astype(x.dtype)
             x = x + self.get_variable("edits", "shift").astype(x.dtype) - (x @ basis) @ basis.T
         x = constrain(x, "batch", "length", None)
-        return x, (kv, None if read is None else weigh(read, x))
+        return (x, held), (kv, None if read is None else weigh(read, x))
 
 
 class Decoder(nn.Module):
@@ -270,7 +273,7 @@ class Decoder(nn.Module):
         self.blocks = nn.scan(
             rematerialised(Block, self.remat), variable_axes={"params": 0, "edits": 0},
             split_rngs={"params": True}, length=c.num_layers,
-            in_axes=(0, 0, *[nn.broadcast] * 5), metadata_params={nn.PARTITION_NAME: "layers"},
+            in_axes=(0, 0, 0, *[nn.broadcast] * 6), metadata_params={nn.PARTITION_NAME: "layers"},
         )(c, self.dtype, self.attention, name="blocks")
         self.final_norm = RMSNorm(c.norm_eps, self.dtype, c.norm_offset, name="final_norm")
         if not c.tie_embeddings:
@@ -301,14 +304,25 @@ class Decoder(nn.Module):
         Returns:
           Hidden states, and the cache with the new tokens in it (None if none was given).
         """
-        x, new_cache, _ = self.run(embeddings, positions, segments, cache, start)
+        x, new_cache, _, _ = self.run(embeddings, positions, segments, cache, start)
         return self.final_norm(x), new_cache
 
     def run(
-        self, embeddings, positions, segments, cache: Cache | None = None, start=0, read=None
-    ) -> tuple[Float[Array, "B N E"], Cache | None, Float[Array, "L B P E"] | None]:
-        """All blocks without the final norm: the residual stream, the cache, and behind every block
-        the sums over the stream's slots by the weights `read` [B P N]."""
+        self, embeddings, positions, segments, cache: Cache | None = None, start=0, read=None,
+        hold: int | None = None,
+    ) -> tuple[
+        Float[Array, "B N E"], Cache | None, Float[Array, "L B P E"] | None,
+        Float[Array, "B N E"] | None,
+    ]:
+        """All blocks without the final norm.
+
+        Args:
+          read: [B P N] weights of the slots. hold: a block's number, from 0 on.
+
+        Returns:
+          The residual stream, the cache, behind every block the sums over the stream's slots by the
+          weights `read`, and what block `hold` reads.
+        """
         k_positions, k_segments, kv = positions, segments, None
         if cache is not None:
             write = partial(jax.lax.dynamic_update_slice_in_dim, start_index=start, axis=1)
@@ -327,19 +341,24 @@ class Decoder(nn.Module):
         turns = jax.tree.map(lambda *x: jnp.stack(x), *(
             rope_tables(rope, c.head_dim, positions, most) for rope in ropes))
         x = constrain(embeddings.astype(self.dtype), "batch", "length", None)
-        x, (kv, states) = self.blocks(x, kv, jnp.array(c.kind_of_layer), turns, masks, segments,
-                                      start, read)
-        return x, None if cache is None else Cache(*kv, k_positions, k_segments), states
+        carried = x, None if hold is None else jnp.zeros_like(x)
+        (x, held), (kv, states) = self.blocks(
+            carried, kv, jnp.array(c.kind_of_layer), jnp.arange(c.num_layers), turns, masks,
+            segments, start, read, hold)
+        cache = None if cache is None else Cache(*kv, k_positions, k_segments)
+        return x, cache, states, held
 
     def normalise(self, x: Float[Array, "*B E"]) -> Float[Array, "*B E"]:
         """The final norm of what `run` gives."""
         return self.final_norm(x)
 
-    def states(self, embeddings, positions, segments, read) -> Float[Array, "L B P E"]:
+    def states(
+        self, embeddings, positions, segments, read, hold: int | None = None
+    ) -> tuple[Float[Array, "L B P E"], Float[Array, "B N E"] | None]:
         """`h_1 … h_L` as Hugging Face numbers them, the last after the final norm: of each the sums
-        over the slots by the weights `read` [B P N], in float32."""
-        x, _, states = self.run(embeddings, positions, segments, read=read)
-        return states.at[-1].set(weigh(read, self.final_norm(x)))
+        over the slots by the weights `read` [B P N], in float32; and what block `hold` reads."""
+        x, _, states, held = self.run(embeddings, positions, segments, read=read, hold=hold)
+        return states.at[-1].set(weigh(read, self.final_norm(x))), held
 
     def logits(self, hidden: Float[Array, "*B E"]) -> Float[Array, "*B V"]:
         """Next-token logits in float32."""
