@@ -1,9 +1,12 @@
-"""Makes docs/results.md and the README's first table from runs' figures.
+r"""Makes docs/results.md and the README's first table from runs' figures.
 
     python train.py --config configs/quickstart.py
     python benchmarks/pocket_seeds.py runs/seeds --out benchmarks/results/pocket_seeds.json
     python benchmarks/realtext.py runs/realtext_data --ntrex … --sib200 …    # and its three runs
-    python benchmarks/results.py --quickstart runs/quickstart --realtext runs/sib200_compare
+    python train.py --config configs/lens_quickstart.py
+    python benchmarks/lens_seeds.py runs/lens_seeds --out benchmarks/results/lens_seeds.json
+    python benchmarks/results.py --quickstart runs/quickstart --realtext runs/sib200_compare \
+        --lens runs/lens_quickstart
 
 Reports given on the command line are first kept in benchmarks/results/, pictures in docs/pictures/.
 """
@@ -27,9 +30,10 @@ def keep(name: str, run: Path) -> None:
     report = json.loads((run / "report.json").read_text("utf-8"))
     report |= {"machine": machine(), "table": (run / "report.md").read_text("utf-8")}
     (RESULTS / f"{name}.json").write_text(json.dumps(report, indent=1) + "\n", "utf-8")
-    if name == "quickstart":
+    pictures = {"quickstart": ("accuracy", "layers"), "lens": ("accuracy", "languages")}
+    if name in pictures:
         PICTURES.mkdir(exist_ok=True)
-        for picture in ("accuracy", "layers"):
+        for picture in pictures[name]:
             shutil.copyfile(run / f"{picture}.png", PICTURES / f"{name}_{picture}.png")
 
 
@@ -48,14 +52,25 @@ def table(header: list[str], rows: list[list[str]]) -> list[str]:
     return ["| " + " | ".join(line) + " |" for line in lines]
 
 
+def cell(x: dict[str, Any], sign: str = "") -> str:
+    """A mean with its interval and the deviation between seeds."""
+    low, high = x["ci95"]
+    spread = "" if x["deviation"] is None else f" ± {100 * x['deviation']:.1f}"
+    return f"{100 * x['mean']:{sign}.1f} [{100 * low:{sign}.1f}, {100 * high:{sign}.1f}]{spread}"
+
+
+def lens_seeds(result: dict[str, Any]) -> list[str]:
+    """Accuracy of every method over the seeds, and its change."""
+    names = list(result["accuracy"]["LLM"])
+    rows = [[model, *(cell(by[name]) for name in names)]
+            for model, by in result["accuracy"].items()]
+    rows += [[f"{model} minus LLM", *(cell(by[name], "+") for name in names)]
+             for model, by in result["minus LLM"].items()]
+    return table(["", *names], rows)
+
+
 def seeds(result: dict[str, Any]) -> list[str]:
     """Accuracy of every variant over the seeds, and its difference to `last`."""
-    def cell(x: dict[str, Any], sign: str = "") -> str:
-        low, high = x["ci95"]
-        spread = "" if x["deviation"] is None else f" ± {100 * x['deviation']:.1f}"
-        return (f"{100 * x['mean']:{sign}.1f} [{100 * low:{sign}.1f}, {100 * high:{sign}.1f}]"
-                f"{spread}")
-
     parts = []
     for start, title in (("warm", "With the warm start"), ("cold", "Without it")):
         rows = [["LLM alone", *(cell(result["LLM alone"][g] | {"deviation": None})
@@ -80,17 +95,24 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quickstart", type=Path)
     parser.add_argument("--realtext", type=Path)
+    parser.add_argument("--lens", type=Path)
     args = parser.parse_args()
-    for name in ("quickstart", "realtext"):
+    for name in ("quickstart", "realtext", "lens"):
         if getattr(args, name):
             keep(name, getattr(args, name))
-    quick, many, real = read("quickstart"), read("pocket_seeds"), read("realtext")
+    quick, many, real, lens, of_lens = (read(name) for name in (
+        "quickstart", "pocket_seeds", "realtext", "lens", "lens_seeds"))
     parts = [
         HEAD, "## The quickstart, one seed", "", quick["table"], seconds(quick), "",
         "![accuracy by language](pictures/quickstart_accuracy.png)", "",
         "![layer weights](pictures/quickstart_layers.png)", "", on(quick), "",
         f"## The same over {many['seeds']} seeds", "", SEEDS, "", *seeds(many), on(many), "",
         "## Real text: SIB-200", "", REALTEXT, "", real["table"], seconds(real), "", on(real), "",
+        "## Lens on the pocket LLM, one seed", "", LENS, "", lens["table"],
+        "![accuracy by language](pictures/lens_accuracy.png)", "",
+        "![languages in the specific subspace](pictures/lens_languages.png)", "", on(lens), "",
+        f"## The same over {of_lens['seeds']} seeds", "", LENS_SEEDS, "", *lens_seeds(of_lens), "",
+        on(of_lens), "",
     ]
     (ROOT / "docs" / "results.md").write_text("\n".join(parts), "utf-8")
     readme = ROOT / "README.md"

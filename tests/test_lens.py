@@ -44,6 +44,7 @@ from jaxfusion.testing.debug import make_inputs
 from jaxfusion.training.bridge import train
 from jaxfusion.training.checkpoint import trained_part
 from jaxfusion.training.export_tower import export_lens
+from jaxfusion.training.loop import train_step
 
 K, E = 5, 48
 
@@ -376,8 +377,9 @@ def debug_config(**fields):
 def test_a_whole_run_and_again(cache_dir, tmp_path, capsys):
     config = make_inputs(from_config_dict(get_config(ROOT / "configs" / "lens_quickstart.py",
                                                      "debug")))
-    config = replace(config, sweep=config.sweep[:4], data=replace(
-        config.data, probe_rows=36, rows=36, perplexity_rows=4), lens=replace(config.lens, keep="disk"))
+    config = replace(
+        config, sweep=config.sweep[:4], lens=replace(config.lens, keep="disk"),
+        data=replace(config.data, probe_rows=36, rows=36, perplexity_rows=4))
     first = job.lens(config, tmp_path / "run")
     made = {file.name for file in (tmp_path / "run").iterdir()}
     assert made == {"probe.safetensors", "languages.png", "accuracy.png", "report.md",
@@ -401,6 +403,18 @@ def test_runs_of_a_sweep_keep_prompts_of_their_own(cache_dir, tmp_path):
     with pytest.raises(InputError, match="batch_size is 8, but there are only 4 prompts"):
         job.lens(config, tmp_path / "run")
     assert (tmp_path / "run" / "Lens" / "checkpoints").is_dir()
+
+
+def test_the_settings_of_a_sweep_compile_once(cache_dir, tmp_path):
+    config = debug_config(sweep=({"name": "a"}, {"name": "b", "lens": {
+        "align": 0.5, "separate": 2.0, "weights": {"deva": 3.0}}}))
+    train_step.cache_clear()
+    job.lens(config, tmp_path / "run")
+    found = train_step.cache_info()
+    assert (found.misses, found.hits) == (1, 1)
+    losses = [json.loads((tmp_path / "run" / name / "metrics.jsonl").read_text().split("\n")[0])
+              for name in "ab"]
+    assert losses[0]["loss"] != losses[1]["loss"]
 
 
 def test_without_losses_nothing_changes(cache_dir, tmp_path):

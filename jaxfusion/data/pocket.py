@@ -247,7 +247,8 @@ def parallel(rows: int, seed: int = 0) -> Iterator[dict[str, str]]:
     for _ in range(rows):
         pair = random_inference(rng, "train")
         columns = {name: render_inference(*pair, name) for name in names}
-        yield {**{name: NLI_PROMPT.format(**x).strip() for name, x in columns.items()},
+        # With its last space, which the answer's first token takes.
+        yield {**{name: NLI_PROMPT.format(**x) for name, x in columns.items()},
                "answer": columns["en"]["label"]}
 
 
