@@ -39,8 +39,7 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 from flax import traverse_util
-from table import machine as on
-from table import table
+from table import lens as section
 from timing import machine, medians, speedup
 from transformers import LlamaForCausalLM
 from transformers.utils.logging import disable_progress_bar
@@ -73,7 +72,6 @@ OPTIMIZER = OptimizerConfig(
 BOS, EOS = 1, 2
 TOKENIZERS = Tokenizers(None, SimpleNamespace(bos_token_id=BOS, eos_token_id=EOS))
 CHECKED, TOLERANCE = 3, 1e-3  # steps, and by how much their losses may differ, relative
-MIB = 1 << 20
 # What `kept` is to be: times faster than the others in a run and in a sweep, and their memory.
 RUN, SWEEP = {"unkept": 1.7, "torch": 3.0}, {"unkept": 8.0, "torch": 15.0}
 SHARE = 0.6
@@ -434,51 +432,6 @@ def peaks(size: str, folder: Path) -> dict[str, int]:
     return found
 
 
-def targets(result: dict[str, Any]) -> list[list[str]]:
-    """What `kept` was to reach: what, figure, target, met or not."""
-    rows, memory = [], result["peak_bytes"]
-    for what, wanted in (("run", RUN), ("sweep", SWEEP)):
-        for name, least in wanted.items():
-            times = result[what]["times_faster"][name]["of_medians"]
-            rows.append([f"{what}, against `{name}`", f"{times:.2f}× faster", f"{least:g}×",
-                         "met" if times >= least else "not met"])
-    for name in RUN:
-        share = memory["kept"] / memory[name]
-        rows.append([f"memory, against `{name}`", f"{share:.0%}", f"under {SHARE:.0%}",
-                     "met" if share < SHARE else "not met"])
-    return rows
-
-
-def section(result: dict[str, Any]) -> list[str]:
-    """The result as Markdown."""
-    rows = []
-    for name in CONTENDERS:
-        cells = []
-        for what in ("run", "sweep"):
-            seconds = result[what]["seconds"][name]
-            cells.append(f"{result[what]['median_seconds'][name]:.2f} s "
-                         f"({min(seconds):.2f} to {max(seconds):.2f})")
-        rows.append([f"`{name}`", *cells, f"{result['compile_seconds'][name]:.1f} s",
-                     f"{result['peak_bytes'][name] / MIB:.0f} MiB"])
-    size = SIZES[result["size"]]
-    shape, settings = size.shape, len(SETTINGS)
-    return [
-        f"## Lens on kept states, size `{result['size']}`", "",
-        f"`benchmarks/lens.py`: a Llama of {shape.num_layers} blocks, width {shape.d_model} and "
-        f"{shape.vocab_size:,} tokens, of which the top {BLOCKS} blocks train; {size.prompts} "
-        f"prompts of at most {size.length} tokens in {len(LANGUAGES)} languages, {size.steps} "
-        f"steps of {BATCH}. A run is one setting, a sweep {settings}: `kept` ran all of them, in "
-        f"each of {result['rounds']} rounds; the others ran {TIMED}, and {settings} are "
-        "extrapolated from these. Medians (range), without compilation; memory is a run's peak "
-        "beyond the imports.",
-        "", *table(["", "run", f"sweep of {settings}", "compilation", "memory"], rows), "",
-        *table(["`kept`", "is", "wanted", ""], targets(result)), "",
-        f"Losses of the first {CHECKED} steps differ by {result['largest_relative_difference']:.0e}"
-        f" at most. {on(result)} Load average at the start: "
-        f"{result['machine']['load_average']:.1f}.", "",
-    ]
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--size", choices=list(SIZES), default="full")
@@ -494,8 +447,13 @@ def main() -> None:
         return
     with TemporaryDirectory() as folder:
         work = make_work(size, Path(folder))
+        shape = size.shape
         result = {"benchmark": "lens", "machine": machine(), "size": args.size,
+                  "blocks": shape.num_layers, "width": shape.d_model, "vocab": shape.vocab_size,
+                  "trained_blocks": BLOCKS, "prompts": size.prompts, "length": size.length,
+                  "steps": size.steps, "batch": BATCH, "languages": len(LANGUAGES),
                   "rounds": args.rounds, "settings": SETTINGS, "settings_timed_of_others": TIMED,
+                  "targets": {"run": RUN, "sweep": SWEEP, "memory": SHARE},
                   **measure(work, args.rounds), "peak_bytes": peaks(args.size, Path(folder))}
     print("\n".join(section(result)))
     if args.json:

@@ -4,6 +4,7 @@
     python benchmarks/train_step.py --size pocket --out benchmarks/results/train_step_pocket.json
     python benchmarks/train_step.py --size small --out benchmarks/results/train_step_small.json
     python benchmarks/load.py --out benchmarks/results/load.json
+    python benchmarks/lens.py --size full --rounds 2 --json benchmarks/results/lens.json
 """
 
 import json
@@ -96,6 +97,49 @@ def load(result: dict[str, Any]) -> list[str]:
     ]
 
 
+def lens(result: dict[str, Any]) -> list[str]:
+    """Lens' manipulation on what was kept, against whole models run in every step."""
+    r, timed, settings = result, result["settings_timed_of_others"], len(result["settings"])
+    rows = []
+    for name, peak in r["peak_bytes"].items():
+        cells = [f"{r[what]['median_seconds'][name]:.1f} s ({min(r[what]['seconds'][name]):.1f} to "
+                 f"{max(r[what]['seconds'][name]):.1f})" for what in ("run", "sweep")]
+        rows.append([f"`{name}`", *cells, f"{r['compile_seconds'][name]:.1f} s",
+                     f"{peak / (1 << 20):.0f} MiB"])
+    return [
+        f"## Lens on kept states, size `{r['size']}`", "",
+        f"`benchmarks/lens.py`: a Llama of {r['blocks']} blocks, width {r['width']} and "
+        f"{r['vocab']:,} tokens, of which the top {r['trained_blocks']} blocks train; "
+        f"{r['prompts']} prompts of at most {r['length']} tokens in {r['languages']} languages, "
+        f"{r['steps']} steps of {r['batch']}. A run is one setting, a sweep {settings}: `kept` ran "
+        f"all of them, in each of {r['rounds']} rounds; the others ran {timed}, and {settings} are "
+        "extrapolated from these. Medians (range), without compilation; memory is a run's peak "
+        "beyond the imports.",
+        "", *table(["", "run", f"sweep of {settings}", "compilation", "memory"], rows), "",
+        *table(["`kept`", "is", "wanted", ""], _lens_targets(r)), "",
+        "`kept` reads every prompt once, then its steps run the trained blocks; `unkept` is the "
+        "same with two models of ours, each run whole for every language in every step; `torch` is that "
+        "with two of transformers' models. Losses of the first steps differ by "
+        f"{r['largest_relative_difference']:.0e} at most. {machine(r)} Load average at the start: "
+        f"{r['machine']['load_average']:.1f}.", "",
+    ]
+
+
+def _lens_targets(result: dict[str, Any]) -> list[list[str]]:
+    """What `kept` was to reach: what, figure, target, met or not."""
+    rows, wanted, peak = [], result["targets"], result["peak_bytes"]
+    for what in ("run", "sweep"):
+        for name, least in wanted[what].items():
+            times = result[what]["times_faster"][name]["of_medians"]
+            rows.append([f"{what}, against `{name}`", f"{times:.2f}× faster", f"{least:g}×",
+                         "met" if times >= least else "not met"])
+    for name in wanted["run"]:
+        share = peak["kept"] / peak[name]
+        rows.append([f"memory, against `{name}`", f"{share:.0%}", f"under {wanted['memory']:.0%}",
+                     "met" if share < wanted["memory"] else "not met"])
+    return rows
+
+
 NOTES = """\
 `torch` is the papers' pipeline (fusion as written, full-vocabulary logits, padding to the longest
 row); `plain_jax` the same compiled by XLA, so what lies between them is the compiler's;
@@ -109,7 +153,7 @@ those two rows.
 def main() -> None:
     parts = [
         HEAD, *fusion(read("fusion")), *train_step(read("train_step_pocket")),
-        *train_step(read("train_step_small")), NOTES, *load(read("load")),
+        *train_step(read("train_step_small")), NOTES, *load(read("load")), *lens(read("lens")),
     ]
     (ROOT / "docs" / "benchmarks.md").write_text("\n".join(parts), "utf-8")
 

@@ -5,13 +5,14 @@
     python train.py --config configs/lens_llama31.py:paper_code --config.data.path=prompts.jsonl
     python export.py --workdir runs/lens_llama31/Lens --out lensed
 
-The first moves Chinese, the second Chinese, Japanese, Korean, Arabic, Bengali and Swahili; the third
-makes prompts and probe as the authors' code does, not mask-aware and with two BOS (see
+The first moves Chinese, the second Chinese, Japanese, Korean, Arabic, Bengali and Swahili; the
+third makes prompts and probe as the authors' code does, not mask-aware and with two BOS (see
 docs/lens.md).
 
-Needs: a GPU of 40 GB; access to meta-llama/Llama-3.1-8B-Instruct; parallel prompts, a column for each language
-(`en`, `zh`, …; 200 of them train two blocks in a minute). Scored on XCOPA, XStoryCloze, XWinograd and
-2,000 rows of MMLU, from the hub or `--config.data.task_path`.
+Needs: a GPU of 40 GB; access to meta-llama/Llama-3.1-8B-Instruct;
+parallel prompts, a column for each language (`en`, `zh`, …; 200 of them train two blocks in a
+minute). Scored on XCOPA, XStoryCloze, XWinograd and 2,000 rows of MMLU, from the hub or
+`--config.data.task_path`.
 """
 
 from jaxfusion.config import default_config, finish

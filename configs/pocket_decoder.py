@@ -9,10 +9,11 @@ pocket/decoder (see pocket/README.md).
 
     python train.py --config configs/pocket_decoder.py:lens
 
-makes runs/pocket_decoder_lens/hf, an LLM that has read and solved much in English and little in two
-other languages, for configs/lens_quickstart.py.
+makes runs/pocket_decoder_lens/hf, kept as pocket/lens_decoder: an LLM that has read and solved much
+in English and little in two other languages, for configs/lens_quickstart.py.
 
-Needs: two CPU cores, about half an hour together. Learns from English text of the pocket world
+Needs: two CPU cores; about half an hour for the first two, three quarters of an hour for the third.
+Learns from English text of the pocket world
 (jaxfusion/data/pocket.py), some of it solved tasks; no frame of a development or test row is among
 it.
 """
@@ -51,6 +52,7 @@ def get_config(arg=None):
         config.data.translations = True
         config.data.sampling = 0.4
         config.train.steps = 8000
+        config.train.eval_every = config.train.checkpoint_every = 500
         config.data.buckets = (24, 32, 40, 48)
         config.data.max_tokens = 64
     return finish(config, ",".join(x for x in words if x not in ("", "noise", "lens")))

@@ -115,7 +115,9 @@ def _debug_lens(config: ml_collections.ConfigDict) -> None:
     config.data.path = "made:pocket_debug"
     config.data.central, config.data.targets = "en", ("latn_a", "deva")
     config.data.chat_template = False
+    config.data.columns = ml_collections.ConfigDict()
     config.data.probe_rows = config.data.rows = 40
+    config.data.perplexity_rows = config.data.reply_rows = 0
     config.data.max_tokens, config.data.buckets = 128, (128,)
     config.lens.blocks, config.lens.recipe = 1, "default"
     config.lens.loss_layers = config.lens.layers = ()

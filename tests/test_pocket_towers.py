@@ -30,9 +30,12 @@ def test_a_tenth_of_the_world_is_learned_from_nothing(role, steps, least, cache_
     assert about["dev"]["accuracy"] > least
 
 
-@pytest.mark.parametrize("role,arg", [("encoder", None), ("decoder", "noise")])
-def test_the_kept_towers_are_of_this_world_and_config(role, arg):
-    about = json.loads((KEPT / role / "pretraining.json").read_text())
+@pytest.mark.parametrize("kept,role,arg", [
+    ("encoder", "encoder", None), ("decoder", "decoder", "noise"),
+    ("lens_decoder", "decoder", "lens"),
+])
+def test_the_kept_towers_are_of_this_world_and_config(kept, role, arg):
+    about = json.loads((KEPT / kept / "pretraining.json").read_text())
     assert about["world"] == {"version": VERSION, "seed": 0, "scale": 1.0}
     config = from_config_dict(get_config(CONFIGS[f"pocket_{role}"], arg))
     kept = from_json(about["config"])
