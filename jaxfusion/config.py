@@ -179,14 +179,14 @@ def sweep(config: LensRunConfig) -> dict[str, LensRunConfig]:
 
 def _each(name: str, entries, base: dict[str, Any], kind: type) -> dict[str, Any]:
     """A config of every entry: `base` with the entry's fields, by the entry's name."""
-    places = [directory_name(fields.get("name", "")) for fields in entries]
+    places = [directory_name(str(fields.get("name", ""))) for fields in entries]
     if len(set(places)) < len(places) or "" in places:
         raise InputError(f"the names in config.{name} must make different directories, got "
                          f"{places}")
     found = {}
     for fields in entries:
         fields = dict(fields)
-        entry = fields.pop("name")
+        entry = str(fields.pop("name"))
         values = json.loads(json.dumps(base))
         _override(values, fields)
         found[entry] = _from_dict(kind, values, f"{name}.{entry}.")
@@ -216,6 +216,9 @@ def check(config: Job) -> None:
     for name in COUNTS:
         if flat.get(name) is not None and flat[name] < 1:
             raise InputError(f"config field '{name}' is {flat[name]}, wanted 1 or more")
+    for name in ("data.perplexity_rows", "data.reply_rows"):
+        if flat.get(name, 0) < 0:
+            raise InputError(f"config field '{name}' is {flat[name]}, wanted 0 or more")
     if isinstance(config, CompareConfig):
         variants(config)  # checks each of them
         return

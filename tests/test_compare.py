@@ -157,3 +157,19 @@ def test_a_comparison_is_not_taken_for_one_of_its_bridges(debug_run):
         ask(workdir, "a | b")
     with pytest.raises(InputError, match="holds a run of job 'compare'"):
         check_workdir(config.base, workdir)
+
+
+def test_languages_of_different_sizes_and_groups_without_any(tmp_path):
+    """XWinograd has 16 rows in Chinese and 959 in Japanese; not every task has every target."""
+    rows = {"en": [1, 0, 1], "ja": [1] * 40, "zh": [0, 1]}
+    other = {name: [1] * len(x) for name, x in rows.items()}
+    c = Comparison("xwinograd", "likelihood", {"LLM": rows, "Lens": other},
+                   {"targets": ("ja", "zh")}, "LLM", {}, {}, central="en")
+    assert c.mean("LLM", "targets")[0] == pytest.approx(0.75)
+    low, high = c.mean("Lens", "targets", minus="LLM")[1]
+    assert 0 <= low < 0.25 < high <= 0.5
+    page = markdown(c)
+    assert "2 to 40 rows per language" in page and "| en minus LLM |  |  | +33.3" in page
+    alone = Comparison("xnli", "likelihood", {"LLM": {"en": [1, 0]}, "Lens": {"en": [1, 1]}},
+                       {"targets": ("si",)}, "LLM", {}, {}, central="en")
+    assert "| mean of" not in markdown(alone) and as_json(alone)["central"]["Lens"]

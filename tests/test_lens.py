@@ -34,7 +34,7 @@ from jaxfusion.lens.losses import Goal, align, retain, separate
 from jaxfusion.lens.manipulate import Manipulation, Supervised, aims, make_goals
 from jaxfusion.lens.model import Model, load_model
 from jaxfusion.lens.probe import load, probe, save
-from jaxfusion.lens.prompts import probe_as_authors, prompt_rows
+from jaxfusion.lens.prompts import probe_as_authors, prompt_rows, training_rows
 from jaxfusion.lens.subspace import displacements, factorise
 from jaxfusion.nn.bridge import Bridge
 from jaxfusion.nn.decoder import Decoder, make_edits
@@ -400,9 +400,14 @@ def test_a_whole_run_and_again(cache_dir, tmp_path, capsys):
 def test_runs_of_a_sweep_keep_prompts_of_their_own(cache_dir, tmp_path):
     """What is kept for one run serves another only where both want the same."""
     config = debug_config(sweep=({"name": "Lens"}, {"name": "few", "data": {"rows": 4}}))
-    with pytest.raises(InputError, match="batch_size is 8, but there are only 4 prompts"):
+    with pytest.raises(InputError, match="batch_size of 'few' is 8, but there are only 4 prompts"):
         job.lens(config, tmp_path / "run")
-    assert (tmp_path / "run" / "Lens" / "checkpoints").is_dir()
+    few = {"rows": 4}, {"batch_size": 4}
+    config = replace(config, sweep=(
+        {"name": "Lens"}, {"name": "few", "data": few[0], "train": few[1]}))
+    job.lens(config, tmp_path / "run")
+    assert {file.parent.name for file in (tmp_path / "run").glob("*/checkpoints")} == {
+        "Lens", "few"}
 
 
 def test_the_settings_of_a_sweep_compile_once(cache_dir, tmp_path):
@@ -441,6 +446,8 @@ def test_without_losses_nothing_changes(cache_dir, tmp_path):
     ({"lens": {"recipe": "paper_code"}}, "is for chats of an LLM alone"),
     ({"sweep": ({"name": "a", "data": {"central": "xx"}},)}, "'a' sets data, which all runs"),
     ({"data": {"perplexity_rows": 41}}, "ask for 41 prompts that were neither probed nor"),
+    ({"sweep": ({"name": "LLM"},)}, "named 'LLM', as the untouched LLM is in the tables"),
+    ({"lens": {"method": "disentangle", "strength": -1.0}}, r"lens\.strength is -1.0, wanted 0"),
     ({"data": {"probe": "none.safetensors"}}, "none.safetensors is no probe of a Lens run"),
 ])
 def test_what_no_run_can_have_is_said(fields, message, cache_dir, tmp_path):
@@ -503,8 +510,10 @@ def test_lens_behind_a_bridge(cache_dir, tmp_path):
 TEMPLATE = ("{{ bos_token }}{% for m in messages %}{{ m['role'] }} : {{ m['content'] }} \n"
             "{% endfor %}{% if add_generation_prompt %}assistant :{% endif %}")
 
+TEMPLATE_EMPTY = "<s>system :  \nuser : {} \nassistant :"
 
-def test_the_authors_probe_is_theirs_in_pytorch(tokenizers, tmp_path):
+
+def test_the_authors_probe_is_theirs_in_pytorch(tokenizers, cache_dir, tmp_path):
     """Two BOS, a system prompt, 64 tokens, batches of 50 without the rest, and the last slot."""
     import torch
     from transformers import AutoModelForCausalLM
@@ -536,6 +545,14 @@ def test_the_authors_probe_is_theirs_in_pytorch(tokenizers, tmp_path):
             states = theirs(**batch, output_hidden_states=True).hidden_states[1:]
         means = np.stack([x[:, -1].numpy().mean(axis=0) for x in states])
         assert relative(found.means[:, k], means) < 2e-3  # theirs is float32 here
+    # Trained on as the template writes them under an empty system prompt, and cut.
+    config = replace(debug_config(), lens=LensConfig(recipe="paper_code"))
+    rows, before = training_rows(config, model, texts)
+    longest = max(rows["en"], key=lambda row: len(row.text)).text
+    shortest = min(range(70), key=lambda i: len(texts["en"][i]))
+    filled = TEMPLATE_EMPTY.format(texts["en"][shortest])
+    assert before.start == [] and len(longest) <= 128
+    assert rows["en"][shortest].text == tokenizer(filled, add_special_tokens=False)["input_ids"]
     with pytest.raises(InputError, match="probes batches of 50, got 3 prompts in 'en'"):
         probe_as_authors(model, {name: rows[:3] for name, rows in texts.items()})
     bare = replace(model, tokenizers=tokenizers)

@@ -22,7 +22,7 @@ def read_parallel(config: ParallelConfig) -> tuple[dict[str, list[str]], list[st
                          "language, a pattern of text files with {language}, or a hub dataset")
     columns = {name: config.columns.get(name, name) for name in languages}
     if "{language}" in config.path:
-        found = {name: _lines(Path(config.path.format(language=column)).expanduser())
+        found = {name: _lines(Path(config.path.replace("{language}", column)).expanduser())
                  for name, column in columns.items()}
         shortest, longest = (pick(found, key=lambda x: len(found[x])) for pick in (min, max))
         if (n := len(found[shortest])) < len(found[longest]):

@@ -56,8 +56,9 @@ def _rows(name, task, split, language, path) -> tuple[list[Placed], bool]:
 
 def _borrow(rows: list[Placed], column: str, others: list[Placed], language: str) -> list[Placed]:
     """Rows with a column of another language's, row by row."""
-    if len(rows) != len(others):
-        raise InputError(f"{rows[0][1]}: {len(rows)} rows, but {len(others)} in '{language}', from "
+    if len(rows) != len(others) or not all(column in row for row, _ in others):
+        where = [*rows, *others][0][1]
+        raise InputError(f"{where}: {len(rows)} rows, but {len(others)} in '{language}', from "
                          f"where column '{column}' is taken")
     return [({**row, column: other[column]}, where)
             for (row, where), (other, _) in zip(rows, others, strict=True)]
@@ -118,7 +119,7 @@ def _made(rows: Iterator[Placed], source: Files | Hub, language: str) -> Iterato
         row = {source.rename.get(column, column): value for column, value in row.items()}
         try:
             row = row if source.make is None else source.make(row, language)
-        except (KeyError, ValueError) as error:
+        except (KeyError, ValueError, IndexError, TypeError) as error:
             raise InputError(f"{where}: cannot be read ({error!r}); found: {', '.join(row)}"
                              ) from None
         if row is not None:

@@ -52,17 +52,16 @@ class Comparison:
 
     def mean(self, model: str, group: str, minus: str | None = None) -> Cell:
         """Mean over a group's languages, or its difference to another model's; bootstrap."""
-        rows = self._rows(model, group)
-        return bootstrap_mean(rows if minus is None else rows - self._rows(minus, group))
+        names = self.group(group)
+        return bootstrap_mean([self._rows(model, name, minus) for name in names])
 
     def change(self, model: str, language: str) -> Cell:
         """How much more of a language a model gets right than the reference; bootstrap."""
-        rows, before = (np.array([self.correct[m][language]], float)
-                        for m in (model, self.reference))
-        return bootstrap_mean(rows - before)
+        return bootstrap_mean([self._rows(model, language, self.reference)])
 
-    def _rows(self, model: str, group: str) -> np.ndarray:
-        return np.array([self.correct[model][name] for name in self.group(group)], float)
+    def _rows(self, model: str, language: str, minus: str | None) -> np.ndarray:
+        rows = np.array(self.correct[model][language], float)
+        return rows if minus is None else rows - np.array(self.correct[minus][language], float)
 
     def group(self, name: str) -> tuple[str, ...]:
         """The languages of a group; of `all groups` those of every one."""
@@ -71,7 +70,9 @@ class Comparison:
 
     @property
     def group_names(self) -> tuple[str, ...]:
-        return (*(n for n in self.groups if self.group(n)), "all groups") if self.groups else ()
+        if not self.group("all groups"):
+            return ()
+        return (*(n for n in self.groups if self.group(n)), "all groups")
 
 
 def table(c: Comparison) -> list[list[str]]:
@@ -104,7 +105,8 @@ def markdown(c: Comparison) -> str:
     """The comparison as a Markdown page section."""
     header, *rows = table(c)
     lines = ["| " + " | ".join(row) + " |" for row in (header, ["---"] * len(header), *rows)]
-    n = len(next(iter(c.correct[c.reference].values())))
+    numbers = sorted({len(rows) for rows in c.correct[c.reference].values()})
+    n = " to ".join(f"{n:,}" for n in {numbers[0]: 0, numbers[-1]: 0})
     about = [f"Accuracy in % on `{c.task}`, {c.scoring}, {n} rows per language, 95% intervals.",
              *(f"Without understanding: {name} {100 * x:.1f}." for name, x in c.baselines.items()),
              *c.notes]

@@ -25,18 +25,25 @@ def accuracy(correct: Sequence[bool]) -> dict[str, Any]:
 
 
 def bootstrap_mean(
-    values: np.ndarray, resamples: int = 2000, seed: int = 0
+    values: np.ndarray | Sequence[Sequence[float]], resamples: int = 2000, seed: int = 0
 ) -> tuple[float, tuple[float, float]]:
     """Mean over languages and rows, and its 95% percentile interval (Efron, 1979).
 
     Rows are drawn anew, each with all its languages: the same row in several languages is no
     independent evidence. Differences between two models on the same rows are paired alike.
+    Languages of different numbers of rows share none, and are drawn each by itself.
 
     Args:
       values: [languages, rows].
     """
-    by_row = np.asarray(values, float).mean(axis=0)
     rng = np.random.default_rng(seed)
+    if len({len(rows) for rows in values}) > 1:
+        every = [np.asarray(rows, float) for rows in values]
+        means = np.mean([rows[rng.integers(len(rows), size=(resamples, len(rows)))].mean(axis=1)
+                         for rows in every], axis=0)
+        low, high = np.quantile(means, (0.025, 0.975))
+        return float(np.mean([rows.mean() for rows in every])), (float(low), float(high))
+    by_row = np.asarray(values, float).mean(axis=0)
     means = by_row[rng.integers(len(by_row), size=(resamples, len(by_row)))].mean(axis=1)
     low, high = np.quantile(means, (0.025, 0.975))
     return float(by_row.mean()), (float(low), float(high))

@@ -1,8 +1,8 @@
 """What an LLM makes of text in a language: its perplexity, and whether it answers in it."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from functools import lru_cache, partial
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +20,7 @@ def perplexity(
     bridge: Bridge, params: Params, texts: Sequence[str], tokenizers: Tokenizers,
     max_tokens: int, batch_size: int,
 ) -> dict[str, float]:
-    """Of plain texts, each after BOS, under the LLM alone.
+    """Of plain texts, each after BOS (or EOS, where there is no BOS), under the LLM alone.
 
     Args:
       max_tokens: of a text; what is longer is left out of it.
@@ -28,14 +28,15 @@ def perplexity(
     Returns:
       `perplexity`, by token; and `bits_per_byte` of UTF-8, which compares tokenizers, too.
     """
-    plain = replace(tokenizers, turn=None)
-    rows = [TokenRow([], ids[:max_tokens], []) for ids in plain.encode_texts(list(texts))]
+    bos, eos = tokenizers.decoder.bos_token_id, tokenizers.decoder.eos_token_id
+    first = SimpleNamespace(start=[eos if bos is None else bos])
+    rows = [TokenRow([], ids[:max_tokens], []) for ids in tokenizers.encode_texts(list(texts))]
     shapes = find_bare_shapes(rows, doubling_buckets(max_tokens))
     total, tokens = 0.0, 0
-    for _, batch in in_order(rows, shapes, plain, batch_size):
+    for _, batch in in_order(rows, shapes, first, batch_size):
         lost, counted = jax.device_get(_surprise(bridge)(params, batch))
         total, tokens = total + float(lost), tokens + int(counted)
-    read = plain.decoder.batch_decode([row.text for row in rows])
+    read = tokenizers.decoder.batch_decode([row.text for row in rows])
     size = sum(len(text.encode()) for text in read)
     return {"perplexity": float(np.exp(total / max(tokens, 1))),
             "bits_per_byte": total / np.log(2) / max(size, 1)}

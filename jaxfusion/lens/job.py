@@ -1,5 +1,6 @@
 """A Lens run: probe an LLM's languages, move them, score it beside its baselines, draw."""
 
+import json
 import logging
 import shutil
 import tempfile
@@ -30,8 +31,9 @@ from jaxfusion.lens.prompts import probe_as_authors, prompt_rows, training_rows
 from jaxfusion.lens.scores import UNTOUCHED, measure, read_questions, report
 from jaxfusion.nn.bridge import Params
 from jaxfusion.nn.decoder import Decoder, make_edits
-from jaxfusion.sharding.hosts import is_first
+from jaxfusion.sharding.hosts import check_peers, is_first, with_peers
 from jaxfusion.sharding.mesh import make_mesh, sharding
+from jaxfusion.training.evaluate import load_config
 from jaxfusion.training.loop import CONFIG_FILE, Run, batch_shares, check_workdir, run_to_end
 from jaxfusion.training.optimizer import group_of_each
 from jaxfusion.training.state import Flat
@@ -55,16 +57,14 @@ def lens(config: LensRunConfig, workdir: Path) -> Comparison | None:
     Raises:
       InputError: whatever is wrong with the config, data, checkpoint or workdir.
     """
-    config = check_workdir(config, workdir)
-    runs = variants(config)
-    texts, answers = read_parallel(config.data)
-    questions = read_questions(config, texts)
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     with jax.set_mesh(mesh), ExitStack() as stack:
-        model, config = load_model(config, mesh)
-        check_layers(runs, model.bridge.decoder.config.num_layers)
+        config, runs, texts, answers, questions, model = with_peers(
+            lambda: prepare(config, workdir, mesh))
+        check_peers(config=json.dumps(asdict(config), sort_keys=True),
+                    prompts=json.dumps([texts, answers]), checkpoint=str(model.identity))
         probed = {name: prompts[: config.data.probe_rows] for name, prompts in texts.items()}
-        rows = prompt_rows(config, model, probed)
+        rows = with_peers(lambda: prompt_rows(config, model, probed))
         workdir.mkdir(parents=True, exist_ok=True)
         if is_first():
             configs.save(config, workdir / CONFIG_FILE)
@@ -74,35 +74,64 @@ def lens(config: LensRunConfig, workdir: Path) -> Comparison | None:
 
         @lru_cache(2)  # what several runs of a sweep share
         def kept(supervised: bool, blocks: int, number: int) -> Kept:
-            prompts = {name: texts[name][:number] for name in texts}
-            return keep(model.bridge, model.params,
-                        training_rows(config, model, prompts,
-                                      answers[:number] if supervised else None),
-                        model.tokenizers, blocks, config.eval.batch_size,
-                        _folder(config, workdir, stack))
+            chosen, tokenizers = training_rows(
+                config, model, {name: texts[name][:number] for name in texts},
+                answers[:number] if supervised else None)
+            return keep(model.bridge, model.params, chosen, tokenizers, blocks,
+                        config.eval.batch_size, _folder(config, workdir, stack))
 
+        # Another probe's prompts are not those that are read afterwards.
+        shown = found if config.lens.recipe == "default" and not config.data.probe else (
+            _read(config, model, rows))
         scores, seconds, moved = {UNTOUCHED: measure(config, model, questions)}, {}, {}
         for name, run in runs.items():
             logger.info("\n%s", name)
             clock, edits, was = time.monotonic(), None, None
             if run.lens.method in TRAINING:
-                if run.lens.method == "supervised" and answers is None:
-                    raise InputError("supervised tuning needs answers: set data.answer to their "
-                                     "column")
                 top_blocks = trained(run, workdir / configs.directory_name(name), model, found,
                                      kept)
                 was = swap_top(model.params, top_blocks)
+                seconds[name] = time.monotonic() - clock
                 moved[name] = _read(config, model, rows)
             elif run.lens.method != "none":
                 edits = partial(make_language_edits, run, found)
-            seconds[name] = time.monotonic() - clock
+            seconds.setdefault(name, time.monotonic() - clock)
             scores[name] = measure(config, model, questions, edits)
             if was is not None:
                 swap_top(model.params, was)
     if not is_first():
         return None
-    draw_languages(found, moved, workdir / "languages.png")
+    draw_languages(shown, moved, workdir / "languages.png")
     return report(config, scores, seconds, workdir)
+
+
+def prepare(config: LensRunConfig, workdir: Path, mesh):
+    """Everything that is read and checked before anything is computed.
+
+    Returns:
+      The config as resolved, its runs, prompts by language, their answers, what is asked of every
+      method, and the model.
+    """
+    if config.bridge:
+        config = replace(config, decoder=load_config(Path(config.bridge)).decoder)
+    config = check_workdir(config, workdir)
+    runs = variants(config)
+    texts, answers = read_parallel(config.data)
+    for name, run in runs.items():
+        if run.lens.method not in TRAINING:
+            continue
+        batch_shares(run.train, mesh)
+        if run.lens.method == "supervised" and answers is None:
+            raise InputError("supervised tuning needs answers: set data.answer to their column")
+        if (number := min(run.data.rows, len(texts[config.data.central]))) < run.train.batch_size:
+            raise InputError(f"train.batch_size of '{name}' is {run.train.batch_size}, but there "
+                             f"are only {number} prompts; set it lower or data.rows higher")
+    questions = read_questions(config, runs, texts)
+    model, config = load_model(config, mesh)
+    check_layers(runs, model.bridge.decoder.config.num_layers)
+    # What a run saves must name the LLM that it was trained on.
+    runs = {name: replace(run, decoder=config.decoder) for name, run in runs.items()}
+    return config, runs, texts, answers, questions, model
 
 
 def variants(config: LensRunConfig) -> dict[str, LensRunConfig]:
@@ -116,6 +145,15 @@ def variants(config: LensRunConfig) -> dict[str, LensRunConfig]:
         choose("lens.method", run.lens.method, METHODS)
         choose("lens.recipe", run.lens.recipe, RECIPES)
         choose("lens.keep", run.lens.keep, PLACES)
+        if name == UNTOUCHED:
+            raise InputError(f"a run of a sweep is named '{name}', as the untouched LLM is in the "
+                             "tables; choose another name")
+        if run.lens.method == "disentangle" and run.lens.strength < 0:
+            raise InputError(f"lens.strength is {run.lens.strength}, wanted 0 or more where a "
+                             "subspace is taken out")
+        if unknown := sorted(set(run.lens.weights) - set(config.data.targets)):
+            raise InputError(f"lens.weights names {', '.join(unknown)}, which is no target; "
+                             f"targets are {', '.join(config.data.targets)}")
         _check_shared(config, name, run)
         rank, most = run.lens.rank, len(config.data.targets)
         if rank is not None and rank > most:
@@ -193,7 +231,7 @@ def _read(config: LensRunConfig, model: Model, rows) -> Probe:
 def say_probe(found: Probe) -> None:
     """How far the languages lie from the central one in the last layer, against their spread."""
     spread = np.sqrt(found.variances[-1].sum(axis=-1).mean())
-    distances = np.linalg.norm(found.displacements(found.layers), axis=-1)
+    distances = np.linalg.norm(found.means[-1] - found.means[-1][0], axis=-1)
     logger.info("%d prompts probed; distance to %s in the last layer, in units of the spread: %s",
                 found.rows, found.languages[0],
                 ", ".join(f"{name} {d / spread:.2f}" for name, d in zip(
@@ -214,8 +252,7 @@ def trained(run: LensRunConfig, workdir: Path, model: Model, found: Probe, kept)
                          "can train")
     loss = loss_of(upper, None if supervised else tuple(goals))
 
-    def prepare(config, mesh, fresh):
-        batch_shares(config.train, mesh)
+    def start(config, mesh, fresh):
         data = kept(supervised, blocks, config.data.rows)
         per_epoch = -(-len(data.last) // config.train.batch_size)
         steps = config.train.steps or config.train.epochs * per_epoch
@@ -227,7 +264,7 @@ def trained(run: LensRunConfig, workdir: Path, model: Model, found: Probe, kept)
         return Run(config, loss, trainable, frozen, groups, batches, steps,
                    lambda _: {"none": 0.0}, "none", loss)
 
-    return run_to_end(run, workdir, prepare).trainable
+    return run_to_end(run, workdir, start).trainable
 
 
 @lru_cache(4)  # equal losses as one object, by which the compiled step is known again
@@ -246,7 +283,9 @@ def swap_top(params: Params, part: Flat) -> Flat:
       What was there.
     """
     flat = traverse_util.flatten_dict({"decoder": params["decoder"]}, sep="/")
+    places = {name: flat[name].sharding for name in part}
     old, new = _swap({name: flat[name] for name in part}, part)
+    new = jax.device_put(new, places)  # the same places by the same names
     params["decoder"] = traverse_util.unflatten_dict({**flat, **new}, sep="/")["decoder"]
     return old
 

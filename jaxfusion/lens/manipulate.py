@@ -15,7 +15,6 @@ import numpy as np
 from flax import traverse_util
 from jaxtyping import Array
 
-from jaxfusion.errors import InputError
 from jaxfusion.fields import LensConfig
 from jaxfusion.lens.keep import Kept, last_and_mean
 from jaxfusion.lens.losses import Goal, align, retain, separate
@@ -94,18 +93,10 @@ def make_goals(
       layers: numbered from 1 on in the whole LLM; empty is the last.
       weights: w_k of languages; 1 unless given.
 
-    Raises:
-      InputError: a layer that does not train, or an unknown language.
     """
     first, goals = found.layers - blocks, {}
-    if unknown := set(weights) - set(found.languages[1:]):
-        raise InputError(f"lens.weights names {', '.join(sorted(unknown))}, which is no target; "
-                         f"targets are {', '.join(found.languages[1:])}")
     scale = np.array([weights.get(name, 1.0) for name in found.languages[1:]])
     for layer in layers or (found.layers,):
-        if not first < layer <= found.layers:
-            raise InputError(f"lens.loss_layers has {layer}, but blocks {first + 1} to "
-                             f"{found.layers} train")
         spaces = found.subspaces(layer, rank)
         moves = scale[:, None] * (found.displacements(layer, rank)[1:] @ spaces.specific)
         goals[layer - first - 1] = Goal(*(

@@ -19,6 +19,7 @@ from jaxfusion.hf.load import load_params, open_tensors, read_config
 from jaxfusion.hf.tables import table
 from jaxfusion.nn.bridge import Bridge, Params
 from jaxfusion.nn.decoder import Decoder
+from jaxfusion.sharding.hosts import fetch
 from jaxfusion.training.evaluate import load_config, load_trained
 from jaxfusion.training.state import describe, kernel_for, merge
 
@@ -46,7 +47,7 @@ class Model:
 
 
 def load_model(config: LensRunConfig, mesh) -> tuple[Model, LensRunConfig]:
-    """The model, and the config with what was resolved: hub commits, and a bridge's LLM.
+    """The model, and the config with the hub commit that was resolved.
 
     Raises:
       InputError: whatever is wrong with the checkpoint or the bridge's workdir.
@@ -84,12 +85,12 @@ def _behind_bridge(config: LensRunConfig, mesh) -> tuple[Model, LensRunConfig]:
     path, _ = resolve(found.config.decoder.checkpoint, found.config.decoder.revision)
     trained = hashlib.sha256(digest(path).encode())
     for name, x in sorted(found.trainable.items()):
-        trained.update(name.encode() + np.asarray(x).tobytes())
+        trained.update(name.encode() + np.asarray(fetch(x)).tobytes())
     both = digest_tokenizer(tokenizers.encoder) + digest_tokenizer(tokenizers.decoder)
     model = Model(found.bridge, merge(found.trainable, found.frozen), tokenizers,
                   of_bridge.data.text_prompt,
                   {"model": trained.hexdigest(), "tokenizer": both})
-    return model, replace(config, decoder=found.config.decoder)
+    return model, config
 
 
 SAMPLE = 64  # bytes from the middle of every tensor

@@ -1,8 +1,9 @@
 """Where an LLM keeps its languages: means of the last prompt token's states, layer by layer."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from safetensors.numpy import save_file
 from jaxfusion.data.batching import TokenRow, find_bare_shapes, find_shapes, in_order
 from jaxfusion.data.tokenizers import Tokenizers
 from jaxfusion.errors import InputError, first_line
-from jaxfusion.lens.subspace import Subspaces, displacements, factorise
+from jaxfusion.lens.subspace import Subspaces, directions, displacements, factorise
 from jaxfusion.nn.bridge import Batch, Bridge, Params
 from jaxfusion.sharding.rules import constrain, replicated
 
@@ -72,7 +73,16 @@ class Sums:
 
     @staticmethod
     def probe(languages: tuple[str, ...], sums: "Sequence[Sums]") -> Probe:
-        """The probe of what was added for each language."""
+        """The probe of what was added for each language.
+
+        Raises:
+          InputError: a mean that is no number.
+        """
+        for name, one in zip(languages, sums, strict=True):
+            if len(bad := np.flatnonzero(~np.isfinite(one.mean).all(axis=1))):
+                raise InputError(f"the states of '{name}' overflow in layer {bad[0] + 1}; set "
+                                 "decoder.dtype='float32', and leave lens.recipe='paper_code' out, "
+                                 "which reads in float16")
         return Probe(languages, np.stack([x.mean for x in sums], axis=1),
                      np.stack([x.square / x.rows for x in sums], axis=1), sums[0].rows)
 
@@ -87,7 +97,7 @@ def probe(
       bridge: the LLM alone, or behind a bridge.
       rows: prompts by language, the central one first.
     """
-    read = jax.jit(lambda *x: replicated(last_states(bridge, *x)))
+    read = _reader(bridge)
     find = find_bare_shapes if bridge.encoder is None else find_shapes
     sums = []
     for texts in rows.values():
@@ -96,6 +106,11 @@ def probe(
             one.add(np.asarray(read(params, batch), np.float64)[:, : len(numbers)])
         sums.append(one)
     return Sums.probe(tuple(rows), sums)
+
+
+@lru_cache(4)  # probes before and after share their compiled programs
+def _reader(bridge: Bridge) -> Callable[[Params, Batch], Array]:
+    return jax.jit(lambda *x: replicated(last_states(bridge, *x)))
 
 
 def last_states(bridge: Bridge, params: Params, batch: Batch) -> Float[Array, "L B E"]:
@@ -116,11 +131,12 @@ def save(found: Probe, file: Path, identity: dict[str, str], about: dict[str, An
     """
     tensors = {"means": found.means, "variances": found.variances}
     for layer in range(1, found.layers + 1):
-        spaces = found.subspaces(layer)
+        rank = directions(found.means[layer - 1])
+        spaces = found.subspaces(layer, rank)
         tensors |= {f"layer.{layer}.agnostic": spaces.agnostic,
                     f"layer.{layer}.specific": spaces.specific,
                     f"layer.{layer}.singular_values": spaces.singular_values,
-                    f"layer.{layer}.displacements": found.displacements(layer)}
+                    f"layer.{layer}.displacements": found.displacements(layer, rank)}
     header = {"languages": json.dumps(found.languages), "rows": str(found.rows),
               "identity": json.dumps(identity), "about": json.dumps(about)}
     partial_file = file.with_name(f".{file.name}.partial")

@@ -9,6 +9,7 @@ there is nothing to mask.
 
 import logging
 from collections.abc import Iterator
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -21,30 +22,32 @@ from jaxfusion.errors import InputError, first_line
 from jaxfusion.fields import LensRunConfig
 from jaxfusion.lens.model import Model
 from jaxfusion.lens.probe import Probe, Sums
+from jaxfusion.sharding.rules import replicated
 
+AS_WRITTEN = SimpleNamespace(start=[])  # in the tokenizers' place: rows that hold their start
 logger = logging.getLogger(__name__)
 Rows = dict[str, list[TokenRow]]
 
 AUTHORS_SYSTEM, AUTHORS_BATCH = "You are a helpful assistant.", 50
+PADDED_BATCH = 64  # 50 rows divide on few meshes
 AUTHORS_PROBED, AUTHORS_TRAINED = 64, 128  # tokens that are left of a prompt
 
 
 def training_rows(
     config: LensRunConfig, model: Model, texts: dict[str, list[str]],
     answers: list[str] | None = None,
-) -> Rows:
-    """The prompts to train on, by language, with their answers for supervised tuning.
+) -> tuple[Rows, Tokenizers]:
+    """The prompts to train on, by language, with their answers for supervised tuning (which has no
+    recipe of the authors); and the tokenizers that know what comes before them.
 
     Raises:
       InputError: a prompt of which nothing is left.
     """
     if config.lens.recipe == "paper_code" and answers is None:
-        ids = {name: authors_ids(model.tokenizers, prompts, "", AUTHORS_TRAINED, again=False)
-               for name, prompts in texts.items()}
-        start = len(model.tokenizers.start)
-        return {name: [TokenRow([], row[start:], []) for row in rows]
-                for name, rows in ids.items()}
-    return prompt_rows(config, model, texts, answers)
+        return {name: [TokenRow([], ids, []) for ids in authors_ids(
+                    model.tokenizers, prompts, "", AUTHORS_TRAINED, again=False)]
+                for name, prompts in texts.items()}, AS_WRITTEN
+    return prompt_rows(config, model, texts, answers), model.tokenizers
 
 
 def prompt_rows(
@@ -114,7 +117,7 @@ def probe_as_authors(model: Model, texts: dict[str, list[str]]) -> Probe:
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
         embedded = decoder.apply(params, tokens, method="embed")
         states, _ = decoder.apply(params, embedded, positions, segments, last, method="states")
-        return states[:, :, 0]
+        return replicated(states[:, :AUTHORS_BATCH, 0])
 
     sums = []
     for name, prompts in texts.items():
@@ -136,7 +139,7 @@ def _authors_batches(ids: list[list[int]], tokenizer) -> Iterator[tuple[np.ndarr
     for start in range(0, len(ids) - AUTHORS_BATCH + 1, AUTHORS_BATCH):
         batch = ids[start : start + AUTHORS_BATCH]
         longest = max(map(len, batch))
-        tokens = np.full((AUTHORS_BATCH, longest), pad, np.int32)
+        tokens = np.full((PADDED_BATCH, longest), pad, np.int32)
         segments = np.zeros_like(tokens)
         for i, row in enumerate(batch):
             place = slice(longest - len(row), longest) if left else slice(len(row))

@@ -52,8 +52,10 @@ class Scores:
     text: dict[str, dict[str, float]] = field(default_factory=dict)
 
 
-def read_questions(config: LensRunConfig, texts: dict[str, list[str]]) -> Questions:
-    """Everything that is asked, read before anything is computed.
+def read_questions(
+    config: LensRunConfig, runs: dict[str, LensRunConfig], texts: dict[str, list[str]]
+) -> Questions:
+    """Everything that is asked of all runs, read before anything is computed.
 
     Raises:
       InputError: a task's data is missing, or too few prompts are left to measure text by.
@@ -74,7 +76,8 @@ def read_questions(config: LensRunConfig, texts: dict[str, list[str]]) -> Questi
         raise InputError("data.perplexity_rows is for an LLM that reads text itself; leave bridge "
                          "out")
     # Never on rows that the probe or the blocks were fitted on.
-    used, have = max(c.rows, c.probe_rows or 0), len(texts[c.central])
+    used = max(c.probe_rows or 0, *(run.data.rows for run in runs.values()))
+    have = len(texts[c.central])
     used = have if c.probe_rows is None and (c.perplexity_rows or c.reply_rows) else used
     wanted = max(c.perplexity_rows, c.reply_rows)
     if wanted > max(0, have - used):

@@ -82,6 +82,14 @@ def factorise(means: Float[np.ndarray, "K E"], rank: int | None = None) -> Subsp
     return Subspaces(agnostic, u[:, :rank], s[:rank])
 
 
+def directions(means: Float[np.ndarray, "K E"]) -> int:
+    """The highest rank that the means have, 1 or more."""
+    means = np.asarray(means, np.float64)
+    centre = means.mean(axis=0)
+    values = np.linalg.svd(means - centre, compute_uv=False)
+    return max(1, int(np.sum(values[: len(means) - 1] > SAME * np.linalg.norm(centre))))
+
+
 def displacements(
     subspaces: Subspaces, means: Float[np.ndarray, "K E"], central: int
 ) -> Float[np.ndarray, "K E"]:

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jaxfusion import config as configs
 from jaxfusion.data.pipeline import iterate
 from jaxfusion.errors import InputError, Stopped
-from jaxfusion.fields import Config, Job, OptimizerConfig, TrainConfig
+from jaxfusion.fields import ROLES, Config, Job, LensRunConfig, OptimizerConfig, TrainConfig
 from jaxfusion.sharding.hosts import check_peers, is_first, wait_for_peers, with_peers
 from jaxfusion.sharding.mesh import make_mesh, sharding
 from jaxfusion.training.checkpoint import Checkpoints, abstract_like, saved_steps
@@ -153,7 +153,8 @@ def check_workdir(config: Job, workdir: Path) -> Job:
     if old.job != config.job:
         raise InputError(f"{workdir} holds a run of job '{old.job}', this config's job is "
                          f"'{config.job}'; choose another --workdir")
-    for role in ("encoder", "decoder") if isinstance(config, Config) else ():
+    from_hub = isinstance(config, Config | LensRunConfig)
+    for role in [x for x in ROLES if from_hub and hasattr(config, x)]:
         was, now = getattr(old, role), getattr(config, role)
         moving = now.revision is None or not COMMIT.fullmatch(now.revision)
         if moving and now.checkpoint == was.checkpoint:
