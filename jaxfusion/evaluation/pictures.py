@@ -98,7 +98,9 @@ def draw_languages(before, after: dict[str, Any], out: Path) -> None:
         values.plot(layers, line, marker="o", label=f"value {i + 1}")
     values.set(xlabel="layer", ylabel="singular value of the language means", yscale="log")
     values.set_xticks(list(layers)[:: max(1, before.layers // 12)])
-    values.legend(frameon=False, fontsize=8)
+    for ticks in (values.yaxis.set_major_formatter, values.yaxis.set_minor_formatter):
+        ticks("{x:g}")
+    values.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
     for axes in (plane, values):
         axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(out, dpi=150)

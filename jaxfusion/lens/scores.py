@@ -121,7 +121,7 @@ def measure(
         measured = perplexity(model.bridge, params(language), texts, model.tokenizers,
                               c.max_decoder_tokens, c.batch_size)
         for name, value in measured.items():
-            found.text.setdefault(name, {})[language] = value
+            found.text.setdefault(name.replace("_", " "), {})[language] = value
     for language, prompts in questions.replies.items():
         answers = ask(REPLY, language, [Example(x, "", -1) for x in prompts]).answers
         code = config.data.codes.get(language, language)
