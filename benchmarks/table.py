@@ -113,8 +113,8 @@ def lens(result: dict[str, Any]) -> list[str]:
         f"{r['prompts']} prompts of at most {r['length']} tokens in {r['languages']} languages, "
         f"{r['steps']} steps of {r['batch']}. A run is one setting, a sweep {settings}: `kept` ran "
         f"all of them, in each of {r['rounds']} rounds; the others ran {timed}, and {settings} are "
-        "extrapolated from these. Medians (range), without compilation; memory is a run's peak "
-        "beyond the imports.",
+        "extrapolated from these. Medians (range), without compilation. Memory is the peak of a "
+        f"short run at width {r['memory_width']} beyond the imports.",
         "", *table(["", "run", f"sweep of {settings}", "compilation", "memory"], rows), "",
         *table(["`kept`", "is", "wanted", ""], _lens_targets(r)), "",
         "`kept` reads every prompt once, then its steps run the trained blocks; `unkept` is the "

@@ -197,10 +197,18 @@ def test_what_is_kept_on_disk_is_the_same(tokenizers, tmp_path):
     config = CASES["llama3"]
     params, rows = {"decoder": random_params(config, 0)}, prompts(answers=True)
     in_memory = keep(alone(config), params, rows, tokenizers, 1, 4)
-    on_disk = keep(alone(config), params, rows, tokenizers, 1, 4, tmp_path)
+    on_disk = keep(alone(config), params, rows, tokenizers, 1, 4, folder=tmp_path)
     assert isinstance(on_disk.hidden, np.memmap) and (tmp_path / "hidden").stat().st_size > 0
     for x, y in zip(jax.tree.leaves(in_memory), jax.tree.leaves(on_disk), strict=True):
         assert np.array_equal(x, y)
+    # By lengths, what is real is the same.
+    by_length = keep(alone(config), params, rows, tokenizers, 1, 4, (6, 9))
+    real = in_memory.segments != 0
+    assert relative(by_length.hidden[real], in_memory.hidden[real]) < 1e-5
+    for name in ("before", "mean"):
+        assert relative(getattr(by_length, name), getattr(in_memory, name)) < 1e-5
+    for name in ("last", "slots", "tokens", "answered", "positions", "segments"):
+        assert np.array_equal(getattr(by_length, name), getattr(in_memory, name))
 
 
 def test_supervised_tuning_foretells_the_answers(tokenizers):

@@ -78,7 +78,8 @@ def lens(config: LensRunConfig, workdir: Path) -> Comparison | None:
                 config, model, {name: texts[name][:number] for name in texts},
                 answers[:number] if supervised else None)
             return keep(model.bridge, model.params, chosen, tokenizers, blocks,
-                        config.eval.batch_size, _folder(config, workdir, stack))
+                        config.eval.batch_size, config.data.buckets,
+                        _folder(config, workdir, stack))
 
         # Another probe's prompts are not those that are read afterwards.
         shown = found if config.lens.recipe == "default" and not config.data.probe else (

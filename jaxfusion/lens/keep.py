@@ -54,6 +54,9 @@ jax.tree_util.register_dataclass(
     Kept, data_fields=list(Kept.__dataclass_fields__), meta_fields=[])
 
 
+ALONG = ("hidden", "positions", "segments")  # arrays whose third axis is the slots
+
+
 def split(config: DecoderConfig, blocks: int) -> tuple[DecoderConfig, DecoderConfig]:
     """The shapes of the blocks below and of the top `blocks`.
 
@@ -82,7 +85,7 @@ def last_and_mean(last: Int[Array, "B"], segments: Int[Array, "B N"]) -> Float[A
 
 def keep(
     bridge: Bridge, params: Params, rows: dict[str, Sequence[TokenRow]], tokenizers: Tokenizers,
-    blocks: int, batch_size: int, folder: Path | None = None,
+    blocks: int, batch_size: int, buckets: Sequence[int] = (), folder: Path | None = None,
 ) -> Kept:
     """Runs every prompt once through the untouched model.
 
@@ -90,11 +93,14 @@ def keep(
       bridge: the LLM alone, or behind a bridge.
       rows: prompts by language, the central one first, aligned.
       blocks: that will train.
+      buckets: lengths that get compiled besides the longest prompt's.
       folder: where to keep what is large, mapped into memory; None keeps it in memory.
     """
     first = split(bridge.decoder.config, blocks)[0].num_layers
     flat = [texts[r] for r in range(len(next(iter(rows.values())))) for texts in rows.values()]
-    shape = _shape_of_all(flat, tokenizers, batch_size)
+    lengths = np.array([len(row.text) + len(row.target) for row in flat])
+    order = np.argsort(lengths, kind="stable")  # prompts of a bucket side by side
+    whole = _shape_of_all(flat, tokenizers, batch_size)
 
     @jax.jit
     def run(params: Params, batch: Batch, last):
@@ -105,14 +111,19 @@ def keep(
         return hidden, jnp.moveaxis(states[first:], 0, 1)
 
     def reserve(name: str, like: np.ndarray) -> np.ndarray:
-        size = (len(flat), *like.shape[1:])
+        along = (whole.length,) if name in ALONG else like.shape[1:2]
+        size = (len(flat), *along, *like.shape[2:])
         if folder is None:
-            return np.empty(size, like.dtype)
+            return np.zeros(size, like.dtype)
         return np.memmap(folder / name, like.dtype, "w+", shape=size)
 
     found: dict[str, np.ndarray] = {}
     for start in range(0, len(flat), batch_size):
-        part = flat[start : start + batch_size]
+        rows_of = order[start : start + batch_size]
+        part = [flat[i] for i in rows_of]
+        rest = whole.length - max(lengths)  # header, prefix and what rounding added
+        fitting = [rest + b for b in buckets if max(lengths[rows_of]) <= b < max(lengths)]
+        shape = replace(whole, length=min(fitting, default=whole.length))
         batch = collate([[row] for row in part], shape, tokenizers)
         last = _last_slots(batch, part)
         hidden, states = fetch(run(params, batch, last))
@@ -123,7 +134,8 @@ def keep(
         for name, x in made.items():
             if name not in found:
                 found[name] = reserve(name, x)
-            found[name][start : start + len(part)] = x[: len(part)]
+            filled = (rows_of, slice(x.shape[1])) if name in ALONG else (rows_of,)
+            found[name][filled] = x[: len(part)]
     found = {name: x.reshape(-1, len(rows), *x.shape[1:]) for name, x in found.items()}
     return Kept(**{**found, "mean": found["mean"][:, 0]})
 
