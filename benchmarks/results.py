@@ -146,13 +146,14 @@ LENS_SEEDS = """\
 %, its 95% interval over rows (bootstrap), and the standard deviation between seeds. **Lens does
 not lift the pocket LLM.** It moves the states as it is meant to (see the picture: both languages
 end up about one and a half times as far from English), and English stays within its interval, but
-no score follows: without `separate` nothing changes, with it deva loses. Steering by `Δ` away
-from English costs most."""
+no score follows: without `separate` hardly anything changes, with it deva rather loses (the
+interval still holds 0). Steering by `Δ`, away from English, costs most."""
 CEILING = """\
-`configs/lens_quickstart.py:ceiling`: why nothing lifts it. Supervised tuning of the same blocks
-on the answers of 4,000 parallel prompts, twenty times what Lens sees without answers, is as good
-as any method on these blocks could become; what it does not gain is not theirs to give. What the
-LLM lacks in deva lies below them, in what it makes of the words."""
+`configs/lens_quickstart.py:ceiling`: why nothing lifts it. Supervised tuning on the answers of
+4,000 parallel prompts, twenty times what Lens sees without answers, is as good as any method on
+its blocks could become. The two blocks that train above gain nothing even so; with the block
+below them deva gains. What the LLM lacks in deva lies below its top two blocks, in what it makes
+of the words, and cannot be mended by moving states above."""
 REALTEXT = """\
 Two thousand sentences of NTREX-128 with translations into eight languages, and the 701 unlabelled
 training sentences of SIB-200 in twenty, are all the text that these towers have seen
