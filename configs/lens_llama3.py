@@ -10,27 +10,12 @@ third makes prompts and probe as the authors' code does, not mask-aware and with
 docs/lens.md).
 
 Needs: a GPU of 40 GB; access to meta-llama/Meta-Llama-3-8B-Instruct;
-parallel prompts, a column for each language (`en`, `zh`, …; 200 of them train two blocks in a
-minute). Scored on XCOPA, XStoryCloze, XWinograd and 2,000 rows of MMLU, from the hub or
-`--config.data.task_path`.
+parallel prompts (200 train), a column for each language (`en`, `zh`, …). Scored on XCOPA,
+XStoryCloze, XWinograd and 2,000 rows of MMLU, from the hub or `--config.data.task_path`.
 """
 
-from jaxfusion.config import default_config, finish
+from jaxfusion.config import finish, published_lens
 
 
 def get_config(arg=None):
-    config = default_config("lens")
-    config.decoder.checkpoint = "meta-llama/Meta-Llama-3-8B-Instruct"
-    config.decoder.dtype = "bfloat16"
-    config.data.path = "prompts.jsonl"
-    config.data.central, config.data.targets = "en", ("zh",)
-    config.data.task_rows = 2000
-    config.eval.tasks = ("xcopa", "xstorycloze", "xwinograd", "mmmlu")
-    config.lens.blocks = 2
-    config.train.batch_size = 8
-    config.sweep = (
-        {"name": "steering", "lens": {"method": "steering"}},
-        {"name": "disentangle", "lens": {"method": "disentangle"}},
-        {"name": "Lens"},
-    )
-    return finish(config, arg)
+    return finish(published_lens("meta-llama/Meta-Llama-3-8B-Instruct"), arg)

@@ -4,7 +4,7 @@ less well than English, and what does each of its losses do?
     python train.py --config configs/lens_quickstart.py
     python train.py --config configs/lens_quickstart.py:ceiling
 
-Needs: two CPU cores; the first command takes about three minutes, the second ten. The LLM
+Needs: two CPU cores; the first command takes about a minute, the second about six. The LLM
 (pocket/lens_decoder) has read and solved much in English, less in latn_a and little in deva. Every
 method sees the same 200 parallel prompts; supervised tuning alone sees their answers. The second
 command tells what there is to gain: supervised tuning on 4,000 answers, in two blocks and in three.

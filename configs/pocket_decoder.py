@@ -12,7 +12,7 @@ pocket/decoder (see pocket/README.md).
 makes runs/pocket_decoder_lens/hf, kept as pocket/lens_decoder: an LLM that has read and solved much
 in English and little in two other languages, for configs/lens_quickstart.py.
 
-Needs: two CPU cores; about half an hour for the first two, three quarters of an hour for the third.
+Needs: two CPU cores; about half an hour for the first two, 50 minutes for the third.
 Learns from English text of the pocket world
 (jaxfusion/data/pocket.py), some of it solved tasks; no frame of a development or test row is among
 it.

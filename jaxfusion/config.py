@@ -30,6 +30,23 @@ def default_config(job: str = "bridge") -> ml_collections.ConfigDict:
     return _to_config_dict(JOBS[job]())
 
 
+def published_lens(checkpoint: str) -> ml_collections.ConfigDict:
+    """Lens (arXiv:2410.04407) of an instruct LLM in English and Chinese, as its authors ship it for
+    Llama-3-8B-Instruct, beside the baselines that train nothing; for a config file to finish."""
+    config = default_config("lens")
+    config.decoder.checkpoint, config.decoder.dtype = checkpoint, "bfloat16"
+    config.data.path = "prompts.jsonl"
+    config.data.central, config.data.targets = "en", ("zh",)
+    config.data.task_rows = 2000
+    config.eval.tasks = ("xcopa", "xstorycloze", "xwinograd", "mmmlu")
+    config.sweep = (
+        {"name": "steering", "lens": {"method": "steering"}},
+        {"name": "disentangle", "lens": {"method": "disentangle"}},
+        {"name": "Lens"},
+    )
+    return config
+
+
 def finish(config: ml_collections.ConfigDict, arg: str | None) -> ml_collections.ConfigDict:
     """The locked config after its argument, as in `--config configs/NAME.py:arg`.
 
