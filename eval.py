@@ -1,51 +1,139 @@
-"""Scores a trained bridge, or its bare LLM: `python eval.py --workdir DIR [--tasks a,b]
-[--languages x,y] [--limit N] [--llm_only] [--data_path DIR] [--distributed]`, or
-answers one input: `python eval.py --workdir DIR --ask "PREMISE | HYPOTHESIS"`.
+"""Scores a trained bridge, or its bare LLM, and says how runs differ.
 
-Scoring writes `DIR/eval/results.json` (`llm_only.json` for the bare LLM) and prints a table.
+    eval.py --workdir DIR[,DIR2 …] [--tasks a,b] [--languages x,y] [--limit N] [--llm_only]
+    eval.py --compare RUN_A RUN_B [--scoring exact_match]     # what B gets right more than A
+    eval.py --workdir DIR --report                            # one HTML file on what was scored
+    eval.py --workdir DIR --input FILE --output OUT.jsonl     # answers a file's rows
+    eval.py --workdir DIR --ask "PREMISE | HYPOTHESIS"
+
+Scoring writes `DIR/eval/results.json` (`llm_only.json` for the bare LLM), every row's answer beside
+it, and prints a table; of several workdirs, as of several seeds, also their mean and spread.
 """
 
 from pathlib import Path
+from typing import Any
 
 from absl import flags
 
 from jaxfusion.cli import refuse_words, run_main, set_up_logging
 from jaxfusion.errors import InputError
 
-WORKDIR = flags.DEFINE_string("workdir", None, "workdir of a run of train.py", required=True)
+WORKDIR = flags.DEFINE_list("workdir", [], "workdir of a run of train.py, or of several seeds")
 TASKS = flags.DEFINE_list("tasks", [], "default: config.eval.tasks, or the training task")
 LANGUAGES = flags.DEFINE_list("languages", [], "default: config.eval.languages, or all of a task")
 LIMIT = flags.DEFINE_integer("limit", None, "score the first so many rows", lower_bound=1)
 DATA_PATH = flags.DEFINE_string("data_path", None, "directory of the tasks' files")
-ASK = flags.DEFINE_string("ask", None, "answer one input instead: its columns, apart by ' | '")
+DROP_SEEN = flags.DEFINE_bool("drop_seen", False, "leave out test rows that were trained on")
+LLM_ONLY = flags.DEFINE_bool("llm_only", False, "the bare LLM on the text prompt")
 DISTRIBUTED = flags.DEFINE_bool("distributed", False, "this process is one of several")
-LLM_ONLY = flags.DEFINE_bool("llm_only", False, "score the bare LLM on the text prompt")
+ASK = flags.DEFINE_string("ask", None, "answer one input: its columns, apart by ' | '")
+INPUT = flags.DEFINE_string("input", None, "answer the rows of this file")
+OUTPUT = flags.DEFINE_string("output", None, "of --input: a .jsonl file, continued where it stands")
+COMPARE = flags.DEFINE_string("compare", None, "RUN_A RUN_B …, each a workdir, or several by comma")
+SCORING = flags.DEFINE_string("scoring", None, "of --compare: how an answer counts")
+REPORT = flags.DEFINE_bool("report", False, "write report.html and report.md on what was scored")
+DECODING = {
+    "max_new_tokens": flags.DEFINE_integer("max_new_tokens", None, "of an answer", lower_bound=1),
+    "temperature": flags.DEFINE_float("temperature", None, "0: the likeliest token; above: drawn"),
+    "top_p": flags.DEFINE_float("top_p", None, "draw among the likeliest of so much probability"),
+    "seed": flags.DEFINE_integer("seed", None, "of what is drawn"),
+    "stop": flags.DEFINE_multi_string("stop", None, "text that ends an answer; may be repeated"),
+    "batch_size": flags.DEFINE_integer("batch_size", None, "rows at once", lower_bound=1),
+}
 
 
 def main(argv: list[str]) -> None:
-    refuse_words(argv)
+    words = argv[1:] if COMPARE.value is not None else []
+    refuse_words(argv[: len(argv) - len(words)])
     set_up_logging()
-    from jaxfusion.evaluation.report import print_table
-    from jaxfusion.sharding.hosts import is_first, join
-    from jaxfusion.training.evaluate import evaluate
+    _check_flags()
+    from jaxfusion.sharding.hosts import join
 
     if DISTRIBUTED.value:
-        if ASK.value is not None:
-            raise InputError("--ask is answered by one process, without --distributed")
         join(preemptible=False)
-    workdir = Path(WORKDIR.value)
-    if ASK.value is not None:
+    workdirs = [Path(place) for place in WORKDIR.value]
+    if COMPARE.value is not None:
+        _compare([COMPARE.value, *words])
+    elif ASK.value is not None:
         from jaxfusion.training.ask import ask
 
-        ask(workdir, ASK.value)
-        return
-    results, _ = evaluate(
-        workdir, tasks=tuple(TASKS.value), languages=tuple(LANGUAGES.value),
-        limit=LIMIT.value, llm_only=LLM_ONLY.value, data_path=DATA_PATH.value,
-    )
-    if is_first():
-        print_table(results, "LLM alone" if LLM_ONLY.value else str(workdir))
-        print(workdir / "eval" / ("llm_only.json" if LLM_ONLY.value else "results.json"))
+        ask(workdirs[0], ASK.value, llm_only=LLM_ONLY.value, decoding=_decoding())
+    elif INPUT.value is not None:
+        from jaxfusion.training.answer import answer_file
+
+        count = answer_file(workdirs[0], Path(INPUT.value), Path(OUTPUT.value),
+                            llm_only=LLM_ONLY.value, decoding=_decoding())
+        print(f"{count} rows answered; all are in {OUTPUT.value}")
+    elif REPORT.value:
+        from jaxfusion.training.compare import report
+
+        print(report(workdirs, SCORING.value))
+    else:
+        _score(workdirs)
+
+
+def _check_flags() -> None:
+    """Raises InputError for flags that say two things, or too little."""
+    modes = {"--ask": ASK.value, "--input": INPUT.value, "--compare": COMPARE.value}
+    chosen = [name for name, value in modes.items() if value is not None]
+    if len(chosen) > 1:
+        raise InputError(f"{' and '.join(chosen)} are one at a time")
+    if (COMPARE.value is None) != bool(WORKDIR.value):
+        raise InputError("wanted --workdir DIR, or --compare RUN_A RUN_B")
+    if (INPUT.value is None) != (OUTPUT.value is None):
+        raise InputError("--input FILE and --output OUT.jsonl go together")
+    if DISTRIBUTED.value and (chosen or REPORT.value):
+        raise InputError("--distributed is for scoring; the rest is done by one process")
+    if len(WORKDIR.value) > 1 and (ASK.value is not None or INPUT.value is not None):
+        raise InputError(f"{chosen[0]} takes one --workdir")
+
+
+def _decoding() -> dict[str, Any]:
+    given = {name: flag.value for name, flag in DECODING.items() if flag.value is not None}
+    return given | ({"stop": tuple(given["stop"])} if "stop" in given else {})
+
+
+def _score(workdirs: list[Path]) -> None:
+    from jaxfusion.evaluation.report import print_comparison, print_table
+    from jaxfusion.sharding.hosts import is_first
+    from jaxfusion.training.evaluate import evaluate
+
+    for workdir in workdirs:
+        results, _ = evaluate(
+            workdir, tasks=tuple(TASKS.value), languages=tuple(LANGUAGES.value),
+            limit=LIMIT.value, llm_only=LLM_ONLY.value, data_path=DATA_PATH.value,
+            drop_seen=DROP_SEEN.value, decoding=_decoding(),
+        )
+        if is_first():
+            print_table(results, "LLM alone" if LLM_ONLY.value else str(workdir))
+            print(workdir / "eval" / ("llm_only.json" if LLM_ONLY.value else "results.json"))
+    if len(workdirs) > 1 and is_first():
+        from jaxfusion.evaluation.runs import compare_runs, read_run
+
+        for comparison in compare_runs(
+            {f"{len(workdirs)} runs": [read_run(x, LLM_ONLY.value) for x in workdirs]},
+            SCORING.value,
+        ):
+            print_comparison(comparison)
+
+
+def _compare(asked: list[str]) -> None:
+    from jaxfusion.evaluation.page import write_page
+    from jaxfusion.evaluation.report import print_comparison, print_differences
+    from jaxfusion.evaluation.runs import compare_runs, read_models
+
+    if len(asked) < 2:
+        raise InputError(f"--compare takes two runs or more, got {asked[0]} alone")
+    models = read_models(asked)
+    comparisons = compare_runs(models, SCORING.value)
+    for comparison in comparisons:
+        print_comparison(comparison)
+        print_differences(comparison)
+    if REPORT.value:
+        last = Path(asked[-1].split(",")[-1])
+        folder = last.parent if last.is_file() else last / "eval"
+        print(write_page(comparisons, models, folder, " against ".join(reversed(models)),
+                         "comparison"))
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from jaxfusion.cli import refuse_words, run_main, set_up_logging
-from jaxfusion.config import from_config_dict
+from jaxfusion.config import from_config_dict, one_by_seeds
 from jaxfusion.errors import InputError
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "configs/NAME.py[:arg]", lock_config=True)
@@ -40,6 +40,8 @@ def main(argv: list[str]) -> None:
     if not Path(file).is_file():
         raise InputError(f"there is no config file {file}; this project's own are in configs/")
     config = from_config_dict(CONFIG.value)
+    if config.job == "bridge" and config.seeds:
+        config = one_by_seeds(config)
     workdir = Path(WORKDIR.value or default_workdir(name))
     if TOPOLOGY.value is not None and not COMPILE_ONLY.value:
         raise InputError("--topology goes with --compile_only; a run takes the devices it finds")
@@ -64,7 +66,7 @@ def main(argv: list[str]) -> None:
         from jaxfusion.training.compare import compare
 
         compare(replace(config, base=make_inputs(config.base)), workdir)
-        print(f"done: {workdir / 'report.md'} and its pictures")
+        print(f"done: {workdir / 'report.html'}, and the same as report.md")
     elif config.job == "pretrain":
         from jaxfusion.training.pretrain import CHECKPOINT, pretrain
 

@@ -35,7 +35,7 @@ from test_export import (  # noqa: E402
 )
 
 from jaxfusion.data.batching import TokenRow, find_shapes, in_order  # noqa: E402
-from jaxfusion.evaluation.generate import make_scorer  # noqa: E402
+from jaxfusion.evaluation.generate import Decoding, make_scorer  # noqa: E402
 from jaxfusion.hf.save import write_tower  # noqa: E402
 from jaxfusion.testing.checkpoints import random_params, write_checkpoints  # noqa: E402
 from jaxfusion.training.export import export  # noqa: E402
@@ -83,7 +83,8 @@ def reference(model, file: Path) -> None:
     """What our bridge gives for the texts: logits, greedy tokens, and how far they are certain."""
     queries = model.tokenizers.encode_queries(TEXTS)
     rows = [TokenRow(query, [], [], model.bridge.latents) for query in queries]
-    score = make_scorer(model.bridge, NEW_TOKENS, -1, False)  # no token ends an answer
+    # No token ends an answer.
+    score = make_scorer(model.bridge, Decoding(NEW_TOKENS, eos=-1), False)
     (numbers, batch), = in_order(rows, find_shapes(rows, (64,)), model.tokenizers, len(rows))
     none = np.zeros((1, len(rows), 1))
     params = merge(model.trainable, model.frozen)

@@ -28,7 +28,7 @@ GROUPS = ("English", "reported", "rich", "mid", "poor")
 def keep(name: str, run: Path) -> None:
     """Copies a comparison's report, with this machine beside it, and the quickstart's pictures."""
     report = json.loads((run / "report.json").read_text("utf-8"))
-    report |= {"machine": machine(), "table": (run / "report.md").read_text("utf-8")}
+    report = {"table": (run / "report.md").read_text("utf-8"), **report, "machine": machine()}
     file = "lens_report" if name == "lens" else name  # lens.json is the benchmark's
     (RESULTS / f"{file}.json").write_text(json.dumps(report, indent=1) + "\n", "utf-8")
     pictures = {"quickstart": ("accuracy", "layers"), "lens": ("accuracy", "languages")}

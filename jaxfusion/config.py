@@ -17,7 +17,16 @@ import ml_collections
 from ml_collections import config_dict
 
 from jaxfusion.errors import InputError, choose, near_match
-from jaxfusion.fields import FUSIONS, JOBS, CompareConfig, Config, Job, LensRunConfig
+from jaxfusion.fields import (
+    FUSIONS,
+    JOBS,
+    CompareConfig,
+    Config,
+    EvalConfig,
+    Job,
+    LensRunConfig,
+    PretrainConfig,
+)
 from jaxfusion.files import write_whole
 
 # May differ when a run is resumed, besides a larger number of steps.
@@ -185,6 +194,12 @@ def variants(config: CompareConfig) -> dict[str, Config]:
     return _each("variants", config.variants, dataclasses.asdict(config.base), Config)
 
 
+def one_by_seeds(config: Config) -> CompareConfig:
+    """A bridge that is trained with several seeds, as a comparison of one variant."""
+    return CompareConfig(base=dataclasses.replace(config, seeds=()), seeds=config.seeds,
+                         variants=({"name": config.fusion.name},))
+
+
 def sweep(config: LensRunConfig) -> dict[str, LensRunConfig]:
     """The config of each run of a sweep.
 
@@ -216,6 +231,15 @@ def directory_name(variant: str) -> str:
     return re.sub(r"\W+", "_", variant)
 
 
+def places(config: CompareConfig) -> dict[str, list[Path]]:
+    """Where below its workdir a comparison keeps the runs of each variant, seed by seed."""
+    return {
+        str(fields["name"]): [Path(directory_name(fields["name"]), *inside) for inside in (
+            [(f"seed_{seed}",) for seed in config.seeds] or [()])]
+        for fields in config.variants
+    }
+
+
 def _override(values: dict[str, Any], fields: dict[str, Any]) -> None:
     """Sets nested fields; None in the place of a group of fields leaves the group out."""
     for name, value in fields.items():
@@ -239,6 +263,8 @@ def check(config: Job) -> None:
     if isinstance(config, CompareConfig):
         variants(config)  # checks each of them
         return
+    if not isinstance(config, PretrainConfig):
+        check_decoding(config.eval)
     if not 0 <= config.optimizer.warmup_fraction < 1:
         raise InputError(
             f"config field 'optimizer.warmup_fraction' is {config.optimizer.warmup_fraction}, "
@@ -246,6 +272,17 @@ def check(config: Job) -> None:
         )
     if flat.get("data.balanced") and flat["data.train_rows"] is None:
         raise InputError("data.balanced needs data.train_rows: how many rows to draw")
+
+
+def check_decoding(config: EvalConfig) -> None:
+    """Raises InputError for settings by which no token can be chosen."""
+    for name, value, wanted, right in (
+        ("temperature", config.temperature, "0 or more", config.temperature >= 0),
+        ("top_p", config.top_p, "above 0 and at most 1", 0 < config.top_p <= 1),
+        ("stop", config.stop, "texts that are not empty", all(config.stop)),
+    ):
+        if not right:
+            raise InputError(f"config field 'eval.{name}' is {value!r}, wanted {wanted}")
 
 
 def save(config: Job, file: Path) -> None:

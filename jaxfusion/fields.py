@@ -17,6 +17,8 @@ ROLES = ("encoder", "decoder")
 METHODS = ("lens", "supervised", "steering", "disentangle", "none")
 RECIPES = ("default", "paper_code")
 PLACES = ("memory", "disk")
+# Fields of `EvalConfig` that decide what an answer is.
+DECODING = ("max_new_tokens", "temperature", "top_p", "seed", "stop")
 OBJECTIVES = ("causal_lm", "masked_lm", "code_switch")
 
 
@@ -135,7 +137,11 @@ class EvalConfig:
     batch_size: int = 32
     max_encoder_tokens: int = 512
     max_decoder_tokens: int = 512
-    max_new_tokens: int = 16  # of greedy decoding
+    max_new_tokens: int = 16  # of an answer
+    temperature: float = 0.0  # of drawing an answer's tokens; 0 takes the likeliest
+    top_p: float = 1.0  # drawn among the likeliest tokens of so much probability together
+    seed: int = 0  # of what is drawn
+    stop: tuple[str, ...] = ()  # texts that end an answer, and are no part of it
 
 
 @dataclass(frozen=True)
@@ -161,6 +167,8 @@ class Config:
     train: TrainConfig = TrainConfig()
     eval: EvalConfig = EvalConfig()
     mesh: MeshConfig = MeshConfig()
+    # Train it once for each of these in place of train.seed: a comparison of one variant.
+    seeds: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -229,6 +237,7 @@ class CompareConfig:
     groups: dict[str, tuple[str, ...]] = field(default_factory=dict)  # of languages, for means
     development: tuple[str, ...] = ()  # languages on which the recipe was chosen: marked, no mean
     rows: int | None = None  # test rows of each language
+    seeds: tuple[int, ...] = ()  # each variant is trained once for each; empty: for its train.seed
 
 
 @dataclass(frozen=True)

@@ -42,7 +42,7 @@ def test_debug_runs_from_start_to_results(file, cache_dir, tmp_path):
     results, _ = evaluate(tmp_path / "run", limit=5)
     (languages,) = results.values()
     scores = next(iter(languages.values()))
-    assert scores["greedy_exact"]["n"] == 5
+    assert scores["exact_match"]["n"] == 5
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)

@@ -14,7 +14,7 @@ from jaxfusion.config import default_config, finish, from_config_dict
 from jaxfusion.data.batching import collate, find_shapes, tokenize
 from jaxfusion.data.sources import Example
 from jaxfusion.data.task import Task, last_number
-from jaxfusion.evaluation.generate import make_scorer
+from jaxfusion.evaluation.generate import Decoding, make_scorer
 from jaxfusion.evaluation.metrics import accuracy, wilson_interval
 from jaxfusion.evaluation.report import merge_results
 from jaxfusion.evaluation.scoring import Scorer
@@ -70,7 +70,7 @@ def test_greedy_and_likelihood_equal_a_full_pass(model, params):
     batch = collate(*shapes.place(rows, 1, 2), tokenizers)
     options = np.array([[[7, 9, 30, 2], [7, 9, 30, 2]], [[8, 0, 0, 0], [9, 5, 0, 0]]])
     mask = options > 0
-    score = make_scorer(bridge, 5, tokenizers.eos, bare=False)
+    score = make_scorer(bridge, Decoding(5, tokenizers.eos), bare=False)
     tokens, scores = score(params, batch, options, mask)
 
     def logits_after(i, answer):
@@ -101,7 +101,7 @@ def test_free_text_has_greedy_scores_alone(model, params):
     config = EvalConfig(batch_size=4, max_new_tokens=2)
     task = Task("{text}", (), ("en",))
     scored = Scorer(model.bridge, model.tokenizers, config)(params, EXAMPLES, task)
-    assert set(scored.correct) == {"greedy_exact"}
+    assert set(scored.correct) == {"exact_match"}
 
 
 def test_letters_are_scored_by_the_prompts_own_logits(model, params):
@@ -109,12 +109,12 @@ def test_letters_are_scored_by_the_prompts_own_logits(model, params):
     bridge, tokenizers = model.bridge, model.tokenizers
     rows = rows_of(model, EXAMPLES[:2])
     batch = collate(*find_shapes(rows, (64,)).place(rows, 1, 2), tokenizers)
-    score = make_scorer(bridge, 0, tokenizers.eos, bare=False)
+    score = make_scorer(bridge, Decoding(0, tokenizers.eos), bare=False)
     letters = np.array([[[7], [7]], [[8], [9]]])
     tokens, scores = score(params, batch, letters, letters > 0)
     assert tokens.shape == (2, 0)
     longer = np.pad(letters, ((0, 0), (0, 0), (0, 7)))
-    _, cached = make_scorer(bridge, 5, tokenizers.eos, bare=False)(
+    _, cached = make_scorer(bridge, Decoding(5, tokenizers.eos), bare=False)(
         params, batch, longer, longer > 0)
     assert relative(scores, cached) < 1e-6
 
@@ -126,7 +126,7 @@ def test_numbers_are_compared_and_not_the_words_around_them(model, params):
     task = Task("{text}", (), ("en",), extract=lambda text: "same")
     scored = Scorer(model.bridge, model.tokenizers, EvalConfig(batch_size=4, max_new_tokens=2))(
         params, EXAMPLES, task)
-    assert all(scored.correct["greedy_exact"])
+    assert all(scored.correct["exact_match"])
 
 
 def test_wilson_interval_against_published_values():
@@ -144,7 +144,7 @@ def test_intervals_hold_their_accuracy(correct):
 
 
 def test_results_grow_and_do_not_mix(tmp_path):
-    file, score = tmp_path / "eval" / "results.json", {"greedy_exact": accuracy([True])}
+    file, score = tmp_path / "eval" / "results.json", {"exact_match": accuracy([True])}
     merge_results(file, {"xnli": {"sw": score}}, {"step": 5})
     merged = merge_results(file, {"xnli": {"th": score}}, {"step": 5})
     assert set(merged["xnli"]) == {"sw", "th"} and json.loads(file.read_text()) == merged

@@ -408,7 +408,7 @@ def test_thirty_two_real_rows_are_learned(real_data, cache_dir, tmp_path, fusion
     rows = subset(rows, 32, balanced=False, seed=config.train.seed)
     scorer = Scorer(model.bridge, model.tokenizers, config.eval)
     scored = scorer(merge(state.trainable, model.frozen), rows, task)
-    assert np.mean(scored.correct["greedy_exact"]) > 0.9
+    assert np.mean(scored.correct["exact_match"]) > 0.9
 
 
 def test_a_loss_that_is_no_number_ends_the_run(cache_dir, tmp_path):

@@ -86,7 +86,7 @@ def test_two_processes_score_as_one_does(undisturbed):
     two = json.loads(file.read_text())
     alone, _ = evaluate(undisturbed, limit=12)
     assert alone == two and all(
-        x["greedy_exact"]["n"] == 12 for task in two.values() for x in task.values())
+        x["exact_match"]["n"] == 12 for task in two.values() for x in task.values())
     assert not list(file.parent.glob("*step*"))  # nothing was written twice
 
 

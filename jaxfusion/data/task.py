@@ -83,7 +83,7 @@ class Task:
     @property
     def scoring(self) -> str:
         """How an answer counts in tables: see `evaluation/scoring.py`."""
-        return "likelihood" if self.labels else "greedy_exact"
+        return "likelihood" if self.labels else "exact_match"
 
 
 NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")

@@ -1,6 +1,7 @@
-"""Greedy answers and likelihoods of given answers, both from one pass over the prompt."""
+"""Answers, greedy or sampled, and likelihoods of given ones: both from one pass over the prompt."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import lru_cache
 
 import jax
@@ -14,31 +15,52 @@ from jaxfusion.sharding.rules import constrain, replicated
 Score = Callable[..., tuple[Int[Array, "B T"], Float[Array, "C B"]]]
 
 
-@lru_cache(8)  # the development scores and the final ones share their compiled programs
-def make_scorer(bridge: Bridge, max_new_tokens: int, eos: int, bare: bool) -> Score:
-    """The jitted `(params, batch, options, options_mask) -> (tokens, scores)`.
+@dataclass(frozen=True)
+class Decoding:
+    """How an answer's tokens are chosen.
 
-    `options` [C B T] are the ids of each row's possible answers, `options_mask` is True at real
-    ones. Of the result, `tokens` [B max_new_tokens] is the greedy answer, padded with `eos` from
-    its end on, and `scores` [C B] the log-likelihood of each option, summed over its tokens.
+    Attributes:
+      max_new_tokens: of an answer. eos: what ends it, and fills what is left behind it.
+      temperature: 0 takes the most likely token; above, tokens are drawn.
+      top_p: drawn among the fewest likeliest tokens that have this much probability together
+        (nucleus sampling, arXiv:1904.09751). seed: of what is drawn.
+    """
+
+    max_new_tokens: int
+    eos: int
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
+
+
+@lru_cache(8)  # the development scores and the final ones share their compiled programs
+def make_scorer(bridge: Bridge, decoding: Decoding, bare: bool) -> Score:
+    """The jitted `(params, batch, options, mask, ends=None, numbers=None) -> (tokens, scores)`.
+
+    `options` [C B T] are the ids of each row's possible answers, `mask` is True at real ones.
+    `ends` [V] is True at tokens after which an answer has ended, besides `eos`; `numbers` [B] are
+    what the rows' draws depend on, whatever batch they are in. Of the result, `tokens`
+    [B max_new_tokens] is the answer, padded with `eos` from its end on, and `scores` [C B] the
+    log-likelihood of each option, summed over its tokens.
 
     Args:
       bare: the LLM alone, on batches whose rows are text.
     """
 
-    def score(params: Params, batch: Batch, options, options_mask):
-        slots = max(max_new_tokens, options.shape[-1])
+    def score(params: Params, batch: Batch, options, mask, ends=None, numbers=None):
+        slots = max(decoding.max_new_tokens, options.shape[-1])
         batch = jax.tree.map(lambda x: constrain(x, "rows", None), batch)
         cache, logits = prefill(bridge, params, batch, slots, bare)
         position = jnp.max(batch.dec_positions, axis=1) + 1
         start = batch.dec_tokens.shape[1]
         empty = ~jnp.any(batch.dec_segments != 0, axis=1)
-        tokens = greedy(bridge, params, cache, logits, position, start, max_new_tokens, eos, empty)
+        tokens = generate(bridge, params, cache, logits, position, start, decoding, empty, ends,
+                          numbers)
 
         def likelihood(option):
             return log_likelihood(bridge, params, cache, logits, position, start, *option)
 
-        return replicated((tokens, jax.lax.map(likelihood, (options, options_mask))))
+        return replicated((tokens, jax.lax.map(likelihood, (options, mask))))
 
     return jax.jit(score)
 
@@ -59,40 +81,62 @@ def prefill(
     return cache, bridge.logits(params, final)
 
 
-def greedy(
+def generate(
     bridge: Bridge, params: Params, cache: Cache, logits: Float[Array, "B V"],
-    position: Int[Array, "B"], start: int, max_new_tokens: int, eos: int, done: Bool[Array, "B"],
+    position: Int[Array, "B"], start: int, decoding: Decoding, done: Bool[Array, "B"],
+    ends: Bool[Array, "V"] | None, numbers: Int[Array, "B"] | None,
 ) -> Int[Array, "B T"]:
-    """The most likely next token, again and again, until every row has ended.
+    """A next token, again and again, until every row has ended.
 
     Args:
       cache, logits: from `prefill`.
       position: of the first new token in each row. start: its slot in the cache.
       done: rows that need no answer.
+      ends, numbers: as `make_scorer` has them.
     """
-    rows = position.shape[0]
-    tokens = jnp.full((rows, max_new_tokens), eos, jnp.int32)
-    if not max_new_tokens:
+    rows, eos = position.shape[0], decoding.eos
+    tokens = jnp.full((rows, decoding.max_new_tokens), eos, jnp.int32)
+    if not decoding.max_new_tokens:
         return tokens
     ones = jnp.ones((rows, 1), jnp.int32)
 
     def unfinished(state):
         step, _, done, _, _ = state
-        return (step < max_new_tokens) & ~jnp.all(done)
+        return (step < decoding.max_new_tokens) & ~jnp.all(done)
 
     def extend(state):
         step, tokens, done, cache, logits = state
-        chosen = jnp.where(done, eos, jnp.argmax(logits, axis=-1).astype(jnp.int32))
+        chosen = jnp.where(done, eos, choose_tokens(logits, decoding, numbers, step))
         tokens = tokens.at[:, step].set(chosen)
         hidden, cache = bridge.decode(
             params, bridge.embed(params, chosen[:, None]), (position + step)[:, None], ones,
             cache, start + step,
         )
         logits = bridge.logits(params, hidden[:, 0])
-        return step + 1, tokens, done | (chosen == eos), cache, logits
+        ended = (chosen == eos) | (False if ends is None else ends[chosen])
+        return step + 1, tokens, done | ended, cache, logits
 
     state = (0, tokens, done, cache, logits)
     return jax.lax.while_loop(unfinished, extend, state)[1]
+
+
+def choose_tokens(
+    logits: Float[Array, "B V"], decoding: Decoding, numbers: Int[Array, "B"] | None,
+    step: Int[Array, ""] | int,
+) -> Int[Array, "B"]:
+    """Each row's next token; draws depend on the seed, the row's number and the step alone."""
+    if not decoding.temperature:
+        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    logits = logits.astype(jnp.float32) / decoding.temperature
+    if decoding.top_p < 1:
+        ordered = jnp.sort(logits, axis=-1, descending=True)
+        chances = jax.nn.softmax(ordered, axis=-1)
+        inside = jnp.cumsum(chances, axis=-1) - chances < decoding.top_p
+        least = jnp.min(jnp.where(inside, ordered, jnp.inf), axis=-1, keepdims=True)
+        logits = jnp.where(logits < least, -jnp.inf, logits)
+    key = jax.random.fold_in(jax.random.key(decoding.seed), step)
+    keys = jax.vmap(lambda number: jax.random.fold_in(key, number))(numbers)
+    return jax.vmap(jax.random.categorical)(keys, logits).astype(jnp.int32)
 
 
 def log_likelihood(

@@ -1,6 +1,8 @@
 """Which encoder layers a fusion takes."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import lru_cache
+from typing import Any
 
 import jax
 import numpy as np
@@ -9,7 +11,7 @@ from jaxfusion.data.batching import doubling_buckets, find_shapes, in_order, tok
 from jaxfusion.data.sources import Example
 from jaxfusion.data.tokenizers import Tokenizers
 from jaxfusion.fields import EvalConfig
-from jaxfusion.nn.bridge import Bridge, Params
+from jaxfusion.nn.bridge import Batch, Bridge, Params
 from jaxfusion.sharding.rules import replicated
 
 ROWS = 100  # of each language are looked at
@@ -24,17 +26,11 @@ def layer_weigher(
     """
     if bridge.fusion_module is None:
         return None
-    fuse = jax.jit(lambda params, batch: replicated(bridge.fuse(params, batch)[1]))
+    fuse = _fuser(bridge)
 
     def weigh(params: Params, examples: Sequence[Example]) -> list[float]:
-        rows, _ = tokenize(
-            examples[:ROWS], tokenizers, text_prompt="", with_target=False,
-            max_encoder_tokens=config.max_encoder_tokens,
-            max_decoder_tokens=config.max_decoder_tokens,
-        )
-        shapes = find_shapes(rows, doubling_buckets(config.max_encoder_tokens))
         total, tokens = 0.0, 0
-        for _, batch in in_order(rows, shapes, tokenizers, config.batch_size):
+        for _, batch in _batches(bridge, tokenizers, config, examples[:ROWS], config.batch_size):
             weights, real = np.asarray(fuse(params, batch)), batch.enc_segments != 0
             if weights.ndim == 1:
                 return weights.tolist()
@@ -43,3 +39,40 @@ def layer_weigher(
         return (total / tokens).tolist()
 
     return weigh
+
+
+def token_weights(
+    bridge: Bridge, tokenizers: Tokenizers, config: EvalConfig, params: Params, example: Example
+) -> dict[str, Any] | None:
+    """`tokens` of an example's query, and their `weights`: of each token those of layers 1 … L.
+
+    None for a fusion without weights.
+    """
+    if bridge.fusion_module is None:
+        return None
+    (_, batch), = _batches(bridge, tokenizers, config, [example], 1)
+    weights = np.asarray(_fuser(bridge)(params, batch), float)
+    ids = batch.enc_tokens[batch.enc_segments != 0]
+    if weights.ndim == 1:  # the same for all
+        weights = np.broadcast_to(weights[:, None, None], (len(weights), 1, len(ids)))
+    return {"tokens": tokenizers.encoder.convert_ids_to_tokens(ids.tolist()),
+            "weights": weights[:, 0, : len(ids)].T.round(4).tolist()}
+
+
+@lru_cache(4)
+def _fuser(bridge: Bridge) -> Callable[[Params, Batch], jax.Array]:
+    """The jitted layer weights of a batch."""
+    return jax.jit(lambda params, batch: replicated(bridge.fuse(params, batch)[1]))
+
+
+def _batches(
+    bridge: Bridge, tokenizers: Tokenizers, config: EvalConfig, examples: Sequence[Example],
+    batch_size: int,
+) -> Iterator[tuple[np.ndarray, Batch]]:
+    rows, _ = tokenize(
+        examples, tokenizers, text_prompt="", with_target=False,
+        max_encoder_tokens=config.max_encoder_tokens,
+        max_decoder_tokens=config.max_decoder_tokens, latents=bridge.latents,
+    )
+    shapes = find_shapes(rows, doubling_buckets(config.max_encoder_tokens))
+    return in_order(rows, shapes, tokenizers, batch_size)

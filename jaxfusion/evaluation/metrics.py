@@ -1,10 +1,11 @@
-"""Accuracy and its interval."""
+"""Accuracy, its interval, and whether two runs differ."""
 
 import math
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from scipy.stats import binomtest
 
 Z95 = 1.959963984540054  # the normal distribution's 97.5% quantile
 
@@ -47,3 +48,52 @@ def bootstrap_mean(
     means = by_row[rng.integers(len(by_row), size=(resamples, len(by_row)))].mean(axis=1)
     low, high = np.quantile(means, (0.025, 0.975))
     return float(by_row.mean()), (float(low), float(high))
+
+
+def mcnemar(before: np.ndarray, after: np.ndarray) -> float:
+    """Two-sided p-value that two runs are right on the same rows equally often, exact.
+
+    Of the rows on which one alone is right each has as many by chance (McNemar, 1947; the binomial
+    form, without the approximation by χ²).
+
+    Args:
+      before, after: [rows] 0 or 1.
+    """
+    gained, lost = int(np.sum(after > before)), int(np.sum(after < before))
+    return float(binomtest(gained, gained + lost).pvalue) if gained + lost else 1.0
+
+
+def sign_flip(
+    values: np.ndarray | Sequence[Sequence[float]], resamples: int = 10_000, seed: int = 0
+) -> float:
+    """Two-sided p-value that a mean over languages and rows is 0: the permutation test of pairs.
+
+    Which run is which is drawn anew for every row, with all its languages (Fisher, 1935); for one
+    language and one seed it is McNemar's test. The smallest p-value that it gives is
+    1 / (resamples + 1).
+
+    Args:
+      values: [languages, rows], differences of two runs on the same rows. Languages of different
+        numbers of rows share none, and are drawn each by itself.
+    """
+    if len({len(rows) for rows in values}) == 1:
+        rows = np.asarray(values, float).mean(axis=0) / len(values[0])
+    else:
+        rows = np.concatenate([np.asarray(x, float) / len(x) for x in values]) / len(values)
+    found, rows = abs(rows.sum()), rows[rows != 0]
+    rng, extreme, done = np.random.default_rng(seed), 0, 0
+    while done < resamples:  # in parts: all signs together may not fit
+        signs = rng.integers(0, 2, size=(min(500, resamples - done), len(rows)), dtype=np.int8)
+        sums = np.abs((2.0 * signs - 1.0) @ rows)
+        extreme, done = extreme + int(np.sum(sums >= found - 1e-12)), done + len(signs)
+    return (extreme + 1) / (resamples + 1)
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """P-values such that taking those below α errs in any of them with probability α (Holm, 1979).
+    """
+    adjusted, highest = [0.0] * len(p_values), 0.0
+    for rank, i in enumerate(np.argsort(p_values, kind="stable")):
+        highest = max(highest, min(1.0, (len(p_values) - rank) * p_values[i]))
+        adjusted[i] = highest
+    return adjusted

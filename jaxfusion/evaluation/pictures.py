@@ -70,6 +70,39 @@ def draw_layers(comparison: Comparison, out: Path) -> None:
     plt.close(figure)
 
 
+def draw_curves(metrics: dict[str, list[list[dict[str, float]]]], out: Path) -> bool:
+    """Loss and development score by step: a line for each run, a colour for each model.
+
+    Args:
+      metrics: of every model, by seed, the records of `metrics.jsonl`.
+
+    Returns:
+      Whether there was anything to draw.
+    """
+    runs = [(i, model, records) for i, (model, seeds) in enumerate(metrics.items())
+            for records in seeds]
+    dev = sorted({name for _, _, records in runs for x in records for name in x
+                  if name in ("dev/likelihood", "dev/exact_match")})[-1:]
+    if not runs:
+        return False
+    figure, panels = plt.subplots(1, 1 + len(dev), figsize=(4.8 * (1 + len(dev)), 3.6),
+                                  squeeze=False, layout="constrained")
+    for axes, name in zip(panels[0], ["loss", *dev], strict=True):
+        named = set()
+        for i, model, records in runs:
+            points = [(x["step"], x[name]) for x in records if name in x]
+            axes.plot(*zip(*points, strict=True), color=f"C{i}", linewidth=1.2,
+                      marker="." if len(points) < 20 else None,
+                      label=None if model in named else model)
+            named.add(model)
+        axes.set(xlabel="step", title=name.replace("/", " ").replace("_", " "))
+        axes.spines[["top", "right"]].set_visible(False)
+    panels[0][0].legend(frameon=False, fontsize=8)
+    figure.savefig(out, dpi=150)
+    plt.close(figure)
+    return True
+
+
 def draw_languages(before, after: dict[str, Any], out: Path) -> None:
     """Languages in the plane of the first two specific directions of the last layer, before and
     after; and the singular values by layer.

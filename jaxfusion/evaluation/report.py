@@ -1,4 +1,4 @@
-"""`eval/results.json` and the table on the terminal."""
+"""`eval/results.json` and the tables on the terminal."""
 
 import json
 from pathlib import Path
@@ -7,13 +7,16 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from jaxfusion.evaluation.comparison import Comparison, differences, remarks, table
 from jaxfusion.files import write_whole
 
 # task -> language -> scoring -> {accuracy, n, ci95}
 Results = dict[str, dict[str, dict[str, dict[str, Any]]]]
 
 
-def merge_results(file: Path, new: Results, about: dict[str, Any]) -> Results:
+def merge_results(
+    file: Path, new: Results, about: dict[str, Any], indent: int | None = 2
+) -> Results:
     """Adds results to a file, which keeps what it has of other tasks and languages.
 
     Results of something else (another checkpoint, another limit on rows) do not mix: a file that
@@ -35,8 +38,8 @@ def merge_results(file: Path, new: Results, about: dict[str, Any]) -> Results:
             about_file.rename(kept.with_suffix(".about.json"))
     for task, languages in new.items():
         results.setdefault(task, {}).update(languages)
-    _write(about_file, about)
-    _write(file, results)
+    _write(about_file, about, indent)
+    _write(file, results, indent)
     return results
 
 
@@ -49,8 +52,8 @@ def _free_name(file: Path, tag: str) -> Path:
     return candidate
 
 
-def _write(file: Path, content: Any) -> None:
-    write_whole(file, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+def _write(file: Path, content: Any, indent: int | None) -> None:
+    write_whole(file, json.dumps(content, indent=indent, ensure_ascii=False) + "\n")
 
 
 def print_table(results: Results, title: str) -> None:
@@ -70,6 +73,31 @@ def print_table(results: Results, title: str) -> None:
             ]
             table.add_row("mean", "", *(f"{100 * mean:5.1f}" for mean in means))
         Console(width=None if Console().is_terminal else 100).print(table)
+
+
+def print_comparison(c: Comparison) -> None:
+    """The table of a comparison, and what its reader must know."""
+    _print(table(c), f"{c.task}: accuracy in %, {c.scoring}", "\n".join(remarks(c)),
+           len(c.languages))
+
+
+def print_differences(c: Comparison) -> None:
+    """For every other model than the reference a table of what it gets right more."""
+    for model in c.correct:
+        if model != c.reference:
+            _print(differences(c, model), f"{c.task}, {c.scoring}: {model} against {c.reference}",
+                   "p: McNemar's exact test of one language, the permutation test of pairs for "
+                   "means and seeds", len(c.languages))
+
+
+def _print(rows: list[list[str]], title: str, caption: str, languages: int) -> None:
+    header, *rows = rows
+    shown = Table(*header, title=title, caption=caption)
+    for i, row in enumerate(rows):
+        if i == languages:  # means follow
+            shown.add_section()
+        shown.add_row(*row)
+    Console(width=None if Console().is_terminal else 120).print(shown)
 
 
 def _cell(score: dict[str, Any]) -> str:

@@ -1,13 +1,15 @@
-"""Scores a bridge, or its bare LLM: greedy exact match, and likelihood of the labels."""
+"""Scores a bridge, or its bare LLM: exact match of the answer, and likelihood of the labels."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import jax
 import numpy as np
 
 from jaxfusion.data.batching import (
     Cut,
+    Shapes,
     TokenRow,
     doubling_buckets,
     find_bare_shapes,
@@ -19,7 +21,7 @@ from jaxfusion.data.batching import (
 from jaxfusion.data.sources import Example
 from jaxfusion.data.task import Task
 from jaxfusion.data.tokenizers import Tokenizers
-from jaxfusion.evaluation.generate import make_scorer
+from jaxfusion.evaluation.generate import Decoding, make_scorer
 from jaxfusion.fields import EvalConfig
 from jaxfusion.nn.bridge import Bridge, Params
 
@@ -29,9 +31,9 @@ class Scored:
     """What came out for each example, in their order.
 
     Attributes:
-      answers: the greedy text, stripped.
+      answers: the text, stripped, without the stop string that ended it.
       likelihoods: [rows, labels] log-likelihood of each label.
-      correct: by scoring name, `greedy_exact` and (for tasks with labels) `likelihood`.
+      correct: by scoring name (see `Scorer`).
       cut: how many examples were longer than the limits.
     """
 
@@ -40,14 +42,21 @@ class Scored:
     correct: dict[str, list[bool]]
     cut: Cut
 
+    def part(self, start: int, end: int) -> "Scored":
+        """What came out for some of the examples; `cut` is still that of all."""
+        correct = {name: right[start:end] for name, right in self.correct.items()}
+        return Scored(self.answers[start:end], self.likelihoods[start:end], correct, self.cut)
+
 
 class Scorer:
     """Scores examples with one compiled program per batch shape.
 
-    `greedy_exact`: the greedy answer equals the target after strip, as the papers score; where the
-    task extracts something of both, that.
+    `exact_match`: the answer equals the target after strip, as the papers score; where the task
+    extracts something of both, that. Greedy unless the config has a temperature.
     `likelihood`: the correct label has the largest summed log-probability; behind a bridge with
     the end token that training put after every answer, for the bare LLM without it.
+    `likelihood_norm`: the same, over the label's length in characters, as `acc_norm` of
+    EleutherAI's lm-evaluation-harness.
     """
 
     def __init__(
@@ -56,39 +65,53 @@ class Scorer:
     ):
         self.tokenizers, self.config = tokenizers, config
         self.text_prompt, self.bare, self.latents = text_prompt, bare, bridge.latents
-        self.score = make_scorer(bridge, config.max_new_tokens, tokenizers.eos, bare)
+        self.vocabulary = bridge.decoder.config.vocab_size
+        self.score = make_scorer(bridge, Decoding(
+            config.max_new_tokens, tokenizers.eos, config.temperature, config.top_p, config.seed,
+        ), bare)
 
     def __call__(
         self, params: Params, examples: Sequence[Example], task: Task,
         progress: Callable[[int], None] = lambda rows: None,
+        numbers: Sequence[int] | None = None,
     ) -> Scored:
-        """Scores the examples; `progress` is told how many rows each batch had."""
+        """Scores the examples.
+
+        Args:
+          progress: is told how many rows each batch had.
+          numbers: of the examples, for what is drawn; their places unless given.
+        """
         rows, cut = self._rows(examples)
-        labels, extract = task.labels, task.extract or str.strip
-        buckets = doubling_buckets(self.config.max_encoder_tokens)
-        if self.bare:
-            buckets = doubling_buckets(self.config.max_decoder_tokens)
-        shapes = (find_bare_shapes if self.bare else find_shapes)(rows, buckets)
+        labels = task.labels
+        places = np.arange(len(rows)) if numbers is None else np.asarray(numbers)
         answers, likelihoods = [""] * len(rows), np.zeros((len(rows), len(labels)))
-        for numbers, batch in in_order(rows, shapes, self.tokenizers, self.config.batch_size):
-            options, mask = self._options([examples[i] for i in numbers], labels)
-            tokens, scores = jax.device_get(self.score(params, batch, options, mask))
-            for row, number in enumerate(numbers):
+        for chosen, batch in in_order(rows, self._shapes(rows), self.tokenizers,
+                                      self.config.batch_size):
+            options, mask = self._options([examples[i] for i in chosen], labels)
+            drawn = np.resize(places[chosen], self.config.batch_size).astype(np.int32)
+            tokens, scores = jax.device_get(
+                self.score(params, batch, options, mask, self._ends, drawn))
+            for row, number in enumerate(chosen):
                 answers[number] = self._text(tokens[row])
                 likelihoods[number] = scores[: len(labels), row]
-            progress(len(numbers))
-        correct = {
-            "greedy_exact": [
-                extract(answer) == extract(example.target)
-                for answer, example in zip(answers, examples, strict=True)
-            ]
-        }
-        if labels:
-            correct["likelihood"] = [
-                bool(np.argmax(found) == example.label)
-                for found, example in zip(likelihoods, examples, strict=True)
-            ]
-        return Scored(answers, likelihoods, correct, cut)
+            progress(len(chosen))
+        return Scored(answers, likelihoods, _correct(task, examples, answers, likelihoods), cut)
+
+    def _shapes(self, rows: list[TokenRow]) -> Shapes:
+        if self.bare:
+            return find_bare_shapes(rows, doubling_buckets(self.config.max_decoder_tokens))
+        return find_shapes(rows, doubling_buckets(self.config.max_encoder_tokens))
+
+    @cached_property
+    def _ends(self) -> np.ndarray | None:
+        """[V] True at tokens that a stop string is part of: nothing behind them is wanted."""
+        if not self.config.stop:
+            return None
+        decoder = self.tokenizers.decoder
+        pieces = decoder.batch_decode([[i] for i in range(len(decoder))])
+        ends = np.zeros(self.vocabulary, bool)
+        ends[: len(pieces)] = [any(stop in piece for stop in self.config.stop) for piece in pieces]
+        return ends
 
     def _rows(self, examples: Sequence[Example]) -> tuple[list[TokenRow], Cut]:
         c = self.config
@@ -124,7 +147,29 @@ class Scorer:
         return options, mask
 
     def _text(self, tokens: np.ndarray) -> str:
-        """The answer up to its end token."""
+        """The answer up to its end token, or to the first stop string."""
         ended = np.flatnonzero(tokens == self.tokenizers.eos)
         kept = tokens[: ended[0]] if len(ended) else tokens
-        return self.tokenizers.decoder.decode(kept.tolist(), skip_special_tokens=True).strip()
+        text = self.tokenizers.decoder.decode(kept.tolist(), skip_special_tokens=True)
+        return text[: min([text.find(x) for x in self.config.stop if x in text] or [None])].strip()
+
+
+def _correct(
+    task: Task, examples: Sequence[Example], answers: list[str], likelihoods: np.ndarray
+) -> dict[str, list[bool]]:
+    """Which examples are right, by scoring name."""
+    extract = task.extract or str.strip
+    correct = {"exact_match": [extract(answer) == extract(example.target)
+                               for answer, example in zip(answers, examples, strict=True)]}
+    if not task.labels:
+        return correct
+    right, lengths = np.array([example.label for example in examples]), [*map(len, task.labels)]
+    correct["likelihood"] = (likelihoods.argmax(axis=1) == right).tolist()
+    correct["likelihood_norm"] = ((likelihoods / lengths).argmax(axis=1) == right).tolist()
+    return correct
+
+
+def softmax(scores: np.ndarray) -> np.ndarray:
+    """Probabilities from log-likelihoods."""
+    chances = np.exp(scores - np.max(scores)) if len(scores) else scores
+    return chances / chances.sum()

@@ -6,6 +6,7 @@ from pathlib import Path
 from jaxfusion.data.batching import find_shapes, tokenize
 from jaxfusion.data.packing import find_packing
 from jaxfusion.data.pipeline import Batches, steps_per_epoch, subset
+from jaxfusion.data.seen import fingerprints
 from jaxfusion.data.sources import Example, read_examples
 from jaxfusion.data.task import Task
 from jaxfusion.data.tasks import check_languages, get_task
@@ -66,8 +67,8 @@ def prepare(config: Config, mesh, fresh: bool = True) -> Run:
         logger.warning("longer than the limits: %s", cut)
     return Run(
         model.config, model.bridge.loss, model.trainable, model.frozen, model.groups, batches,
-        steps, _dev_scorer(model, dev[: config.data.dev_rows], task), "greedy_exact",
-        plain(model.bridge).loss,
+        steps, _dev_scorer(model, dev[: config.data.dev_rows], task), "exact_match",
+        plain(model.bridge).loss, fingerprints(example.query for example in examples),
     )
 
 

@@ -4,19 +4,19 @@ import json
 import logging
 import re
 import time
+from dataclasses import replace
 from pathlib import Path
 
-from rich.console import Console
-from rich.table import Table
-
 from jaxfusion import config as configs
-from jaxfusion.config import directory_name, variants
+from jaxfusion.config import places, variants
 from jaxfusion.data.sources import read_examples
 from jaxfusion.data.task import Task
 from jaxfusion.data.tasks import NLI_PROMPT, check_languages, get_task
 from jaxfusion.errors import InputError
-from jaxfusion.evaluation.comparison import Comparison, as_json, markdown, table
-from jaxfusion.evaluation.pictures import draw_accuracy, draw_layers
+from jaxfusion.evaluation.comparison import Comparison, as_json, markdown
+from jaxfusion.evaluation.page import write_page
+from jaxfusion.evaluation.report import print_comparison
+from jaxfusion.evaluation.runs import ALONE, LLM_ALONE, Models, compare_runs, read_run
 from jaxfusion.evaluation.shortcuts import lookup_correct, surface
 from jaxfusion.fields import CompareConfig, Config
 from jaxfusion.files import write_whole
@@ -25,15 +25,16 @@ from jaxfusion.training.checkpoint import saved_steps
 from jaxfusion.training.evaluate import evaluate
 from jaxfusion.training.loop import CONFIG_FILE, check_workdir
 
-LLM_ALONE = "LLM alone"
 logger = logging.getLogger(__name__)
 
 
 def compare(config: CompareConfig, workdir: Path) -> Comparison:
     """Trains every variant in `WORKDIR/VARIANT`, scores it and the bare LLM, and reports.
 
+    With `config.seeds` each is trained in `WORKDIR/VARIANT/seed_N` for every one of them.
+
     Classes are scored by likelihood over the labels, free text by exact match. Writes `report.md`,
-    `report.json`, `accuracy.png` and `layers.png`. Started again, it goes on where it stopped:
+    `report.html`, `report.json` and pictures. Started again, it goes on where it stopped:
     variants that are trained are only scored.
 
     Raises:
@@ -44,30 +45,56 @@ def compare(config: CompareConfig, workdir: Path) -> Comparison:
     check_workdir(config, workdir)
     workdir.mkdir(parents=True, exist_ok=True)
     configs.save(config, workdir / CONFIG_FILE)
-    details, seconds = {}, {}
+    seconds = {}
     for name, run in runs.items():
-        logger.info("\n%s", name)
-        where, start = workdir / directory_name(name), time.monotonic()
-        fresh = not saved_steps(where)
-        try:
-            train(run, where)
-        except InputError:
-            if not any(workdir.glob("*/")):  # nothing began: a mended config may start here
-                (workdir / CONFIG_FILE).unlink()
-                workdir.rmdir()
-            raise
-        trained = time.monotonic()
-        details[name] = evaluate(where, limit=config.rows)[1]
-        seconds[name] = {"score": time.monotonic() - trained}
-        if fresh:
-            seconds[name]["train"] = trained - start
+        seconds[name] = {}
+        seeds = config.seeds or (run.train.seed,)
+        for seed, where in zip(seeds, places(config)[name], strict=True):
+            logger.info("\n%s%s", name, f", seed {seed}" if config.seeds else "")
+            run = replace(run, train=replace(run.train, seed=seed))
+            _train_and_score(config, run, workdir / where, workdir, seconds[name])
     logger.info("\n%s", LLM_ALONE)
     start = time.monotonic()
-    details = {LLM_ALONE: evaluate(where, limit=config.rows, llm_only=True)[1], **details}
+    evaluate(workdir / where, limit=config.rows, llm_only=True)
     seconds[LLM_ALONE] = {"score": time.monotonic() - start}
-    comparison = _compare(config, runs, details)
-    _report(comparison, seconds, workdir)
+    models = read_variants(config, workdir)
+    comparison = side_by_side(config, models)
+    figures = {**as_json(comparison), "table": markdown(comparison), "seconds": seconds}
+    write_whole(workdir / "report.json", json.dumps(figures, indent=2) + "\n")
+    write_page([comparison], models, workdir, f"{comparison.task}: {workdir.name}")
+    print_comparison(comparison)
     return comparison
+
+
+def _train_and_score(
+    config: CompareConfig, run: Config, where: Path, workdir: Path, seconds: dict[str, float]
+) -> None:
+    """Trains one run and scores it, or scores one that is trained; adds to the seconds."""
+    start, fresh = time.monotonic(), not saved_steps(where)
+    try:
+        train(run, where)
+    except InputError:
+        if not any(workdir.glob("*/")):  # nothing began: a mended config may start here
+            (workdir / CONFIG_FILE).unlink()
+            workdir.rmdir()
+        raise
+    trained = time.monotonic()
+    evaluate(where, limit=config.rows)
+    seconds["score"] = seconds.get("score", 0.0) + time.monotonic() - trained
+    if fresh:
+        seconds["train"] = seconds.get("train", 0.0) + trained - start
+
+
+def read_variants(config: CompareConfig, workdir: Path) -> Models:
+    """The LLM alone and every variant, as they were scored.
+
+    Raises:
+      InputError: one has not been scored.
+    """
+    of = {name: [workdir / where for where in runs] for name, runs in places(config).items()}
+    last = list(of.values())[-1][-1]
+    return {LLM_ALONE: [read_run(last, alone=True)],
+            **{name: [read_run(where) for where in runs] for name, runs in of.items()}}
 
 
 def check(config: CompareConfig, runs: dict[str, Config]) -> None:
@@ -81,14 +108,20 @@ def check(config: CompareConfig, runs: dict[str, Config]) -> None:
     if set(config.base.eval.tasks) - {task}:
         raise InputError(f"a comparison scores its training task '{task}' alone, got "
                          f"eval.tasks {', '.join(config.base.eval.tasks)}")
+    if config.base.seeds:
+        raise InputError("the seeds of a comparison are its own field, not of its base: set "
+                         "config.seeds")
+    if len(set(config.seeds)) < len(config.seeds):
+        raise InputError(f"config.seeds has one twice: {config.seeds}")
     for names in (*config.groups.values(), config.development, config.base.eval.languages):
         check_languages(task, names)
 
 
-def _compare(config: CompareConfig, runs: dict[str, Config], details) -> Comparison:
-    first, name = next(iter(runs)), config.base.data.task
-    task, languages = get_task(name), details[first][name]
-    scoring = task.scoring
+def side_by_side(
+    config: CompareConfig, models: Models, scoring: str | None = None
+) -> Comparison:
+    """The comparison of what was scored; the others are compared with the first variant."""
+    name, runs = config.base.data.task, variants(config)
     warm = [variant for variant, run in runs.items()
             if run.projector.warm_start and run.train.init_from is None]
     notes = []
@@ -97,19 +130,11 @@ def _compare(config: CompareConfig, runs: dict[str, Config], details) -> Compari
                      f"regression onto the LLM's embeddings ({', '.join(warm)}).")
     if config.development:
         notes.append(f"Recipes were chosen on {', '.join(config.development)}; no mean has them.")
-    groups = {group: tuple(x for x in names if x in languages)
-              for group, names in config.groups.items()}
-    return Comparison(
-        name, scoring,
-        {model: {x: found[name][x]["correct"][scoring] for x in languages}
-         for model, found in details.items()},
-        {group: names for group, names in groups.items() if names},
-        first, _baselines(config, task),
-        {model: weights for model, found in details.items() if (weights := {
-            x: found[name][x]["layer_weights"] for x in languages
-            if found[name][x]["layer_weights"]})},
-        tuple(notes),
-    )
+    found = next(c for c in compare_runs(models, scoring) if c.task == name)
+    groups = {group: kept for group, names in config.groups.items()
+              if (kept := tuple(x for x in names if x in found.languages))}
+    return replace(found, groups=groups if config.groups else found.groups, reference=next(iter(runs)),
+                   baselines=_baselines(config, get_task(name)), notes=tuple(notes))
 
 
 def _baselines(config: CompareConfig, task: Task) -> dict[str, float]:
@@ -136,21 +161,32 @@ def _columns(task: Task, query: str) -> dict[str, str]:
     return re.fullmatch(pattern, query, re.DOTALL).groupdict()
 
 
-def _report(comparison: Comparison, seconds, workdir: Path) -> None:
-    task = get_task(comparison.task)
-    chance = 1 / len(task.labels) if task.labels else None
-    draw_accuracy(comparison, workdir / "accuracy.png", chance)
-    if comparison.layer_weights:
-        draw_layers(comparison, workdir / "layers.png")
-    page = markdown(comparison)
-    write_whole(workdir / "report.md", page)
-    figures = {**as_json(comparison), "seconds": seconds}
-    write_whole(workdir / "report.json", json.dumps(figures, indent=2) + "\n")
-    header, *rows = table(comparison)
-    shown = Table(*header, title=f"{comparison.task}: accuracy in %, {comparison.scoring}",
-                  caption=page.rpartition("\n\n")[2].strip())
-    for i, row in enumerate(rows):
-        if i == len(comparison.languages):  # means follow
-            shown.add_section()
-        shown.add_row(*row)
-    Console(width=None if Console().is_terminal else 120).print(shown)
+def report(workdirs: list[Path], scoring: str | None = None) -> Path:
+    """Writes the page on what was scored, of a comparison or of one bridge (of several seeds).
+
+    A bridge is compared with its bare LLM where that was scored on the same rows.
+
+    Args:
+      scoring: how an answer counts; None is `likelihood` where there are labels.
+
+    Returns:
+      The HTML file: in a comparison's workdir, in `eval/` of a bridge's (the last one's).
+
+    Raises:
+      InputError: nothing has been scored.
+    """
+    workdir = workdirs[-1]
+    config = configs.load(workdir / CONFIG_FILE)
+    if isinstance(config, CompareConfig):
+        models = read_variants(config, workdir)
+        comparisons, folder = [side_by_side(config, models, scoring)], workdir
+    else:
+        models = {workdir.absolute().name: [read_run(x) for x in workdirs]}
+        if (workdir / "eval" / ALONE).is_file():
+            models = {LLM_ALONE: [read_run(workdir, alone=True)], **models}
+        else:
+            logger.info("without the bare LLM to compare with; score it with: python eval.py "
+                        "--workdir %s --llm_only", workdir)
+        comparisons, folder = compare_runs(models, scoring), workdir / "eval"
+    title = f"{', '.join(c.task for c in comparisons)}: {workdir.absolute().name}"
+    return write_page(comparisons, models, folder, title)

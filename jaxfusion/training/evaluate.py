@@ -1,23 +1,28 @@
 """Scores a workdir's best checkpoint on tasks and languages."""
 
+import json
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from rich.console import Console
 from rich.progress import Progress
 
 from jaxfusion import config as configs
-from jaxfusion.config import directory_name
+from jaxfusion.config import places
+from jaxfusion.data.seen import fingerprints, read_seen
 from jaxfusion.data.sources import Example, read_examples
 from jaxfusion.data.tasks import check_languages, get_task
 from jaxfusion.errors import InputError
-from jaxfusion.evaluation.layers import layer_weigher
+from jaxfusion.evaluation.layers import layer_weigher, token_weights
 from jaxfusion.evaluation.metrics import accuracy
 from jaxfusion.evaluation.report import Results, merge_results
-from jaxfusion.evaluation.scoring import Scorer
-from jaxfusion.fields import CompareConfig, Config
+from jaxfusion.evaluation.runs import ALONE, DETAILS, Details
+from jaxfusion.evaluation.scoring import Scored, Scorer
+from jaxfusion.fields import DECODING, CompareConfig, Config
 from jaxfusion.sharding.hosts import check_peers, is_first
 from jaxfusion.sharding.mesh import make_mesh
 from jaxfusion.training.checkpoint import trained_part
@@ -25,18 +30,21 @@ from jaxfusion.training.loop import CONFIG_FILE
 from jaxfusion.training.state import Model, load_model, merge, overlay
 
 logger = logging.getLogger(__name__)
-Details = dict[str, dict[str, dict[str, Any]]]  # by task and language
-Rows = dict[tuple[str, str], list[Example]]  # by task and language
+Rows = dict[str, dict[str, list[Example]]]  # by task and language
+SHOWN = 80  # characters of a row in messages
 
 
 def evaluate(
     workdir: Path, *, tasks: tuple[str, ...] = (), languages: tuple[str, ...] = (),
     limit: int | None = None, llm_only: bool = False, data_path: str | None = None,
+    drop_seen: bool = False, decoding: dict[str, Any] | None = None,
 ) -> tuple[Results, Details]:
     """Scores the test split and writes `eval/results.json` (or `eval/llm_only.json`).
 
-    `eval/details.json` (`llm_only_details.json`) has by task and language what is behind them:
-    `correct`, by scoring a 0 or 1 for each row, and a fusion's mean `layer_weights`.
+    `eval/details.json` (`llm_only_details.json`) has by task and language what is behind them, row
+    by row: `queries`, `targets`, `answers`, `likelihoods` of the `labels`, and `correct`, by
+    scoring a 0 or 1. Of a fusion with weights also the mean `layer_weights`, and those of the
+    first row's `tokens`.
 
     Args:
       tasks, languages: default to the config's, and these to the training task and all of its
@@ -44,52 +52,69 @@ def evaluate(
       llm_only: the LLM alone, on the text prompt.
       data_path: directory of the tasks' files; defaults to the config's for the training task, and
         to the hub for others.
+      drop_seen: leaves out, and counts, rows that the run was trained on.
+      decoding: fields of `EvalConfig` in place of the run's own.
 
     Returns:
       All results that the file now holds (in other processes than the first: what was scored now),
       and the details of what was scored now.
 
     Raises:
-      InputError: no such run, task, language or data.
+      InputError: no such run, task, language or data; or a test row that was trained on.
     """
-    config = load_config(workdir)
-    check_peers(workdir=str(workdir), asked=str((tasks, languages, limit, llm_only, data_path)))
+    config = load_config(workdir, decoding)
+    check_peers(workdir=str(workdir), asked=str((tasks, languages, limit, llm_only, data_path,
+                                                 drop_seen, decoding)))
     rows = read_rows(config, tasks, languages, limit, data_path)
+    rows = unseen(rows, seen_by(config, workdir), drop_seen)
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     with jax.set_mesh(mesh):
-        step, model = (0, load_model(config, mesh)) if llm_only else load_trained(
-            config, workdir, mesh)
+        step, model = load_trained(config, workdir, mesh, llm_only)
         new, details = _score(model, rows, llm_only)
     if not is_first():
         return new, details
-    name, more = ("llm_only", "llm_only_details") if llm_only else ("results", "details")
+    name, more = ("llm_only.json", ALONE) if llm_only else ("results.json", DETAILS)
     about = {"step": step, "limit": limit, "encoder": config.encoder.checkpoint,
-             "decoder": config.decoder.checkpoint}
-    merge_results(workdir / "eval" / f"{more}.json", details, about)
-    return merge_results(workdir / "eval" / f"{name}.json", new, about), details
+             "decoder": config.decoder.checkpoint, "drop_seen": drop_seen,
+             "decoding": {name: getattr(config.eval, name) for name in DECODING}}
+    about = json.loads(json.dumps(about))
+    merge_results(workdir / "eval" / more, details, about, indent=None)
+    return merge_results(workdir / "eval" / name, new, about), details
 
 
-def load_config(workdir: Path) -> Config:
+def load_config(workdir: Path, decoding: dict[str, Any] | None = None) -> Config:
     """The config of a bridge's workdir.
+
+    Args:
+      decoding: fields of `eval` in place of its own.
 
     Raises:
       InputError: it is none, or that of another job.
     """
     config = configs.load(workdir / CONFIG_FILE)
     if isinstance(config, CompareConfig):
-        inside = ", ".join(str(workdir / directory_name(x["name"])) for x in config.variants)
+        inside = ", ".join(str(workdir / x) for runs in places(config).values() for x in runs)
         raise InputError(f"{workdir} is a comparison; give one of its bridges: {inside}")
     if not isinstance(config, Config):
         raise InputError(f"{workdir} holds no bridge but a run of job '{config.job}'")
+    config = replace(config, eval=replace(config.eval, **decoding or {}))
+    configs.check(config)
     return config
 
 
-def load_trained(config: Config, workdir: Path, mesh) -> tuple[int, Model]:
+def load_trained(
+    config: Config, workdir: Path, mesh, llm_only: bool = False
+) -> tuple[int, Model]:
     """The step of a workdir's best checkpoint, and the model with it.
+
+    Args:
+      llm_only: the towers alone, as at step 0: no checkpoint is needed.
 
     Raises:
       InputError: there is none, or it does not fit.
     """
+    if llm_only:
+        return 0, load_model(config, mesh)
     step, trained = trained_part(workdir)
     return step, overlay(load_model(config, mesh), trained, str(workdir))
 
@@ -99,16 +124,52 @@ def read_rows(
     data_path: str | None,
 ) -> Rows:
     """Test rows of every task and language asked for, all read before anything is scored."""
-    wanted = {}
+    wanted: Rows = {}
     for name in tasks or config.eval.tasks or (config.data.task,):
         task = get_task(name)
         # Another task's rows are not where the training task's files are.
         path = data_path or (config.data.path if name == config.data.task else None)
         chosen = languages or config.eval.languages or _at_hand(name, path)
         check_languages(name, chosen)
-        for language in chosen:
-            wanted[name, language] = read_examples(name, task, "test", language, path)[:limit]
+        wanted[name] = {language: read_examples(name, task, "test", language, path)[:limit]
+                        for language in chosen}
     return wanted
+
+
+def seen_by(config: Config, workdir: Path) -> np.ndarray:
+    """Fingerprints of what a run, and those that it started from, were trained on."""
+    found = read_seen(workdir)
+    if config.train.init_from is None or not (Path(config.train.init_from) / CONFIG_FILE).is_file():
+        return found
+    before = Path(config.train.init_from)
+    return np.union1d(found, seen_by(load_config(before), before))
+
+
+def unseen(rows: Rows, seen: np.ndarray, drop: bool) -> Rows:
+    """Test rows that were not trained on.
+
+    Raises:
+      InputError: one that was, unless such rows are to be left out.
+    """
+    kept: Rows = {}
+    for name, by_language in rows.items():
+        for language, examples in by_language.items():
+            known = np.isin(fingerprints(x.query for x in examples), seen)
+            if known.any() and not drop:
+                first = int(np.argmax(known))
+                raise InputError(
+                    f"test row {first + 1} of '{name}' in '{language}' was trained on: "
+                    f"'{examples[first].query[:SHOWN]}' ({known.sum()} of {len(known)} rows were); "
+                    "train without these rows, or leave them out of the test with --drop_seen")
+            if known.all():
+                raise InputError(f"all {len(known)} test rows of '{name}' in '{language}' were "
+                                 "trained on")
+            if known.any():
+                logger.warning("%s %s: %d of %d test rows left out, as they were trained on",
+                               name, language, known.sum(), len(known))
+            kept.setdefault(name, {})[language] = [
+                x for x, was in zip(examples, known, strict=True) if not was]
+    return kept
 
 
 def _at_hand(name: str, path: str | None) -> tuple[str, ...]:
@@ -124,23 +185,44 @@ def _score(model: Model, rows: Rows, llm_only: bool) -> tuple[Results, Details]:
     config, results, details = model.config, {}, {}
     scorer = Scorer(model.bridge, model.tokenizers, config.eval, config.data.text_prompt, llm_only)
     params = merge(model.trainable, model.frozen)
-    weigh = None if llm_only else layer_weigher(model.bridge, model.tokenizers, config.eval)
     console = Console(stderr=True)
     with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
-        bar = progress.add_task("scoring", total=sum(len(examples) for examples in rows.values()))
-        for (name, language), examples in rows.items():
-            progress.update(bar, description=f"{name} {language}")
-            scored = scorer(
-                params, examples, get_task(name), lambda n: progress.advance(bar, n)
-            )
+        bar = progress.add_task("scoring", total=sum(
+            len(x) for by_language in rows.values() for x in by_language.values()))
+        for name, by_language in rows.items():
+            progress.update(bar, description=name)
+            # All languages at once: they share batches and compiled programs.
+            examples = [x for part in by_language.values() for x in part]
+            numbers = [i for part in by_language.values() for i in range(len(part))]
+            scored = scorer(params, examples, get_task(name),
+                            lambda n: progress.advance(bar, n), numbers)
             if scored.cut.any:
-                logger.warning("%s %s, longer than the limits: %s", name, language, scored.cut)
-            results.setdefault(name, {})[language] = {
-                scoring: accuracy(correct) for scoring, correct in scored.correct.items()
-            }
-            details.setdefault(name, {})[language] = {
-                "correct": {scoring: [int(right) for right in correct]
-                            for scoring, correct in scored.correct.items()},
-                "layer_weights": weigh and weigh(params, examples),
-            }
+                logger.warning("%s, longer than the limits: %s", name, scored.cut)
+            start = 0
+            for language, part in by_language.items():
+                found = scored.part(start, start + len(part))
+                start += len(part)
+                results.setdefault(name, {})[language] = {
+                    scoring: accuracy(correct) for scoring, correct in found.correct.items()}
+                details.setdefault(name, {})[language] = {
+                    **_detail(part, found), "labels": get_task(name).labels}
+                if not llm_only:
+                    details[name][language] |= _layers(model, params, part)
     return results, details
+
+
+def _detail(examples: list[Example], scored: Scored) -> dict[str, Any]:
+    return {
+        "correct": {scoring: [int(right) for right in correct]
+                    for scoring, correct in scored.correct.items()},
+        "queries": [x.query for x in examples], "targets": [x.target for x in examples],
+        "answers": scored.answers, "likelihoods": scored.likelihoods.round(4).tolist(),
+    }
+
+
+def _layers(model: Model, params, examples: list[Example]) -> dict[str, Any]:
+    """What the fusion takes: on average, and for the first row's tokens."""
+    inside = model.bridge, model.tokenizers, model.config.eval
+    weigh = layer_weigher(*inside)
+    return {"layer_weights": weigh and weigh(params, examples),
+            "tokens": token_weights(*inside, params, examples[0])}

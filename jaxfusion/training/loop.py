@@ -14,9 +14,11 @@ from typing import Any
 import grain
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxfusion import config as configs
 from jaxfusion.data.pipeline import iterate
+from jaxfusion.data.seen import write_seen
 from jaxfusion.errors import InputError, Stopped
 from jaxfusion.fields import ROLES, Config, Job, LensRunConfig, OptimizerConfig, TrainConfig
 from jaxfusion.sharding.hosts import check_peers, is_first, wait_for_peers, with_peers
@@ -44,6 +46,7 @@ class Run:
       batches: training batches by step number. steps: their number.
       score: trained parameters -> development scores. best: the score that checkpoints are kept by.
       plain_loss: the loss in the form whose FLOPs are counted.
+      seen: fingerprints of the texts that are trained on; kept in the workdir.
     """
 
     config: Job
@@ -56,6 +59,7 @@ class Run:
     score: Callable[[Flat], dict[str, float]]
     best: str
     plain_loss: Loss
+    seen: np.ndarray | None = None
 
 
 def run_to_end(
@@ -87,6 +91,8 @@ def run_to_end(
         workdir.mkdir(parents=True, exist_ok=True)
         if is_first():
             configs.save(run.config, workdir / CONFIG_FILE)
+            if run.seen is not None:
+                write_seen(workdir, run.seen)
         wait_for_peers("config")
         checkpoints = Checkpoints(workdir)
         try:

@@ -1,0 +1,150 @@
+"""A user's own file, answered row by row; a stopped run goes on where it stood."""
+
+import json
+import logging
+import os
+import re
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import jax
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
+
+from jaxfusion.data.sources import Example, Placed, read_rows
+from jaxfusion.data.task import Task
+from jaxfusion.data.tasks import get_task
+from jaxfusion.errors import InputError
+from jaxfusion.evaluation.scoring import Scored, Scorer, softmax
+from jaxfusion.fields import DECODING
+from jaxfusion.files import write_whole
+from jaxfusion.sharding.mesh import make_mesh
+from jaxfusion.training.evaluate import load_config, load_trained
+from jaxfusion.training.state import merge
+
+logger = logging.getLogger(__name__)
+BATCHES = 8  # are sorted by length together, and written together
+OURS = ("answer", "prediction", "probabilities")  # columns that are written
+
+
+def answer_file(
+    workdir: Path, source: Path, out: Path, *, llm_only: bool = False,
+    decoding: dict[str, Any] | None = None,
+) -> int:
+    """Answers every row of a file with a bridge, or its bare LLM.
+
+    A row has the columns of the prompt of the run's task, or a column `prompt` with the whole
+    text. Each line of `out` is the row with an `answer`; for a task with labels also the likeliest
+    of them as `prediction`, and the `probabilities` of all. Beside `out`, `NAME.about.json` says
+    what made the answers.
+
+    Args:
+      source: `.jsonl` or another file that `read_rows` reads.
+      out: `.jsonl`; rows that it has already are not answered again.
+      decoding: fields of `EvalConfig` in place of the run's own.
+
+    Returns:
+      How many rows were answered now.
+
+    Raises:
+      InputError: no such run or file, a row without its columns, or an `out` of something else.
+    """
+    config = load_config(workdir, decoding)
+    task, rows = get_task(config.data.task), read_rows(source)
+    if not rows:
+        raise InputError(f"{source} has no rows")
+    queries = [query_of(task, row, where) for row, where in rows]
+    mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+    with jax.set_mesh(mesh):
+        step, model = load_trained(config, workdir, mesh, llm_only)
+        done = _begin(out, rows, {
+            "workdir": str(workdir.absolute()), "step": step, "llm_only": llm_only,
+            **{name: asdict(config.eval)[name] for name in DECODING}})
+        scorer = Scorer(model.bridge, model.tokenizers, config.eval, config.data.text_prompt,
+                        llm_only)
+        params, chunk = merge(model.trainable, model.frozen), BATCHES * config.eval.batch_size
+        console = Console(stderr=True)
+        with (
+            Progress(BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=console,
+                     disable=not console.is_terminal) as progress,
+            out.open("a", encoding="utf-8") as file,
+        ):
+            bar = progress.add_task("answering", total=len(rows), completed=done)
+            for start in range(done, len(rows), chunk):
+                numbers = range(start, min(start + chunk, len(rows)))
+                examples = [Example(queries[i], "", -1) for i in numbers]
+                scored = scorer(params, examples, task, lambda n: progress.advance(bar, n), numbers)
+                if scored.cut.any:
+                    logger.warning("rows %d to %d, longer than the limits: %s", start + 1,
+                                   numbers[-1] + 1, scored.cut)
+                file.writelines(_lines(task, [rows[i][0] for i in numbers], scored))
+                file.flush()
+                os.fsync(file.fileno())
+    return len(rows) - done
+
+
+def query_of(task: Task, row: dict[str, Any], where: str) -> str:
+    """The encoder's text of a row: its `prompt`, or the task's with the row's columns.
+
+    Raises:
+      InputError: a column is missing or empty, or has the name of one that is written.
+    """
+    taken = [name for name in OURS if name in row]
+    if taken:
+        raise InputError(f"{where}: column '{taken[0]}' is one that is written; rename it")
+    columns = re.findall(r"{(\w+)}", task.prompt)
+    if "prompt" in row and "prompt" not in columns:
+        columns, text = ["prompt"], "{prompt}"
+    else:
+        text = task.prompt
+    for name in columns:
+        if name not in row:
+            raise InputError(f"{where}: column '{name}' is missing; wanted {', '.join(columns)} "
+                             f"(or the whole text as 'prompt'), found: {', '.join(row)}")
+        if not str(row[name] or "").strip():
+            raise InputError(f"{where}: column '{name}' is empty")
+    return text.format(**row)
+
+
+def _begin(out: Path, rows: list[Placed], about: dict[str, Any]) -> int:
+    """How many rows `out` answers already; a line that was cut short by a stop is taken away.
+
+    Raises:
+      InputError: it was made otherwise, or of other rows.
+    """
+    about_file = out.with_name(f"{out.name}.about.json")
+    about = json.loads(json.dumps(about))
+    if not out.is_file():
+        out.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(about_file, json.dumps(about, indent=2, ensure_ascii=False) + "\n")
+        return 0
+    old = json.loads(about_file.read_text("utf-8")) if about_file.is_file() else {}
+    for name in about:
+        if old.get(name) != about[name]:
+            raise InputError(f"{out} was begun with {name} {old.get(name)!r}, not "
+                             f"{about[name]!r}; give another --output, or remove it")
+    whole = out.read_bytes()
+    whole = whole[: whole.rfind(b"\n") + 1]
+    os.truncate(out, len(whole))
+    lines = whole.decode().split("\n")[:-1]  # rows may hold other line separators
+    for number, (line, (row, where)) in enumerate(zip(lines, rows, strict=False), start=1):
+        written = json.loads(line)
+        if {name: written.get(name) for name in row} != row:
+            raise InputError(f"{out}:{number} answers another row than {where}; give another "
+                             "--output, or remove it")
+    if len(lines) > len(rows):
+        raise InputError(f"{out} has {len(lines)} answers, but there are {len(rows)} rows; give "
+                         "another --output, or remove it")
+    return len(lines)
+
+
+def _lines(task: Task, rows: list[dict[str, Any]], scored: Scored) -> list[str]:
+    lines = []
+    for row, answer, likelihoods in zip(rows, scored.answers, scored.likelihoods, strict=True):
+        found = {"answer": answer}
+        if task.labels:
+            chances = dict(zip(task.labels, softmax(likelihoods).round(4).tolist(), strict=True))
+            found |= {"prediction": max(chances, key=chances.get), "probabilities": chances}
+        lines.append(json.dumps({**row, **found}, ensure_ascii=False, default=str) + "\n")
+    return lines
