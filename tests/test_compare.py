@@ -10,7 +10,8 @@ from test_configs import COMPARISONS, FILES, get_config
 from jaxfusion.config import default_config, finish, from_config_dict, variants
 from jaxfusion.data.tasks import TASKS
 from jaxfusion.errors import InputError
-from jaxfusion.evaluation.comparison import Comparison, as_json, markdown, table
+from jaxfusion.evaluation.comparison import Comparison, as_json, differences, markdown, table
+from jaxfusion.evaluation.groups import standard_groups
 from jaxfusion.evaluation.metrics import bootstrap_mean
 from jaxfusion.testing.debug import make_inputs
 from jaxfusion.training.ask import ask, fill, unknown_words
@@ -58,6 +59,40 @@ def test_rows_of_one_sentence_in_many_languages_are_one_observation():
     # Against the normal approximation of a mean.
     half = 1.96 * rows.std() / 20
     assert (alone[1] - alone[0]) / 2 == pytest.approx(half, rel=0.1)
+
+
+def test_seeds_are_averaged_and_their_spread_is_told():
+    one, two = example(), example()
+    seeds = {"en": [[1, 1, 0, 0], [1, 1, 1, 0]], "aa": [[1, 0, 1, 0], [0, 0, 1, 0]],
+             "bb": [[0, 1, 0, 1], [0, 1, 0, 1]]}
+    two = replace(two, correct={**two.correct, "all": seeds})
+    assert two.seeds("all") == 2 and one.deviation("all", ["en"]) is None
+    assert two.cell("all", "en")[0] == pytest.approx(5 / 8)
+    assert two.deviation("all", ["en"]) == pytest.approx(np.std([0.5, 0.75], ddof=1))
+    assert two.deviation("all", ["aa", "bb"]) == pytest.approx(np.std([0.5, 0.375], ddof=1))
+    assert two.rows("all", "en", "last").tolist() == [0, 0, 0.5, 0]
+    assert "± 17.7" in markdown(two) and "(all: 2)" in markdown(two) and "±" not in markdown(one)
+    assert as_json(two)["deviations"]["en"]["all"] == two.deviation("all", ["en"])
+
+
+def test_differences_count_what_is_gained_and_lost():
+    c = example()
+    header, *rows = differences(c, "all")
+    found = {row[0]: dict(zip(header, row, strict=True)) for row in rows}
+    assert list(found) == ["en", "aa", "bb", "mean of rich", "mean of poor", "mean of all groups"]
+    assert found["aa"]["gained"] == "1" and found["aa"]["lost"] == "0"
+    assert found["aa"]["last"] == "50.0" and found["aa"]["all"] == "75.0"
+    assert found["mean of all groups"]["rows"] == "8" and found["aa"]["p"] == "1.000"
+    assert float(found["aa"]["p, Holm"]) >= float(found["aa"]["p"])
+
+
+def test_groups_of_the_papers():
+    found = standard_groups(["en", "sw", "hi", "ur", "zh"])
+    assert found == {"low-resource": ("sw", "ur"), "Indic": ("hi", "ur"),
+                     "all": ("en", "sw", "hi", "ur", "zh")}
+    assert standard_groups(["sin_Sinh", "eng_Latn", "tam_Taml"])["Indic"] == (
+        "sin_Sinh", "tam_Taml")
+    assert standard_groups(["hi", "ta"]) == {"all": ("hi", "ta")} and standard_groups(["en"]) == {}
 
 
 def test_variants_set_leave_out_and_check_fields():
@@ -108,7 +143,7 @@ def test_a_comparison_runs_from_start_to_report(debug_run):
     page = (workdir / "report.md").read_text()
     assert all(name in page for name in comparison.correct)
     assert json.loads((workdir / "report.json").read_text())["seconds"]["last"]["train"] > 0
-    for picture in ("accuracy.png", "layers.png"):
+    for picture in ("accuracy.png", "layers.png", "curves.png"):
         assert (workdir / picture).read_bytes().startswith(b"\x89PNG")
     # Each variant is an ordinary workdir.
     scores = json.loads((workdir / "last" / "eval" / "results.json").read_text())

@@ -1,5 +1,6 @@
 """Generation and scoring: what a prompt is answered does not depend on its neighbours."""
 
+import dataclasses
 import json
 
 import jax
@@ -14,10 +15,10 @@ from jaxfusion.config import default_config, finish, from_config_dict
 from jaxfusion.data.batching import collate, find_shapes, tokenize
 from jaxfusion.data.sources import Example
 from jaxfusion.data.task import Task, last_number
-from jaxfusion.evaluation.generate import Decoding, make_scorer
-from jaxfusion.evaluation.metrics import accuracy, wilson_interval
+from jaxfusion.evaluation.generate import Decoding, choose_tokens, make_scorer
+from jaxfusion.evaluation.metrics import accuracy, holm, mcnemar, sign_flip, wilson_interval
 from jaxfusion.evaluation.report import merge_results
-from jaxfusion.evaluation.scoring import Scorer
+from jaxfusion.evaluation.scoring import Scorer, _correct
 from jaxfusion.fields import EvalConfig
 from jaxfusion.sharding.mesh import make_mesh
 from jaxfusion.training.state import load_model, merge
@@ -71,7 +72,7 @@ def test_greedy_and_likelihood_equal_a_full_pass(model, params):
     options = np.array([[[7, 9, 30, 2], [7, 9, 30, 2]], [[8, 0, 0, 0], [9, 5, 0, 0]]])
     mask = options > 0
     score = make_scorer(bridge, Decoding(5, tokenizers.eos), bare=False)
-    tokens, scores = score(params, batch, options, mask)
+    tokens, scores, greedy = score(params, batch, options, mask)
 
     def logits_after(i, answer):
         """Logits before each token of `answer` in row i, from one uncached pass."""
@@ -89,6 +90,7 @@ def test_greedy_and_likelihood_equal_a_full_pass(model, params):
             log_probs = jax.nn.log_softmax(logits_after(i, option), axis=-1)
             expected = float(jnp.sum(log_probs[np.arange(len(option)), option]))
             assert abs(float(scores[c, i]) - expected) < 1e-4 * abs(expected)
+            assert bool(greedy[c, i]) == bool((log_probs.argmax(axis=-1) == option).all())
 
 
 def test_too_long_queries_are_counted(model, params):
@@ -111,12 +113,114 @@ def test_letters_are_scored_by_the_prompts_own_logits(model, params):
     batch = collate(*find_shapes(rows, (64,)).place(rows, 1, 2), tokenizers)
     score = make_scorer(bridge, Decoding(0, tokenizers.eos), bare=False)
     letters = np.array([[[7], [7]], [[8], [9]]])
-    tokens, scores = score(params, batch, letters, letters > 0)
+    tokens, scores, _ = score(params, batch, letters, letters > 0)
     assert tokens.shape == (2, 0)
     longer = np.pad(letters, ((0, 0), (0, 0), (0, 7)))
-    _, cached = make_scorer(bridge, Decoding(5, tokenizers.eos), bare=False)(
+    _, cached, _ = make_scorer(bridge, Decoding(5, tokenizers.eos), bare=False)(
         params, batch, longer, longer > 0)
     assert relative(scores, cached) < 1e-6
+
+
+def test_draws_follow_the_nucleus_at_their_temperature():
+    """Against probabilities by transformers' own warpers."""
+    torch = pytest.importorskip("torch")
+    from transformers import TemperatureLogitsWarper, TopPLogitsWarper
+
+    logits = np.random.default_rng(0).normal(size=(1, 12)).astype(np.float32) * 2
+    warped = TopPLogitsWarper(0.8)(None, TemperatureLogitsWarper(0.7)(None, torch.tensor(logits)))
+    wanted = torch.softmax(warped, -1).numpy()[0]
+    decoding, rows = Decoding(1, 0, temperature=0.7, top_p=0.8), 20_000
+    drawn = choose_tokens(jnp.tile(logits, (rows, 1)), decoding, jnp.arange(rows), 0)
+    found = np.bincount(np.asarray(drawn), minlength=12) / rows
+    assert (found[wanted == 0] == 0).all() and 1 < (wanted > 0).sum() < 12
+    assert np.abs(found - wanted).max() < 4 * np.sqrt(0.25 / rows)
+
+
+def test_draws_depend_on_seed_row_and_step_alone():
+    logits = jnp.zeros((4, 50))
+
+    def draw(numbers, seed=0, step=0):
+        decoding = Decoding(1, 0, temperature=1.0, seed=seed)
+        return choose_tokens(logits, decoding, jnp.array(numbers), step).tolist()
+
+    first = draw([0, 1, 2, 3])
+    assert draw([3, 2, 1, 0]) == first[::-1] and len(set(first)) > 1
+    assert draw([0, 1, 2, 3], seed=1) != first != draw([0, 1, 2, 3], step=1)
+
+
+def test_a_drawn_answer_is_the_same_in_any_batch(model, params):
+    def answers(batch_size, examples, numbers=None):
+        config = EvalConfig(batch_size=batch_size, max_new_tokens=5, temperature=0.8, top_p=0.9)
+        return Scorer(model.bridge, model.tokenizers, config)(
+            params, examples, TASK, numbers=numbers).answers
+
+    together = answers(4, EXAMPLES)
+    assert answers(2, EXAMPLES[3:], [3, 4]) == together[3:]
+    assert len(set(answers(4, EXAMPLES[:1] * 4))) > 1  # one prompt, drawn four times
+
+
+def test_an_answer_ends_at_a_stop_string(model, params):
+    def answer(stop=()):
+        config = EvalConfig(batch_size=2, max_new_tokens=12, stop=stop)
+        scorer = Scorer(model.bridge, model.tokenizers, config)
+        return scorer, scorer(params, EXAMPLES[:2], TASK).answers
+
+    _, whole = answer()
+    for length in (1, 2):  # of a stop string, so that some lie across two tokens
+        stop = whole[0][3 : 3 + length]
+        scorer, cut = answer((stop,))
+        assert cut == [text.split(stop)[0].strip() for text in whole]
+        pieces = [model.tokenizers.decoder.decode([int(i)]) for i in np.flatnonzero(scorer._ends)]
+        assert all(stop in piece for piece in pieces)
+
+
+@pytest.mark.parametrize("bare", [False, True])
+def test_padding_on_the_left_changes_nothing(model, params, bare):
+    rows = rows_of(model, EXAMPLES, text_prompt="so")
+    right = collate(*find_shapes(rows, (64,)).place(rows, 1, len(rows)), model.tokenizers)
+    free = np.array([row.argmin() if row.min() == 0 else len(row) for row in right.dec_segments])
+    assert len(set(free)) > 2
+
+    def roll(x):
+        return np.stack([np.roll(row, x.shape[1] - n) for row, n in zip(x, free, strict=True)])
+
+    left = dataclasses.replace(right, **{
+        name: roll(getattr(right, name))
+        for name in ("dec_tokens", "dec_source", "dec_positions", "dec_segments")})
+    score = make_scorer(model.bridge, Decoding(8, model.tokenizers.eos), bare=bare)
+    options = np.tile([[7, 9]], (1, len(rows), 1))
+    (ours, one, _), (theirs, other, _) = (
+        score(params, x, options, options > 0) for x in (right, left))
+    assert np.array_equal(ours, theirs) and relative(one, other) < 1e-5
+
+
+def test_likelihood_by_length_is_that_of_a_character(model):
+    task = Task("{text}", ("no", "certainly"), ("en",))
+    scores = np.array([[-4.0, -9.0], [-1.0, -9.0]])
+    examples = [Example("x", "certainly", 1)] * 2
+    found = _correct(task, examples, ["certainly ", "no"], scores)
+    assert found["likelihood"] == [False, False]
+    assert found["likelihood_norm"] == [True, False] and found["exact_match"] == [True, False]
+
+
+def test_paired_tests_against_values_known():
+    # 101 against 59 discordant pairs: 0.0011 (binomial); and small ones by hand.
+    pairs = np.array([[0, 1]] * 101 + [[1, 0]] * 59 + [[1, 1]] * 40)
+    assert mcnemar(*pairs.T) == pytest.approx(0.00112, abs=2e-5)
+    assert mcnemar(np.zeros(5), np.ones(5)) == 2 / 32
+    assert mcnemar(np.ones(5), np.ones(5)) == 1
+    assert sign_flip([pairs[:, 1] - pairs[:, 0]]) == pytest.approx(0.0011, abs=8e-4)
+    assert sign_flip(np.zeros((2, 5))) == 1
+    # Holm (1979): the smallest of three is multiplied by 3, and none falls below one before it.
+    assert holm([0.01, 0.04, 0.03]) == [0.03, 0.06, 0.06]
+
+
+def test_means_are_tested_by_rows_with_all_their_languages():
+    """Copies of a language are no new evidence; other rows are."""
+    rows = np.array([[1.0] * 14 + [-1.0] * 6])
+    alone = mcnemar(rows[0] < 0, rows[0] > 0)
+    assert sign_flip(np.repeat(rows, 5, axis=0)) == pytest.approx(alone, abs=0.02)
+    assert sign_flip([rows[0], np.repeat(rows[0], 3)]) < alone / 2
 
 
 def test_numbers_are_compared_and_not_the_words_around_them(model, params):

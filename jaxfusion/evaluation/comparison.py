@@ -100,6 +100,10 @@ class Comparison:
             x for names in self.groups.values() for x in names)
         return tuple(x for x in grouped if x in self.languages)
 
+    def groups_of(self, language: str) -> list[str]:
+        """The groups that a language is in, without the one of all."""
+        return [name for name, names in self.groups.items() if language in names and name != "all"]
+
     @property
     def group_names(self) -> tuple[str, ...]:
         """The groups, and `all groups` unless one of them is all of them; that one comes last."""
@@ -114,16 +118,14 @@ def table(c: Comparison) -> list[list[str]]:
     """Header and rows: languages, then means of groups, then differences to the reference."""
     models = list(c.correct)
     others = [m for m in models if m != c.reference]
-    groups = {name: ", ".join(x for x, names in c.groups.items() if name in names and x != "all")
-              for name in c.languages}
 
     def spread(model: str, *languages: str) -> str:
         found = c.deviation(model, languages)
         return "" if found is None else f" ± {100 * found:.1f}"
 
     rows = [["", "", *models]]
-    rows += [[name, groups[name], *(_show(c.cell(m, name)) + spread(m, name) for m in models)]
-             for name in c.languages]
+    rows += [[name, ", ".join(c.groups_of(name)),
+              *(_show(c.cell(m, name)) + spread(m, name) for m in models)] for name in c.languages]
     for group in c.group_names:
         rows.append([f"mean of {group}", "", *(
             _show(c.mean(m, group)) + spread(m, *c.group(group)) for m in models)])

@@ -12,7 +12,7 @@ from jaxfusion.nn.bridge import Batch, Bridge, Params
 from jaxfusion.nn.decoder import Cache, init_cache
 from jaxfusion.sharding.rules import constrain, replicated
 
-Score = Callable[..., tuple[Int[Array, "B T"], Float[Array, "C B"]]]
+Score = Callable[..., tuple[Int[Array, "B T"], Float[Array, "C B"], Bool[Array, "C B"]]]
 
 
 @dataclass(frozen=True)
@@ -35,13 +35,14 @@ class Decoding:
 
 @lru_cache(8)  # the development scores and the final ones share their compiled programs
 def make_scorer(bridge: Bridge, decoding: Decoding, bare: bool) -> Score:
-    """The jitted `(params, batch, options, mask, ends=None, numbers=None) -> (tokens, scores)`.
+    """The jitted `(params, batch, options, mask, ends=None, numbers=None)` to what follows.
 
     `options` [C B T] are the ids of each row's possible answers, `mask` is True at real ones.
     `ends` [V] is True at tokens after which an answer has ended, besides `eos`; `numbers` [B] are
     what the rows' draws depend on, whatever batch they are in. Of the result, `tokens`
-    [B max_new_tokens] is the answer, padded with `eos` from its end on, and `scores` [C B] the
-    log-likelihood of each option, summed over its tokens.
+    [B max_new_tokens] is the answer, padded with `eos` from its end on, `scores` [C B] the
+    log-likelihood of each option, summed over its tokens, and `greedy` [C B] whether each of its
+    tokens is the likeliest one.
 
     Args:
       bare: the LLM alone, on batches whose rows are text.
@@ -60,7 +61,7 @@ def make_scorer(bridge: Bridge, decoding: Decoding, bare: bool) -> Score:
         def likelihood(option):
             return log_likelihood(bridge, params, cache, logits, position, start, *option)
 
-        return replicated((tokens, jax.lax.map(likelihood, (options, mask))))
+        return replicated((tokens, *jax.lax.map(likelihood, (options, mask))))
 
     return jax.jit(score)
 
@@ -142,8 +143,8 @@ def choose_tokens(
 def log_likelihood(
     bridge: Bridge, params: Params, cache: Cache, logits: Float[Array, "B V"],
     position: Int[Array, "B"], start: int, option: Int[Array, "B T"], mask: Bool[Array, "B T"],
-) -> Float[Array, "B"]:
-    """Summed log-probability of each row's `option` after its prompt.
+) -> tuple[Float[Array, "B"], Bool[Array, "B"]]:
+    """Summed log-probability of each row's `option` after its prompt, and whether it is greedy.
 
     Options of one token cost nothing more: the prompt's last logits foretell them.
     """
@@ -155,4 +156,5 @@ def log_likelihood(
         before = jnp.concatenate([before, bridge.logits(params, hidden)], axis=1)
     log_probs = jax.nn.log_softmax(before, axis=-1)
     taken = jnp.take_along_axis(log_probs, option[:, :, None], axis=-1)[:, :, 0]
-    return jnp.sum(jnp.where(mask, taken, 0.0), axis=1)
+    greedy = jnp.all((jnp.argmax(before, axis=-1) == option) | ~mask, axis=1)
+    return jnp.sum(jnp.where(mask, taken, 0.0), axis=1), greedy

@@ -2,7 +2,9 @@
 
 import json
 import platform
+import unicodedata
 from base64 import b64encode
+from collections import Counter
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -62,7 +64,7 @@ def write_page(
     }
     env = jinja2.Environment(loader=jinja2.PackageLoader("jaxfusion.evaluation", "."),
                              autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    env.filters |= {"embed": _embed, "shade": _shade}
+    env.filters |= {"embed": _embed, "shade": _shade, "direction": _direction}
     page = folder / f"{name}.html"
     write_whole(page, env.get_template("page.html.jinja").render(content))
     write_whole(folder / f"{name}.md", _markdown(content))
@@ -85,7 +87,8 @@ def _section(c: Comparison, models: Models, folder: Path, prefix: str) -> dict[s
         "changed": {model: _changed(c, models, model) for model in others},
         "tokens": {model: found for model, runs in models.items() if (found := {
             language: {**x, "text": part["queries"][0]} for language in c.languages
-            if (x := (part := runs[0].details[c.task][language]).get("tokens"))})},
+            if (x := (part := runs[0].details[c.task][language]).get("tokens"))
+            and len({tuple(weights) for weights in x["weights"]}) > 1})},
     }
 
 
@@ -132,6 +135,12 @@ def _shade(weight: float) -> str:
     """A cell's colours: the more weight, the more colour."""
     colour = "#fff" if weight > 0.6 else "inherit"
     return f"background: rgb(33 110 160 / {weight:.2f}); color: {colour}"
+
+
+def _direction(text: str) -> str:
+    """`rtl` where most letters run from right to left: a prompt's first words may be English."""
+    found = Counter(unicodedata.bidirectional(letter) for letter in text)
+    return "rtl" if found["R"] + found["AL"] > found["L"] else "ltr"
 
 
 def _markdown(content: dict[str, Any]) -> str:

@@ -34,9 +34,8 @@ def draw_accuracy(comparison: Comparison, out: Path, chance: float | None = None
         )
     if chance is not None:
         axes.axhline(100 * chance, color="0.2", linestyle=":", linewidth=1, label="chance")
-    group_of = {name: group for group, names in c.groups.items() for name in names}
     axes.set_xticks(range(len(languages)), [
-        f"{name}\n{group_of.get(name, '')}" for name in languages
+        f"{name}\n{', '.join(c.groups_of(name))}" for name in languages
     ])
     axes.set(ylabel=f"accuracy on {c.task}, %", ylim=(0, 100))
     axes.spines[["top", "right"]].set_visible(False)

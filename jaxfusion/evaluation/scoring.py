@@ -81,15 +81,15 @@ class Scorer:
           progress: is told how many rows each batch had.
           numbers: of the examples, for what is drawn; their places unless given.
         """
-        rows, cut = self._rows(examples)
+        rows, cut = self.rows(examples)
         labels = task.labels
         places = np.arange(len(rows)) if numbers is None else np.asarray(numbers)
         answers, likelihoods = [""] * len(rows), np.zeros((len(rows), len(labels)))
-        for chosen, batch in in_order(rows, self._shapes(rows), self.tokenizers,
+        for chosen, batch in in_order(rows, self.shapes(rows), self.tokenizers,
                                       self.config.batch_size):
             options, mask = self._options([examples[i] for i in chosen], labels)
             drawn = np.resize(places[chosen], self.config.batch_size).astype(np.int32)
-            tokens, scores = jax.device_get(
+            tokens, scores, _ = jax.device_get(
                 self.score(params, batch, options, mask, self._ends, drawn))
             for row, number in enumerate(chosen):
                 answers[number] = self._text(tokens[row])
@@ -97,7 +97,8 @@ class Scorer:
             progress(len(chosen))
         return Scored(answers, likelihoods, _correct(task, examples, answers, likelihoods), cut)
 
-    def _shapes(self, rows: list[TokenRow]) -> Shapes:
+    def shapes(self, rows: Sequence[TokenRow]) -> Shapes:
+        """The few shapes that batches of these rows take."""
         if self.bare:
             return find_bare_shapes(rows, doubling_buckets(self.config.max_decoder_tokens))
         return find_shapes(rows, doubling_buckets(self.config.max_encoder_tokens))
@@ -113,7 +114,8 @@ class Scorer:
         ends[: len(pieces)] = [any(stop in piece for stop in self.config.stop) for piece in pieces]
         return ends
 
-    def _rows(self, examples: Sequence[Example]) -> tuple[list[TokenRow], Cut]:
+    def rows(self, examples: Sequence[Example]) -> tuple[list[TokenRow], Cut]:
+        """The examples as ids, without their answers."""
         c = self.config
         if self.bare:
             return tokenize_bare(examples, self.tokenizers, c.max_decoder_tokens)
@@ -124,7 +126,7 @@ class Scorer:
         )
 
     def _options(self, examples: Sequence[Example], labels: Sequence[str]):
-        """Ids and mask [C B T] of every row's labels; without labels, one empty option."""
+        """Every row's labels; without labels, one empty option."""
         prompts = [
             example.query if self.bare else self.text_prompt.replace("{query}", example.query)
             for example in examples
@@ -135,16 +137,7 @@ class Scorer:
                 prompts, [label] * len(prompts))]
             for label in labels
         ] or [[[] for _ in prompts]]
-        longest = max(len(answer) for rows in ids for answer in rows)
-        # Letters are read from the prompt's last logits; longer answers share few shapes.
-        longest = longest if longest <= 1 else max(8, longest)
-        shape = (len(ids), self.config.batch_size, longest)
-        options, mask = np.zeros(shape, np.int32), np.zeros(shape, bool)
-        for c, rows in enumerate(ids):
-            for b, answer in enumerate(rows):
-                options[c, b, : len(answer)] = answer
-                mask[c, b, : len(answer)] = True
-        return options, mask
+        return pad_options(ids, self.config.batch_size)
 
     def _text(self, tokens: np.ndarray) -> str:
         """The answer up to its end token, or to the first stop string."""
@@ -152,6 +145,22 @@ class Scorer:
         kept = tokens[: ended[0]] if len(ended) else tokens
         text = self.tokenizers.decoder.decode(kept.tolist(), skip_special_tokens=True)
         return text[: min([text.find(x) for x in self.config.stop if x in text] or [None])].strip()
+
+
+def pad_options(
+    ids: Sequence[Sequence[Sequence[int]]], batch_size: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Ids and mask [C B T] of C options of each row, in few shapes."""
+    longest = max((len(answer) for rows in ids for answer in rows), default=0)
+    # Letters are read from the prompt's last logits; longer answers share few shapes.
+    longest = longest if longest <= 1 else max(8, 1 << (longest - 1).bit_length())
+    shape = (len(ids), batch_size, longest)
+    options, mask = np.zeros(shape, np.int32), np.zeros(shape, bool)
+    for c, rows in enumerate(ids):
+        for b, answer in enumerate(rows):
+            options[c, b, : len(answer)] = answer
+            mask[c, b, : len(answer)] = True
+    return options, mask
 
 
 def _correct(

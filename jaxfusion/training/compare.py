@@ -133,8 +133,9 @@ def side_by_side(
     found = next(c for c in compare_runs(models, scoring) if c.task == name)
     groups = {group: kept for group, names in config.groups.items()
               if (kept := tuple(x for x in names if x in found.languages))}
-    return replace(found, groups=groups if config.groups else found.groups, reference=next(iter(runs)),
-                   baselines=_baselines(config, get_task(name)), notes=tuple(notes))
+    return replace(found, groups=groups if config.groups else found.groups,
+                   reference=next(iter(runs)), baselines=_baselines(config, get_task(name)),
+                   notes=tuple(notes))
 
 
 def _baselines(config: CompareConfig, task: Task) -> dict[str, float]:

@@ -1,0 +1,209 @@
+"""EleutherAI's lm-evaluation-harness with a bridge as its model: needs the extra `lm_eval`.
+
+    python -m jaxfusion.evaluation.lm_eval --model jaxfusion \
+        --model_args workdir=runs/xnli_paper --tasks xcopa,xstorycloze
+
+Registers the model `jaxfusion`; all else is the harness' own command line. The encoder reads the
+context of a request, the LLM scores or writes what follows it.
+"""
+
+import logging
+import sys
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import jax
+
+try:
+    from lm_eval.__main__ import cli_evaluate
+    from lm_eval.api.instance import Instance
+    from lm_eval.api.model import LM
+    from lm_eval.api.registry import register_model
+    from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+except ModuleNotFoundError as error:
+    sys.exit(f"error: {error.name} is not installed; it comes with: pip install -e '.[lm_eval]'")
+
+from jaxfusion.data.batching import TokenRow, in_order
+from jaxfusion.data.sources import Example
+from jaxfusion.data.task import Task
+from jaxfusion.errors import InputError
+from jaxfusion.evaluation.scoring import Scorer, pad_options
+
+logger = logging.getLogger(__name__)
+FREE = Task("{text}", (), ())  # no labels of its own
+Scored = list[tuple[float, bool]]
+
+
+@register_model("jaxfusion")
+class JaxFusion(LM):
+    """A run of `train.py`, or its bare LLM.
+
+    Args:
+      workdir: of the run.
+      llm_only: the bare LLM.
+      end: whether the end of the answer counts in a likelihood, as training put it behind every
+        answer and `eval.py` counts it; never for the bare LLM.
+      batch_size: rows at once; the run's unless given.
+      device, max_batch_size: the harness gives them; jax takes the devices that it finds.
+
+    Raises:
+      InputError: no such run.
+    """
+
+    def __init__(
+        self, workdir: str, llm_only: bool = False, end: bool = True,
+        batch_size: int | str | None = None, device: str | None = None,
+        max_batch_size: int | None = None,
+    ):
+        super().__init__()
+        # Like the scripts, this stands on training, which stands on evaluation.
+        from jaxfusion.sharding.mesh import make_mesh
+        from jaxfusion.training.evaluate import load_config, load_trained
+        from jaxfusion.training.state import merge
+
+        given = {"batch_size": int(batch_size)} if str(batch_size or "").isdigit() else {}
+        self.config = load_config(Path(workdir), given)
+        self.bare, self.end, self.workdir = llm_only, end and not llm_only, workdir
+        mesh = self.config.mesh
+        self.mesh = make_mesh(mesh.data, mesh.fsdp, mesh.tensor)
+        with jax.set_mesh(self.mesh):
+            _, self.model = load_trained(self.config, Path(workdir), self.mesh, llm_only)
+        self.params = merge(self.model.trainable, self.model.frozen)
+
+    @property
+    def tokenizer_name(self) -> str:
+        return self.config.decoder.checkpoint
+
+    def loglikelihood(
+        self, requests: list[Instance], disable_tqdm: bool = False
+    ) -> Scored:
+        """Log-likelihood of each continuation, and whether it is the greedy one.
+
+        Spaces between context and continuation are part of the context, as in this project's
+        prompts; options of the same context cost one pass of it.
+        """
+        asked = [_at_seam(*request.args) for request in requests]
+        empty = sum(not context.strip() for context, _ in asked)
+        if empty and not self.bare:
+            logger.warning("%d of %d requests have no context: the encoder reads nothing there, "
+                           "the LLM alone decides", empty, len(asked))
+        contexts = list(dict.fromkeys(context for context, _ in asked))
+        places = defaultdict(list)
+        for i, (context, _) in enumerate(asked):
+            places[context].append(i)
+        prompts = [self._prompt(context) for context, _ in asked]
+        ids = self.model.tokenizers.encode_answers(prompts, [answer for _, answer in asked])
+        ending = [self.model.tokenizers.eos] if self.end else []
+        ids = [[*answer, *ending] for answer in ids]
+        rows, cut = self._scorer().rows([Example(context, "", -1) for context in contexts])
+        if cut.any:
+            logger.warning("contexts longer than the limits: %s", cut)
+        found = self._score(rows, [[ids[i] for i in places[context]] for context in contexts])
+        by_place = {i: x for context, scores in zip(contexts, found, strict=True)
+                    for i, x in zip(places[context], scores, strict=True)}
+        return [by_place[i] for i in range(len(asked))]
+
+    def loglikelihood_rolling(
+        self, requests: list[Instance], disable_tqdm: bool = False
+    ) -> list[float]:
+        """Log-likelihood of whole texts under the bare LLM, in windows that do not overlap.
+
+        Raises:
+          InputError: behind a bridge, where a text is read and not foretold.
+        """
+        if not self.bare:
+            raise InputError("a bridge's encoder reads its text and foretells none of it; give "
+                             "--model_args llm_only=True for tasks of perplexity")
+        tokenizers, limit = self.model.tokenizers, self.config.eval.max_decoder_tokens
+        rows, options, counts = [], [], []
+        for ids in tokenizers.encode_texts([request.args[0] for request in requests]):
+            windows = [make_disjoint_window(x)
+                       for x in get_rolling_token_windows(ids, 0, limit, 1)]
+            # The first window's context is the start, which every row has; later ones' follows it.
+            rows += [TokenRow([], context if i else [], []) for i, (context, _) in
+                     enumerate(windows)]
+            options += [[list(wanted)] for _, wanted in windows]
+            counts.append(len(windows))
+        scores = iter(score for (score, _), in self._score(rows, options))
+        return [sum(next(scores) for _ in range(count)) for count in counts]
+
+    def generate_until(
+        self, requests: list[Instance], disable_tqdm: bool = False
+    ) -> list[str]:
+        """Answers up to a stop string or the end token."""
+        groups = defaultdict(list)
+        for i, request in enumerate(requests):
+            groups[repr(sorted(request.args[1].items()))].append(i)
+        answers = [""] * len(requests)
+        for places in groups.values():
+            scorer = self._scorer(**_decoding(requests[places[0]].args[1]))
+            examples = [Example(requests[i].args[0], "", -1) for i in places]
+            with jax.set_mesh(self.mesh):
+                for i, answer in zip(places, scorer(self.params, examples, FREE).answers,
+                                     strict=True):
+                    answers[i] = answer
+        return answers
+
+    def _prompt(self, context: str) -> str:
+        """What stands before the answer in the LLM's own tokens."""
+        return context if self.bare else self.config.data.text_prompt.replace("{query}", context)
+
+    def _scorer(self, **fields) -> Scorer:
+        config = replace(self.config.eval, **fields)
+        return Scorer(self.model.bridge, self.model.tokenizers, config,
+                      self.config.data.text_prompt, self.bare)
+
+    def _score(
+        self, rows: Sequence[TokenRow], options: Sequence[list[list[int]]]
+    ) -> list[Scored]:
+        """Every option's log-likelihood after its row, and whether it is greedy."""
+        scorer, size, tokenizers = (self._scorer(max_new_tokens=0), self.config.eval.batch_size,
+                                    self.model.tokenizers)
+        # An LLM without BOS starts a text with nothing before it as others do, at its end token.
+        rows = [row if row.query or row.text or tokenizers.start
+                else replace(row, text=[tokenizers.eos]) for row in rows]
+        most, found = max(map(len, options), default=0), [[] for _ in rows]
+        with jax.set_mesh(self.mesh):
+            for numbers, batch in in_order(rows, scorer.shapes(rows), tokenizers, size):
+                ids = [[options[i][c] if c < len(options[i]) else [] for i in numbers]
+                       for c in range(most)]
+                _, scores, greedy = jax.device_get(
+                    scorer.score(self.params, batch, *pad_options(ids, size)))
+                for row, i in enumerate(numbers):
+                    found[i] = [(float(scores[c, row]), bool(greedy[c, row]))
+                                for c in range(len(options[i]))]
+        return found
+
+
+def _at_seam(context: str, continuation: str) -> tuple[str, str]:
+    """Context and answer with the spaces between them at the context's end."""
+    answer = continuation.lstrip()
+    return context + continuation[: len(continuation) - len(answer)], answer
+
+
+def _decoding(asked: dict[str, Any]) -> dict[str, Any]:
+    """The harness' settings of generation as fields of `EvalConfig`.
+
+    Raises:
+      InputError: a setting that this project does not have.
+    """
+    asked = dict(asked)
+    until, sample = asked.pop("until", None) or (), asked.pop("do_sample", False)
+    found = {"stop": (until,) if isinstance(until, str) else tuple(until)}
+    names = {"max_gen_toks": "max_new_tokens", "temperature": "temperature", "top_p": "top_p"}
+    for name in [name for name in names if name in asked]:
+        found[names[name]] = asked.pop(name)
+    if asked:
+        raise InputError(f"generation with {', '.join(asked)} is not known here; known: until, "
+                         f"do_sample, {', '.join(names)}")
+    return found if sample else {**found, "temperature": 0.0, "top_p": 1.0}
+
+
+if __name__ == "__main__":
+    try:
+        cli_evaluate()
+    except InputError as error:
+        sys.exit(f"error: {error}")

@@ -1,0 +1,228 @@
+"""What is done with a trained run: scored, compared, reported, given a user's own file."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from test_configs import FILES, get_config
+
+from jaxfusion.config import from_config_dict, one_by_seeds, places
+from jaxfusion.data.seen import fingerprints, read_seen, write_seen
+from jaxfusion.data.sources import read_rows
+from jaxfusion.errors import InputError
+from jaxfusion.evaluation.runs import compare_runs, read_models
+from jaxfusion.testing.debug import make_inputs
+from jaxfusion.training import answer as answering
+from jaxfusion.training.answer import answer_file
+from jaxfusion.training.compare import compare, report
+from jaxfusion.training.evaluate import evaluate, load_config, seen_by
+
+ROOT = Path(__file__).parent.parent
+XNLI = next(file for file in FILES if file.stem == "xnli_paper")
+ROWS = [{"premise": f"{'la ' * (i % 7 + 1)}ru", "hypothesis": f"so {i}", "id": i}
+        for i in range(30)]
+
+
+@pytest.fixture(scope="module")
+def run(cache_dir, tmp_path_factory):
+    """A comparison of one bridge over two seeds, six rows of each language."""
+    config = get_config(XNLI, "debug").unlock()
+    config.train.steps = config.train.eval_every = config.train.checkpoint_every = 4
+    config.data.dev_rows, config.seeds, config.eval.max_new_tokens = 8, (0, 1), 4
+    config = one_by_seeds(make_inputs(from_config_dict(config)))
+    workdir = tmp_path_factory.mktemp("seeds") / "run"
+    comparison = compare(replace(config, rows=6), workdir)
+    return config, workdir, comparison
+
+
+@pytest.fixture
+def bridge(run):
+    """The first seed's workdir."""
+    return run[1] / places(run[0])["transformer_softmax"][0]
+
+
+def test_seeds_are_trained_side_by_side(run):
+    config, workdir, comparison = run
+    assert comparison.seeds("transformer_softmax") == 2
+    assert comparison.seeds("LLM alone") == 1
+    assert "transformer_softmax: 2" in (workdir / "report.md").read_text()
+    seeds = [json.loads((workdir / place / "config.json").read_text())["train"]["seed"]
+             for place in places(config)["transformer_softmax"]]
+    assert seeds == [0, 1]
+    with pytest.raises(InputError, match="has one twice"):
+        compare(replace(config, seeds=(1, 1)), workdir.parent / "other")
+    with pytest.raises(InputError, match=r"give one of its bridges: .*seed_0, .*seed_1"):
+        load_config(workdir)
+
+
+def test_details_hold_every_row(bridge):
+    details = json.loads((bridge / "eval" / "details.json").read_text())["xnli"]["en"]
+    results = json.loads((bridge / "eval" / "results.json").read_text())["xnli"]["en"]
+    for scoring, right in details["correct"].items():
+        assert np.mean(right) == results[scoring]["accuracy"]
+    found = [details["labels"][i] for i in np.argmax(details["likelihoods"], axis=1)]
+    assert [x == y for x, y in zip(found, details["targets"], strict=True)] == [
+        bool(x) for x in details["correct"]["likelihood"]]
+    shares = np.array(details["tokens"]["weights"])
+    assert shares.shape[0] == len(details["tokens"]["tokens"])
+    assert np.allclose(shares.sum(axis=1), 1, atol=1e-3)
+
+
+def test_runs_are_compared_on_the_same_rows_or_refused(run, bridge, tmp_path):
+    other = str(run[1] / places(run[0])["transformer_softmax"][1])
+    c, = compare_runs(read_models([str(bridge), other]))
+    assert list(c.correct) == ["seed_0", "seed_1"] and c.reference == "seed_0"
+    both, = compare_runs(read_models([f"{bridge},{other}"]), "exact_match")
+    assert both.seeds("transformer_softmax") == 2 and both.scoring == "exact_match"
+    copy = tmp_path / "copy"
+    shutil.copytree(bridge / "eval", copy / "eval")
+    details = json.loads((copy / "eval" / "details.json").read_text())
+    details["xnli"]["ar"]["queries"][3] += " indeed"
+    (copy / "eval" / "details.json").write_text(json.dumps(details))
+    with pytest.raises(InputError, match=r"xnli ar: row 4 is another in .*seed_0 than in .*copy"):
+        compare_runs(read_models([str(bridge), str(copy)]))
+    for part in details["xnli"]["en"].values():
+        if isinstance(part, list):
+            del part[4:]
+    (copy / "eval" / "details.json").write_text(json.dumps(details))
+    with pytest.raises(InputError, match=r"xnli en: .* was scored on 6 rows, .*copy on 4"):
+        compare_runs(read_models([str(bridge), str(copy)]))
+    (copy / "eval" / "details.json").write_text(json.dumps({"sib200": {}}))
+    with pytest.raises(InputError, match="no task and language in common"):
+        compare_runs(read_models([str(bridge), str(copy)]))
+    with pytest.raises(InputError, match=r"no scores yet .*: python eval\.py --workdir"):
+        read_models([str(bridge), str(tmp_path / "none")])
+    with pytest.raises(InputError, match="unknown scoring 'f1'"):
+        compare_runs(read_models([str(bridge), other]), "f1")
+
+
+def test_a_row_that_was_trained_on_is_named(bridge, tmp_path, caplog):
+    copy = tmp_path / "copy"
+    shutil.copytree(bridge, copy)
+    config = load_config(copy)
+    test_row = read_rows(Path(config.data.path) / "test-en.jsonl")[2][0]
+    query = f"Premise: {test_row['premise']}  Hypothesis: {test_row['hypothesis'].upper()} Label: "
+    write_seen(copy, np.concatenate([read_seen(bridge), fingerprints([query])]))
+    with pytest.raises(InputError, match=r"test row 3 of 'xnli' in 'en' was trained on: 'Premise"):
+        evaluate(copy, limit=6)
+    _, details = evaluate(copy, limit=6, drop_seen=True, languages=("en",))
+    assert details["xnli"]["en"]["queries"] == [
+        x for i, x in enumerate(json.loads((bridge / "eval" / "details.json").read_text())
+                                ["xnli"]["en"]["queries"]) if i != 2]
+    # What an earlier stage was trained on counts, too.
+    second = replace(config, train=replace(config.train, init_from=str(copy)))
+    assert np.isin(fingerprints([query]), seen_by(second, tmp_path / "second")).all()
+
+
+def test_a_file_is_answered_and_a_stopped_run_goes_on(bridge, tmp_path, monkeypatch):
+    monkeypatch.setattr(answering, "BATCHES", 1)
+    source, out, again = (tmp_path / name for name in ("in.jsonl", "out.jsonl", "again.jsonl"))
+    source.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    drawn = {"temperature": 0.9, "max_new_tokens": 3}
+    assert answer_file(bridge, source, out, decoding=drawn) == 30
+    lines = [json.loads(line) for line in out.read_text().split("\n")[:-1]]
+    assert [{k: line[k] for k in ROWS[0]} for line in lines] == ROWS
+    for line in lines:
+        chances = line["probabilities"]
+        assert sum(chances.values()) == pytest.approx(1, abs=1e-3)
+        assert line["prediction"] == max(chances, key=chances.get)
+    # Stopped in the middle of a line.
+    written = out.read_bytes()
+    again.write_bytes(written[: written.find(b"\n", len(written) // 2) + 9])
+    shutil.copy(f"{out}.about.json", f"{again}.about.json")
+    left = answer_file(bridge, source, again, decoding=drawn)
+    assert 0 < left < 30 and again.read_bytes() == written
+    assert answer_file(bridge, source, again, decoding=drawn) == 0
+    with pytest.raises(InputError, match=r"was begun with temperature 0\.9, not 0\.5"):
+        answer_file(bridge, source, again, decoding={**drawn, "temperature": 0.5})
+    source.write_text("".join(json.dumps(row) + "\n" for row in ROWS[::-1]))
+    with pytest.raises(InputError, match=r"again\.jsonl:1 answers another row than .*in\.jsonl:1"):
+        answer_file(bridge, source, again, decoding=drawn)
+
+
+@pytest.mark.parametrize(("row", "said"), [
+    ({"premise": "x"}, r"in\.jsonl:2: column 'hypothesis' is missing; wanted premise, hypothesis"),
+    ({"premise": " ", "hypothesis": "x"}, r"in\.jsonl:2: column 'premise' is empty"),
+    ({"premise": "x", "hypothesis": "x", "answer": "y"}, "column 'answer' is one that is written"),
+])
+def test_a_row_that_cannot_be_answered_is_named(bridge, tmp_path, row, said):
+    source = tmp_path / "in.jsonl"
+    source.write_text("".join(json.dumps(x) + "\n" for x in (ROWS[0], row)))
+    with pytest.raises(InputError, match=said):
+        answer_file(bridge, source, tmp_path / "out.jsonl")
+    assert not (tmp_path / "out.jsonl").exists()
+
+
+def test_decoding_that_chooses_nothing_is_refused(bridge):
+    for fields, said in (({"top_p": 0.0}, "top_p"), ({"temperature": -1.0}, "temperature"),
+                         ({"stop": ("",)}, "stop")):
+        with pytest.raises(InputError, match=f"eval.{said}"):
+            load_config(bridge, fields)
+
+
+def test_a_page_holds_what_a_reader_asks_for(run, bridge):
+    page = report([bridge])
+    assert page == bridge / "eval" / "report.html" and "McNemar" not in page.read_text()
+    evaluate(bridge, limit=6, llm_only=True)
+    text, markdown = report([bridge]).read_text(), page.with_suffix(".md").read_text()
+    for part in ("McNemar", "LLM alone", "Weight of each layer", "Layers behind each token",
+                 "Training", "What was run", "&#34;learning_rate&#34;", "python 3."):
+        assert part in text
+    assert not re.findall(r'(?:src|href)="(?!data:)', text)  # nothing else is needed
+    pictures = re.findall(r"\]\((.*?)\)", markdown)
+    assert pictures and all((page.parent / name).is_file() for name in pictures)
+    whole = report([run[1]])
+    assert whole == run[1] / "report.html" and "transformer_softmax: 2" in whole.read_text()
+
+
+def test_a_page_shows_each_script_its_own_way(bridge, tmp_path):
+    """In a browser: right-to-left text runs right to left, markup in a row is only text."""
+    copy = tmp_path / "run"
+    shutil.copytree(bridge, copy)
+    file = copy / "eval" / "details.json"
+    details = json.loads(file.read_text())
+    arabic = details["xnli"]["ar"]
+    arabic["queries"][0] = "Premise: <b>هذا نص عربي للاختبار</b>"
+    arabic["correct"]["likelihood"][0] ^= 1
+    file.write_text(json.dumps(details))
+    alone = copy / "eval" / "llm_only_details.json"
+    alone.write_text(json.dumps({**details, "xnli": {**details["xnli"], "ar": {
+        **arabic, "correct": {**arabic["correct"], "likelihood": [
+            1 - x for x in arabic["correct"]["likelihood"]]}}}}))
+    page = report([copy])
+    browser = shutil.which("chromium") or shutil.which("google-chrome")
+    if browser is None:
+        assert "&lt;b&gt;" in page.read_text() and 'dir="rtl"' in page.read_text()
+        pytest.skip("no Chromium is installed: the page was not opened")
+    code = ("<script>onload = () => { const cells = [...document.querySelectorAll('td.text')];"
+            "const cell = cells.find(x => x.textContent.includes('عربي'));"
+            "document.title = getComputedStyle(cell).direction + ' ' + cell.children.length + ' ' +"
+            "[...document.images].every(x => x.naturalWidth > 0) }</script>")
+    shown = tmp_path / "shown.html"
+    shown.write_text(page.read_text().replace("</body>", f"{code}</body>"))
+    said = subprocess.run(
+        [browser, "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom",
+         f"--user-data-dir={tmp_path / 'profile'}", shown.as_uri()],
+        capture_output=True, text=True, timeout=120, env={**os.environ, "HOME": str(tmp_path)})
+    assert "<title>rtl 0 true</title>" in said.stdout
+
+
+@pytest.mark.parametrize(("flags", "said"), [
+    (["--compare", "a"], "takes two runs or more"),
+    (["--workdir", "a", "--compare", "b", "c"], "wanted --workdir DIR, or --compare"),
+    ([], "wanted --workdir DIR, or --compare"),
+    (["--workdir", "a", "--input", "x"], "go together"),
+    (["--workdir", "a,b", "--ask", "x"], "--ask takes one --workdir"),
+    (["--workdir", "a", "b"], "'b' is no flag"),
+])
+def test_flags_that_do_not_go_together(flags, said):
+    done = subprocess.run([sys.executable, "eval.py", *flags], cwd=ROOT, capture_output=True,
+                          text=True)
+    assert done.returncode == 1 and said in done.stderr and "Traceback" not in done.stderr
