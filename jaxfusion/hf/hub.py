@@ -1,7 +1,14 @@
 """A checkpoint's name → a directory on disk: a local path, or a hub id at a pinned revision."""
 
+import os
 import re
+import socket
+import sys
+import threading
+import urllib.request
+from functools import lru_cache
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from jaxfusion.errors import InputError
 
@@ -13,6 +20,49 @@ WANTED = [
 # Everything of a model directory but its weights.
 NOT_WEIGHTS = [pattern for pattern in WANTED if "safetensors" not in pattern]
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+COMMIT = re.compile(r"[0-9a-f]{40}")  # what a branch or tag is resolved to
+PATIENCE = 3.0  # seconds for a first connection to the hub
+
+
+@lru_cache(1)
+def hub_in_reach() -> bool:
+    """Whether the hub (or the proxy before it) takes a connection; asked once.
+
+    Where it does not, the Hugging Face libraries are told so: they would try for half a minute.
+    """
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE:
+        return False
+    end = urlsplit(constants.ENDPOINT)
+    proxies = {} if urllib.request.proxy_bypass(end.netloc) else urllib.request.getproxies()
+    proxy = proxies.get(end.scheme, proxies.get("all"))
+    place = urlsplit(proxy if not proxy or "://" in proxy else f"//{proxy}") if proxy else end
+    port = place.port or {"http": 80, "https": 443}.get(place.scheme, 1080)
+    found = _connects(place.hostname, port)
+    if not found:
+        os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = "1"
+        constants.HF_HUB_OFFLINE = True
+        if config := sys.modules.get("datasets.config"):
+            config.HF_HUB_OFFLINE = True
+    return found
+
+
+def _connects(host: str | None, port: int) -> bool:
+    """Whether a connection opens in time; a name that takes longer to look up is given up, too."""
+    found = []
+
+    def connect() -> None:
+        try:
+            socket.create_connection((host, port), PATIENCE).close()
+            found.append(True)
+        except OSError:
+            pass
+
+    thread = threading.Thread(target=connect, daemon=True)
+    thread.start()
+    thread.join(PATIENCE)
+    return bool(found)
 
 
 def resolve(
@@ -70,6 +120,7 @@ def download(name: str, revision: str | None, patterns: list[str]) -> str:
     from huggingface_hub import errors, snapshot_download
 
     page = f"https://huggingface.co/{name}"
+    hub_in_reach()  # if it is not, this says so at once
     try:
         return snapshot_download(name, revision=revision, allow_patterns=patterns)
     except errors.GatedRepoError:

@@ -32,7 +32,7 @@ def ask(workdir: Path, text: str) -> str:
       InputError: no such run, or another number of columns.
     """
     config = load_config(workdir)
-    task = get_task(config.data.task)
+    task = get_task(config.data.task, config.tasks)
     query = fill(task, text)
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     with jax.set_mesh(mesh):

@@ -66,7 +66,7 @@ def compare(config: CompareConfig, workdir: Path) -> Comparison:
     details = {LLM_ALONE: evaluate(where, limit=config.rows, llm_only=True)[1], **details}
     seconds[LLM_ALONE] = {"score": time.monotonic() - start}
     comparison = _compare(config, runs, details)
-    _report(comparison, seconds, workdir)
+    _report(comparison, get_task(comparison.task, config.base.tasks), seconds, workdir)
     return comparison
 
 
@@ -82,12 +82,12 @@ def check(config: CompareConfig, runs: dict[str, Config]) -> None:
         raise InputError(f"a comparison scores its training task '{task}' alone, got "
                          f"eval.tasks {', '.join(config.base.eval.tasks)}")
     for names in (*config.groups.values(), config.development, config.base.eval.languages):
-        check_languages(task, names)
+        check_languages(task, names, config.base.tasks)
 
 
 def _compare(config: CompareConfig, runs: dict[str, Config], details) -> Comparison:
     first, name = next(iter(runs)), config.base.data.task
-    task, languages = get_task(name), details[first][name]
+    task, languages = get_task(name, config.base.tasks), details[first][name]
     scoring = task.scoring
     warm = [variant for variant, run in runs.items()
             if run.projector.warm_start and run.train.init_from is None]
@@ -136,8 +136,7 @@ def _columns(task: Task, query: str) -> dict[str, str]:
     return re.fullmatch(pattern, query, re.DOTALL).groupdict()
 
 
-def _report(comparison: Comparison, seconds, workdir: Path) -> None:
-    task = get_task(comparison.task)
+def _report(comparison: Comparison, task: Task, seconds, workdir: Path) -> None:
     chance = 1 / len(task.labels) if task.labels else None
     draw_accuracy(comparison, workdir / "accuracy.png", chance)
     if comparison.layer_weights:

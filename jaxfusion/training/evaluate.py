@@ -10,8 +10,8 @@ from rich.progress import Progress
 
 from jaxfusion import config as configs
 from jaxfusion.config import directory_name
-from jaxfusion.data.sources import Example, read_examples
-from jaxfusion.data.tasks import check_languages, get_task
+from jaxfusion.data.sources import Example, at_hand, read_examples
+from jaxfusion.data.tasks import check_languages, configured, get_task
 from jaxfusion.errors import InputError
 from jaxfusion.evaluation.layers import layer_weigher
 from jaxfusion.evaluation.metrics import accuracy
@@ -42,8 +42,8 @@ def evaluate(
       tasks, languages: default to the config's, and these to the training task and all of its
         languages. limit: rows of each.
       llm_only: the LLM alone, on the text prompt.
-      data_path: directory of the tasks' files; defaults to the config's for the training task, and
-        to the hub for others.
+      data_path: where the tasks' rows are, as `data.path`; defaults to the config's for the
+        training task, and to their own sources for others.
 
     Returns:
       All results that the file now holds (in other processes than the first: what was scored now),
@@ -101,23 +101,14 @@ def read_rows(
     """Test rows of every task and language asked for, all read before anything is scored."""
     wanted = {}
     for name in tasks or config.eval.tasks or (config.data.task,):
-        task = get_task(name)
-        # Another task's rows are not where the training task's files are.
-        path = data_path or (config.data.path if name == config.data.task else None)
-        chosen = languages or config.eval.languages or _at_hand(name, path)
-        check_languages(name, chosen)
+        task, path = get_task(name, config.tasks), data_path
+        if name == config.data.task:  # another task's rows are not where this one's are
+            task, path = configured(task, config.data), data_path or config.data.path
+        chosen = languages or config.eval.languages or at_hand(name, task, "test", path)
+        check_languages(name, chosen, config.tasks)
         for language in chosen:
             wanted[name, language] = read_examples(name, task, "test", language, path)[:limit]
     return wanted
-
-
-def _at_hand(name: str, path: str | None) -> tuple[str, ...]:
-    """All languages of a task; of a directory of JSONL files, those that are there."""
-    languages = get_task(name).languages
-    if path is None:
-        return languages
-    folder = Path(path).expanduser()
-    return tuple(x for x in languages if (folder / f"test-{x}.jsonl").is_file()) or languages
 
 
 def _score(model: Model, rows: Rows, llm_only: bool) -> tuple[Results, Details]:
@@ -131,7 +122,7 @@ def _score(model: Model, rows: Rows, llm_only: bool) -> tuple[Results, Details]:
         for (name, language), examples in rows.items():
             progress.update(bar, description=f"{name} {language}")
             scored = scorer(
-                params, examples, get_task(name), lambda n: progress.advance(bar, n)
+                params, examples, get_task(name, config.tasks), lambda n: progress.advance(bar, n)
             )
             if scored.cut.any:
                 logger.warning("%s %s, longer than the limits: %s", name, language, scored.cut)
