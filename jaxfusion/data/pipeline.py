@@ -2,11 +2,9 @@
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import Future
 from dataclasses import replace
 from functools import lru_cache
-from threading import Thread
-from typing import Any, TypeVar
+from typing import Any
 
 import grain
 import jax
@@ -19,8 +17,6 @@ from jaxfusion.data.sources import Example
 from jaxfusion.data.tokenizers import Tokenizers
 from jaxfusion.errors import InputError
 from jaxfusion.nn.bridge import Batch
-
-T = TypeVar("T")
 
 
 def subset(
@@ -74,20 +70,6 @@ def first_rows(
     raise InputError(f"train_rows={limit}: the stream has ended after {len(taken)} of the rows "
                      "that are wanted" + (f"; of class {next(iter(+room))} it has too few"
                                           if balanced else ""))
-
-
-def in_background(work: Callable[[], T]) -> Future[T]:
-    """Starts the work in a thread; nobody waits for it who does not ask for its result."""
-    future: Future[T] = Future()
-
-    def run() -> None:
-        try:
-            future.set_result(work())
-        except BaseException as error:
-            future.set_exception(error)
-
-    Thread(target=run, daemon=True).start()
-    return future
 
 
 class Batches:

@@ -2,14 +2,15 @@
 
 import os
 import re
-import socket
+import ssl
 import sys
-import threading
-import urllib.request
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
-from urllib.parse import urlsplit
+from urllib import request
+from urllib.error import HTTPError
 
+from jaxfusion.background import in_background
 from jaxfusion.errors import InputError
 
 WANTED = [
@@ -21,12 +22,12 @@ WANTED = [
 NOT_WEIGHTS = [pattern for pattern in WANTED if "safetensors" not in pattern]
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 COMMIT = re.compile(r"[0-9a-f]{40}")  # what a branch or tag is resolved to
-PATIENCE = 3.0  # seconds for a first connection to the hub
+PATIENCE = 4.0  # seconds for a first answer of the hub
 
 
 @lru_cache(1)
 def hub_in_reach() -> bool:
-    """Whether the hub (or the proxy before it) takes a connection; asked once.
+    """Whether the hub answers, through the proxy that the environment names; asked once.
 
     Where it does not, the Hugging Face libraries are told so: they would try for half a minute.
     """
@@ -34,35 +35,26 @@ def hub_in_reach() -> bool:
 
     if constants.HF_HUB_OFFLINE:
         return False
-    end = urlsplit(constants.ENDPOINT)
-    proxies = {} if urllib.request.proxy_bypass(end.netloc) else urllib.request.getproxies()
-    proxy = proxies.get(end.scheme, proxies.get("all"))
-    place = urlsplit(proxy if not proxy or "://" in proxy else f"//{proxy}") if proxy else end
-    port = place.port or {"http": 80, "https": 443}.get(place.scheme, 1080)
-    found = _connects(place.hostname, port)
-    if not found:
-        os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = "1"
-        constants.HF_HUB_OFFLINE = True
-        if config := sys.modules.get("datasets.config"):
-            config.HF_HUB_OFFLINE = True
-    return found
+    found = in_background(lambda: answers(constants.ENDPOINT))
+    with suppress(TimeoutError):  # a name may take longer to look up than a connection to fail
+        if found.result(PATIENCE):
+            return True
+    os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = "1"
+    constants.HF_HUB_OFFLINE = True
+    if config := sys.modules.get("datasets.config"):
+        config.HF_HUB_OFFLINE = True
+    return False
 
 
-def _connects(host: str | None, port: int) -> bool:
-    """Whether a connection opens in time; a name that takes longer to look up is given up, too."""
-    found = []
-
-    def connect() -> None:
-        try:
-            socket.create_connection((host, port), PATIENCE).close()
-            found.append(True)
-        except OSError:
-            pass
-
-    thread = threading.Thread(target=connect, daemon=True)
-    thread.start()
-    thread.join(PATIENCE)
-    return bool(found)
+def answers(url: str) -> bool:
+    """Whether a server answers, with whatever it says."""
+    try:
+        request.urlopen(request.Request(url, method="HEAD"), timeout=PATIENCE).close()
+    except HTTPError:
+        return True
+    except (OSError, ValueError) as error:  # its certificate is for others to judge
+        return isinstance(getattr(error, "reason", error), ssl.SSLError)
+    return True
 
 
 def resolve(

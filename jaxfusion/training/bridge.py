@@ -9,10 +9,11 @@ from pathlib import Path
 
 import jax
 
+from jaxfusion.background import in_background
 from jaxfusion.data.batching import TokenRow, find_shapes, tokenize
 from jaxfusion.data.continued import Continued, tokenize_texts
 from jaxfusion.data.packing import find_packing
-from jaxfusion.data.pipeline import Batches, first_rows, in_background, steps_per_epoch, subset
+from jaxfusion.data.pipeline import Batches, first_rows, steps_per_epoch, subset
 from jaxfusion.data.remote import commit_of
 from jaxfusion.data.sources import Example, examples, find_source
 from jaxfusion.data.task import Task
