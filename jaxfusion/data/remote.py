@@ -81,6 +81,8 @@ def _builder(name: str, config: str | None, revision: str | None):
     import datasets
 
     reach = hub_in_reach()
+    if not reach:  # what they would say in four lines is said below in one
+        datasets.utils.logging.set_verbosity_error()
     builder = datasets.load_dataset_builder(name, config, revision=revision)
     if not reach:
         if revision and COMMIT.fullmatch(revision) and builder.hash != revision:
@@ -95,7 +97,8 @@ def _reason(error: Exception) -> str:
     if SCRIPTS in str(error):
         return (f"{first_line(error)}; data.revision=refs/convert/parquet reads the hub's own "
                 "conversion, where there is one")
-    if not hub_in_reach():
+    absent = isinstance(error, ConnectionError | FileNotFoundError) or "find cache" in str(error)
+    if absent and not hub_in_reach():
         return "the hub is out of reach and no copy is here"
     return first_line(error)
 

@@ -76,15 +76,21 @@ def find_source(name: str, task: Task, split: str, language: str, path: str | No
                              "where its rows are")
         return source
     place = path.replace("{task}", name)
+    wanted = Source(place)
     for source in (task.source, *task.others):
-        if source is not None and source.place == place:
-            return source
-    if Source(place).kind != "files":
-        return Source(place)
+        if source is not None and (source.place == place or _is_version(wanted, source)):
+            return replace(source, place=place)
+    if wanted.kind != "files":
+        return wanted
     folder = Path(place).expanduser()
     if folder.is_dir():
         return _in_folder(name, task, split, language, folder)
     return Source(place, splits=SAME)
+
+
+def _is_version(wanted: Source, declared: Source) -> bool:
+    """Whether a place is the directory of a version of a declared tensorflow-datasets set."""
+    return wanted.kind == declared.kind == "tfds" and declared.name in Path(wanted.name).parts
 
 
 def _in_folder(name: str, task: Task, split: str, language: str, folder: Path) -> Source:
@@ -240,6 +246,8 @@ def _example(task: Task, row: dict[str, Any], where: str) -> Example:
             f"{where}: column {error} is missing; found: {', '.join(row)}"
         ) from None
     for column in re.findall(r"{(\w+)}", task.prompt):
+        if isinstance(row[column], dict | list):
+            raise InputError(f"{where}: column '{column}' is no text but {row[column]!r:.80}")
         if not str(row[column] or "").strip():
             raise InputError(f"{where}: column '{column}' is empty")
     if task.unlabelled:

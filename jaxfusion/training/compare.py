@@ -78,6 +78,8 @@ def check(config: CompareConfig, runs: dict[str, Config]) -> None:
     if len(tasks) > 1:
         raise InputError(f"variants are compared on one task, got {', '.join(sorted(tasks))}")
     task, = tasks
+    if get_task(task, config.base.tasks).unlabelled:
+        raise InputError(f"task '{task}' is text to learn from, where nothing can be compared")
     if set(config.base.eval.tasks) - {task}:
         raise InputError(f"a comparison scores its training task '{task}' alone, got "
                          f"eval.tasks {', '.join(config.base.eval.tasks)}")
