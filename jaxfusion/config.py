@@ -97,6 +97,7 @@ def _debug(config: ml_collections.ConfigDict) -> None:
     config.data.path = "made:rows"
     config.data.train_rows = config.data.dev_rows = None
     config.data.balanced = config.data.streaming = False
+    config.data.revision = None
     config.data.max_encoder_tokens = config.eval.max_encoder_tokens = 128
     config.data.buckets = (128,)
     config.data.max_decoder_tokens = config.eval.max_decoder_tokens = 128

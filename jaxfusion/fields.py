@@ -97,7 +97,7 @@ class DataConfig:
     # {split}; hub:ID; tfds:NAME. None: where the task says.
     path: str | None = None
     revision: str | None = None  # of a hub dataset; kept as a commit in the workdir once resolved
-    streaming: bool = False  # a hub dataset's first train_rows rows (balanced: of every class)
+    streaming: bool = False  # take the first train_rows rows (balanced: of every class), no more
     language: str = "en"  # of training and development
     # What follows the prefix, in the LLM's own tokens: nothing, a fixed instruction, or '{query}'
     # (the whole encoder prompt again: MindMerger's augmentation).

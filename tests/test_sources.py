@@ -126,7 +126,7 @@ def test_languages_at_hand_are_those_with_files(tmp_path):
      r"train\.jsonl:1: column 'text' is no text but {'en': 'x'}"),
     ("train.jsonl", b'{"text": "x", "id": 7, "label": 0}\n{"text": "y", "id": 7, "label": 0}\n',
      r"train\.jsonl:2: id 7 is also that of .*train\.jsonl:1, which is another row"),
-    ("train.parquet", b"PAR1 and no more", r"train\.parquet cannot be read as Parquet behind row 0"),
+    ("train.parquet", b"PAR1 and no more", r"train\.parquet cannot be read as Parquet behind"),
     ("train.xlsx", b"", r"train\.xlsx is none of \.jsonl, \.json, \.csv, \.tsv, \.parquet"),
 ])
 def test_bad_files_are_named_with_their_row(tmp_path, name, content, message):
@@ -311,10 +311,10 @@ def test_out_of_reach_a_copy_is_read_and_said(hub_copy, caplog):
         found, = read_examples("xnli", TASKS["xnli"], "test", "sw", None)
     assert found.target == "Neutral"
     assert f"reading facebook/xnli from its copy here, commit {'a' * 40}" in caplog.text
-    with pytest.raises(InputError, match="out of reach and no copy is here.*put test-ur.jsonl in"):
+    with pytest.raises(InputError, match=r"reach and no copy is here.*put test-ur\.jsonl in"):
         read_examples("xnli", TASKS["xnli"], "test", "ur", None)
     other = configured(TASKS["xnli"], DataConfig(language="sw", revision="b" * 40))
-    with pytest.raises(InputError, match="here is commit a+, not b+"):
+    with pytest.raises(InputError, match=r"here is commit a+, not b+"):
         read_examples("xnli", other, "test", "sw", None)
 
 
@@ -324,7 +324,7 @@ def test_a_hub_that_never_answers_is_given_up_soon(monkeypatch):
     monkeypatch.setattr(hf_hub, "PATIENCE", 0.3)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     with socket.create_server(("127.0.0.1", 0)) as server:  # takes connections, says nothing
-        monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:%d" % server.getsockname()[1])
+        monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{server.getsockname()[1]}")
         hf_hub.hub_in_reach.cache_clear()
         clock = time.monotonic()
         assert not hf_hub.hub_in_reach() and time.monotonic() - clock < 2
@@ -399,7 +399,7 @@ def test_a_set_of_tfrecords_says_how_to_prepare_it(tfds_dir, tmp_path):
     shutil.copytree(tfds_dir, place)
     about = place / "dataset_info.json"
     about.write_text(about.read_text().replace("array_record", "tfrecord"))
-    with pytest.raises(InputError, match=r"only there as tfrecord, .*builder\('xnli', file_format="):
+    with pytest.raises(InputError, match=r"only there as tfrecord.*builder\('xnli', file_format"):
         read_examples("xnli", TASKS["xnli"], "test", "sw", f"tfds:{place}")
     with pytest.raises(InputError, match=r"holds no dataset_info\.json"):
         read_examples("xnli", TASKS["xnli"], "test", "sw", f"tfds:{tmp_path}")

@@ -61,9 +61,9 @@ def _config(source: Source, split: str, language: str) -> str | None:
     return source.config and source.config.format(language=language, split=theirs)
 
 
-def commit_of(source: Source | None, split: str, language: str) -> str | None:
+def commit_of(source: Source, split: str, language: str) -> str | None:
     """The commit that a hub dataset's revision is now, to pin it by; None for what is no such."""
-    if source is None or source.kind != "hub":
+    if source.kind != "hub":
         return None
     theirs = source.names.get(language, language)
     try:

@@ -80,7 +80,11 @@ def read_data(config: Config) -> tuple[Config, Task, list[Example], list[Example
         raise InputError(f"task '{c.task}' is unlabelled text, which fills its rows and follows "
                          "no prompt: leave data.pack, text_prompt and chat_template out")
     task = configured(task, c)
-    commit = commit_of(find_source(c.task, task, "train", c.language, c.path), "train", c.language)
+    source = find_source(c.task, task, "train", c.language, c.path)
+    if c.revision and source.kind != "hub":
+        raise InputError(f"data.revision is for a hub dataset, and rows are read from "
+                         f"{source.place}; leave it out")
+    commit = commit_of(source, "train", c.language)
     if commit is not None:
         config = replace(config, data=replace(c, revision=commit))
         task = configured(task, config.data)
