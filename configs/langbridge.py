@@ -9,8 +9,8 @@ Published: 70.36 is LangBridge on XNLI as 2508.09091 reran it (configs/xnli_pape
 LangBridge paper itself reports MGSM by extracted answer, which is not scored here.
 
 The encoder's embeddings train as well, for the whitespace tokens that are added. On unlabelled
-corpora, whose splitting at a random point is not built yet, the authors train the whole encoder:
-`--config.optimizer.groups.encoder.patterns="('encoder/.*',)"`.
+corpora, each text split at a random point (`unlabelled` in docs/data.md), the authors train the
+whole encoder: `--config.optimizer.groups.encoder.patterns="('encoder/.*',)"`.
 """
 
 from jaxfusion.config import default_config, finish

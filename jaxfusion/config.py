@@ -105,7 +105,8 @@ def _debug(config: ml_collections.ConfigDict) -> None:
     config.encoder.dtype = config.decoder.dtype = "float32"
     config.data.path = "made:rows"
     config.data.train_rows = config.data.dev_rows = None
-    config.data.balanced = False
+    config.data.balanced = config.data.streaming = False
+    config.data.revision = None
     config.data.max_encoder_tokens = config.eval.max_encoder_tokens = 128
     config.data.buckets = (128,)
     config.data.max_decoder_tokens = config.eval.max_decoder_tokens = 128
@@ -270,8 +271,9 @@ def check(config: Job) -> None:
             f"config field 'optimizer.warmup_fraction' is {config.optimizer.warmup_fraction}, "
             "wanted at least 0 and less than 1"
         )
-    if flat.get("data.balanced") and flat["data.train_rows"] is None:
-        raise InputError("data.balanced needs data.train_rows: how many rows to draw")
+    for name in ("data.balanced", "data.streaming"):
+        if flat.get(name) and flat["data.train_rows"] is None:
+            raise InputError(f"{name} needs data.train_rows: how many rows to draw")
 
 
 def check_decoding(config: EvalConfig) -> None:

@@ -72,11 +72,34 @@ class ProjectorConfig:
 
 
 @dataclass(frozen=True)
+class TaskConfig:
+    """A task of the user's own; see docs/data.md."""
+
+    prompt: str = ""  # the encoder's text; {column} names a column of the rows
+    labels: tuple[str, ...] = ()  # what the LLM answers, by class; empty: the text in `target`
+    languages: tuple[str, ...] = ("en",)
+    source: str | None = None  # as data.path, without directories; none: data.path must say
+    subset: str | None = None  # configuration of a hub or tfds dataset; {language} is filled in
+    revision: str | None = None  # of a hub dataset
+    # What {split} is, or the dataset calls it; `all[0:900]` is rows 0 to 899 of `all`.
+    splits: dict[str, str] = field(default_factory=dict)
+    columns: dict[str, str] = field(default_factory=dict)  # of the rows, named otherwise there
+    names: dict[str, str] = field(default_factory=dict)  # of languages, named otherwise there
+    spellings: tuple[str, ...] = ()  # of the labels in the rows, if neither as here nor 0, 1, …
+    extract: str | None = None  # of a free text what is compared: last_number; none: all of it
+    unlabelled: bool = False  # plain text: the encoder reads its beginning, the LLM learns the rest
+
+
+@dataclass(frozen=True)
 class DataConfig:
     """What is learned from."""
 
     task: str = "xnli"
-    path: str | None = None  # a directory with the task's files; none: the task's hub dataset
+    # Where the rows are: a directory with the task's files; a file or pattern with {language} and
+    # {split}; hub:ID; tfds:NAME. None: where the task says.
+    path: str | None = None
+    revision: str | None = None  # of a hub dataset; kept as a commit in the workdir once resolved
+    streaming: bool = False  # take the first train_rows rows (balanced: of every class), no more
     language: str = "en"  # of training and development
     # What follows the prefix, in the LLM's own tokens: nothing, a fixed instruction, or '{query}'
     # (the whole encoder prompt again: MindMerger's augmentation).
@@ -169,6 +192,7 @@ class Config:
     mesh: MeshConfig = MeshConfig()
     # Train it once for each of these in place of train.seed: a comparison of one variant.
     seeds: tuple[int, ...] = ()
+    tasks: dict[str, TaskConfig] = field(default_factory=dict)  # of one's own, by name
 
 
 @dataclass(frozen=True)
@@ -244,8 +268,8 @@ class CompareConfig:
 class ParallelConfig:
     """Prompts that mean the same in several languages."""
 
-    # A .jsonl or .tsv file with a column per language; text files by a pattern with {language}, the
-    # same line in each; or the id of a hub dataset with a column per language.
+    # A .jsonl, .json, .csv, .tsv or .parquet file or a hub dataset's id, with a column per
+    # language; or text files by a pattern with {language}, the same line in each.
     path: str = ""
     central: str = "en"
     targets: tuple[str, ...] = ()
@@ -301,6 +325,7 @@ class LensRunConfig:
     train: TrainConfig = TrainConfig(epochs=1, log_every=5)
     eval: EvalConfig = EvalConfig()
     mesh: MeshConfig = MeshConfig()
+    tasks: dict[str, TaskConfig] = field(default_factory=dict)  # of one's own, by name
     # Runs from one cache, each with its name and the fields of `lens` and others that differ.
     sweep: tuple[dict[str, Any], ...] = ()
 

@@ -133,7 +133,7 @@ def test_a_comparison_runs_from_start_to_report(debug_run):
     workdir, comparison, config = debug_run
     assert list(comparison.correct) == [
         "LLM alone", "last", "layer 4", "global_softmax", "transformer_softmax"]
-    rows = {len(x) for by in comparison.correct.values() for x in by.values()}
+    rows = {comparison.rows(model, x).size for model, by in comparison.correct.items() for x in by}
     assert rows == {6}
     assert set(comparison.layer_weights) == {"global_softmax", "transformer_softmax"}
     for by_language in comparison.layer_weights.values():

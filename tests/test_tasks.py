@@ -2,8 +2,10 @@
 
 import json
 
+import datasets
 import pytest
 
+from jaxfusion.data import remote
 from jaxfusion.data.sources import read_examples
 from jaxfusion.data.tasks import TASKS
 from jaxfusion.errors import InputError
@@ -74,15 +76,28 @@ def test_json_lists_and_places_by_task(tmp_path):
 class Hub:
     """In the hub's place: what was asked for, and rows to give."""
 
-    def __init__(self, monkeypatch, rows):
-        import datasets
+    hash = "c" * 40
 
-        self.rows, self.asked = rows, []
-        monkeypatch.setattr(datasets, "load_dataset", self.load)
+    def __init__(self, monkeypatch, rows, features=None):
+        self.data = datasets.Dataset.from_list(rows, features=features)
+        self.asked = []
+        monkeypatch.setattr(datasets, "load_dataset_builder", self.open)
+        monkeypatch.setattr(remote, "hub_in_reach", lambda: True)
+        remote._builder.cache_clear()
 
-    def load(self, name, config, split):
-        self.asked.append((name, config, split))
-        return self.rows
+    def open(self, name, config, revision):
+        self.asked.append((name, config, revision))
+        return self
+
+    def download_and_prepare(self):
+        self.asked.append("downloaded")
+
+    def as_dataset(self, split):
+        self.asked.append(split)
+        return self.data
+
+    def as_streaming_dataset(self, split):
+        return self.data.to_iterable_dataset()
 
 
 @pytest.mark.parametrize("task, language, row, asked, target", [
@@ -103,7 +118,8 @@ class Hub:
 def test_hub_rows_become_examples(task, language, row, asked, target, monkeypatch):
     hub = Hub(monkeypatch, [row])
     found, = read_examples(task, TASKS[task], "test", language, None)
-    assert found.target == target and hub.asked == [asked]
+    name, config, split = asked
+    assert found.target == target and hub.asked == [(name, config, None), "downloaded", split]
 
 
 def test_real_files_are_read_as_they_are(real_data):

@@ -140,7 +140,7 @@ def _twin_losses(run, model):
     losses = []
     for i in range(20):
         epoch, number = divmod(i, run.batches.per_epoch)
-        rows = [run.batches.rows[j] for j in run.batches.plan(epoch)[number]]
+        rows = [run.batches.rows[j] for j in run.batches.epoch(epoch)[1][number]]
         loss = twin([row.query for row in rows], [row.target for row in rows],
                     model.tokenizers.start[0])
         adamw.zero_grad()

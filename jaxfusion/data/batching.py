@@ -83,10 +83,11 @@ def tokenize(
     """
     prompts = [text_prompt.replace("{query}", example.query) for example in examples]
     queries = tokenizers.encode_queries([example.query for example in examples])
-    texts = tokenizers.encode_prompts(prompts)
+    texts = _each_once(tokenizers.encode_prompts, prompts)
     targets = [[] for _ in examples]
     if with_target:
-        answers = tokenizers.encode_answers(prompts, [example.target for example in examples])
+        answers = _each_once(tokenizers.encode_answers, prompts,
+                             [example.target for example in examples])
         targets = [[*answer, tokenizers.eos] for answer in answers]
     cut = Cut(
         sum(len(query) > max_encoder_tokens for query in queries),
@@ -103,6 +104,17 @@ def tokenize(
         for query, text, target in zip(queries, texts, targets, strict=True)
     ]
     return rows, cut
+
+
+def _each_once(encode, *columns: list[str]) -> list[list[int]]:
+    """Ids of every row; prompts and labels are few, and rows that are equal are encoded once."""
+    rows = list(zip(*columns, strict=True))
+    if not rows:
+        return []
+    distinct = list(dict.fromkeys(rows))
+    ids = encode(*(list(column) for column in zip(*distinct, strict=True)))
+    known = dict(zip(distinct, ids, strict=True))
+    return [known[row] for row in rows]
 
 
 def tokenize_bare(

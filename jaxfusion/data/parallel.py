@@ -2,9 +2,11 @@
 
 from pathlib import Path
 
-from jaxfusion.data.sources import Placed, read_rows
+from jaxfusion.data.readers import read_file
+from jaxfusion.data.task import Placed
 from jaxfusion.errors import InputError, first_line
 from jaxfusion.fields import ParallelConfig
+from jaxfusion.hf.hub import hub_in_reach
 
 
 def read_parallel(config: ParallelConfig) -> tuple[dict[str, list[str]], list[str] | None]:
@@ -18,8 +20,9 @@ def read_parallel(config: ParallelConfig) -> tuple[dict[str, list[str]], list[st
         raise InputError(f"data.central is '{config.central}' and data.targets {config.targets}: "
                          "wanted one target or more, each once and none of them central")
     if not config.path:
-        raise InputError("data.path is empty: wanted a .jsonl or .tsv file with a column for each "
-                         "language, a pattern of text files with {language}, or a hub dataset")
+        raise InputError("data.path is empty: wanted a .jsonl, .csv, .tsv or .parquet file with a "
+                         "column for each language, a pattern of text files with {language}, or a "
+                         "hub dataset")
     columns = {name: config.columns.get(name, name) for name in languages}
     if "{language}" in config.path:
         found = {name: _lines(Path(config.path.replace("{language}", column)).expanduser())
@@ -32,7 +35,7 @@ def read_parallel(config: ParallelConfig) -> tuple[dict[str, list[str]], list[st
         answers = None
     else:
         path = Path(config.path).expanduser()
-        rows = read_rows(path) if path.is_file() else _hub(config.path)
+        rows = list(read_file(path)) if path.is_file() else _hub(config.path)
         found = {name: _column(rows, column, config.path) for name, column in columns.items()}
         answers = _column(rows, config.answer, config.path) if config.answer else None
     for name, texts in found.items():
@@ -64,6 +67,7 @@ def _lines(file: Path) -> list[str]:
 def _hub(name: str) -> list[Placed]:
     import datasets
 
+    hub_in_reach()  # if it is not, what follows says so at once
     try:
         rows = datasets.load_dataset(name, split="train")
         return [(row, f"{name} row {number}") for number, row in enumerate(rows)]

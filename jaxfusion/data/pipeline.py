@@ -1,14 +1,17 @@
 """The training input: a grain dataset of batches, the same whatever the hosts and restarts."""
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import lru_cache
+from typing import Any
 
 import grain
 import jax
 import numpy as np
 
 from jaxfusion.data.batching import Shapes, TokenRow, collate, epoch_plan
+from jaxfusion.data.continued import Continued
 from jaxfusion.data.packing import Packing, stratified_plan
 from jaxfusion.data.sources import Example
 from jaxfusion.data.tokenizers import Tokenizers
@@ -44,6 +47,31 @@ def subset(
     return [examples[i] for i in chosen]
 
 
+def first_rows(
+    examples: Iterable[Example], limit: int, classes: int, balanced: bool
+) -> list[Example]:
+    """The first rows of a stream; `balanced`: the first of every class, in equal numbers.
+
+    Reads no further than it must, so what it takes is no random sample.
+
+    Raises:
+      InputError: the stream ends before.
+    """
+    share = limit // max(classes, 1) if balanced else limit
+    room = Counter(dict.fromkeys(range(classes), share)) if balanced else Counter({-1: share})
+    taken = []
+    for example in examples:
+        key = example.label if balanced and classes else -1
+        if room[key] > 0:
+            room[key] -= 1
+            taken.append(example)
+        if not +room:
+            return taken
+    raise InputError(f"train_rows={limit}: the stream has ended after {len(taken)} of the rows "
+                     "that are wanted" + (f"; of class {next(iter(+room))} it has too few"
+                                          if balanced else ""))
+
+
 class Batches:
     """All training batches by step number, as grain's random-access source.
 
@@ -54,25 +82,37 @@ class Batches:
     """
 
     def __init__(
-        self, rows: Sequence[TokenRow], layout: Shapes | Packing, tokenizers: Tokenizers,
-        batch_size: int, seed: int, steps: int, place: jax.sharding.Sharding | None = None,
+        self, rows: Sequence[TokenRow] | Continued, layout: Shapes | Packing,
+        tokenizers: Tokenizers, batch_size: int, seed: int, steps: int,
+        place: jax.sharding.Sharding | None = None,
     ):
         self.place = place
         self.rows, self.layout, self.tokenizers = rows, layout, tokenizers
-        self.batch_size, self.steps = batch_size, steps
+        self.batch_size, self.seed, self.steps = batch_size, seed, steps
         self.per_epoch = steps_per_epoch(len(rows), batch_size)
+        self.epoch = lru_cache(2)(self._epoch)
+        self.keys = None
         if isinstance(layout, Packing):
-            plan, keys = stratified_plan, np.array([len(row.query) for row in rows])
-        else:
-            plan, keys = epoch_plan, np.array([layout.bucket(row) for row in rows])
-        self.plan = lru_cache(2)(lambda epoch: plan(keys, batch_size, seed, epoch))
+            self.keys = np.array([len(row.query) for row in rows])
+        elif not isinstance(rows, Continued):
+            self.keys = np.array([layout.bucket(row) for row in rows])
+
+    def _epoch(self, epoch: int) -> tuple[Sequence[TokenRow], list[np.ndarray]]:
+        """The rows of an epoch, and which of them make which batch."""
+        plan = stratified_plan if isinstance(self.layout, Packing) else epoch_plan
+        rows, keys = self.rows, self.keys
+        if isinstance(rows, Continued):  # split anew
+            rows = rows.at(epoch)
+            keys = np.searchsorted(self.layout.buckets, rows.lengths)
+        return rows, plan(keys, self.batch_size, self.seed, epoch)
 
     def __len__(self) -> int:
         return self.steps
 
     def __getitem__(self, step: int) -> Batch:
         epoch, number = divmod(step, self.per_epoch)
-        rows = [self.rows[i] for i in self.plan(epoch)[number]]
+        rows, plan = self.epoch(epoch)
+        rows = [rows[i] for i in plan[number]]
         # All hosts agree on the shape, which only the whole batch tells.
         groups, shape = self.layout.place(rows, len(self.tokenizers.start), self.batch_size)
         groups += [[]] * (shape.rows - len(groups))
@@ -94,7 +134,14 @@ def steps_per_epoch(rows: int, batch_size: int) -> int:
     return -(-rows // batch_size)
 
 
-def iterate(batches: Batches) -> grain.DatasetIterator:
-    """An iterator whose state can be saved and set, reading ahead in background threads."""
+def iterate(
+    batches: Batches, put: Callable[[Any], Any] = lambda batch: batch
+) -> grain.DatasetIterator:
+    """An iterator whose state can be saved and set: of the batches taken, not of those read ahead.
+
+    Args:
+      put: what makes a host's batch one on the devices: done in a thread, a batch ahead.
+    """
     options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=8)
-    return iter(grain.MapDataset.source(batches).to_iter_dataset(options))
+    data = grain.MapDataset.source(batches).to_iter_dataset(options).map(put)
+    return iter(grain.experimental.ThreadPrefetchIterDataset(data, prefetch_buffer_size=1))

@@ -1,18 +1,22 @@
-"""Rows of a task, from its files or its hub dataset, each checked and with a place to point at."""
+"""Rows of a task, from wherever they are, each checked and with a place to point at."""
 
-import json
+import logging
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from jaxfusion.data.lexicon import check_version
-from jaxfusion.data.task import Files, Hub, Row, Task
-from jaxfusion.errors import InputError, first_line
+from jaxfusion.data.prepared import read_tfds
+from jaxfusion.data.readers import READERS, read_file
+from jaxfusion.data.remote import read_hub
+from jaxfusion.data.task import SAME, Placed, Source, Task
+from jaxfusion.errors import InputError
 
-Placed = tuple[Row, str]  # a row, and where it stands for messages
-SLICE = re.compile(r"(.*?)(?:\[(\d*):(\d*)\])?")
+MAGIC = re.compile(r"[*?{]|\[.*\]")
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -27,34 +31,176 @@ class Example:
 def read_examples(
     name: str, task: Task, split: str, language: str, path: str | None
 ) -> list[Example]:
-    """All rows of a split, in the source's order.
+    """All rows of a split, in the source's order; arguments and errors as of `examples`."""
+    return list(examples(name, task, split, language, path))
+
+
+def examples(
+    name: str, task: Task, split: str, language: str, path: str | None
+) -> Iterator[Example]:
+    """Rows of a split in the source's order, read as they are taken.
 
     Args:
       name: the task's name, for messages.
-      path: the directory of the task's files; None reads the hub.
+      path: `data.path`: where the rows are; None reads the task's own source.
 
     Raises:
-      InputError: no such file or dataset, or a malformed row (named with its line).
+      InputError: no such file or dataset, no row, or a malformed row (named with its line).
     """
-    rows, own = _rows(name, task, split, language, path)
-    for column, other in task.borrowed.items() if not own and language not in task.hubs else ():
-        rows = _borrow(rows, column, _rows(name, task, split, other, path)[0], other)
-    examples = [_example(task, row, where) for row, where in rows]
-    if not examples:
-        raise InputError(f"split '{split}' of task '{name}' in '{language}' is empty")
-    return examples
+    if task.unlabelled and split == "test":
+        raise InputError(f"task '{name}' is text to learn from, where nothing can be scored; name "
+                         "other tasks in config.eval.tasks or --tasks")
+    source = find_source(name, task, split, language, path)
+    rows = _rows(name, source, split, language, task.labels)
+    for column, other in source.borrowed.items():
+        rows = _borrow(list(rows), column, list(_rows(name, source, split, other, ())), other)
+    empty = True
+    for row, where in _once(rows):
+        empty = False
+        yield _example(task, row, where)
+    if empty:
+        raise InputError(f"split '{split}' of task '{name}' in '{language}' is empty: "
+                         f"{source.place} has no rows for it")
 
 
-def _rows(name, task, split, language, path) -> tuple[list[Placed], bool]:
-    """All rows, and whether they are of the user's own making."""
+def find_source(name: str, task: Task, split: str, language: str, path: str | None) -> Source:
+    """Where a task's rows are.
+
+    Raises:
+      InputError: nowhere.
+    """
     if path is None:
-        return list(_hub_rows(name, task, split, language)), False
-    folder = Path(path.format(task=name)).expanduser()
-    own = folder / f"{split}-{language}.jsonl"
-    return list(_file_rows(name, task, split, language, folder)), own.is_file()
+        source = task.sources.get(language, task.source)
+        if source is None:
+            raise InputError(f"task '{name}' has no source of its own; set config.data.path to "
+                             "where its rows are")
+        return source
+    place = path.replace("{task}", name)
+    wanted = Source(place)
+    for source in (task.source, *task.others):
+        if source is not None and (source.place == place or _is_version(wanted, source)):
+            return replace(source, place=place)
+    if wanted.kind != "files":
+        return wanted
+    folder = Path(place).expanduser()
+    if folder.is_dir():
+        return _in_folder(name, task, split, language, folder)
+    return Source(place, splits=SAME)
 
 
-def _borrow(rows: list[Placed], column: str, others: list[Placed], language: str) -> list[Placed]:
+def _is_version(wanted: Source, declared: Source) -> bool:
+    """Whether a place is the directory of a version of a declared tensorflow-datasets set."""
+    return wanted.kind == declared.kind == "tfds" and declared.name in Path(wanted.name).parts
+
+
+def _in_folder(name: str, task: Task, split: str, language: str, folder: Path) -> Source:
+    check_version(folder)
+    own = _own_files(task, folder, split, language)
+    if len(own) > 1:
+        raise InputError(f"{own[0]} and {own[1].name} are there for the same rows; keep one")
+    if own:
+        return Source(str(folder / f"{{split}}-{{language}}{own[0].suffix}"), splits=SAME)
+    generic = f"{split}-{language}.jsonl"
+    if task.files is None or split not in task.files.splits:
+        raise InputError(f"{folder / generic} is missing: task '{name}' reads its rows there, or "
+                         f"in a file of that name that ends in {', '.join([*READERS][1:])}")
+    source = replace(task.files, place=str(folder / task.files.place))
+    if not (file := _filled(source, split, language)).is_file():
+        raise InputError(f"{file} is missing (nor is there {generic})")
+    return source
+
+
+def _own_files(task: Task, folder: Path, split: str, language: str) -> list[Path]:
+    """The user's own files of these rows in a directory."""
+    named = (folder / f"{split}-{language}{suffix}" for suffix in READERS)
+    # XNLI's own dev-en.tsv is cut into all three splits.
+    theirs = [folder / _filled(task.files, x, language) for x in task.files.splits
+              ] if task.files else []
+    return [file for file in named if file.is_file() and file not in theirs]
+
+
+def _filled(source: Source, split: str, language: str) -> Path:
+    """A source's path or pattern for a split and language."""
+    place = source.place.replace("{language}", source.names.get(language, language))
+    return Path(place.replace("{split}", source.rows(split)[0])).expanduser()
+
+
+def at_hand(name: str, task: Task, split: str, path: str | None) -> tuple[str, ...]:
+    """All languages of a task; where each has a file of its own, those that are there."""
+    if path is None:
+        return task.languages
+    place = path.replace("{task}", name)
+    folder, source = Path(place).expanduser(), Source(place, splits=SAME)
+    if folder.is_dir():
+        found = [x for x in task.languages if _own_files(task, folder, split, x)]
+    elif source.kind == "files" and source.by_language:
+        found = [x for x in task.languages if _matches(_filled(source, split, x))]
+    else:
+        found = []
+    return tuple(found) or task.languages
+
+
+def _rows(name, source: Source, split, language, labels) -> Iterator[Placed]:
+    """Rows in our columns, of one language."""
+    if split not in source.splits:
+        raise InputError(f"{source.name} has no split for '{split}'; it has "
+                         f"{', '.join(source.splits)}")
+    theirs = source.names.get(language, language)
+    if source.kind == "files":
+        rows = _file_rows(name, source, split, language)
+    else:
+        rows = {"hub": read_hub, "tfds": read_tfds}[source.kind](source, split, theirs, labels)
+    rows = (({source.rename.get(column, column): value for column, value in row.items()}, where)
+            for row, where in rows)
+    if not source.by_language:
+        rows = _of_language(rows, source.place, theirs)
+    for row, where in rows:
+        try:
+            yield (row if source.make is None else source.make(row, theirs)), where
+        except (KeyError, ValueError, IndexError, TypeError) as error:
+            raise InputError(f"{where}: cannot be read ({error!r}); found: {', '.join(row)}"
+                             ) from None
+
+
+def _of_language(rows: Iterator[Placed], place: str, language: str) -> Iterator[Placed]:
+    """Rows of a source of several languages: those whose column `language`, if any, says so."""
+    others, found = {}, False
+    for row, where in rows:
+        if row.get("language", language) == language:
+            found = True
+            yield row, where
+        else:
+            others[str(row["language"])] = True
+    if others and not found:
+        raise InputError(f"{place} has no row in '{language}'; its column 'language' has "
+                         f"{', '.join(others)}")
+
+
+def _file_rows(name: str, source: Source, split: str, language: str) -> Iterator[Placed]:
+    """Rows of all files that a pattern matches, in the order of their names."""
+    if "{split}" not in source.place and len(source.splits) > 1:
+        raise InputError(f"{source.place} names no {{split}}, so that what is trained on would be "
+                         f"tested on: write {{split}} where the names of task '{name}' have train, "
+                         "dev or test")
+    place = _filled(source, split, language)
+    files = _matches(place)
+    if not files:
+        what = "matches no file" if MAGIC.search(str(place)) else "is missing"
+        raise InputError(f"{place} {what}: task '{name}' reads split '{split}' in '{language}' "
+                         "there")
+    rows = (row for file in files for row in read_file(file, source.columns))
+    wanted = source.rows(split)[1]
+    return islice(rows, wanted.start, wanted.stop)
+
+
+def _matches(place: Path) -> list[Path]:
+    if place.is_file():  # whatever characters its name has
+        return [place]
+    anchor = Path(place.anchor)
+    return sorted(x for x in anchor.glob(str(place.relative_to(anchor))) if x.is_file())
+
+
+def _borrow(rows: list[Placed], column: str, others: list[Placed], language: str):
     """Rows with a column of another language's, row by row."""
     if len(rows) != len(others) or not all(column in row for row, _ in others):
         where = [*rows, *others][0][1]
@@ -64,17 +210,48 @@ def _borrow(rows: list[Placed], column: str, others: list[Placed], language: str
             for (row, where), (other, _) in zip(rows, others, strict=True)]
 
 
-def _example(task: Task, row: Row, where: str) -> Example:
+def _once(rows: Iterator[Placed]) -> Iterator[Placed]:
+    """Rows without those that come again: the same `id`, where rows have one, and the same content.
+
+    Raises:
+      InputError: an id comes again with another content.
+    """
+    seen: dict[str, tuple[int, str]] = {}
+    again = 0
+    try:
+        for row, where in rows:
+            if row.get("id") is not None:
+                content = hash(str(row))
+                before, there = seen.setdefault(str(row["id"]), (content, where))
+                if before != content:
+                    raise InputError(f"{where}: id {row['id']!r} is also that of {there}, which is "
+                                     "another row; ids must differ (or name the column otherwise)")
+                if there != where:
+                    again += 1
+                    last = f"{where} is {there}"
+                    continue
+            yield row, where
+    finally:
+        if again:
+            logger.warning("%d rows left out that came before with the same id and content, such "
+                           "as %s", again, last)
+
+
+def _example(task: Task, row: dict[str, Any], where: str) -> Example:
     try:
         query = task.prompt.format(**row)
-        answer = row[task.target_column]
+        answer = None if task.unlabelled else row[task.target_column]
     except KeyError as error:
         raise InputError(
             f"{where}: column {error} is missing; found: {', '.join(row)}"
         ) from None
     for column in re.findall(r"{(\w+)}", task.prompt):
+        if isinstance(row[column], dict | list):
+            raise InputError(f"{where}: column '{column}' is no text but {row[column]!r:.80}")
         if not str(row[column] or "").strip():
             raise InputError(f"{where}: column '{column}' is empty")
+    if task.unlabelled:
+        return Example(query, "", -1)
     if not task.labels:
         if not str(answer or "").strip():
             raise InputError(f"{where}: column 'target' is empty")
@@ -94,122 +271,3 @@ def _label(task: Task, value: Any, where: str) -> int:
         f"{where}: label {value!r} is none of {', '.join(task.labels)} "
         f"(or {', '.join(task.spellings) or f'0 … {len(task.labels) - 1}'})"
     )
-
-
-def _file_rows(name, task, split, language, path) -> Iterator[Placed]:
-    check_version(path)
-    generic = f"{split}-{language}.jsonl"
-    if (path / generic).is_file():
-        yield from _read(path / generic, Files(), slice(None))
-        return
-    theirs = task.files.names.get(language, language)
-    pattern = task.files.splits.get(split)
-    if pattern is None:
-        raise InputError(f"{path / generic} is missing: task '{name}' reads its rows there")
-    file, first, last = SLICE.fullmatch(pattern.format(language=theirs)).groups()
-    if not (path / file).is_file():
-        raise InputError(f"{path / file} is missing (nor is there {path / generic})")
-    rows = slice(int(first) if first else None, int(last) if last else None)
-    yield from _made(_read(path / file, task.files, rows), task.files, theirs)
-
-
-def _made(rows: Iterator[Placed], source: Files | Hub, language: str) -> Iterator[Placed]:
-    """Rows in our columns. `language`: as the source calls it."""
-    for row, where in rows:
-        row = {source.rename.get(column, column): value for column, value in row.items()}
-        try:
-            row = row if source.make is None else source.make(row, language)
-        except (KeyError, ValueError, IndexError, TypeError) as error:
-            raise InputError(f"{where}: cannot be read ({error!r}); found: {', '.join(row)}"
-                             ) from None
-        if row is not None:
-            yield row, where
-
-
-def read_rows(file: Path) -> list[Placed]:
-    """All rows of a `.tsv` (with a header), `.jsonl` or `.json` file.
-
-    Raises:
-      InputError: another kind of file, or a malformed row.
-    """
-    if file.suffix not in READERS:
-        raise InputError(f"{file} is no .tsv, .jsonl or .json file")
-    return list(_read(file, Files(), slice(None)))
-
-
-def _read(file: Path, layout: Files, rows: slice) -> Iterator[Placed]:
-    try:
-        lines = file.read_text("utf-8-sig").split("\n")
-    except UnicodeDecodeError as error:
-        raise InputError(f"{file} is not UTF-8: {error}") from None
-    if lines[-1] == "":
-        lines.pop()
-    lines = [line.rstrip("\r") for line in lines]
-    yield from list(READERS[file.suffix](file, layout, lines))[rows]
-
-
-def _read_tsv(file, layout, lines):
-    """Plain tab-separated fields: a quote is a character like any other."""
-    columns, first = layout.columns, 1
-    if columns is None:
-        columns, first = tuple(lines[0].split("\t")) if lines else (), 2
-    for number, line in enumerate(lines[first - 1 :], start=first):
-        fields = line.split("\t")
-        if len(fields) != len(columns):
-            raise InputError(
-                f"{file}:{number}: {len(fields)} tab-separated fields, wanted {len(columns)} "
-                f"({', '.join(columns)})"
-            )
-        yield dict(zip(columns, fields, strict=True)), f"{file}:{number}"
-
-
-def _read_jsonl(file, layout, lines):
-    for number, line in enumerate(lines, start=1):
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise InputError(f"{file}:{number}: no JSON ({error})") from None
-        if not isinstance(row, dict):
-            raise InputError(f"{file}:{number}: wanted a JSON object with the row's columns")
-        yield row, f"{file}:{number}"
-
-
-def _read_json(file, layout, lines):
-    try:
-        rows = json.loads("\n".join(lines))
-    except ValueError as error:
-        raise InputError(f"{file}: no JSON ({error})") from None
-    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-        raise InputError(f"{file}: wanted a JSON list of objects with the rows' columns")
-    return ((row, f"{file} row {number}") for number, row in enumerate(rows, start=1))
-
-
-READERS = {".tsv": _read_tsv, ".jsonl": _read_jsonl, ".json": _read_json}
-
-
-def _hub_rows(name, task, split, language) -> Iterator[Placed]:
-    hub = task.hubs.get(language, task.hub)
-    if hub is None:
-        raise InputError(f"task '{name}' has no hub dataset; set config.data.path to its files")
-    if split not in hub.splits:
-        raise InputError(f"{hub.name} has no split for '{split}'; it has {', '.join(hub.splits)}")
-    import datasets
-
-    theirs = hub.names.get(language, language)
-    config = hub.config and hub.config.format(language=theirs, split=_config_split(split))
-    try:
-        data = datasets.load_dataset(hub.name, config, split=hub.splits[split])
-    except Exception as error:
-        reason = first_line(error)
-        raise InputError(
-            f"dataset {hub.name} ({config}, {hub.splits[split]}) cannot be read: {reason}. "
-            f"Without the hub, put {split}-{language}.jsonl in a directory and set "
-            "config.data.path to it"
-        ) from None
-    rows = ((row, f"{hub.name} ({config}) {split} row {number}") for number, row in enumerate(data))
-    yield from _made(rows, hub, theirs)
-
-
-def _config_split(split: str) -> str:
-    """Datasets with a configuration per split have none for development."""
-    return "train" if split == "dev" else split

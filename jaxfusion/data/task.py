@@ -6,48 +6,62 @@ from dataclasses import dataclass, field
 from typing import Any
 
 SPLITS = ("train", "dev", "test")
+SAME = {split: split for split in SPLITS}
+HUB_SPLITS = {"train": "train", "dev": "validation", "test": "test"}
 Row = dict[str, Any]
-# A row of a source and our name of its language -> our columns, or None for one to leave out.
-Make = Callable[[Row, str], Row | None]
+Placed = tuple[Row, str]  # a row, and where it stands for messages
+# A row of a source and its name of the language -> our columns.
+Make = Callable[[Row, str], Row]
+SLICE = re.compile(r"(.*?)(?:\[(\d*):(\d*)\])?")
 
 
 @dataclass(frozen=True)
-class Hub:
-    """A Hugging Face dataset; `{language}` and `{split}` are filled in.
+class Source:
+    """Where rows are, and how they become ours.
 
     Attributes:
-      name: dataset id.
-      config: its configuration.
-      splits: their name of each of our splits; may end in a slice such as `train[:500]`.
+      place: files by path or pattern, with `{language}` and `{split}` filled in; `hub:ID` of the
+        Hugging Face hub; `tfds:NAME` or `tfds:DIRECTORY` of tensorflow-datasets.
+      config: of a dataset that has several, both filled in. revision: of a hub dataset.
+      splits: its name of each of our splits; `[a:b]` behind it takes rows a to b-1.
+      columns: names of a TSV or CSV without header.
       rename: their column -> ours. make: does so where renaming is not enough.
       names: of languages that it calls otherwise than we do.
+      borrowed: column -> the language from whose same row it is taken, as the others have it wrong.
+      streaming: of a hub dataset: only what is read is downloaded.
     """
 
-    name: str
+    place: str
     config: str | None = None
-    splits: dict[str, str] = field(default_factory=lambda: {
-        "train": "train", "dev": "validation", "test": "test"
-    })
-    rename: dict[str, str] = field(default_factory=dict)
-    make: Make | None = None
-    names: dict[str, str] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Files:
-    """Files below a directory; `{language}` is filled in, `[a:b]` takes rows a to b-1.
-
-    Attributes:
-      splits: path of each split's file, `.tsv`, `.jsonl` or `.json`.
-      columns: names of a TSV without header.
-      rename, make, names: as of `Hub`.
-    """
-
-    splits: dict[str, str] = field(default_factory=dict)
+    splits: dict[str, str] = field(default_factory=lambda: HUB_SPLITS)
+    revision: str | None = None
     columns: tuple[str, ...] | None = None
     rename: dict[str, str] = field(default_factory=dict)
     make: Make | None = None
     names: dict[str, str] = field(default_factory=dict)
+    borrowed: dict[str, str] = field(default_factory=dict)
+    streaming: bool = False
+
+    @property
+    def kind(self) -> str:
+        """`hub`, `tfds` or `files`."""
+        kind = self.place.partition(":")[0]
+        return kind if kind in ("hub", "tfds") else "files"
+
+    @property
+    def name(self) -> str:
+        """The place without its kind."""
+        return self.place.removeprefix(f"{self.kind}:")
+
+    @property
+    def by_language(self) -> bool:
+        """Whether each language has a file or a configuration of its own."""
+        return "{language}" in self.place + (self.config or "")
+
+    def rows(self, split: str) -> tuple[str, slice]:
+        """Its name of one of our splits, and which rows of it that are."""
+        theirs, first, last = SLICE.fullmatch(self.splits[split]).groups()
+        return theirs, slice(int(first) if first else None, int(last) if last else None)
 
 
 @dataclass(frozen=True)
@@ -58,23 +72,24 @@ class Task:
       prompt: the encoder's text; `{column}` names a column of the data.
       labels: what the LLM answers, by class; empty for free text, read from column `target`.
       languages: our names of them.
-      hub: its dataset. hubs: those of languages that live elsewhere.
-      files: its files below `data.path`; `{split}-{language}.jsonl` works too.
+      source: where its rows are. sources: of languages whose rows are elsewhere.
+      others: further places, for `data.path` to name.
+      files: its files below a directory `data.path`; `{split}-{language}.jsonl` works too.
       spellings: how the data writes the labels, where neither as they are nor as 0, 1, …
-      borrowed: column -> the language from whose same row it is taken, as the others have it wrong;
-        of `hub` and `files` alone.
       extract: of a free text what is compared with the target's; None is the text itself.
+      unlabelled: no answer: the encoder reads the beginning of the text, the LLM learns the rest.
     """
 
     prompt: str
     labels: tuple[str, ...]
     languages: tuple[str, ...]
-    hub: Hub | None = None
-    hubs: dict[str, Hub] = field(default_factory=dict)
-    files: Files = Files()
+    source: Source | None = None
+    sources: dict[str, Source] = field(default_factory=dict)
+    others: tuple[Source, ...] = ()
+    files: Source | None = None
     spellings: tuple[str, ...] = ()
-    borrowed: dict[str, str] = field(default_factory=dict)
     extract: Callable[[str], str] | None = None
+    unlabelled: bool = False
 
     @property
     def target_column(self) -> str:

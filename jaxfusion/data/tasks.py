@@ -1,10 +1,14 @@
 """The papers' tasks: prompt, labels, languages, and where their data lives."""
 
 import json
+import re
+from collections.abc import Mapping
+from dataclasses import replace
 
 from jaxfusion.data.lexicon import LANGUAGES as POCKET
-from jaxfusion.data.task import SPLITS, Files, Hub, Row, Task, last_number
+from jaxfusion.data.task import HUB_SPLITS, SAME, SPLITS, Row, Source, Task, last_number
 from jaxfusion.errors import InputError, choose
+from jaxfusion.fields import DataConfig, TaskConfig
 
 NLI_PROMPT = "Premise: {premise} Hypothesis: {hypothesis} Label: "
 NLI_LABELS = ("Entailment", "Neutral", "Contradiction")
@@ -17,10 +21,8 @@ ALPACA_PROMPT = (
 )
 
 
-def _winograd(row: Row, language: str) -> Row | None:
-    """XWinograd's row with a blank in the pronoun's place; None for another language's."""
-    if row["language"] != language:
-        return None
+def _winograd(row: Row, language: str) -> Row:
+    """XWinograd's row with a blank in the pronoun's place."""
     tokens, (_, (first, last), _) = json.loads(row["tokens"]), json.loads(row["pronoun"])
     sentence, place, spans = row["sentence"], 0, []
     for token in tokens[:last]:
@@ -43,10 +45,34 @@ def _mmlu(row: Row, language: str) -> Row:
             "label": row["answer"]}
 
 
+def _translations(row: Row, language: str) -> Row:
+    """A row of tensorflow-datasets' XNLI, which has all languages, as one of this language."""
+    found = row["hypothesis"]
+    hypotheses = dict(zip(found["language"], found["translation"], strict=True))
+    return {"premise": row["premise"][language], "hypothesis": hypotheses[language],
+            "label": row["label"]}
+
+
 # The translated MMLU calls a language by its country, too.
 MMMLU = {"ar": "AR_XY", "bn": "BN_BD", "de": "DE_DE", "es": "ES_LA", "fr": "FR_FR", "hi": "HI_IN",
          "id": "ID_ID", "it": "IT_IT", "ja": "JA_JP", "ko": "KO_KR", "pt": "PT_BR", "sw": "SW_KE",
          "yo": "YO_NG", "zh": "ZH_CN"}
+
+BELEBELE = tuple("""
+    acm_Arab afr_Latn als_Latn amh_Ethi apc_Arab arb_Arab arb_Latn ars_Arab ary_Arab arz_Arab
+    asm_Beng azj_Latn bam_Latn ben_Beng ben_Latn bod_Tibt bul_Cyrl cat_Latn ceb_Latn ces_Latn
+    ckb_Arab dan_Latn deu_Latn ell_Grek eng_Latn est_Latn eus_Latn fin_Latn fra_Latn fuv_Latn
+    gaz_Latn grn_Latn guj_Gujr hat_Latn hau_Latn heb_Hebr hin_Deva hin_Latn hrv_Latn hun_Latn
+    hye_Armn ibo_Latn ilo_Latn ind_Latn isl_Latn ita_Latn jav_Latn jpn_Jpan kac_Latn kan_Knda
+    kat_Geor kaz_Cyrl kea_Latn khk_Cyrl khm_Khmr kin_Latn kir_Cyrl kor_Hang lao_Laoo lin_Latn
+    lit_Latn lug_Latn luo_Latn lvs_Latn mal_Mlym mar_Deva mkd_Cyrl mlt_Latn mri_Latn mya_Mymr
+    nld_Latn nob_Latn npi_Deva npi_Latn nso_Latn nya_Latn ory_Orya pan_Guru pbt_Arab pes_Arab
+    plt_Latn pol_Latn por_Latn ron_Latn rus_Cyrl shn_Mymr sin_Latn sin_Sinh slk_Latn slv_Latn
+    sna_Latn snd_Arab som_Latn sot_Latn spa_Latn srp_Cyrl ssw_Latn sun_Latn swe_Latn swh_Latn
+    tam_Taml tel_Telu tgk_Cyrl tgl_Latn tha_Thai tir_Ethi tsn_Latn tso_Latn tur_Latn ukr_Cyrl
+    urd_Arab urd_Latn uzn_Latn vie_Latn war_Latn wol_Latn xho_Latn yor_Latn zho_Hans zho_Hant
+    zsm_Latn zul_Latn
+""".split())  # noqa: SIM905
 
 TASKS: dict[str, Task] = {
     "xnli": Task(
@@ -56,11 +82,13 @@ TASKS: dict[str, Task] = {
             "en", "ar", "bg", "de", "el", "es", "fr", "hi", "ru", "sw", "th", "tr", "ur", "vi",
             "zh",
         ),
-        hub=Hub("facebook/xnli", "{language}"),
+        source=Source("hub:facebook/xnli", "{language}"),
+        others=(Source("tfds:xnli", splits={"dev": "validation", "test": "test"},
+                       make=_translations),),
         # XNLI's released TSVs hold 830 premises of 3 pairs each; cuts fall between premises.
-        files=Files(
-            {"train": "dev-{language}.tsv[0:1890]", "dev": "dev-{language}.tsv[1890:2190]",
-             "test": "dev-{language}.tsv[2190:2490]"},
+        files=Source(
+            "{split}-{language}.tsv",
+            splits={"train": "dev[0:1890]", "dev": "dev[1890:2190]", "test": "dev[2190:2490]"},
             columns=("premise", "hypothesis", "label"),
         ),
     ),
@@ -68,7 +96,9 @@ TASKS: dict[str, Task] = {
         NLI_PROMPT,
         NLI_LABELS,
         ("as", "bn", "gu", "hi", "kn", "ml", "mr", "or", "pa", "ta", "te"),
-        hub=Hub("Divyanshu/indicxnli", "{language}"),
+        source=Source("hub:Divyanshu/indicxnli", "{language}"),
+        # The sample of its test rows, all languages in one file.
+        files=Source("indicxnli_test_50.tsv", splits={"test": "test"}, rename={"lang": "language"}),
     ),
     # The authors' loader reads the configuration train_{language} for testing too; this one reads
     # test_{language}. Say so before comparing with their figure.
@@ -76,8 +106,8 @@ TASKS: dict[str, Task] = {
         "News Sentence: {sentence} Category: ",
         ("Business", "Entertainment", "Political", "Sports", "Science"),
         ("en", "si"),
-        hub=Hub(
-            "Themira/en_si_news_classification_with_label_name", "{split}_{language}",
+        source=Source(
+            "hub:Themira/en_si_news_classification_with_label_name", "{split}_{language}",
             {"train": "train[500:]", "dev": "train[:500]", "test": "train"},
         ),
     ),
@@ -85,7 +115,7 @@ TASKS: dict[str, Task] = {
         "Review: {text} Label: ",
         ("Very Negative", "Negative", "Neutral", "Positive", "Very Positive"),
         ("en", "es", "fr", "de", "zh", "ja"),
-        hub=Hub("mteb/amazon_reviews_multi", "{language}"),
+        source=Source("hub:mteb/amazon_reviews_multi", "{language}"),
     ),
     "sib200": Task(
         "Sentence: {text} Topic: ",
@@ -96,11 +126,9 @@ TASKS: dict[str, Task] = {
             "guj_Gujr", "hin_Deva", "kan_Knda", "mal_Mlym", "mar_Deva", "ory_Orya", "pan_Guru",
             "tel_Telu", "arb_Arab", "jpn_Jpan", "kor_Hang", "spa_Latn", "zho_Hans",
         ),
-        hub=Hub("Davlan/sib200", "{language}", rename={"category": "label"}),
-        files=Files(
-            {split: f"data/annotated/{{language}}/{split}.tsv" for split in SPLITS},
-            rename={"category": "label"},
-        ),
+        source=Source("hub:Davlan/sib200", "{language}", rename={"category": "label"}),
+        files=Source("data/annotated/{language}/{split}.tsv", splits=SAME,
+                     rename={"category": "label"}),
     ),
     # Of the made-up world in data/pocket.py.
     "pocket_nli": Task(NLI_PROMPT, NLI_LABELS, tuple(POCKET)),
@@ -113,20 +141,20 @@ TASKS: dict[str, Task] = {
         "B: {choice2}\nAnswer: ",
         ("A", "B"),
         ("en", "et", "ht", "id", "it", "qu", "sw", "ta", "th", "tr", "vi", "zh"),
-        hub=Hub("cambridgeltl/xcopa", "{language}"),
-        hubs={"en": Hub("pkavumba/balanced-copa", None, {"train": "train", "test": "test"})},
-        files=Files({"dev": "data/{language}/val.{language}.jsonl",
-                     "test": "data/{language}/test.{language}.jsonl"}),
-        borrowed={"question": "et"},
+        source=Source("hub:cambridgeltl/xcopa", "{language}", borrowed={"question": "et"}),
+        sources={"en": Source("hub:pkavumba/balanced-copa", None,
+                              {"train": "train", "test": "test"})},
+        files=Source("data/{language}/{split}.{language}.jsonl",
+                     splits={"dev": "val", "test": "test"}, borrowed={"question": "et"}),
     ),
     "xstorycloze": Task(
         "Story: {input_sentence_1} {input_sentence_2} {input_sentence_3} {input_sentence_4}\n"
         "Which sentence ends it?\nA: {sentence_quiz1}\nB: {sentence_quiz2}\nAnswer: ",
         ("A", "B"),
         ("en", "ar", "es", "eu", "hi", "id", "my", "ru", "sw", "te", "zh"),
-        hub=Hub("juletxara/xstory_cloze", "{language}",
-                {"train": "train", "dev": "train", "test": "eval"},
-                {"answer_right_ending": "label"}),
+        source=Source("hub:juletxara/xstory_cloze", "{language}",
+                      {"train": "train", "dev": "train", "test": "eval"},
+                      rename={"answer_right_ending": "label"}),
         spellings=("1", "2"),
     ),
     "xwinograd": Task(
@@ -134,29 +162,41 @@ TASKS: dict[str, Task] = {
         "Answer: ",
         ("A", "B"),
         ("en", "fr", "ja", "pt", "ru", "zh"),
-        hub=Hub("Muennighoff/xwinograd", "{language}", {"test": "test"}, {"answer": "label"},
-                names={"ja": "jp"}),
+        source=Source("hub:Muennighoff/xwinograd", "{language}", {"test": "test"},
+                      rename={"answer": "label"}, names={"ja": "jp"}),
         # The file of the authors' repository, all languages in one.
-        files=Files({"test": "dataset.tsv"}, ("language", "part", "original", "sentence", "tokens",
-                                              "pronoun", "options"),
-                    make=_winograd, names={"ja": "jp"}),
+        files=Source("dataset.tsv", splits={"test": "test"}, make=_winograd, names={"ja": "jp"},
+                     columns=("language", "part", "original", "sentence", "tokens", "pronoun",
+                              "options")),
         spellings=("1", "2"),
     ),
     "mmmlu": Task(
         "Question: {Question}\nA: {A}\nB: {B}\nC: {C}\nD: {D}\nAnswer: ",
         ("A", "B", "C", "D"),
         ("en", *MMMLU),
-        hub=Hub("openai/MMMLU", "{language}", {"test": "test"}, {"Answer": "label"}, names=MMMLU),
-        hubs={"en": Hub("cais/mmlu", "all", make=_mmlu)},
-        files=Files({"test": "{language}.json"}, rename={"Answer": "label"}),
+        source=Source("hub:openai/MMMLU", "{language}", {"test": "test"},
+                      rename={"Answer": "label"}, names=MMMLU),
+        sources={"en": Source("hub:cais/mmlu", "all", make=_mmlu)},
+        files=Source("{language}.json", splits={"test": "test"}, rename={"Answer": "label"}),
+    ),
+    "belebele": Task(
+        "Passage: {flores_passage}\nQuestion: {question}\nA: {mc_answer1}\nB: {mc_answer2}\n"
+        "C: {mc_answer3}\nD: {mc_answer4}\nAnswer: ",
+        ("A", "B", "C", "D"),
+        BELEBELE,
+        source=Source("hub:facebook/belebele", "{language}", {"test": "test"},
+                      rename={"correct_answer_num": "label"}),
+        files=Source("{language}.jsonl", splits={"test": "test"},
+                     rename={"correct_answer_num": "label"}),
+        spellings=("1", "2", "3", "4"),
     ),
     "mgsm": Task(
         ALPACA_PROMPT,
         (),
         ("en", "bn", "de", "es", "fr", "ja", "ru", "sw", "te", "th", "zh"),
-        hub=Hub("juletxara/mgsm", "{language}", {"train": "train", "test": "test"},
-                {"question": "query", "answer_number": "target"}),
-        files=Files({"test": "mgsm_{language}.tsv"}, ("query", "target")),
+        source=Source("hub:juletxara/mgsm", "{language}", {"train": "train", "test": "test"},
+                      rename={"question": "query", "answer_number": "target"}),
+        files=Source("mgsm_{language}.tsv", splits={"test": "test"}, columns=("query", "target")),
         extract=last_number,
     ),
     # LangBridge's labelled corpora: English question and answer, no classes.
@@ -164,8 +204,8 @@ TASKS: dict[str, Task] = {
         ALPACA_PROMPT,
         (),
         ("en",),
-        hub=Hub(
-            "meta-math/MetaMathQA", None,
+        source=Source(
+            "hub:meta-math/MetaMathQA", None,
             {"train": "train[1000:]", "dev": "train[:500]", "test": "train[500:1000]"},
             rename={"response": "target"},
         ),
@@ -173,18 +213,85 @@ TASKS: dict[str, Task] = {
 }
 
 
-def get_task(name: str) -> Task:
+def get_task(name: str, own: Mapping[str, TaskConfig] | None = None) -> Task:
     """The task of that name.
 
+    Args:
+      own: the config's own tasks, by name.
+
     Raises:
-      InputError: there is none; the near match is named.
+      InputError: there is none (the near match is named), or an own one that makes no sense.
     """
-    return TASKS[choose("task", name, TASKS)]
+    own = own or {}
+    if twice := sorted(TASKS.keys() & own.keys()):
+        raise InputError(f"config.tasks: '{twice[0]}' is a task already; choose another name")
+    choose("task", name, (*TASKS, *own))
+    return own_task(name, own[name]) if name in own else TASKS[name]
 
 
-def check_languages(name: str, languages: tuple[str, ...]) -> None:
+def own_task(name: str, c: TaskConfig) -> Task:
+    """A task that a config declares.
+
+    Raises:
+      InputError: a prompt without a column, no languages, labels or splits that make no sense.
+    """
+    where = f"config.tasks.{name}"
+    columns = re.findall(r"{(\w+)}", c.prompt)
+    try:
+        c.prompt.format(**dict.fromkeys(columns, ""))
+    except (KeyError, ValueError, IndexError, AttributeError) as error:
+        raise InputError(f"{where}.prompt cannot be filled in ({error!r}): a column is {{NAME}}, a "
+                         "brace is written twice") from None
+    if not columns:
+        raise InputError(f"{where}.prompt is {c.prompt!r}, wanted a text with a column such as "
+                         "{text}")
+    if not c.languages:
+        raise InputError(f"{where}.languages is empty, wanted one or more")
+    if len({label.casefold() for label in c.labels}) < len(c.labels):
+        raise InputError(f"{where}.labels has one twice: {', '.join(c.labels)}")
+    if c.spellings and len(c.spellings) != len(c.labels):
+        raise InputError(f"{where}.spellings has {len(c.spellings)} entries, wanted one for each "
+                         f"of the {len(c.labels)} labels")
+    if c.unlabelled and c.labels:
+        raise InputError(f"{where} is unlabelled, but has labels")
+    for split in c.splits:
+        choose(f"split in {where}.splits:", split, SPLITS)
+    return Task(c.prompt, c.labels, c.languages, _own_source(c), spellings=c.spellings,
+                unlabelled=c.unlabelled, extract=c.extract and EXTRACTS[
+                    choose(f"{where}.extract", c.extract, EXTRACTS)])
+
+
+EXTRACTS = {"last_number": last_number}
+
+
+def _own_source(c: TaskConfig) -> Source | None:
+    if c.source is None:
+        return None
+    source = Source(c.source, c.subset, revision=c.revision, names=c.names,
+                    rename={theirs: ours for ours, theirs in c.columns.items()})
+    return replace(source, splits=c.splits or (SAME if source.kind == "files" else HUB_SPLITS))
+
+
+def configured(task: Task, data: DataConfig) -> Task:
+    """The training task with its hub dataset as the config wants it: another one, at a revision,
+    streamed."""
+    source = task.sources.get(data.language, task.source)
+    if data.path and Source(data.path).kind == "hub" and (
+            source is None or source.place != data.path):
+        source = Source(data.path)
+    if source is None:
+        return task
+    source = replace(source, streaming=data.streaming, revision=data.revision or source.revision)
+    if data.language in task.sources and data.path is None:
+        return replace(task, sources={**task.sources, data.language: source})
+    return replace(task, source=source)
+
+
+def check_languages(
+    name: str, languages: tuple[str, ...], own: Mapping[str, TaskConfig] | None = None
+) -> None:
     """Raises InputError if the task lacks one of the languages."""
-    known = get_task(name).languages
+    known = get_task(name, own).languages
     for language in languages:
         if language not in known:
             raise InputError(

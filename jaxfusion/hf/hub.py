@@ -1,8 +1,16 @@
 """A checkpoint's name → a directory on disk: a local path, or a hub id at a pinned revision."""
 
+import os
 import re
+import ssl
+import sys
+from contextlib import suppress
+from functools import lru_cache
 from pathlib import Path
+from urllib import request
+from urllib.error import HTTPError
 
+from jaxfusion.background import in_background
 from jaxfusion.errors import InputError
 
 WANTED = [
@@ -13,6 +21,40 @@ WANTED = [
 # Everything of a model directory but its weights.
 NOT_WEIGHTS = [pattern for pattern in WANTED if "safetensors" not in pattern]
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+COMMIT = re.compile(r"[0-9a-f]{40}")  # what a branch or tag is resolved to
+PATIENCE = 4.0  # seconds for a first answer of the hub
+
+
+@lru_cache(1)
+def hub_in_reach() -> bool:
+    """Whether the hub answers, through the proxy that the environment names; asked once.
+
+    Where it does not, the Hugging Face libraries are told so: they would try for half a minute.
+    """
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE:
+        return False
+    found = in_background(lambda: answers(constants.ENDPOINT))
+    with suppress(TimeoutError):  # a name may take longer to look up than a connection to fail
+        if found.result(PATIENCE):
+            return True
+    os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = "1"
+    constants.HF_HUB_OFFLINE = True
+    if config := sys.modules.get("datasets.config"):
+        config.HF_HUB_OFFLINE = True
+    return False
+
+
+def answers(url: str) -> bool:
+    """Whether a server answers, with whatever it says."""
+    try:
+        request.urlopen(request.Request(url, method="HEAD"), timeout=PATIENCE).close()
+    except HTTPError:
+        return True
+    except (OSError, ValueError) as error:  # its certificate is for others to judge
+        return isinstance(getattr(error, "reason", error), ssl.SSLError)
+    return True
 
 
 def resolve(
@@ -70,6 +112,7 @@ def download(name: str, revision: str | None, patterns: list[str]) -> str:
     from huggingface_hub import errors, snapshot_download
 
     page = f"https://huggingface.co/{name}"
+    hub_in_reach()  # if it is not, this says so at once
     try:
         return snapshot_download(name, revision=revision, allow_patterns=patterns)
     except errors.GatedRepoError:

@@ -63,15 +63,16 @@ def read_questions(
     c, languages = config.data, (config.data.central, *config.data.targets)
     tasks = {}
     for name in config.eval.tasks:
-        known = get_task(name).languages
-        check_languages(name, config.eval.languages)
+        task = get_task(name, config.tasks)
+        known = task.languages
+        check_languages(name, config.eval.languages, config.tasks)
         chosen = config.eval.languages or tuple(x for x in languages if x in known)
         if not chosen:
             raise InputError(f"task '{name}' has none of {', '.join(languages)}; it has "
                              f"{', '.join(known)}")
         for language in chosen:
             tasks[name, language] = read_examples(
-                name, get_task(name), c.task_split, language, c.task_path)[: c.task_rows]
+                name, task, c.task_split, language, c.task_path)[: c.task_rows]
     if config.bridge and c.perplexity_rows:
         raise InputError("data.perplexity_rows is for an LLM that reads text itself; leave bridge "
                          "out")
@@ -114,7 +115,7 @@ def measure(
         return scorer(params(language), rows, task)
 
     for (name, language), rows in questions.tasks.items():
-        task = get_task(name)
+        task = get_task(name, config.tasks)
         right = ask(task, language, rows).correct[task.scoring]
         found.correct.setdefault(name, {})[language] = [int(x) for x in right]
     for language, texts in questions.texts.items():
@@ -140,7 +141,8 @@ def report(
         languages = config.eval.languages or config.data.targets
         others = tuple(x for x in languages if x != central)
         comparison = Comparison(
-            task, get_task(task).scoring, {name: x.correct[task] for name, x in scores.items()},
+            task, get_task(task, config.tasks).scoring,
+            {name: x.correct[task] for name, x in scores.items()},
             {"targets": others}, UNTOUCHED, {}, {}, central=central)
         comparisons.append(comparison)
         pages.append(markdown(comparison))
@@ -160,6 +162,6 @@ def report(
     print("\n".join(pages))
     if not comparisons:
         return None
-    labels = get_task(comparisons[0].task).labels
+    labels = get_task(comparisons[0].task, config.tasks).labels
     draw_accuracy(comparisons[0], workdir / "accuracy.png", 1 / len(labels) if labels else None)
     return comparisons[0]

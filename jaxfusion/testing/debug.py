@@ -4,9 +4,11 @@ import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from zlib import crc32
 
 from jaxfusion.data.lexicon import VERSION as WORLD
 from jaxfusion.data.pocket import write_parallel, write_tasks, write_texts
+from jaxfusion.data.task import Task
 from jaxfusion.data.tasks import get_task
 from jaxfusion.errors import choose
 from jaxfusion.fields import Job, LensRunConfig, PretrainConfig
@@ -42,8 +44,12 @@ def make_inputs(config: Job) -> Job:
     for role in ("encoder", "decoder"):
         config = replace(config, **{role: _tower(config, role, cache)})
     if config.data.path == f"{MADE}rows":
-        rows = cache / f"rows-{config.data.task}-v{VERSION}"
-        _make(rows, lambda out: _write_rows(out, config.data.task))
+        task = get_task(config.data.task, config.tasks)
+        # Two configs may give their own tasks the same name.
+        own = config.tasks.get(config.data.task, "") and (
+            f"-{crc32(repr(config.tasks[config.data.task]).encode()):x}")
+        rows = cache / f"rows-{config.data.task}{own}-v{VERSION}"
+        _make(rows, lambda out: _write_rows(out, task))
         config = replace(config, data=replace(config.data, path=str(rows)))
     return config
 
@@ -84,9 +90,9 @@ def _world(path: str, part: str, write: Callable[[Path, float], None], cache: Pa
     return out
 
 
-def _write_rows(out: Path, task: str) -> None:
+def _write_rows(out: Path, task: Task) -> None:
     with new_directory(out) as partial:
-        write_rows(partial, get_task(task), rows=ROWS)
+        write_rows(partial, task, rows=ROWS)
 
 
 def _make(out: Path, make: Callable[[Path], None]) -> None:

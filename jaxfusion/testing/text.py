@@ -45,4 +45,4 @@ def _row(rng, task: Task, columns: list[str], cues: list[str], i: int) -> dict:
     choice = i % (len(task.labels) or len(cues))
     texts = {c: " ".join(word(rng) for _ in range(rng.randint(2, 10))) for c in columns}
     texts[columns[0]] = f"{cues[choice]} {texts[columns[0]]}"
-    return {**texts, task.target_column: choice if task.labels else cues[choice]}
+    return {**texts, task.target_column: (task.labels or cues)[choice]}

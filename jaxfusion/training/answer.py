@@ -51,7 +51,7 @@ def answer_file(
       InputError: no such run or file, a row without its columns, or an `out` of something else.
     """
     config = load_config(workdir, decoding)
-    task, rows = get_task(config.data.task), read_rows(source)
+    task, rows = get_task(config.data.task, config.tasks), read_rows(source)
     if not rows:
         raise InputError(f"{source} has no rows")
     queries = [query_of(task, row, where) for row, where in rows]

@@ -36,7 +36,7 @@ def ask(
       InputError: no such run, or another number of columns.
     """
     config = load_config(workdir, decoding)
-    task = get_task(config.data.task)
+    task = get_task(config.data.task, config.tasks)
     query = fill(task, text)
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     with jax.set_mesh(mesh):

@@ -1,22 +1,33 @@
 """The bridge's run: what it loads, what it learns from, how it is scored."""
 
 import logging
+import time
+from concurrent.futures import Future
+from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 
-from jaxfusion.data.batching import find_shapes, tokenize
+import jax
+
+from jaxfusion.background import in_background
+from jaxfusion.data.batching import TokenRow, find_shapes, tokenize
+from jaxfusion.data.continued import Continued, tokenize_texts
 from jaxfusion.data.packing import find_packing
-from jaxfusion.data.pipeline import Batches, steps_per_epoch, subset
+from jaxfusion.data.pipeline import Batches, first_rows, steps_per_epoch, subset
+from jaxfusion.data.remote import commit_of
 from jaxfusion.data.seen import fingerprints
-from jaxfusion.data.sources import Example, read_examples
+from jaxfusion.data.sources import Example, examples, find_source
 from jaxfusion.data.task import Task
-from jaxfusion.data.tasks import check_languages, get_task
+from jaxfusion.data.tasks import check_languages, configured, get_task
+from jaxfusion.data.tokenizers import Tokenizers
 from jaxfusion.errors import InputError
 from jaxfusion.evaluation.metrics import accuracy
 from jaxfusion.evaluation.scoring import Scorer
 from jaxfusion.fields import Config
+from jaxfusion.nn.bridge import Bridge
 from jaxfusion.sharding.mesh import sharding
 from jaxfusion.training.checkpoint import trained_part
-from jaxfusion.training.loop import CONFIG_FILE, Run, batch_shares, run_to_end
+from jaxfusion.training.loop import CONFIG_FILE, Run, batch_shares, put_batch, run_to_end
 from jaxfusion.training.state import Flat, Model, State, load_model, merge, overlay, plain
 from jaxfusion.training.warm_start import warm_start
 
@@ -30,31 +41,20 @@ def train(config: Config, workdir: Path, profile: tuple[int, int] | None = None)
 
 def prepare(config: Config, mesh, fresh: bool = True) -> Run:
     """Loads data and model, and says what was found; only a fresh run starts from another."""
-    task = get_task(config.data.task)
-    check_languages(config.data.task, (config.data.language,))
     shares = batch_shares(config.train, mesh)
-    examples, dev = (
-        read_examples(config.data.task, task, split, config.data.language, config.data.path)
-        for split in ("train", "dev")
-    )
-    examples = subset(examples, config.data.train_rows, config.data.balanced, config.train.seed)
-    model = load_model(config, mesh)
+    config, task, found, dev = read_data(config)
+    waiting: list[Future] = []
+
+    def start(bridge: Bridge, tokenizers: Tokenizers) -> None:
+        waiting.append(in_background(lambda: _tokenize(config, task, found, bridge, tokenizers)))
+
+    model = load_model(config, mesh, start)
+    rows = waiting[0].result()
     if config.train.init_from is not None and fresh:
         model = start_from(model, Path(config.train.init_from))
     elif config.projector.warm_start and fresh:
-        model = warm_start(model, examples)
-    rows, cut = tokenize(
-        examples, model.tokenizers, text_prompt=config.data.text_prompt,
-        max_encoder_tokens=config.data.max_encoder_tokens,
-        max_decoder_tokens=config.data.max_decoder_tokens, with_target=True,
-        latents=model.bridge.latents,
-    )
-    layout = find_shapes(rows, config.data.buckets)
-    if config.data.pack:
-        layout = find_packing(
-            rows, config.train.batch_size, len(model.tokenizers.start), config.train.seed,
-            2 * config.data.max_encoder_tokens, multiple=shares,
-        )
+        model = warm_start(model, found)
+    layout = _layout(config, rows, model, shares)
     steps = config.train.steps or config.train.epochs * steps_per_epoch(
         len(rows), config.train.batch_size
     )
@@ -63,13 +63,70 @@ def prepare(config: Config, mesh, fresh: bool = True) -> Run:
         sharding(mesh, "batch"),
     )
     logger.info("%s training rows", f"{len(rows):,}")
-    if cut.any:
-        logger.warning("longer than the limits: %s", cut)
+    score = (_dev_likelihood(model, dev, mesh) if task.unlabelled
+             else _dev_scorer(model, dev, task))
     return Run(
         model.config, model.bridge.loss, model.trainable, model.frozen, model.groups, batches,
-        steps, _dev_scorer(model, dev[: config.data.dev_rows], task), "exact_match",
-        plain(model.bridge).loss, fingerprints(example.query for example in examples),
+        steps, score, "log_likelihood" if task.unlabelled else "exact_match",
+        plain(model.bridge).loss, fingerprints(example.query for example in found),
     )
+
+
+def read_data(config: Config) -> tuple[Config, Task, list[Example], list[Example]]:
+    """The config with its dataset's commit, the task, and the rows of training and development."""
+    c = config.data
+    task = get_task(c.task, config.tasks)
+    check_languages(c.task, (c.language,), config.tasks)
+    if task.unlabelled and (c.pack or c.text_prompt or c.chat_template):
+        raise InputError(f"task '{c.task}' is unlabelled text, which fills its rows and follows "
+                         "no prompt: leave data.pack, text_prompt and chat_template out")
+    task = configured(task, c)
+    source = find_source(c.task, task, "train", c.language, c.path)
+    if c.revision and source.kind != "hub":
+        raise InputError(f"data.revision is for a hub dataset, and rows are read from "
+                         f"{source.place}; leave it out")
+    commit = commit_of(source, "train", c.language)
+    if commit is not None:
+        config = replace(config, data=replace(c, revision=commit))
+        task = configured(task, config.data)
+    found = examples(c.task, task, "train", c.language, c.path)
+    if c.streaming:
+        rows = first_rows(found, c.train_rows, len(task.labels), c.balanced)
+    else:
+        rows = subset(list(found), c.train_rows, c.balanced, config.train.seed)
+    dev = islice(examples(c.task, task, "dev", c.language, c.path), c.dev_rows)
+    return config, task, rows, list(dev)
+
+
+def _tokenize(
+    config: Config, task: Task, found: list[Example], bridge: Bridge, tokenizers: Tokenizers
+) -> list[TokenRow] | Continued:
+    c, clock = config.data, time.monotonic()
+    limits = {"max_encoder_tokens": c.max_encoder_tokens,
+              "max_decoder_tokens": c.max_decoder_tokens, "latents": bridge.latents}
+    if task.unlabelled:
+        rows = tokenize_texts(found, tokenizers, seed=config.train.seed, **limits)
+        if rows.short:
+            logger.warning("%d texts of fewer than two tokens left out", rows.short)
+    else:
+        rows, cut = tokenize(found, tokenizers, text_prompt=c.text_prompt, with_target=True,
+                             **limits)
+        if cut.any:
+            logger.warning("longer than the limits: %s", cut)
+    logger.info("%s rows tokenized in %.1f s", f"{len(rows):,}", time.monotonic() - clock)
+    return rows
+
+
+def _layout(config: Config, rows: list[TokenRow] | Continued, model: Model, shares: int):
+    c = config.data
+    if isinstance(rows, Continued):
+        return rows.shapes(c.buckets)
+    if c.pack:
+        return find_packing(
+            rows, config.train.batch_size, len(model.tokenizers.start), config.train.seed,
+            2 * c.max_encoder_tokens, multiple=shares,
+        )
+    return find_shapes(rows, c.buckets)
 
 
 def start_from(model: Model, workdir: Path) -> Model:
@@ -94,5 +151,28 @@ def _dev_scorer(model: Model, dev: list[Example], task: Task):
         if scored.cut.any:
             logger.warning("development rows longer than the limits: %s", scored.cut)
         return {name: accuracy(rows)["accuracy"] for name, rows in scored.correct.items()}
+
+    return score
+
+
+def _dev_likelihood(model: Model, dev: list[Example], mesh):
+    """Trained parameters -> the mean log-likelihood of a token that follows, each text split at
+    the place where the first epoch would."""
+    c = model.config
+    texts = tokenize_texts(
+        dev, model.tokenizers, max_encoder_tokens=c.data.max_encoder_tokens,
+        max_decoder_tokens=c.data.max_decoder_tokens, seed=c.train.seed,
+        latents=model.bridge.latents)
+    batches = Batches(
+        texts, texts.shapes(c.data.buckets), model.tokenizers, c.train.batch_size, c.train.seed,
+        steps_per_epoch(len(texts), c.train.batch_size), sharding(mesh, "batch"))
+    loss = jax.jit(lambda trainable, frozen, batch: model.bridge.loss(
+        merge(trainable, frozen), batch))
+
+    def score(trainable: Flat) -> dict[str, float]:
+        found = [jax.device_get(loss(trainable, model.frozen, put_batch(batches[i], mesh)))
+                 for i in range(len(batches))]
+        total = sum(float(count) for _, count in found)
+        return {"log_likelihood": -sum(float(mean * count) for mean, count in found) / total}
 
     return score

@@ -105,6 +105,8 @@ def check(config: CompareConfig, runs: dict[str, Config]) -> None:
     if len(tasks) > 1:
         raise InputError(f"variants are compared on one task, got {', '.join(sorted(tasks))}")
     task, = tasks
+    if get_task(task, config.base.tasks).unlabelled:
+        raise InputError(f"task '{task}' is text to learn from, where nothing can be compared")
     if set(config.base.eval.tasks) - {task}:
         raise InputError(f"a comparison scores its training task '{task}' alone, got "
                          f"eval.tasks {', '.join(config.base.eval.tasks)}")
@@ -114,7 +116,7 @@ def check(config: CompareConfig, runs: dict[str, Config]) -> None:
     if len(set(config.seeds)) < len(config.seeds):
         raise InputError(f"config.seeds has one twice: {config.seeds}")
     for names in (*config.groups.values(), config.development, config.base.eval.languages):
-        check_languages(task, names)
+        check_languages(task, names, config.base.tasks)
 
 
 def side_by_side(
@@ -134,8 +136,8 @@ def side_by_side(
     groups = {group: kept for group, names in config.groups.items()
               if (kept := tuple(x for x in names if x in found.languages))}
     return replace(found, groups=groups if config.groups else found.groups,
-                   reference=next(iter(runs)), baselines=_baselines(config, get_task(name)),
-                   notes=tuple(notes))
+                   reference=next(iter(runs)), notes=tuple(notes),
+                   baselines=_baselines(config, get_task(name, config.base.tasks)))
 
 
 def _baselines(config: CompareConfig, task: Task) -> dict[str, float]:

@@ -14,8 +14,8 @@ from rich.progress import Progress
 from jaxfusion import config as configs
 from jaxfusion.config import places
 from jaxfusion.data.seen import fingerprints, read_seen
-from jaxfusion.data.sources import Example, read_examples
-from jaxfusion.data.tasks import check_languages, get_task
+from jaxfusion.data.sources import Example, at_hand, read_examples
+from jaxfusion.data.tasks import check_languages, configured, get_task
 from jaxfusion.errors import InputError
 from jaxfusion.evaluation.layers import layer_weigher, token_weights
 from jaxfusion.evaluation.metrics import accuracy
@@ -50,8 +50,8 @@ def evaluate(
       tasks, languages: default to the config's, and these to the training task and all of its
         languages. limit: rows of each.
       llm_only: the LLM alone, on the text prompt.
-      data_path: directory of the tasks' files; defaults to the config's for the training task, and
-        to the hub for others.
+      data_path: where the tasks' rows are, as `data.path`; defaults to the config's for the
+        training task, and to their own sources for others.
       drop_seen: leaves out, and counts, rows that the run was trained on.
       decoding: fields of `EvalConfig` in place of the run's own.
 
@@ -126,11 +126,11 @@ def read_rows(
     """Test rows of every task and language asked for, all read before anything is scored."""
     wanted: Rows = {}
     for name in tasks or config.eval.tasks or (config.data.task,):
-        task = get_task(name)
-        # Another task's rows are not where the training task's files are.
-        path = data_path or (config.data.path if name == config.data.task else None)
-        chosen = languages or config.eval.languages or _at_hand(name, path)
-        check_languages(name, chosen)
+        task, path = get_task(name, config.tasks), data_path
+        if name == config.data.task:  # another task's rows are not where this one's are
+            task, path = configured(task, config.data), data_path or config.data.path
+        chosen = languages or config.eval.languages or at_hand(name, task, "test", path)
+        check_languages(name, chosen, config.tasks)
         wanted[name] = {language: read_examples(name, task, "test", language, path)[:limit]
                         for language in chosen}
     return wanted
@@ -172,15 +172,6 @@ def unseen(rows: Rows, seen: np.ndarray, drop: bool) -> Rows:
     return kept
 
 
-def _at_hand(name: str, path: str | None) -> tuple[str, ...]:
-    """All languages of a task; of a directory of JSONL files, those that are there."""
-    languages = get_task(name).languages
-    if path is None:
-        return languages
-    folder = Path(path).expanduser()
-    return tuple(x for x in languages if (folder / f"test-{x}.jsonl").is_file()) or languages
-
-
 def _score(model: Model, rows: Rows, llm_only: bool) -> tuple[Results, Details]:
     config, results, details = model.config, {}, {}
     scorer = Scorer(model.bridge, model.tokenizers, config.eval, config.data.text_prompt, llm_only)
@@ -194,7 +185,8 @@ def _score(model: Model, rows: Rows, llm_only: bool) -> tuple[Results, Details]:
             # All languages at once: they share batches and compiled programs.
             examples = [x for part in by_language.values() for x in part]
             numbers = [i for part in by_language.values() for i in range(len(part))]
-            scored = scorer(params, examples, get_task(name),
+            task = get_task(name, config.tasks)
+            scored = scorer(params, examples, task,
                             lambda n: progress.advance(bar, n), numbers)
             if scored.cut.any:
                 logger.warning("%s, longer than the limits: %s", name, scored.cut)
@@ -205,7 +197,7 @@ def _score(model: Model, rows: Rows, llm_only: bool) -> tuple[Results, Details]:
                 results.setdefault(name, {})[language] = {
                     scoring: accuracy(correct) for scoring, correct in found.correct.items()}
                 details.setdefault(name, {})[language] = {
-                    **_detail(part, found), "labels": get_task(name).labels}
+                    **_detail(part, found), "labels": task.labels}
                 if not llm_only:
                     details[name][language] |= _layers(model, params, part)
     return results, details

@@ -4,7 +4,6 @@ import dataclasses
 import json
 import logging
 import math
-import re
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
@@ -20,7 +19,16 @@ from jaxfusion import config as configs
 from jaxfusion.data.pipeline import iterate
 from jaxfusion.data.seen import write_seen
 from jaxfusion.errors import InputError, Stopped
-from jaxfusion.fields import ROLES, Config, Job, LensRunConfig, OptimizerConfig, TrainConfig
+from jaxfusion.fields import (
+    ROLES,
+    Config,
+    DataConfig,
+    Job,
+    LensRunConfig,
+    OptimizerConfig,
+    TrainConfig,
+)
+from jaxfusion.hf.hub import COMMIT
 from jaxfusion.sharding.hosts import check_peers, is_first, wait_for_peers, with_peers
 from jaxfusion.sharding.mesh import make_mesh, sharding
 from jaxfusion.training.checkpoint import Checkpoints, abstract_like, saved_steps
@@ -31,7 +39,6 @@ from jaxfusion.training.state import Flat, State, count
 from jaxfusion.training.step import Loss, make_train_step
 
 CONFIG_FILE = "config.json"
-COMMIT = re.compile(r"[0-9a-f]{40}")  # what a branch or tag was resolved to at the first start
 logger = logging.getLogger(__name__)
 
 
@@ -165,6 +172,8 @@ def check_workdir(config: Job, workdir: Path) -> Job:
         moving = now.revision is None or not COMMIT.fullmatch(now.revision)
         if moving and now.checkpoint == was.checkpoint:
             config = replace(config, **{role: replace(now, revision=was.revision)})
+    if isinstance(config, Config):
+        config = replace(config, data=_same_rows(old.data, config.data))
     differences = configs.changed(old, config)
     if differences:
         raise InputError(
@@ -172,6 +181,14 @@ def check_workdir(config: Job, workdir: Path) -> Job:
             + "; ".join(differences)
         )
     return config
+
+
+def _same_rows(was: DataConfig, now: DataConfig) -> DataConfig:
+    """The data with its hub commit as the earlier start resolved it."""
+    moving = now.revision is None or not COMMIT.fullmatch(now.revision)
+    if moving and (was.task, was.path) == (now.task, now.path):
+        return replace(now, revision=was.revision)
+    return now
 
 
 def _run(
@@ -182,7 +199,7 @@ def _run(
     optimizer = make_optimizer(config.optimizer, run.groups, run.steps)
     state = State(jnp.zeros((), jnp.int32), run.trainable, optimizer.init(run.trainable))
     state = jax.tree.map(lambda x: _on_mesh(x, mesh), state)
-    data = iterate(run.batches)
+    data = iterate(run.batches, lambda rows: (rows, put_batch(rows, mesh)))
     restored = checkpoints.restore_newest(abstract_like(state))
     if restored is not None:
         state, position = restored
@@ -207,8 +224,7 @@ def _loop(
     done = first = int(state.step)
     pending = None
     while done < run.steps:
-        rows = next(data)
-        batch = put_batch(rows, mesh)
+        rows, batch = next(data)
         meter.add(rows, config.batch_size, state.trainable, run.frozen, batch, key)
         trace.before(done + 1)
         state, metrics = step_fn(state, run.frozen, batch, key)

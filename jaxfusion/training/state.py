@@ -145,8 +145,13 @@ def plan_model(
     return Plan(bridge, params, groups)
 
 
-def load_model(config: Config, mesh: Mesh) -> Model:
+def load_model(
+    config: Config, mesh: Mesh, begin: Callable[[Bridge, Tokenizers], None] = lambda *_: None
+) -> Model:
     """Reads both towers, starts fusion and projector, and puts all of it on the mesh.
+
+    Args:
+      begin: is called before weights are read, with what tokenizing takes.
 
     Raises:
       InputError: whatever is wrong with names, files, shapes, tokenizers or patterns.
@@ -155,6 +160,7 @@ def load_model(config: Config, mesh: Mesh) -> Model:
     shapes = read_shapes(paths)
     tokenizers = load_tokenizers(config, paths, shapes)
     plan = plan_model(config, shapes, mesh)
+    begin(plan.bridge, tokenizers)
     flat = start(lambda: plan.bridge.init(jax.random.key(config.train.seed)), plan.params)
     for role in ROLES:
         prefix = f"{role}/"
