@@ -1,5 +1,5 @@
 """Scores a trained bridge, or its bare LLM: `python eval.py --workdir DIR [--tasks a,b]
-[--languages x,y] [--limit N] [--llm_only] [--data_path DIR] [--distributed]`, or
+[--languages x,y] [--limit N] [--llm_only] [--data_path PLACE] [--distributed]`, or
 answers one input: `python eval.py --workdir DIR --ask "PREMISE | HYPOTHESIS"`.
 
 Scoring writes `DIR/eval/results.json` (`llm_only.json` for the bare LLM) and prints a table.
@@ -16,7 +16,7 @@ WORKDIR = flags.DEFINE_string("workdir", None, "workdir of a run of train.py", r
 TASKS = flags.DEFINE_list("tasks", [], "default: config.eval.tasks, or the training task")
 LANGUAGES = flags.DEFINE_list("languages", [], "default: config.eval.languages, or all of a task")
 LIMIT = flags.DEFINE_integer("limit", None, "score the first so many rows", lower_bound=1)
-DATA_PATH = flags.DEFINE_string("data_path", None, "directory of the tasks' files")
+DATA_PATH = flags.DEFINE_string("data_path", None, "where the tasks' rows are, as config.data.path")
 ASK = flags.DEFINE_string("ask", None, "answer one input instead: its columns, apart by ' | '")
 DISTRIBUTED = flags.DEFINE_bool("distributed", False, "this process is one of several")
 LLM_ONLY = flags.DEFINE_bool("llm_only", False, "score the bare LLM on the text prompt")
