@@ -22,7 +22,7 @@ WORKDIR = flags.DEFINE_list("workdir", [], "workdir of a run of train.py, or of 
 TASKS = flags.DEFINE_list("tasks", [], "default: config.eval.tasks, or the training task")
 LANGUAGES = flags.DEFINE_list("languages", [], "default: config.eval.languages, or all of a task")
 LIMIT = flags.DEFINE_integer("limit", None, "score the first so many rows", lower_bound=1)
-DATA_PATH = flags.DEFINE_string("data_path", None, "directory of the tasks' files")
+DATA_PATH = flags.DEFINE_string("data_path", None, "where the rows are, as config.data.path")
 DROP_SEEN = flags.DEFINE_bool("drop_seen", False, "leave out test rows that were trained on")
 LLM_ONLY = flags.DEFINE_bool("llm_only", False, "the bare LLM on the text prompt")
 DISTRIBUTED = flags.DEFINE_bool("distributed", False, "this process is one of several")

@@ -232,15 +232,6 @@ def directory_name(variant: str) -> str:
     return re.sub(r"\W+", "_", variant)
 
 
-def places(config: CompareConfig) -> dict[str, list[Path]]:
-    """Where below its workdir a comparison keeps the runs of each variant, seed by seed."""
-    return {
-        str(fields["name"]): [Path(directory_name(fields["name"]), *inside) for inside in (
-            [(f"seed_{seed}",) for seed in config.seeds] or [()])]
-        for fields in config.variants
-    }
-
-
 def _override(values: dict[str, Any], fields: dict[str, Any]) -> None:
     """Sets nested fields; None in the place of a group of fields leaves the group out."""
     for name, value in fields.items():

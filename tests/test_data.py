@@ -330,6 +330,11 @@ def test_the_first_rows_of_a_stream_are_balanced_if_asked():
     taken = first_rows(iter(stream), 6, 3, balanced=True)
     assert [int(x.query) for x in taken] == [0, 1, 3, 5, 6, 7]
     assert first_rows(iter(stream), 4, 3, balanced=False) == stream[:4]
+    assert first_rows(iter(stream), 4, 0, balanced=True) == stream[:4]  # free text has no classes
+    for take in (lambda: first_rows(iter(stream), 2, 3, balanced=True),
+                 lambda: subset(stream, 2, balanced=True, seed=0)):
+        with pytest.raises(InputError, match="one row or more of each of the 3 classes"):
+            take()
     with pytest.raises(InputError, match="of class 1 it has too few"):
         first_rows(iter(stream), 9, 3, balanced=True)
     with pytest.raises(InputError, match="train_rows=10: the stream has ended after 9"):

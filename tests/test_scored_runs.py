@@ -13,16 +13,16 @@ import numpy as np
 import pytest
 from test_configs import FILES, get_config
 
-from jaxfusion.config import from_config_dict, one_by_seeds, places
+from jaxfusion.config import from_config_dict, one_by_seeds
+from jaxfusion.data.readers import read_file
 from jaxfusion.data.seen import fingerprints, read_seen, write_seen
-from jaxfusion.data.sources import read_rows
 from jaxfusion.errors import InputError
 from jaxfusion.evaluation.runs import compare_runs, read_models
 from jaxfusion.testing.debug import make_inputs
 from jaxfusion.training import answer as answering
 from jaxfusion.training.answer import answer_file
 from jaxfusion.training.compare import compare, report
-from jaxfusion.training.evaluate import evaluate, load_config, seen_by
+from jaxfusion.training.evaluate import evaluate, load_config, places, seen_by
 
 ROOT = Path(__file__).parent.parent
 XNLI = next(file for file in FILES if file.stem == "xnli_paper")
@@ -107,7 +107,7 @@ def test_a_row_that_was_trained_on_is_named(bridge, tmp_path, caplog):
     copy = tmp_path / "copy"
     shutil.copytree(bridge, copy)
     config = load_config(copy)
-    test_row = read_rows(Path(config.data.path) / "test-en.jsonl")[2][0]
+    test_row = list(read_file(Path(config.data.path) / "test-en.jsonl"))[2][0]
     query = f"Premise: {test_row['premise']}  Hypothesis: {test_row['hypothesis'].upper()} Label: "
     write_seen(copy, np.concatenate([read_seen(bridge), fingerprints([query])]))
     with pytest.raises(InputError, match=r"test row 3 of 'xnli' in 'en' was trained on: 'Premise"):

@@ -21,7 +21,7 @@ from jaxfusion import config as configs
 from jaxfusion.config import default_config, from_config_dict
 from jaxfusion.data import remote
 from jaxfusion.data.sources import at_hand, examples, find_source, read_examples
-from jaxfusion.data.task import Source, Task
+from jaxfusion.data.task import SAME, Source, Task
 from jaxfusion.data.tasks import TASKS, check_languages, configured, get_task
 from jaxfusion.errors import InputError
 from jaxfusion.fields import DataConfig, TaskConfig
@@ -104,6 +104,8 @@ def test_languages_at_hand_are_those_with_files(tmp_path):
     write(tmp_path / "test-si.csv")
     for place in (tmp_path, tmp_path / "{split}-{language}.*"):
         assert at_hand("mine", TASK, "test", str(place)) == ("si",)
+    own = replace(TASK, source=Source(str(tmp_path / "{split}-{language}.csv"), splits=SAME))
+    assert at_hand("mine", own, "test", None) == ("si",)
     assert at_hand("mine", TASK, "test", None) == ("en", "si")
 
 
@@ -218,6 +220,9 @@ def test_a_task_is_one_entry_of_a_config(tmp_path):
     task = get_task("reviews", config.tasks)
     found = read_examples("reviews", task, "train", "en", None)
     assert [x.target for x in found] == ["good", "bad"] and texts(found) == ["fine", "x"]
+    # Elsewhere its columns have the same names.
+    (tmp_path / "train.csv").rename(tmp_path / "train-2.csv")
+    assert read_examples("reviews", task, "train", "en", str(tmp_path / "{split}-2.csv")) == found
     check_languages("reviews", ("si",), config.tasks)
     with pytest.raises(InputError, match="task 'reviews' has no language 'fr'; it has en, si"):
         check_languages("reviews", ("fr",), config.tasks)

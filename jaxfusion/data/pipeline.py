@@ -32,7 +32,7 @@ def subset(
     order = np.random.default_rng(seed).permutation(len(examples))
     if balanced:
         classes = sorted({example.label for example in examples})
-        share = limit // len(classes)
+        share = _share(limit, len(classes))
         taken = [[i for i in order if examples[i].label == c][:share] for c in classes]
         short = [c for c, rows in zip(classes, taken, strict=True) if len(rows) < share]
         if short:
@@ -47,6 +47,14 @@ def subset(
     return [examples[i] for i in chosen]
 
 
+def _share(limit: int, classes: int) -> int:
+    """Rows of each class."""
+    if limit < classes:
+        raise InputError(f"train_rows={limit}, balanced: wanted one row or more of each of the "
+                         f"{classes} classes")
+    return limit // classes
+
+
 def first_rows(
     examples: Iterable[Example], limit: int, classes: int, balanced: bool
 ) -> list[Example]:
@@ -57,11 +65,12 @@ def first_rows(
     Raises:
       InputError: the stream ends before.
     """
-    share = limit // max(classes, 1) if balanced else limit
-    room = Counter(dict.fromkeys(range(classes), share)) if balanced else Counter({-1: share})
+    balanced = balanced and classes > 0
+    share = _share(limit, classes) if balanced else limit
+    room = Counter(dict.fromkeys(range(classes) if balanced else [-1], share))
     taken = []
     for example in examples:
-        key = example.label if balanced and classes else -1
+        key = example.label if balanced else -1
         if room[key] > 0:
             room[key] -= 1
             taken.append(example)

@@ -55,7 +55,8 @@ def examples(
     for column, other in source.borrowed.items():
         rows = _borrow(list(rows), column, list(_rows(name, source, split, other, ())), other)
     empty = True
-    for row, where in _once(rows):
+    # What others have published is as it is: only of files a user can mend ids.
+    for row, where in _once(rows) if source.kind == "files" else rows:
         empty = False
         yield _example(task, row, where)
     if empty:
@@ -76,21 +77,10 @@ def find_source(name: str, task: Task, split: str, language: str, path: str | No
                              "where its rows are")
         return source
     place = path.replace("{task}", name)
-    wanted = Source(place)
-    for source in (task.source, *task.others):
-        if source is not None and (source.place == place or _is_version(wanted, source)):
-            return replace(source, place=place)
-    if wanted.kind != "files":
-        return wanted
     folder = Path(place).expanduser()
     if folder.is_dir():
         return _in_folder(name, task, split, language, folder)
-    return Source(place, splits=SAME)
-
-
-def _is_version(wanted: Source, declared: Source) -> bool:
-    """Whether a place is the directory of a version of a declared tensorflow-datasets set."""
-    return wanted.kind == declared.kind == "tfds" and declared.name in Path(wanted.name).parts
+    return task.at(place)
 
 
 def _in_folder(name: str, task: Task, split: str, language: str, folder: Path) -> Source:
@@ -127,16 +117,12 @@ def _filled(source: Source, split: str, language: str) -> Path:
 
 def at_hand(name: str, task: Task, split: str, path: str | None) -> tuple[str, ...]:
     """All languages of a task; where each has a file of its own, those that are there."""
-    if path is None:
-        return task.languages
-    place = path.replace("{task}", name)
-    folder, source = Path(place).expanduser(), Source(place, splits=SAME)
-    if folder.is_dir():
+    source = task.source if path is None else task.at(path.replace("{task}", name))
+    found = []
+    if path is not None and (folder := Path(source.place).expanduser()).is_dir():
         found = [x for x in task.languages if _own_files(task, folder, split, x)]
-    elif source.kind == "files" and source.by_language:
+    elif source and source.kind == "files" and source.by_language and split in source.splits:
         found = [x for x in task.languages if _matches(_filled(source, split, x))]
-    else:
-        found = []
     return tuple(found) or task.languages
 
 

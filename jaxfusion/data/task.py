@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 SPLITS = ("train", "dev", "test")
@@ -90,6 +90,20 @@ class Task:
     spellings: tuple[str, ...] = ()
     extract: Callable[[str], str] | None = None
     unlabelled: bool = False
+
+    def at(self, place: str) -> Source:
+        """The source that another place is. One of the kind that is declared keeps its columns,
+        splits and configuration: a mirror, or the user's files elsewhere."""
+        wanted = Source(place)
+        for source in (self.source, *self.others):
+            if source is not None and source.place == place:
+                return source
+        for source in (self.source, *self.others):
+            # Of tensorflow-datasets the directory of a version, which has its name in it.
+            named = wanted.kind != "tfds" or (source and source.name in wanted.name.split("/"))
+            if source is not None and source.kind == wanted.kind and named:
+                return replace(source, place=place)
+        return replace(wanted, splits=SAME) if wanted.kind == "files" else wanted
 
     @property
     def target_column(self) -> str:

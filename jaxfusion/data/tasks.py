@@ -276,9 +276,8 @@ def configured(task: Task, data: DataConfig) -> Task:
     """The training task with its hub dataset as the config wants it: another one, at a revision,
     streamed."""
     source = task.sources.get(data.language, task.source)
-    if data.path and Source(data.path).kind == "hub" and (
-            source is None or source.place != data.path):
-        source = Source(data.path)
+    if data.path and Source(data.path).kind == "hub":
+        source = task.at(data.path)
     if source is None:
         return task
     source = replace(source, streaming=data.streaming, revision=data.revision or source.revision)

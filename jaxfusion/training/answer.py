@@ -12,8 +12,9 @@ import jax
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
-from jaxfusion.data.sources import Example, Placed, read_rows
-from jaxfusion.data.task import Task
+from jaxfusion.data.readers import read_file
+from jaxfusion.data.sources import Example
+from jaxfusion.data.task import Placed, Task
 from jaxfusion.data.tasks import get_task
 from jaxfusion.errors import InputError
 from jaxfusion.evaluation.scoring import Scored, Scorer, softmax
@@ -51,7 +52,7 @@ def answer_file(
       InputError: no such run or file, a row without its columns, or an `out` of something else.
     """
     config = load_config(workdir, decoding)
-    task, rows = get_task(config.data.task, config.tasks), read_rows(source)
+    task, rows = get_task(config.data.task, config.tasks), list(read_file(source))
     if not rows:
         raise InputError(f"{source} has no rows")
     queries = [query_of(task, row, where) for row, where in rows]

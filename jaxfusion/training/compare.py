@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from jaxfusion import config as configs
-from jaxfusion.config import places, variants
+from jaxfusion.config import variants
 from jaxfusion.data.sources import read_examples
 from jaxfusion.data.task import Task
 from jaxfusion.data.tasks import NLI_PROMPT, check_languages, get_task
@@ -22,7 +22,7 @@ from jaxfusion.fields import CompareConfig, Config
 from jaxfusion.files import write_whole
 from jaxfusion.training.bridge import train
 from jaxfusion.training.checkpoint import saved_steps
-from jaxfusion.training.evaluate import evaluate
+from jaxfusion.training.evaluate import evaluate, places
 from jaxfusion.training.loop import CONFIG_FILE, check_workdir
 
 logger = logging.getLogger(__name__)

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from jaxfusion import config as configs
-from jaxfusion.config import places
+from jaxfusion.config import directory_name
 from jaxfusion.data.seen import fingerprints, read_seen
 from jaxfusion.data.sources import Example, at_hand, read_examples
 from jaxfusion.data.tasks import check_languages, configured, get_task
@@ -100,6 +100,15 @@ def load_config(workdir: Path, decoding: dict[str, Any] | None = None) -> Config
     config = replace(config, eval=replace(config.eval, **decoding or {}))
     configs.check(config)
     return config
+
+
+def places(config: CompareConfig) -> dict[str, list[Path]]:
+    """Where below its workdir a comparison keeps the runs of each variant, seed by seed."""
+    return {
+        str(fields["name"]): [Path(directory_name(fields["name"]), *inside) for inside in (
+            [(f"seed_{seed}",) for seed in config.seeds] or [()])]
+        for fields in config.variants
+    }
 
 
 def load_trained(

@@ -169,8 +169,7 @@ def check_workdir(config: Job, workdir: Path) -> Job:
     from_hub = isinstance(config, Config | LensRunConfig)
     for role in [x for x in ROLES if from_hub and hasattr(config, x)]:
         was, now = getattr(old, role), getattr(config, role)
-        moving = now.revision is None or not COMMIT.fullmatch(now.revision)
-        if moving and now.checkpoint == was.checkpoint:
+        if _moves(now.revision) and now.checkpoint == was.checkpoint:
             config = replace(config, **{role: replace(now, revision=was.revision)})
     if isinstance(config, Config):
         config = replace(config, data=_same_rows(old.data, config.data))
@@ -183,10 +182,14 @@ def check_workdir(config: Job, workdir: Path) -> Job:
     return config
 
 
+def _moves(revision: str | None) -> bool:
+    """Whether what a revision names may be another tomorrow."""
+    return revision is None or not COMMIT.fullmatch(revision)
+
+
 def _same_rows(was: DataConfig, now: DataConfig) -> DataConfig:
     """The data with its hub commit as the earlier start resolved it."""
-    moving = now.revision is None or not COMMIT.fullmatch(now.revision)
-    if moving and (was.task, was.path) == (now.task, now.path):
+    if _moves(now.revision) and (was.task, was.path) == (now.task, now.path):
         return replace(now, revision=was.revision)
     return now
 
