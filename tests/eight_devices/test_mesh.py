@@ -127,14 +127,17 @@ def test_a_run_goes_on_elsewhere(towers, cache_dir, tmp_path, monkeypatch):
 def test_scores_do_not_depend_on_the_mesh(towers, cache_dir, tmp_path, monkeypatch):
     config = make_config(towers, "transformer_softmax", steps=2)
     losses(config, tmp_path / "run", (1, 2, 4), monkeypatch)
-    results, details = evaluate(tmp_path / "run", limit=12)
+    drawn = {"temperature": 0.8, "top_p": 0.9, "max_new_tokens": 4}
+    results, details = evaluate(tmp_path / "run", limit=12, decoding=drawn)
     (scores,) = results.values()
     with pytest.MonkeyPatch.context() as patch:
         from jaxfusion.training import evaluate as module
 
         patch.setattr(module, "make_mesh", lambda *_: make_mesh(devices=jax.devices()[:1]))
-        alone, same = evaluate(tmp_path / "run", limit=12)
+        alone, same = evaluate(tmp_path / "run", limit=12, decoding=drawn)
     assert {name: alone[name] for name in results} == results
-    correct = lambda x: [y["correct"] for task in x.values() for y in task.values()]  # noqa: E731
-    assert correct(details) == correct(same)
+    for part in ("correct", "answers"):
+        found, wanted = ([y[part] for task in x.values() for y in task.values()]
+                         for x in (details, same))
+        assert found == wanted
     assert next(iter(scores.values()))["likelihood"]["n"] == 12
