@@ -2,7 +2,6 @@
 
 import json
 import time
-from dataclasses import replace
 
 import jax
 import numpy as np
@@ -20,7 +19,6 @@ from jaxfusion.data.batching import (
     in_order,
     tokenize,
 )
-from jaxfusion.data.continued import tokenize_texts
 from jaxfusion.data.packing import find_packing, sizes, stratified_plan
 from jaxfusion.data.pipeline import Batches, first_rows, iterate, subset
 from jaxfusion.data.sources import Example, read_examples
@@ -243,64 +241,11 @@ def test_a_stratified_epoch_sees_every_row_once(lengths, batch_size, epoch):
     assert max(map(len, plan)) <= batch_size and len(plan) == -(-len(lengths) // batch_size)
 
 
-# Text that is continued
-
-TEXTS = ["la bako mi " * n for n in (1, 20, 60, 200)] + ["සිංහල  text\n\nwith  “marks” " * 30, "x"]
-
-
-def continue_texts(tokenizers, **kwargs):
-    kwargs = {"max_encoder_tokens": 64, "max_decoder_tokens": 16, "seed": 3, **kwargs}
-    return tokenize_texts([Example(text, "", -1) for text in TEXTS], tokenizers, **kwargs)
-
-
-def test_the_two_parts_of_a_text_are_the_text(tokenizers):
-    texts = continue_texts(tokenizers)
-    assert texts.short == 1 and len(texts) == 5  # 'x' cannot be split
-    eos = tokenizers.encoder.eos_token_id
-    for epoch in range(3):
-        for i, row in enumerate(split := texts.at(epoch)):
-            head, rest = split.parts(i)
-            assert head + rest == TEXTS[i] and rest
-            whole = tokenizers.encoder(TEXTS[i], add_special_tokens=False)["input_ids"]
-            assert row.query == [*whole[: len(row.query) - 1], eos]
-            assert 2 <= len(row.query) <= 64 and len(row.query) == split.lengths[i]
-            assert row.target == tokenizers.encode_texts([rest])[0][:16] and row.target
-            assert len(row.query) >= min(32, len(whole))
-
-
-def test_splits_are_fresh_in_every_epoch_and_the_same_again(tokenizers):
-    texts = continue_texts(tokenizers)
-    lengths = [texts.at(epoch).lengths.tolist() for epoch in range(4)]
-    assert lengths == [continue_texts(tokenizers).at(e).lengths.tolist() for e in range(4)]
-    assert len({tuple(x) for x in lengths}) == 4
-    assert lengths[0] != continue_texts(tokenizers, seed=4).at(0).lengths.tolist()
-    many = replace(texts, ids=texts.ids[3:4] * 5000, texts=texts.texts[3:4] * 5000)
-    drawn = np.bincount(many.at(0).lengths, minlength=65)[32:]
-    assert drawn.sum() == 5000 and drawn.min() > 90 and drawn.max() < 220  # evenly, 152 each
-
-
-def test_batches_of_continued_text_resume_and_fit_their_shapes(tokenizers):
-    texts = continue_texts(tokenizers)
-    batches = Batches(texts, texts.shapes((40, 48)), tokenizers, 2, seed=0, steps=9)
-    everything = [batch.dec_tokens for batch in iterate(batches)]
-    assert {batch.shape[1] for batch in everything} <= {1 + s + 1 + 16 for s in (40, 48, 64)}
-    resumed = iterate(batches)
-    for _ in range(4):
-        next(resumed)
-    again = iterate(batches)
-    again.set_state(resumed.get_state())
-    for batch, expected in zip(again, everything[4:], strict=True):
-        assert np.array_equal(batch.dec_tokens, expected)
-
-
 def test_rows_of_100_000_characters_are_cut_and_counted_soon(tokenizers):
     long = ["a" * 100_000, "la bako " * 12_500, "සිංහල " * 16_000, "\n" * 99_999 + "x"]
     clock = time.monotonic()
     rows, cut = tokenize([Example(text, "bako", 0) for text in long], tokenizers, text_prompt="",
                          with_target=True, max_encoder_tokens=50, max_decoder_tokens=50)
-    texts = tokenize_texts([Example(text, "", -1) for text in long[:3]], tokenizers,
-                           max_encoder_tokens=50, max_decoder_tokens=50, seed=0)
-    assert all(len(row.target) == 50 for row in texts.at(0))
     assert time.monotonic() - clock < 8
     assert cut.queries >= 3 and max(len(row.query) for row in rows) == 50
 

@@ -276,9 +276,9 @@ def configured(task: Task, data: DataConfig) -> Task:
     """The training task with its hub dataset as the config wants it: another one, at a revision,
     streamed."""
     source = task.sources.get(data.language, task.source)
-    if data.path and Source(data.path).kind == "hub":
+    if data.path is not None:
         source = task.at(data.path)
-    if source is None:
+    if source is None or source.kind != "hub":
         return task
     source = replace(source, streaming=data.streaming, revision=data.revision or source.revision)
     if data.language in task.sources and data.path is None:
