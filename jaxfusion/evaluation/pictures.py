@@ -1,5 +1,6 @@
 """Pictures of a comparison. Labels are Latin: matplotlib's own font has few other scripts."""
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -80,8 +81,9 @@ def draw_curves(metrics: dict[str, list[list[dict[str, float]]]], out: Path) -> 
     """
     runs = [(i, model, records) for i, (model, seeds) in enumerate(metrics.items())
             for records in seeds]
-    dev = sorted({name for _, _, records in runs for x in records for name in x
-                  if name in ("dev/likelihood", "dev/exact_match")})[-1:]
+    counts = Counter(name for _, _, records in runs for x in records for name in x)
+    dev = [name for name in ("dev/likelihood", "dev/exact_match")
+           if counts[name] > len(runs)][:1]  # one point is no curve
     if not runs:
         return False
     figure, panels = plt.subplots(1, 1 + len(dev), figsize=(4.8 * (1 + len(dev)), 3.6),
