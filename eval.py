@@ -15,7 +15,7 @@ from typing import Any
 
 from absl import flags
 
-from jaxfusion.cli import refuse_words, run_main, set_up_logging
+from jaxfusion.cli import local_path, refuse_words, run_main, set_up_logging
 from jaxfusion.errors import InputError
 
 WORKDIR = flags.DEFINE_list("workdir", [], "workdir of a run of train.py, or of several seeds")
@@ -51,7 +51,7 @@ def main(argv: list[str]) -> None:
 
     if DISTRIBUTED.value:
         join(preemptible=False)
-    workdirs = [Path(place) for place in WORKDIR.value]
+    workdirs = [local_path(place) for place in WORKDIR.value]
     if COMPARE.value is not None:
         _compare([COMPARE.value, *words])
     elif ASK.value is not None:
@@ -61,7 +61,7 @@ def main(argv: list[str]) -> None:
     elif INPUT.value is not None:
         from jaxfusion.training.answer import answer_file
 
-        count = answer_file(workdirs[0], Path(INPUT.value), Path(OUTPUT.value),
+        count = answer_file(workdirs[0], local_path(INPUT.value), local_path(OUTPUT.value),
                             llm_only=LLM_ONLY.value, decoding=_decoding())
         print(f"{count} rows answered; all are in {OUTPUT.value}")
     elif REPORT.value:

@@ -6,11 +6,9 @@ trust_remote_code=True)`; with `--format langbridge` it is LangBridge's own layo
 tower, and the LLM of a Lens run, is an ordinary checkpoint of its family, without remote code.
 """
 
-from pathlib import Path
-
 from absl import flags
 
-from jaxfusion.cli import refuse_words, run_main, set_up_logging
+from jaxfusion.cli import local_path, refuse_words, run_main, set_up_logging
 from jaxfusion.errors import InputError
 
 WORKDIR = flags.DEFINE_string("workdir", None, "workdir of a run of train.py", required=True)
@@ -30,18 +28,19 @@ def main(argv: list[str]) -> None:
     from jaxfusion.training.export_tower import export_lens, export_tower
     from jaxfusion.training.loop import CONFIG_FILE
 
+    workdir, out = local_path(WORKDIR.value), local_path(OUT.value)
     common = {"dtype": DTYPE.value, "overwrite": OVERWRITE.value}
-    job = config.load(Path(WORKDIR.value) / CONFIG_FILE)
+    job = config.load(workdir / CONFIG_FILE)
     if isinstance(job, PretrainConfig | LensRunConfig):
         if MERGE.value or FORMAT.value != "jaxfusion":
-            raise InputError(f"{WORKDIR.value} holds no bridge: --merge and --format are for those")
+            raise InputError(f"{workdir} holds no bridge: --merge and --format are for those")
         write = export_tower if isinstance(job, PretrainConfig) else export_lens
-        write(Path(WORKDIR.value), Path(OUT.value), **common)
+        write(workdir, out, **common)
     elif FORMAT.value == "langbridge":
-        export_langbridge(Path(WORKDIR.value), Path(OUT.value), **common)
+        export_langbridge(workdir, out, **common)
     else:
-        export(Path(WORKDIR.value), Path(OUT.value), merge=MERGE.value, **common)
-    print(f"done: {OUT.value}")
+        export(workdir, out, merge=MERGE.value, **common)
+    print(f"done: {out}")
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from pathlib import Path
 from absl import flags
 from ml_collections import config_flags
 
-from jaxfusion.cli import refuse_words, run_main, set_up_logging
+from jaxfusion.cli import local_path, refuse_words, run_main, set_up_logging
 from jaxfusion.config import from_config_dict, one_by_seeds
 from jaxfusion.errors import InputError
 
@@ -42,7 +42,7 @@ def main(argv: list[str]) -> None:
     config = from_config_dict(CONFIG.value)
     if config.job == "bridge" and config.seeds:
         config = one_by_seeds(config)
-    workdir = Path(WORKDIR.value or default_workdir(name))
+    workdir = local_path(WORKDIR.value or str(default_workdir(name)))
     if TOPOLOGY.value is not None and not COMPILE_ONLY.value:
         raise InputError("--topology goes with --compile_only; a run takes the devices it finds")
     if DISTRIBUTED.value and config.job == "compare":

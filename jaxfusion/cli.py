@@ -3,6 +3,7 @@
 import logging
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 from absl import app, flags
 from absl import logging as absl_logging
@@ -24,6 +25,18 @@ def refuse_words(argv: list[str]) -> None:
     """Raises InputError if words without dashes stand on the command line."""
     if len(argv) > 1:
         raise InputError(f"'{argv[1]}' is no flag; flags begin with --")
+
+
+def local_path(text: str) -> Path:
+    """The path of a directory or file.
+
+    Raises:
+      InputError: it is an address in a cloud.
+    """
+    if "://" in text:
+        raise InputError(f"{text} is an address, wanted a path: mount the bucket, as with gcsfuse "
+                         "(docs/scaling.md), and give the place where it is mounted")
+    return Path(text)
 
 
 def run_main(main: Callable[[list[str]], None]) -> None:

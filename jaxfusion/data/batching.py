@@ -59,6 +59,7 @@ class Cut:
 
     @property
     def any(self) -> bool:
+        """Whether any example was cut."""
         return self.queries + self.texts + self.targets > 0
 
 

@@ -24,9 +24,11 @@ class CausalRows:
     answer_weight: float
 
     def lengths(self) -> np.ndarray:
+        """Tokens of each row, at most. [rows]"""
         return np.array([len(ids) - 1 for ids in self.tokens])
 
     def row(self, i: int, rng: np.random.Generator) -> Row:
+        """Inputs, targets and weights of a row as it is drawn now."""
         ids, answer = self.tokens[i], self.answers[i]
         weights = [1.0] * (len(ids) - 2 - answer) + [self.answer_weight] * answer + [1.0]
         return ids[:-1], ids[1:], weights
@@ -75,10 +77,12 @@ class DenoisingRows:
     most: int
 
     def lengths(self) -> np.ndarray:
+        """Tokens of each row, at most. [rows]"""
         return np.array([min(sum(len(self.pieces[w]) for w in words) + 1, self.most)
                          for words in self.words])
 
     def row(self, i: int, rng: np.random.Generator) -> Row:
+        """Inputs, targets and weights of a row as it is drawn now."""
         c, words = self.config, self.words[i]
         partners = self.translations.get(self.languages[i])
         lexicon: dict[int, int] = {}

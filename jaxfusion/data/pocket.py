@@ -287,6 +287,7 @@ def _write(file: Path, lines) -> None:
 
 
 def main() -> None:
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("out", metavar="OUT", type=Path)
     parser.add_argument("--scale", type=float, default=1.0)

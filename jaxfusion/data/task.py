@@ -107,6 +107,7 @@ class Task:
 
     @property
     def target_column(self) -> str:
+        """The column of the answer."""
         return "label" if self.labels else "target"
 
     @property

@@ -75,6 +75,7 @@ class JaxFusion(LM):
 
     @property
     def tokenizer_name(self) -> str:
+        """What the harness files cached requests under."""
         return self.config.decoder.checkpoint
 
     def loglikelihood(

@@ -89,6 +89,7 @@ def _unpickle(source: Path) -> dict:
 
 
 def main() -> None:
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("source", metavar="SRC", help="directory or hub id")
     parser.add_argument("out", metavar="OUT", type=Path, help="directory to write")

@@ -166,12 +166,14 @@ class Resampler(nn.Module):
 
 
 def make_projector(projector, width_in, width_out):
+    """The projector of a config."""
     if projector["name"] == "resampler":
         return Resampler(width_in, width_out, projector["latents"])
     return Projector(width_in, width_out, projector["name"], projector["d_ff"])
 
 
 def make_fusion(fusion, encoder):
+    """The fusion of a config."""
     layers, width = encoder["layers"], encoder["width"]
     return {
         "last": Last, "layer": lambda: Layer(fusion["layer"]),

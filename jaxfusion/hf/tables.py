@@ -91,6 +91,7 @@ class Row:
 
     @property
     def stacked(self) -> bool:
+        """Whether ours holds the tensors of all blocks."""
         return "{i}" in self.theirs
 
 
@@ -102,6 +103,7 @@ class Table:
     ignored: tuple[str, ...] = ()
 
     def ignores(self, name: str) -> bool:
+        """Whether a tensor of theirs is left out on purpose."""
         return any(re.fullmatch(pattern, name) for pattern in self.ignored)
 
 

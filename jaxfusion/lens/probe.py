@@ -40,6 +40,7 @@ class Probe:
 
     @property
     def layers(self) -> int:
+        """Their number, L."""
         return len(self.means)
 
     def subspaces(self, layer: int, rank: int | None = None) -> Subspaces:
@@ -65,6 +66,7 @@ class Sums:
         self.rows, self.mean, self.square = 0, 0.0, 0.0
 
     def add(self, states: Float[np.ndarray, "L B E"]) -> None:
+        """Adds the states of a few more rows (Chan et al., 1979)."""
         rows, mean = states.shape[1], states.mean(axis=1)
         whole, apart = self.rows + rows, mean - self.mean
         self.square = self.square + ((states - mean[:, None]) ** 2).sum(axis=1) + (

@@ -37,6 +37,7 @@ class Instruction:
 
     @cached_property
     def operands(self) -> list[str]:
+        """Names of what the instruction reads."""
         depth, end = 1, len(self.rest)
         for i, letter in enumerate(self.rest):
             depth += (letter in "({") - (letter in ")}")
@@ -46,6 +47,7 @@ class Instruction:
         return re.findall(r"%([\w.-]+)", self.rest[:end])
 
     def attribute(self, name: str) -> str | None:
+        """The text of an attribute behind the operands; None if there is none."""
         found = re.search(rf"{name}=(\{{[^{{}}]*\}}|%?[\w.<>-]+)", self.rest)
         return found and found[1].lstrip("%")
 
@@ -91,6 +93,7 @@ class Cost:
     silent: float = 0.0
 
     def add(self, other: "Cost", times: float = 1.0) -> None:
+        """Adds what a part costs that runs so many times."""
         self.flops += times * other.flops
         self.bytes += times * other.bytes
         self.unknown += other.unknown

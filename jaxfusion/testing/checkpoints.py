@@ -100,6 +100,7 @@ def _tokenizer_size(path: Path) -> int:
 
 
 def main() -> None:
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("out", metavar="OUT", type=Path)
     parser.add_argument("--size", choices=list(SIZES), default="tiny")

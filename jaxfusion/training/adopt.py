@@ -240,6 +240,7 @@ def _mindmerger(tensors: TensorFiles, named, start: str) -> tuple[Config, Flat]:
 
 
 def main() -> None:
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("source", metavar="SRC", help="directory or hub id")
     parser.add_argument("workdir", metavar="WORKDIR", type=Path, help="directory to write")

@@ -28,7 +28,7 @@ def ask(
     """Prints and returns the answer to one input.
 
     Args:
-      text: the columns of the task's prompt in their order, apart by ` | `.
+      text: the columns of the task's prompt in their order, with a bar between.
       llm_only: the bare LLM answers.
       decoding: fields of `EvalConfig` in place of the run's own.
 

@@ -60,10 +60,12 @@ class Checkpoints:
         self.manager.wait_until_finished()
 
     def close(self) -> None:
+        """Waits for what is being written, and stops."""
         self.manager.close()
 
     @property
     def steps(self) -> list[int]:
+        """Those that are saved, ascending."""
         return sorted(self.manager.all_steps())
 
     def restore_newest(self, abstract: State) -> tuple[State, dict[str, Any]] | None:

@@ -82,6 +82,7 @@ class Trace:
             self.stop()
 
     def stop(self) -> None:
+        """Ends the trace, if one is running, and writes it."""
         if self.running:
             jax.profiler.stop_trace()
             self.running = False

@@ -110,10 +110,12 @@ class Plan:
 
     @property
     def trainable(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """What trains, by path."""
         return {path: leaf for path, leaf in self.params.items() if path in self.groups}
 
     @property
     def frozen(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """What does not, by path."""
         return {path: leaf for path, leaf in self.params.items() if path not in self.groups}
 
 

@@ -1,0 +1,114 @@
+"""The documents: the site builds without a warning, links lead somewhere, commands are real."""
+
+import ast
+import re
+import shlex
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", ROOT / "pocket" / "README.md", ROOT / "CONTRIBUTING.md",
+         *sorted((ROOT / "docs").glob("*.md"))]
+HOOKS = {"setup", "forward"}  # that Flax and PyTorch call
+
+
+def test_the_site_builds_without_a_warning(tmp_path):
+    """Every reference between pages, and the API's docstrings."""
+    copy = tmp_path / "docs"  # the API's pages are written among the others
+    subprocess.run(["cp", "-r", str(ROOT / "docs"), str(copy)], check=True)
+    for name in ("jaxfusion", "configs", "benchmarks", "pocket", "README.md"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    done = subprocess.run(
+        [sys.executable, "-m", "sphinx", "-W", "-q", "-b", "html", copy, tmp_path / "out"],
+        capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "Which fusion" in (tmp_path / "out" / "choosing.html").read_text()
+    api = (tmp_path / "out" / "api" / "jaxfusion.nn.fusion.html").read_text()
+    assert "TransformerSoftmax" in api and "2508.09091" in api
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_to_files_and_headings(page):
+    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+        if "://" in target:
+            continue
+        path, _, heading = target.partition("#")
+        there = (page.parent / path).resolve() if path else page
+        assert there.exists(), f"{page.name} -> {target}"
+        if heading:
+            titles = re.findall(r"^#+ (.*)$", there.read_text(), re.M)
+            slugs = {re.sub(r"[^\w -]", "", x.lower()).replace(" ", "-") for x in titles}
+            assert heading in slugs, f"{page.name} -> {target}"
+
+
+def commands():
+    """Every command of this project in the pages' bash blocks and tables."""
+    found = {}
+    for page in PAGES:
+        text = page.read_text()
+        blocks = "\n".join(re.findall(r"```bash\n(.*?)```", text, re.S)).replace("\\\n", " ")
+        inline = re.findall(r"`(python (?:train|eval|export)\.py [^`]*)`", text)
+        for line in [*blocks.splitlines(), *inline]:
+            for part in re.split(r"&&|;", line.partition("  #")[0]):
+                words = part.strip().split("python ", 1)
+                if len(words) == 2 and "…" not in part and not words[1].startswith(("-m venv",)):
+                    found[words[1].strip()] = page.name
+    return found
+
+
+def check(command: str) -> str:
+    """An error of the command's words; nothing is run."""
+    words = shlex.split(command)
+    if words[0] in ("train.py", "eval.py", "export.py"):
+        done = subprocess.run([sys.executable, *words, "--only_check_args"], cwd=ROOT,
+                              capture_output=True, text=True)
+        return done.stderr if done.returncode else ""
+    if words[0] == "-m":
+        name = words[1]
+        file = ROOT / f"{name.replace('.', '/')}.py"
+        known = name in ("pytest", "sphinx") or file.is_file()
+        flags = [x.partition("=")[0] for x in words[2:] if x.startswith("--")]
+        text = file.read_text() if file.is_file() else ""
+        own = "argparse" in text
+        unknown = [x for x in flags if own and f'"{x}"' not in text]
+        return "" if known and not unknown else f"no such module or flag: {command} {unknown}"
+    return "" if (ROOT / words[0]).is_file() else f"no such script: {command}"
+
+
+def test_every_command_is_one_that_the_scripts_take():
+    """Scripts, configs, fields and flags exist; the configs' debug runs are tests of their own."""
+    found = commands()
+    assert len(found) > 30
+    with ThreadPoolExecutor(2) as pool:
+        errors = dict(zip(found, pool.map(check, found), strict=True))
+    assert not {f"{found[c]}: {c}": error for c, error in errors.items() if error}
+
+
+def test_messages_in_the_troubleshooting_page_are_in_the_code():
+    text = (ROOT / "docs" / "troubleshooting.md").read_text()
+    source = "\n".join(file.read_text() for file in (ROOT / "jaxfusion").rglob("*.py"))
+    source = re.sub(r'"\s*\n\s*f?"', "", source).replace("{{", "{").replace("}}", "}")
+    messages = re.findall(r"^\| `(.*?)` \|", text, re.M)
+    assert len(messages) > 10 and not [x for x in messages if x not in source]
+
+
+def test_nothing_public_lacks_a_docstring():
+    def missing(node, where):
+        for x in node.body:
+            if isinstance(x, ast.FunctionDef | ast.ClassDef) and x.name not in HOOKS:
+                if not x.name.startswith("_") and not ast.get_docstring(x):
+                    yield f"{where}.{x.name}"
+                if isinstance(x, ast.ClassDef) and not x.name.startswith("_"):
+                    yield from missing(x, f"{where}.{x.name}")
+
+    found = []
+    for file in sorted((ROOT / "jaxfusion").rglob("*.py")):
+        tree = ast.parse(file.read_text())
+        if file.name != "__init__.py" and not ast.get_docstring(tree):
+            found.append(str(file))
+        found += missing(tree, file.name)
+    assert not found
