@@ -15,10 +15,13 @@ myst_enable_extensions = ["colon_fence"]
 
 apidoc_modules = [{
     "path": "../jaxfusion", "destination": "api", "separate_modules": True, "module_first": True,
+    "automodule_options": {"members"},
     "exclude_patterns": ["../jaxfusion/hf/modeling_jaxfusion.py"],  # goes along with exports
 }]
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
-autodoc_default_options = {"members": True, "show-inheritance": False}
+autodoc_default_options = {"members": True, "special-members": "__call__",
+                           "exclude-members": "parent, name, scope"}  # Linen's own fields
+default_role = "code"
 napoleon_use_ivar = True
 napoleon_use_rtype = False
