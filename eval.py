@@ -78,6 +78,13 @@ def _check_flags() -> None:
     chosen = [name for name, value in modes.items() if value is not None]
     if len(chosen) > 1:
         raise InputError(f"{' and '.join(chosen)} are one at a time")
+    if REPORT.value and (ASK.value is not None or INPUT.value is not None):
+        raise InputError(f"{chosen[0]} and --report are one at a time")
+    of_scoring = {"--tasks": TASKS.value, "--languages": LANGUAGES.value, "--limit": LIMIT.value,
+                  "--data_path": DATA_PATH.value, "--drop_seen": DROP_SEEN.value}
+    given = [name for name, value in of_scoring.items() if value]
+    if given and (chosen or REPORT.value):
+        raise InputError(f"{given[0]} is for scoring, and not for {[*chosen, '--report'][0]}")
     if (COMPARE.value is None) != bool(WORKDIR.value):
         raise InputError("wanted --workdir DIR, or --compare RUN_A RUN_B")
     if (INPUT.value is None) != (OUTPUT.value is None):

@@ -165,6 +165,7 @@ class EvalConfig:
     top_p: float = 1.0  # drawn among the likeliest tokens of so much probability together
     seed: int = 0  # of what is drawn
     stop: tuple[str, ...] = ()  # texts that end an answer, and are no part of it
+    drop_seen: bool = False  # leave out test rows that were trained on, instead of refusing them
 
 
 @dataclass(frozen=True)

@@ -225,12 +225,17 @@ def test_means_are_tested_by_rows_with_all_their_languages():
 
 def test_numbers_are_compared_and_not_the_words_around_them(model, params):
     for text, number in (("So she has 1,250.50 dollars.", "1250.5"), ("x = -3", "-3"), ("", ""),
-                         ("18", "18"), ("First 3, then 20.0", "20"), ("none", "")):
+                         ("18", "18"), ("First 3, then 20.0", "20"), ("none", ""),
+                         ("5-3", "3"), ("x−4", "4"), ("= −4", "-4"), ("উত্তর ১৮", "18"),
+                         ("答えは1２です", "12"), ("๑๒", "12")):
         assert last_number(text) == number
     task = Task("{text}", (), ("en",), extract=lambda text: "same")
     scored = Scorer(model.bridge, model.tokenizers, EvalConfig(batch_size=4, max_new_tokens=2))(
         params, EXAMPLES, task)
     assert all(scored.correct["exact_match"])
+    nothing = _correct(Task("{text}", (), ("en",), extract=last_number),
+                       [Example("x", "no number", -1)], ["none"], np.zeros((1, 0)))
+    assert nothing["exact_match"] == [False]
 
 
 def test_wilson_interval_against_published_values():

@@ -1,5 +1,6 @@
 """What is done with a trained run: scored, compared, reported, given a user's own file."""
 
+import fcntl
 import json
 import os
 import re
@@ -17,11 +18,12 @@ from jaxfusion.config import from_config_dict, one_by_seeds
 from jaxfusion.data.readers import read_file
 from jaxfusion.data.seen import fingerprints, read_seen, write_seen
 from jaxfusion.errors import InputError
+from jaxfusion.evaluation.page import _inline
 from jaxfusion.evaluation.runs import compare_runs, read_models
 from jaxfusion.testing.debug import make_inputs
 from jaxfusion.training import answer as answering
 from jaxfusion.training.answer import answer_file
-from jaxfusion.training.compare import compare, report
+from jaxfusion.training.compare import check_unseen, compare, report
 from jaxfusion.training.evaluate import evaluate, load_config, places, seen_by
 
 ROOT = Path(__file__).parent.parent
@@ -99,6 +101,10 @@ def test_runs_are_compared_on_the_same_rows_or_refused(run, bridge, tmp_path):
         compare_runs(read_models([str(bridge), str(copy)]))
     with pytest.raises(InputError, match=r"no scores yet .*: python eval\.py --workdir"):
         read_models([str(bridge), str(tmp_path / "none")])
+    with pytest.raises(InputError, match="a run is given twice"):
+        read_models([str(bridge), f"{bridge}/"])
+    with pytest.raises(InputError, match="a run is given twice"):
+        read_models([f"{bridge},{bridge}", other])
     with pytest.raises(InputError, match="unknown scoring 'f1'"):
         compare_runs(read_models([str(bridge), other]), "f1")
 
@@ -112,10 +118,18 @@ def test_a_row_that_was_trained_on_is_named(bridge, tmp_path, caplog):
     write_seen(copy, np.concatenate([read_seen(bridge), fingerprints([query])]))
     with pytest.raises(InputError, match=r"test row 3 of 'xnli' in 'en' was trained on: 'Premise"):
         evaluate(copy, limit=6)
-    _, details = evaluate(copy, limit=6, drop_seen=True, languages=("en",))
-    assert details["xnli"]["en"]["queries"] == [
-        x for i, x in enumerate(json.loads((bridge / "eval" / "details.json").read_text())
-                                ["xnli"]["en"]["queries"]) if i != 2]
+    _, details = evaluate(copy, limit=6, drop_seen=True)
+    before = json.loads((bridge / "eval" / "details.json").read_text())["xnli"]
+    for language in ("en", "ar"):  # the row's translation goes with it
+        assert details["xnli"][language]["queries"] == [
+            x for i, x in enumerate(before[language]["queries"]) if i != 2]
+    # A comparison looks before it trains.
+    rows = tmp_path / "rows"
+    shutil.copytree(config.data.path, rows)
+    with (rows / "train-en.jsonl").open("a") as file:
+        file.write(json.dumps(test_row) + "\n")
+    with pytest.raises(InputError, match="test row 3 of 'xnli' in 'en' was trained on"):
+        check_unseen(replace(config, data=replace(config.data, path=str(rows))), 6)
     # What an earlier stage was trained on counts, too.
     second = replace(config, train=replace(config.train, init_from=str(copy)))
     assert np.isin(fingerprints([query]), seen_by(second, tmp_path / "second")).all()
@@ -145,6 +159,47 @@ def test_a_file_is_answered_and_a_stopped_run_goes_on(bridge, tmp_path, monkeypa
     source.write_text("".join(json.dumps(row) + "\n" for row in ROWS[::-1]))
     with pytest.raises(InputError, match=r"again\.jsonl:1 answers another row than .*in\.jsonl:1"):
         answer_file(bridge, source, again, decoding=drawn)
+
+
+def test_answers_are_written_by_one_and_never_over_the_input(bridge, tmp_path):
+    source, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    odd = {**ROWS[0], "note": float("nan"), "separator": "a\u2028b"}
+    source.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in (odd, odd)))
+    assert answer_file(bridge, source, out) == 2
+    lines = [json.loads(line) for line in out.read_text().split("\n")[:-1]]
+    assert [line["note"] for line in lines] == [None, None]
+    assert answer_file(bridge, source, out) == 0
+    with out.open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with pytest.raises(InputError, match="being written by another process"):
+            answer_file(bridge, source, out)
+    with pytest.raises(InputError, match="is the input"):
+        answer_file(bridge, source, source)
+    with pytest.raises(InputError, match=r"wanted the name of a \.jsonl file"):
+        answer_file(bridge, source, tmp_path)
+
+
+def test_what_differs_between_runs_is_said_or_left_out(bridge, tmp_path, caplog):
+    copy = tmp_path / "copy"
+    shutil.copytree(bridge, copy)
+    evaluate(copy, limit=6, decoding={"temperature": 0.5})
+    (copy / "metrics.jsonl").open("a").write('{"step": 5, "lo')
+    c, = compare_runs(read_models([str(bridge), str(copy)]))
+    assert len(c.notes) == 1 and c.notes[0].startswith("Not the same decoding: ")
+    assert '"temperature": 0.5' in c.notes[0]
+    # The bare LLM on other rows is left out of the report, and an old file of details is refused.
+    evaluate(copy, limit=5, llm_only=True)
+    assert "LLM alone" not in report([copy]).read_text()
+    details = json.loads((copy / "eval" / "details.json").read_text())
+    del details["xnli"]["ar"]["labels"]
+    (copy / "eval" / "details.json").write_text(json.dumps(details))
+    with pytest.raises(InputError, match="by an earlier version, which kept no labels; score it"):
+        compare_runs(read_models([str(bridge), str(copy)]))
+
+
+def test_text_in_a_table_stays_text():
+    assert _inline("a|b [x](y) `c` <d> & \\ \n *e*") == (
+        r"a\|b \[x\](y) \`c\` &lt;d> &amp; \\ \*e\*")
 
 
 @pytest.mark.parametrize(("row", "said"), [
@@ -221,6 +276,8 @@ def test_a_page_shows_each_script_its_own_way(bridge, tmp_path):
     (["--workdir", "a", "--input", "x"], "go together"),
     (["--workdir", "a,b", "--ask", "x"], "--ask takes one --workdir"),
     (["--workdir", "a", "b"], "'b' is no flag"),
+    (["--workdir", "a", "--report", "--limit", "3"], "--limit is for scoring"),
+    (["--workdir", "a", "--report", "--ask", "x"], "--ask and --report are one at a time"),
 ])
 def test_flags_that_do_not_go_together(flags, said):
     done = subprocess.run([sys.executable, "eval.py", *flags], cwd=ROOT, capture_output=True,

@@ -5,13 +5,16 @@ All but JSON are read as they are asked for: who takes the first rows of a large
 
 import csv
 import json
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from jaxfusion.data.task import Placed, Row
 from jaxfusion.errors import InputError, first_line
 
+SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")  # escapes of half a character
 PARQUET_ROWS = 4096  # that are turned into Python's objects at a time
 
 
@@ -27,6 +30,11 @@ def read_file(file: Path, columns: tuple[str, ...] | None = None) -> Iterator[Pl
     if file.suffix not in READERS:
         raise InputError(f"{file} is none of {', '.join(READERS)}")
     return READERS[file.suffix](file, columns)
+
+
+def is_blank(value: Any) -> bool:
+    """Whether a cell holds nothing: no value, no number (as Parquet has it), or spaces alone."""
+    return value is None or value != value or not str(value).strip()
 
 
 def _lines(file: Path) -> Iterator[str]:
@@ -106,7 +114,18 @@ def _read_jsonl(file: Path, columns) -> Iterator[Placed]:
             raise InputError(f"{file}:{number}: no JSON ({error})") from None
         if not isinstance(row, dict):
             raise InputError(f"{file}:{number}: wanted a JSON object with the row's columns")
+        if SURROGATE.search(line) and not _is_text(row):
+            raise InputError(f"{file}:{number}: half of a character (a lone \\ud800 … \\udfff); "
+                             "write the file anew from its texts")
         yield row, f"{file}:{number}"
+
+
+def _is_text(row: Row) -> bool:
+    try:
+        json.dumps(row, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _read_json(file: Path, columns) -> Iterator[Placed]:

@@ -24,7 +24,7 @@ def write_seen(workdir: Path, seen: np.ndarray) -> None:
     partial.rename(workdir / SEEN)
 
 
-def read_seen(workdir: Path) -> np.ndarray:
-    """What `write_seen` kept; nothing where a run kept none."""
+def read_seen(workdir: Path) -> np.ndarray | None:
+    """What `write_seen` kept; None where a run kept none."""
     file = workdir / SEEN
-    return np.load(file) if file.is_file() else np.zeros(0, np.uint64)
+    return np.load(file) if file.is_file() else None

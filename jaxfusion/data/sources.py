@@ -10,7 +10,7 @@ from typing import Any
 
 from jaxfusion.data.lexicon import check_version
 from jaxfusion.data.prepared import read_tfds
-from jaxfusion.data.readers import READERS, read_file
+from jaxfusion.data.readers import READERS, is_blank, read_file
 from jaxfusion.data.remote import read_hub
 from jaxfusion.data.task import SAME, Placed, Source, Task
 from jaxfusion.errors import InputError
@@ -234,12 +234,12 @@ def _example(task: Task, row: dict[str, Any], where: str) -> Example:
     for column in re.findall(r"{(\w+)}", task.prompt):
         if isinstance(row[column], dict | list):
             raise InputError(f"{where}: column '{column}' is no text but {row[column]!r:.80}")
-        if not str(row[column] or "").strip():
+        if is_blank(row[column]):
             raise InputError(f"{where}: column '{column}' is empty")
     if task.unlabelled:
         return Example(query, "", -1)
     if not task.labels:
-        if not str(answer or "").strip():
+        if is_blank(answer):
             raise InputError(f"{where}: column 'target' is empty")
         return Example(query, str(answer), -1)
     label = _label(task, answer, where)

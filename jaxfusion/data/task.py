@@ -1,6 +1,7 @@
 """What a task is: its prompt, labels or answer, languages, and where its data lives."""
 
 import re
+import unicodedata
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -116,12 +117,16 @@ class Task:
         return "likelihood" if self.labels else "exact_match"
 
 
-NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
+# A minus is one at the start of a number alone, as in "5-3" it is none.
+NUMBER = re.compile(r"(?<![\w.])-?\d[\d,]*(?:\.\d+)?|\d[\d,]*(?:\.\d+)?")
 
 
 def last_number(text: str) -> str:
-    """The last number of a text, without thousands' commas and zeros behind the point; or empty."""
-    found = NUMBER.findall(text)
+    """The last number of a text, in ASCII digits, without thousands' commas and zeros behind the
+    point; or empty. Digits may be of any script."""
+    text = "".join(str(unicodedata.digit(x)) if x.isdigit() else x
+                   for x in unicodedata.normalize("NFKC", text))
+    found = NUMBER.findall(text.replace("\u2212", "-"))
     if not found:
         return ""
     number = found[-1].replace(",", "")

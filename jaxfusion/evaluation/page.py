@@ -2,6 +2,7 @@
 
 import json
 import platform
+import re
 import unicodedata
 from base64 import b64encode
 from collections import Counter
@@ -12,6 +13,7 @@ from typing import Any
 
 import jinja2
 
+from jaxfusion.config import directory_name
 from jaxfusion.evaluation.comparison import (
     Comparison,
     as_markdown,
@@ -49,7 +51,7 @@ def write_page(
     folder.mkdir(parents=True, exist_ok=True)
     prefix = "" if name == "report" else f"{name}_"
     sections = [_section(c, models, folder, prefix if len(comparisons) == 1 else
-                         f"{prefix}{c.task}_") for c in comparisons]
+                         f"{prefix}{directory_name(c.task)}_") for c in comparisons]
     curves = folder / f"{prefix}curves.png"
     trained = {model: [run.metrics for run in runs if run.metrics]
                for model, runs in models.items()}
@@ -123,8 +125,11 @@ def _answer(details: dict[str, Any], row: int, scoring: str) -> str:
 
 def _about(runs) -> dict[str, Any]:
     """What a model's scores are of, for a reader."""
-    shown = {"workdir": ", ".join(run.place for run in runs), **runs[0].about}
-    return {name: value for name, value in shown.items() if value not in (None, False, "", ())}
+    names = dict.fromkeys(name for run in runs for name in run.about)
+    each = {name: list(dict.fromkeys(str(run.about.get(name)) for run in runs)) for name in names}
+    shown = {"workdir": ", ".join(run.place for run in runs),
+             **{name: ", ".join(values) for name, values in each.items()}}
+    return {name: value for name, value in shown.items() if value not in ("None", "False", "")}
 
 
 def _embed(picture: Path) -> str:
@@ -180,4 +185,5 @@ def _markdown(content: dict[str, Any]) -> str:
 
 def _inline(text: str) -> str:
     """Text within a line or a table's cell."""
-    return " ".join(text.split()).replace("|", "\\|").replace("*", "\\*").replace("<", "&lt;")
+    escaped = re.sub(r"([\\`*_\[\]|])", r"\\\1", " ".join(text.split()))
+    return escaped.replace("&", "&amp;").replace("<", "&lt;")

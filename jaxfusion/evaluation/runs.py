@@ -1,6 +1,7 @@
 """Runs as `eval.py` left them, side by side: on the same rows, or refused."""
 
 import json
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +15,9 @@ from jaxfusion.evaluation.comparison import Comparison
 from jaxfusion.evaluation.groups import standard_groups
 
 DETAILS, ALONE = "details.json", "llm_only_details.json"
+KEPT = {"correct", "queries", "targets", "answers", "likelihoods", "labels"}  # of every language
 LLM_ALONE = "LLM alone"  # in tables
+logger = logging.getLogger(__name__)
 Details = dict[str, dict[str, dict[str, Any]]]  # by task and language
 
 
@@ -54,9 +57,20 @@ def read_run(place: Path, alone: bool = False) -> ScoredRun:
         raise InputError(f"{place} has no scores yet ({file} is missing): python eval.py "
                          f"--workdir {place}{more}")
     metrics = workdir / "metrics.jsonl"
-    lines = metrics.read_text("utf-8").splitlines() if metrics.is_file() and not alone else []
+    bare = alone or file.name == ALONE
     return ScoredRun(str(place), _json(file), _json(file.with_suffix(".about.json")),
-                     _json(workdir / "config.json"), [json.loads(line) for line in lines])
+                     _json(workdir / "config.json"), [] if bare else _records(metrics))
+
+
+def _records(metrics: Path) -> list[dict[str, float]]:
+    """Training's metrics up to a line that is being written."""
+    found = []
+    for line in metrics.read_text("utf-8").splitlines() if metrics.is_file() else ():
+        try:
+            found.append(json.loads(line))
+        except ValueError:
+            break
+    return found
 
 
 def _json(file: Path) -> dict[str, Any]:
@@ -70,7 +84,8 @@ def read_models(asked: Sequence[str]) -> Models:
       InputError: one has not been scored.
     """
     places = {text: [Path(place) for place in text.split(",")] for text in asked}
-    if len(places) < len(asked):
+    every = [place.resolve() for seeds in places.values() for place in seeds]
+    if len(places) < len(asked) or len(set(every)) < len(every):
         raise InputError(f"a run is given twice: {' '.join(asked)}")
     found = {text: [read_run(place) for place in seeds] for text, seeds in places.items()}
     names = {text: _name(seeds) for text, seeds in places.items()}
@@ -99,25 +114,45 @@ def compare_runs(models: Models, scoring: str | None = None) -> list[Comparison]
       InputError: they have no language of a task in common, or their rows differ.
     """
     every = [run.details for runs in models.values() for run in runs]
-    comparisons = []
-    for task in every[0]:
-        languages = [x for x in every[0][task] if all(x in y.get(task, {}) for y in every)]
-        if languages:
-            comparisons.append(_compare(task, languages, models, scoring))
-    if not comparisons:
+    tasks = list(dict.fromkeys(task for details in every for task in details))
+    common = {task: [x for x in every[0].get(task, {}) if all(x in y.get(task, {}) for y in every)]
+              for task in tasks}
+    for task, languages in common.items():
+        absent = dict.fromkeys(x for y in every for x in y.get(task, {}) if x not in languages)
+        if absent:
+            logger.warning("%s: not every run was scored in %s: left out", task, ", ".join(absent))
+    if not any(common.values()):
         has = [f"{name}: {', '.join(runs[0].details)}" for name, runs in models.items()]
         raise InputError("the runs were scored on no task and language in common; "
                          + "; ".join(has))
-    return comparisons
-
-
-def _compare(
-    task: str, languages: list[str], models: Models, scoring: str | None
-) -> Comparison:
-    first = next(iter(models.values()))[0].details[task][languages[0]]["correct"]
+    known = {task: _scorings(task, languages, models)
+             for task, languages in common.items() if languages}
     if scoring is not None:
-        choose("scoring", scoring, first)
-    scoring = scoring or ("likelihood" if "likelihood" in first else "exact_match")
+        choose("scoring", scoring, dict.fromkeys(x for names in known.values() for x in names))
+    chosen = {task: scoring or ("likelihood" if "likelihood" in names else "exact_match")
+              for task, names in known.items()}
+    for task in (x for x in known if chosen[x] not in known[x]):
+        logger.warning("%s has no %s: left out", task, chosen[task])
+    return [_compare(task, common[task], models, chosen[task])
+            for task in known if chosen[task] in known[task]]
+
+
+def _scorings(task: str, languages: list[str], models: Models) -> list[str]:
+    """The ways of counting that all runs have of a task.
+
+    Raises:
+      InputError: a run was scored by a version that kept less.
+    """
+    every = [(run.place, run.details[task][x]) for runs in models.values() for run in runs
+             for x in languages]
+    for place, found in every:
+        if not set(found) >= KEPT:
+            raise InputError(f"{place} was scored by an earlier version, which kept no "
+                             f"{', '.join(sorted(KEPT - set(found)))}; score it again")
+    return [x for x in every[0][1]["correct"] if all(x in y["correct"] for _, y in every)]
+
+
+def _compare(task: str, languages: list[str], models: Models, scoring: str) -> Comparison:
     for language in languages:
         _check_rows(task, language, models)
     return Comparison(
@@ -127,7 +162,20 @@ def _compare(
         standard_groups(languages), next(iter(models)), {},
         {name: found for name, runs in models.items()
          if (found := mean_weights(task, languages, runs))},
+        _settings(models),
     )
+
+
+def _settings(models: Models) -> tuple[str, ...]:
+    """A line for every setting of scoring in which the runs differ."""
+    lines = []
+    for setting in ("decoding", "decoder", "encoder", "drop_seen"):
+        values = {name: dict.fromkeys(json.dumps(run.about.get(setting)) for run in runs)
+                  for name, runs in models.items()}
+        if len({x for found in values.values() for x in found}) > 1:
+            lines.append(f"Not the same {setting}: " + "; ".join(
+                f"{name} {' and '.join(found)}" for name, found in values.items()) + ".")
+    return tuple(lines)
 
 
 def mean_weights(

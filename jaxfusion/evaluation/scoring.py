@@ -168,8 +168,10 @@ def _correct(
 ) -> dict[str, list[bool]]:
     """Which examples are right, by scoring name."""
     extract = task.extract or str.strip
-    correct = {"exact_match": [extract(answer) == extract(example.target)
-                               for answer, example in zip(answers, examples, strict=True)]}
+    pairs = [(extract(answer), extract(example.target))
+             for answer, example in zip(answers, examples, strict=True)]
+    # Where nothing is found in either, nothing was answered.
+    correct = {"exact_match": [ours == wanted != "" for ours, wanted in pairs]}
     if not task.labels:
         return correct
     right, lengths = np.array([example.label for example in examples]), [*map(len, task.labels)]

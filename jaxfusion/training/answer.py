@@ -1,18 +1,21 @@
 """A user's own file, answered row by row; a stopped run goes on where it stood."""
 
+import fcntl
 import json
 import logging
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import jax
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
-from jaxfusion.data.readers import read_file
+from jaxfusion.data.readers import is_blank, read_file
 from jaxfusion.data.sources import Example
 from jaxfusion.data.task import Placed, Task
 from jaxfusion.data.tasks import get_task
@@ -41,7 +44,7 @@ def answer_file(
     what made the answers.
 
     Args:
-      source: `.jsonl` or another file that `read_rows` reads.
+      source: `.jsonl` or another file that `read_file` reads.
       out: `.jsonl`; rows that it has already are not answered again.
       decoding: fields of `EvalConfig` in place of the run's own.
 
@@ -51,6 +54,10 @@ def answer_file(
     Raises:
       InputError: no such run or file, a row without its columns, or an `out` of something else.
     """
+    if out.suffix != ".jsonl" or out.is_dir():
+        raise InputError(f"the output is {out}, wanted the name of a .jsonl file")
+    if out.exists() and source.exists() and out.samefile(source):
+        raise InputError(f"{out} is the input; give another file for the output")
     config = load_config(workdir, decoding)
     task, rows = get_task(config.data.task, config.tasks), list(read_file(source))
     if not rows:
@@ -59,30 +66,50 @@ def answer_file(
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     with jax.set_mesh(mesh):
         step, model = load_trained(config, workdir, mesh, llm_only)
-        done = _begin(out, rows, {
-            "workdir": str(workdir.absolute()), "step": step, "llm_only": llm_only,
-            **{name: asdict(config.eval)[name] for name in DECODING}})
         scorer = Scorer(model.bridge, model.tokenizers, config.eval, config.data.text_prompt,
                         llm_only)
-        params, chunk = merge(model.trainable, model.frozen), BATCHES * config.eval.batch_size
-        console = Console(stderr=True)
-        with (
-            Progress(BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=console,
-                     disable=not console.is_terminal) as progress,
-            out.open("a", encoding="utf-8") as file,
-        ):
-            bar = progress.add_task("answering", total=len(rows), completed=done)
-            for start in range(done, len(rows), chunk):
-                numbers = range(start, min(start + chunk, len(rows)))
+        params = merge(model.trainable, model.frozen)
+        with _alone(out) as file:
+            done = _begin(out, rows, {
+                "workdir": str(workdir.absolute()), "step": step, "llm_only": llm_only,
+                **{name: asdict(config.eval)[name] for name in DECODING}})
+            for numbers in _chunks(done, len(rows), BATCHES * config.eval.batch_size):
                 examples = [Example(queries[i], "", -1) for i in numbers]
-                scored = scorer(params, examples, task, lambda n: progress.advance(bar, n), numbers)
+                scored = scorer(params, examples, task, numbers=numbers)
                 if scored.cut.any:
-                    logger.warning("rows %d to %d, longer than the limits: %s", start + 1,
+                    logger.warning("rows %d to %d, longer than the limits: %s", numbers[0] + 1,
                                    numbers[-1] + 1, scored.cut)
                 file.writelines(_lines(task, [rows[i][0] for i in numbers], scored))
                 file.flush()
                 os.fsync(file.fileno())
     return len(rows) - done
+
+
+def _chunks(done: int, rows: int, size: int) -> Iterator[range]:
+    """The numbers of the rows that are left, some at a time, with a progress bar."""
+    console = Console(stderr=True)
+    with Progress(BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=console,
+                  disable=not console.is_terminal) as progress:
+        bar = progress.add_task("answering", total=rows, completed=done)
+        for start in range(done, rows, size):
+            yield range(start, min(start + size, rows))
+            progress.advance(bar, size)
+
+
+@contextmanager
+def _alone(out: Path) -> Iterator[TextIO]:
+    """The file to write behind.
+
+    Raises:
+      InputError: another process writes it.
+    """
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with out.open("a", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(f"{out} is being written by another process") from None
+        yield file
 
 
 def query_of(task: Task, row: dict[str, Any], where: str) -> str:
@@ -103,7 +130,7 @@ def query_of(task: Task, row: dict[str, Any], where: str) -> str:
         if name not in row:
             raise InputError(f"{where}: column '{name}' is missing; wanted {', '.join(columns)} "
                              f"(or the whole text as 'prompt'), found: {', '.join(row)}")
-        if not str(row[name] or "").strip():
+        if is_blank(row[name]):
             raise InputError(f"{where}: column '{name}' is empty")
     return text.format(**row)
 
@@ -116,8 +143,7 @@ def _begin(out: Path, rows: list[Placed], about: dict[str, Any]) -> int:
     """
     about_file = out.with_name(f"{out.name}.about.json")
     about = json.loads(json.dumps(about))
-    if not out.is_file():
-        out.parent.mkdir(parents=True, exist_ok=True)
+    if not out.stat().st_size:
         write_whole(about_file, json.dumps(about, indent=2, ensure_ascii=False) + "\n")
         return 0
     old = json.loads(about_file.read_text("utf-8")) if about_file.is_file() else {}
@@ -131,7 +157,7 @@ def _begin(out: Path, rows: list[Placed], about: dict[str, Any]) -> int:
     lines = whole.decode().split("\n")[:-1]  # rows may hold other line separators
     for number, (line, (row, where)) in enumerate(zip(lines, rows, strict=False), start=1):
         written = json.loads(line)
-        if {name: written.get(name) for name in row} != row:
+        if {name: written.get(name) for name in row} != json.loads(_dump(row)):
             raise InputError(f"{out}:{number} answers another row than {where}; give another "
                              "--output, or remove it")
     if len(lines) > len(rows):
@@ -147,5 +173,11 @@ def _lines(task: Task, rows: list[dict[str, Any]], scored: Scored) -> list[str]:
         if task.labels:
             chances = dict(zip(task.labels, softmax(likelihoods).round(4).tolist(), strict=True))
             found |= {"prediction": max(chances, key=chances.get), "probabilities": chances}
-        lines.append(json.dumps({**row, **found}, ensure_ascii=False, default=str) + "\n")
+        lines.append(_dump({**row, **found}) + "\n")
     return lines
+
+
+def _dump(row: dict[str, Any]) -> str:
+    """A row as JSON: what is no number is null, what JSON does not know its text."""
+    return json.dumps({name: None if value != value else value for name, value in row.items()},
+                      ensure_ascii=False, default=str)

@@ -6,10 +6,11 @@ import re
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from jaxfusion import config as configs
 from jaxfusion.config import variants
-from jaxfusion.data.sources import read_examples
+from jaxfusion.data.seen import fingerprints
 from jaxfusion.data.task import Task
 from jaxfusion.data.tasks import NLI_PROMPT, check_languages, get_task
 from jaxfusion.errors import InputError
@@ -20,9 +21,9 @@ from jaxfusion.evaluation.runs import ALONE, LLM_ALONE, Models, compare_runs, re
 from jaxfusion.evaluation.shortcuts import lookup_correct, surface
 from jaxfusion.fields import CompareConfig, Config
 from jaxfusion.files import write_whole
-from jaxfusion.training.bridge import train
+from jaxfusion.training.bridge import read_data, train
 from jaxfusion.training.checkpoint import saved_steps
-from jaxfusion.training.evaluate import evaluate, places
+from jaxfusion.training.evaluate import evaluate, places, read_rows, unseen
 from jaxfusion.training.loop import CONFIG_FILE, check_workdir
 
 logger = logging.getLogger(__name__)
@@ -43,6 +44,7 @@ def compare(config: CompareConfig, workdir: Path) -> Comparison:
     runs = variants(config)
     check(config, runs)
     check_workdir(config, workdir)
+    check_unseen(config.base, config.rows)
     workdir.mkdir(parents=True, exist_ok=True)
     configs.save(config, workdir / CONFIG_FILE)
     seconds = {}
@@ -58,7 +60,8 @@ def compare(config: CompareConfig, workdir: Path) -> Comparison:
     evaluate(workdir / where, limit=config.rows, llm_only=True)
     seconds[LLM_ALONE] = {"score": time.monotonic() - start}
     models = read_variants(config, workdir)
-    comparison = side_by_side(config, models)
+    scored = models[LLM_ALONE][0].details[config.base.data.task]
+    comparison = side_by_side(config, models, _baselines(config, scored))
     figures = {**as_json(comparison), "table": markdown(comparison), "seconds": seconds}
     write_whole(workdir / "report.json", json.dumps(figures, indent=2) + "\n")
     write_page([comparison], models, workdir, f"{comparison.task}: {workdir.name}")
@@ -119,8 +122,15 @@ def check(config: CompareConfig, runs: dict[str, Config]) -> None:
         check_languages(task, names, config.base.tasks)
 
 
+def check_unseen(config: Config, limit: int | None) -> None:
+    """Raises InputError, before anything is trained, for a test row that will be trained on."""
+    rows = read_rows(config, (), (), limit, None)
+    trained = fingerprints(x.query for x in read_data(config)[2])
+    unseen(rows, trained, config.eval.drop_seen)
+
+
 def side_by_side(
-    config: CompareConfig, models: Models, scoring: str | None = None
+    config: CompareConfig, models: Models, baselines: dict[str, float], scoring: str | None = None
 ) -> Comparison:
     """The comparison of what was scored; the others are compared with the first variant."""
     name, runs = config.base.data.task, variants(config)
@@ -136,26 +146,30 @@ def side_by_side(
     groups = {group: kept for group, names in config.groups.items()
               if (kept := tuple(x for x in names if x in found.languages))}
     return replace(found, groups=groups if config.groups else found.groups,
-                   reference=next(iter(runs)), notes=tuple(notes),
-                   baselines=_baselines(config, get_task(name, config.base.tasks)))
+                   reference=next(iter(runs)), notes=(*found.notes, *notes), baselines=baselines)
 
 
-def _baselines(config: CompareConfig, task: Task) -> dict[str, float]:
-    """Accuracy of the most frequent label, and for inference of a lookup of the surface."""
-    if not task.labels:
+def _baselines(config: CompareConfig, details: dict[str, dict[str, Any]]) -> dict[str, float]:
+    """Accuracy of the most frequent label, and for inference of a lookup of the surface.
+
+    Args:
+      details: of the rows that were scored, by language.
+    """
+    _, task, train_rows, _ = read_data(config.base)
+    language = config.base.data.language
+    if not task.labels or language not in details:
         return {}
-    data, language = config.base.data, config.base.data.language
-    train_rows, test_rows = (
-        [_columns(task, x.query) | {"label": x.target}
-         for x in read_examples(data.task, task, split, language, data.path)]
-        for split in ("train", "test")
-    )
-    test_rows = test_rows[: config.rows]
+    scored = zip(details[language]["queries"], details[language]["targets"], strict=True)
+    rows = [[(x.query, x.target) for x in train_rows], list(scored)]
+    found = {"the most frequent label": [[{"label": label} for _, label in part] for part in rows]}
     features = {"the most frequent label": lambda row: ()}
     if task.prompt == NLI_PROMPT:
-        features["a lookup of word overlap, quantifiers and negation"] = surface
-    found = {name: lookup_correct(train_rows, test_rows, f) for name, f in features.items()}
-    return {name: sum(correct) / len(correct) for name, correct in found.items()}
+        name = "a lookup of word overlap, quantifiers and negation"
+        features[name] = surface
+        found[name] = [[_columns(task, query) | {"label": label} for query, label in part]
+                       for part in rows]
+    right = {name: lookup_correct(*found[name], f) for name, f in features.items()}
+    return {name: sum(correct) / len(correct) for name, correct in right.items()}
 
 
 def _columns(task: Task, query: str) -> dict[str, str]:
@@ -182,14 +196,28 @@ def report(workdirs: list[Path], scoring: str | None = None) -> Path:
     config = configs.load(workdir / CONFIG_FILE)
     if isinstance(config, CompareConfig):
         models = read_variants(config, workdir)
-        comparisons, folder = [side_by_side(config, models, scoring)], workdir
+        written = workdir / "report.json"
+        baselines = json.loads(written.read_text("utf-8"))["baselines"] if written.is_file() else {}
+        comparisons, folder = [side_by_side(config, models, baselines, scoring)], workdir
     else:
         models = {workdir.absolute().name: [read_run(x) for x in workdirs]}
-        if (workdir / "eval" / ALONE).is_file():
-            models = {LLM_ALONE: [read_run(workdir, alone=True)], **models}
-        else:
-            logger.info("without the bare LLM to compare with; score it with: python eval.py "
-                        "--workdir %s --llm_only", workdir)
-        comparisons, folder = compare_runs(models, scoring), workdir / "eval"
+        models, comparisons = _beside_the_llm(models, workdir, scoring)
+        folder = workdir / "eval"
     title = f"{', '.join(c.task for c in comparisons)}: {workdir.absolute().name}"
     return write_page(comparisons, models, folder, title)
+
+
+def _beside_the_llm(
+    models: Models, workdir: Path, scoring: str | None
+) -> tuple[Models, list[Comparison]]:
+    """The models with the bare LLM before them, where it was scored on the same rows."""
+    if (workdir / "eval" / ALONE).is_file():
+        both = {LLM_ALONE: [read_run(workdir, alone=True)], **models}
+        try:
+            return both, compare_runs(both, scoring)
+        except InputError as error:
+            logger.warning("without the bare LLM to compare with: %s", error)
+    else:
+        logger.info("without the bare LLM to compare with; score it with: python eval.py "
+                    "--workdir %s --llm_only", workdir)
+    return models, compare_runs(models, scoring)

@@ -52,7 +52,8 @@ def evaluate(
       llm_only: the LLM alone, on the text prompt.
       data_path: where the tasks' rows are, as `data.path`; defaults to the config's for the
         training task, and to their own sources for others.
-      drop_seen: leaves out, and counts, rows that the run was trained on.
+      drop_seen: leaves out, and counts, rows that the run was trained on, in all languages of
+        parallel ones; so does `config.eval.drop_seen`.
       decoding: fields of `EvalConfig` in place of the run's own.
 
     Returns:
@@ -66,6 +67,7 @@ def evaluate(
     check_peers(workdir=str(workdir), asked=str((tasks, languages, limit, llm_only, data_path,
                                                  drop_seen, decoding)))
     rows = read_rows(config, tasks, languages, limit, data_path)
+    drop_seen = drop_seen or config.eval.drop_seen
     rows = unseen(rows, seen_by(config, workdir), drop_seen)
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     with jax.set_mesh(mesh):
@@ -75,7 +77,7 @@ def evaluate(
         return new, details
     name, more = ("llm_only.json", ALONE) if llm_only else ("results.json", DETAILS)
     about = {"step": step, "limit": limit, "encoder": config.encoder.checkpoint,
-             "decoder": config.decoder.checkpoint, "drop_seen": drop_seen,
+             "decoder": config.decoder.checkpoint, "drop_seen": drop_seen, "data_path": data_path,
              "decoding": {name: getattr(config.eval, name) for name in DECODING}}
     about = json.loads(json.dumps(about))
     merge_results(workdir / "eval" / more, details, about, indent=None)
@@ -148,9 +150,17 @@ def read_rows(
 def seen_by(config: Config, workdir: Path) -> np.ndarray:
     """Fingerprints of what a run, and those that it started from, were trained on."""
     found = read_seen(workdir)
-    if config.train.init_from is None or not (Path(config.train.init_from) / CONFIG_FILE).is_file():
+    if found is None:
+        logger.warning("%s does not say what it was trained on: test rows are not compared with "
+                       "it", workdir)
+        found = np.zeros(0, np.uint64)
+    if config.train.init_from is None:
         return found
     before = Path(config.train.init_from)
+    if not (before / CONFIG_FILE).is_file():
+        logger.warning("%s started from %s, which is not there: test rows are not compared with "
+                       "what that was trained on", workdir, before)
+        return found
     return np.union1d(found, seen_by(load_config(before), before))
 
 
@@ -162,20 +172,28 @@ def unseen(rows: Rows, seen: np.ndarray, drop: bool) -> Rows:
     """
     kept: Rows = {}
     for name, by_language in rows.items():
+        found = {language: np.isin(fingerprints(x.query for x in examples), seen)
+                 for language, examples in by_language.items()}
+        # Rows of the same number are translations of each other: they stay or go together.
+        parallel = len({len(known) for known in found.values()}) == 1
         for language, examples in by_language.items():
-            known = np.isin(fingerprints(x.query for x in examples), seen)
+            known = found[language]
+            if drop and parallel:
+                known = np.any(list(found.values()), axis=0)
             if known.any() and not drop:
                 first = int(np.argmax(known))
                 raise InputError(
                     f"test row {first + 1} of '{name}' in '{language}' was trained on: "
                     f"'{examples[first].query[:SHOWN]}' ({known.sum()} of {len(known)} rows were); "
-                    "train without these rows, or leave them out of the test with --drop_seen")
+                    "train without these rows, or leave them out of the test with --drop_seen "
+                    "(config.eval.drop_seen)")
             if known.all():
                 raise InputError(f"all {len(known)} test rows of '{name}' in '{language}' were "
                                  "trained on")
             if known.any():
-                logger.warning("%s %s: %d of %d test rows left out, as they were trained on",
-                               name, language, known.sum(), len(known))
+                logger.warning("%s %s: %d of %d test rows left out, as they (or the same rows in "
+                               "another language) were trained on", name, language, known.sum(),
+                               len(known))
             kept.setdefault(name, {})[language] = [
                 x for x, was in zip(examples, known, strict=True) if not was]
     return kept
