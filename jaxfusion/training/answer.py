@@ -93,7 +93,7 @@ def _chunks(done: int, rows: int, size: int) -> Iterator[range]:
         bar = progress.add_task("answering", total=rows, completed=done)
         for start in range(done, rows, size):
             yield range(start, min(start + size, rows))
-            progress.advance(bar, size)
+            progress.update(bar, completed=min(start + size, rows))
 
 
 @contextmanager
