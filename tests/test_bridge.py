@@ -25,7 +25,8 @@ ENCODER = MT5Config(61, d_model=24, d_ff=32, num_layers=4, num_heads=2, head_dim
 DECODER = DecoderConfig(67, d_model=32, d_ff=48, num_layers=2, num_heads=4, num_kv_heads=2,
                         head_dim=8)
 PARTS = ("encoder", "fusion", "projector", "decoder")
-FUSIONS = ("last", "layer", "global_softmax", "transformer_softmax")
+TOKEN_WISE = ("transformer_softmax", "layer_attention")
+FUSIONS = ("last", "layer", "global_softmax", *TOKEN_WISE)
 
 
 def make_bridge(fusion, projector="linear", encoder=ENCODER, decoder=DECODER, **options) -> Bridge:
@@ -192,7 +193,7 @@ def test_evaluation_holds_no_stack_of_states(fusion):
     params = {"fusion": {}, **traverse_util.unflatten_dict(abstract_flat(bridge), sep="/")}
     compiled = jax.jit(lambda p, b: bridge.fuse(p, b)[0]).lower(params, wide_batch()).compile()
     stack = f"f32[16,{B},{S},64]"
-    assert (stack in compiled.as_text()) == (fusion == "transformer_softmax")
+    assert (stack in compiled.as_text()) == (fusion in TOKEN_WISE)
 
 
 def test_frozen_and_trainable_merge_to_the_whole():

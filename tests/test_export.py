@@ -131,7 +131,8 @@ def check(model, out):
 
 @pytest.mark.parametrize("fusion,projector", [
     ("last", "ffn"), ("layer", "linear"), ("global_softmax", "linear"),
-    ("transformer_softmax", "ffn"), ("last", "mapping"), ("last", "resampler"),
+    ("transformer_softmax", "ffn"), ("layer_attention", "ffn"), ("last", "mapping"),
+    ("last", "resampler"),
 ])
 @pytest.mark.parametrize("merged", [False, True])
 def test_torch_gives_what_we_give(fusion, projector, merged, tiny, tmp_path):

@@ -14,7 +14,7 @@ from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxfusion.nn.decoder import Cache, Decoder
-from jaxfusion.nn.fusion import GlobalSoftmax, TransformerSoftmax, second_pass_mix
+from jaxfusion.nn.fusion import GlobalSoftmax, LayerAttention, TransformerSoftmax, second_pass_mix
 from jaxfusion.nn.mt5 import MT5Encoder
 from jaxfusion.nn.projector import Projector, Resampler
 
@@ -59,9 +59,9 @@ class Bridge:
 
     Attributes:
       encoder, decoder, projector: modules; of the LLM alone only the decoder is one.
-      fusion: `last`, `layer`, `global_softmax` or `transformer_softmax`.
+      fusion: `last`, `layer`, `global_softmax`, `transformer_softmax` or `layer_attention`.
       fusion_layer: l of `layer`, 1 … L as Hugging Face numbers states.
-      fusion_dropout, fusion_d_ff: of `transformer_softmax`.
+      fusion_dropout, fusion_d_ff: of `transformer_softmax`. fusion_noise: of `layer_attention`.
       backward: of `global_softmax` in training: 'stack' keeps all states, 'second_pass' none.
     """
 
@@ -72,6 +72,7 @@ class Bridge:
     fusion_layer: int = 0
     fusion_dropout: float = 0.1
     fusion_d_ff: int = 2048
+    fusion_noise: float = 0.6
     backward: str = "stack"
 
     @property
@@ -89,6 +90,8 @@ class Bridge:
             return TransformerSoftmax(
                 c.num_layers, c.d_model, self.fusion_d_ff, self.fusion_dropout
             )
+        if self.fusion == "layer_attention":
+            return LayerAttention(c.num_layers, self.fusion_noise)
         return None
 
     def init(self, key: Array, parts: tuple[str, ...] = ("fusion", "projector")) -> Params:
@@ -119,12 +122,12 @@ class Bridge:
         """Features of every encoder token, and the layer weights behind them.
 
         Args:
-          key: for dropout; None (evaluation) has none, and holds a stack of states only for
-            `transformer_softmax`.
+          key: for dropout and noise; None (evaluation) has none, and holds a stack of states only
+            for the token-wise fusions.
 
         Returns:
-          Features; weights [L] (`layer`, `global_softmax`), [L B S] (`transformer_softmax`), or
-          None (`last`).
+          Features; weights [L] (`layer`, `global_softmax`), [L B S] (`transformer_softmax`,
+          `layer_attention`), or None (`last`).
         """
         train = key is not None
         rngs = {"dropout": jax.random.fold_in(key, 0)} if train else {}
@@ -141,7 +144,7 @@ class Bridge:
             mix = jax.nn.one_hot(self.fusion_layer - 1, self.encoder.config.num_layers)
             return encode(params["encoder"], mix=mix), mix
         fusion = partial(self.fusion_module.apply, {"params": params["fusion"]})
-        if self.fusion == "transformer_softmax":
+        if self.fusion in ("transformer_softmax", "layer_attention"):
             states = encode(params["encoder"], states=True)
             rngs = {"dropout": jax.random.fold_in(key, 1)} if train else {}
             return fusion(states, batch.enc_segments != 0, deterministic=not train, rngs=rngs)
