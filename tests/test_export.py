@@ -64,7 +64,7 @@ def make_run(workdir, tiny, fusion="last", projector="linear", decoder=None, tra
     rng = np.random.default_rng(0)
     trainable = {path: x + jnp.asarray(rng.normal(0, 0.3, x.shape), x.dtype)
                  for path, x in model.trainable.items()}
-    if "fusion/w" in trainable:  # its scale is 100
+    if "fusion/t" in trainable:  # its scale is 100
         trainable |= {"fusion/w": 0.01 * trainable["fusion/w"],
                       "fusion/t": 1e-5 * trainable["fusion/t"]}
     workdir.mkdir(parents=True)
