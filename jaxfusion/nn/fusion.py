@@ -115,7 +115,7 @@ class TransformerSoftmax(nn.Module):
 
 
 class LayerAttention(nn.Module):
-    """Token-wise weights by how far the layers agree, learned under noise (this project's own).
+    """Token-wise weights by how far the layers agree, learned under mixing (this project's own).
 
     Attention over a token's layers whose query is the token's own mean layer. With
     `ĥ_l = h_l / rms(h_l)`, so that no layer counts for more because it is longer, and
@@ -127,15 +127,10 @@ class LayerAttention(nn.Module):
     hardly knows, gets a small weight there without any example of such a language. English alone
     trains the parts behind; so that they learn no more of its features than holds for others, every
     token in training has its weights multiplied by exponential variates (from uniform weights:
-    drawn from Dirichlet(1, …, 1)), and Gaussian noise is added to its feature.
-
-    Attributes:
-      num_layers: L.
-      noise: standard deviation of the Gaussian noise, relative to the feature's rms.
+    drawn from Dirichlet(1, …, 1)).
     """
 
     num_layers: int
-    noise: float = 0.6
 
     @nn.compact
     def __call__(
@@ -159,15 +154,20 @@ class LayerAttention(nn.Module):
             scores -= jax.random.gumbel(self.make_rng("dropout"), scores.shape)
         weights = jax.nn.softmax(scores, axis=0)
         fused = weigh(weights * inverse, states)
-        if not deterministic:
-            normal = jax.random.normal(self.make_rng("dropout"), fused.shape)
-            fused += self.noise / inverse_rms(fused)[:, :, None] * normal
         return jnp.where(mask[:, :, None], fused, 0.0), weights
 
 
 def inverse_rms(x: Float[Array, "*B D"]) -> Float[Array, "*B"]:
     """`1 / rms(x)` over the last axis, float32."""
     return jax.lax.rsqrt(jnp.mean(jnp.square(x.astype(jnp.float32)), axis=-1) + 1e-6)
+
+
+def add_noise(
+    features: Float[Array, "B S D"], noise: float, key: Array
+) -> Float[Array, "B S D"]:
+    """Features with Gaussian noise of this standard deviation relative to each token's rms."""
+    normal = jax.random.normal(key, features.shape)
+    return features + noise / inverse_rms(features)[:, :, None] * normal
 
 
 def weigh(
