@@ -41,7 +41,9 @@ SEEDS = range(10, 20)
 ENGLISH_MARGIN = 0.03  # a bridge that has lost less than so much has kept its English
 ALPHA = 0.05
 PAPER = ("global_softmax", "transformer_softmax")
+NOISY = ", noise"
 LAYER, OWN = "best layer", "layer_attention"
+NOISE = 0.6  # on the features of our own fusion, and of one layer to compare it with
 Rows = dict[str, np.ndarray]  # language -> [seeds, rows] of 0 and 1
 
 
@@ -67,6 +69,7 @@ CLAIMS = (
       for fusion in (*PAPER, OWN)),
     *(Claim("ours beats the paper's", OWN, "transformer_softmax", group)
       for group in ("poor", "reported")),
+    Claim("it is not the noise alone", OWN, f"{LAYER}{NOISY}", "poor"),
 )
 
 
@@ -74,7 +77,8 @@ def bridges(warm: bool = True) -> dict[str, Config]:
     """The quickstart's bridges and that of our own fusion, by name."""
     config = runpy.run_path(str(ROOT / "configs" / "quickstart.py"))["get_config"]().unlock()
     config.base.projector.warm_start = warm
-    config.variants = (*config.variants, {"name": OWN, "fusion": {"name": OWN}})
+    own = {"name": OWN, "fusion": {"name": OWN, "noise": NOISE}}
+    config.variants = (*config.variants, own)
     return variants(from_config_dict(config))
 
 
@@ -104,6 +108,7 @@ def over_seeds(workdir: Path, name: str, config: Config, seeds, names, rows: int
         seeded = replace(config, train=replace(config.train, seed=seed))
         found.append(correct(workdir / f"{directory_name(name)}-{seed}", seeded, names, rows))
     return {x: np.array([one[x] for one in found], float) for x in names}
+
 
 def best_layer(workdir: Path, config: Config) -> tuple[Config, dict[str, float]]:
     """The bridge of the layer that is best on the development languages, and each layer's mean.
@@ -187,9 +192,10 @@ def main() -> None:
     every, names = bridges(), GROUPS["English"] + REPORTED
     layer, by_layer = best_layer(args.workdir, every.pop("layer 4"))
     every[LAYER] = layer
+    every[LAYER + NOISY] = replace(layer, fusion=replace(layer.fusion, noise=NOISE))
     rows = {name: over_seeds(args.workdir, name, config, SEEDS, names, ROWS)
             for name, config in every.items()}
-    rows["LLM alone"] = alone(args.workdir / f"last-{SEEDS[0]}", names)
+    rows = {"LLM alone": alone(args.workdir / f"last-{SEEDS[0]}", names), **rows}
     result = {
         "machine": machine(), "seeds": list(SEEDS), "rows": ROWS, "layer": layer.fusion.layer,
         "choice": {"seeds": list(CHOICE_SEEDS), "rows": CHOICE_ROWS, "mean": by_layer},
