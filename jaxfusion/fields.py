@@ -6,7 +6,7 @@ Dataclasses alone; `config.py` makes them from files in `configs/` and the comma
 from dataclasses import dataclass, field
 from typing import Any
 
-FUSIONS = ("last", "layer", "global_softmax", "transformer_softmax", "layer_attention")
+FUSIONS = ("last", "layer", "global_softmax", "transformer_softmax")
 BACKWARDS = ("stack", "second_pass")
 PROJECTORS = ("linear", "ffn", "mapping", "resampler")
 SCHEDULES = ("cosine", "constant")
@@ -48,7 +48,7 @@ class DecoderConfig:
 class FusionConfig:
     """How the encoder's layers become one feature per token."""
 
-    name: str = "transformer_softmax"  # last, layer, global_softmax, … (FUSIONS)
+    name: str = "transformer_softmax"  # last, layer, global_softmax, transformer_softmax
     layer: int = 1  # of `layer`: 1 … L, as Hugging Face numbers states
     dropout: float = 0.1  # of `transformer_softmax`
     d_ff: int = 2048  # of `transformer_softmax`

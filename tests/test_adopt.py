@@ -159,8 +159,7 @@ def test_mindmerger_gives_its_logits(towers, tiny, tmp_path):
 
 
 @pytest.mark.parametrize("fusion,projector", [
-    ("transformer_softmax", "ffn"), ("global_softmax", "linear"), ("layer_attention", "linear"),
-    ("last", "resampler"),
+    ("transformer_softmax", "ffn"), ("global_softmax", "linear"), ("last", "resampler"),
 ])
 def test_an_export_taken_in_again_is_the_same_bytes(fusion, projector, tiny, tmp_path):
     make_run(tmp_path / "run", tiny, fusion, projector)

@@ -25,8 +25,7 @@ ENCODER = MT5Config(61, d_model=24, d_ff=32, num_layers=4, num_heads=2, head_dim
 DECODER = DecoderConfig(67, d_model=32, d_ff=48, num_layers=2, num_heads=4, num_kv_heads=2,
                         head_dim=8)
 PARTS = ("encoder", "fusion", "projector", "decoder")
-TOKEN_WISE = ("transformer_softmax", "layer_attention")
-FUSIONS = ("last", "layer", "global_softmax", *TOKEN_WISE)
+FUSIONS = ("last", "layer", "global_softmax", "transformer_softmax")
 
 
 def make_bridge(fusion, projector="linear", encoder=ENCODER, decoder=DECODER, **options) -> Bridge:
@@ -114,6 +113,14 @@ def test_layer_reads_the_state_of_that_number():
     assert relative(bridge.fuse(params, batch)[0], states[1]) < 1e-6
 
 
+def test_noise_is_for_training_alone():
+    calm, noisy = make_bridge("last"), make_bridge("last", fusion_noise=0.5)
+    params, key = make_params(calm), jax.random.key(5)
+    batch = make_batch(QUERY, TEXT, TARGET, slots=5, length=12)
+    assert np.array_equal(calm.inputs(params, batch), noisy.inputs(params, batch))
+    assert relative(noisy.inputs(params, batch, key), calm.inputs(params, batch, key)) > 0.1
+
+
 def test_second_pass_gives_the_stack_s_gradients():
     batch = make_batch(QUERY, TEXT, TARGET, slots=8, length=14)
     stack = make_bridge("global_softmax", encoder=ENCODER)
@@ -193,7 +200,7 @@ def test_evaluation_holds_no_stack_of_states(fusion):
     params = {"fusion": {}, **traverse_util.unflatten_dict(abstract_flat(bridge), sep="/")}
     compiled = jax.jit(lambda p, b: bridge.fuse(p, b)[0]).lower(params, wide_batch()).compile()
     stack = f"f32[16,{B},{S},64]"
-    assert (stack in compiled.as_text()) == (fusion in TOKEN_WISE)
+    assert (stack in compiled.as_text()) == (fusion == "transformer_softmax")
 
 
 def test_frozen_and_trainable_merge_to_the_whole():

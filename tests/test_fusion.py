@@ -9,7 +9,7 @@ from conftest import relative
 from flax import linen as nn
 
 from jaxfusion.nn import fusion
-from jaxfusion.nn.fusion import GlobalSoftmax, LayerAttention, TransformerSoftmax
+from jaxfusion.nn.fusion import GlobalSoftmax, TransformerSoftmax
 from jaxfusion.testing import torch_reference as reference
 
 L, B, S, D, F = 5, 2, 7, 16, 24
@@ -129,8 +129,8 @@ def test_parameter_count_is_the_papers():
     assert sum(x.size for x in jax.tree.leaves(shapes)) == 8_450_072
 
 
-@pytest.mark.parametrize("module", [TransformerSoftmax(L, D, F), LayerAttention(L)])
-def test_padding_gets_zero_and_no_gradient(module):
+def test_padding_gets_zero_and_no_gradient():
+    module = TransformerSoftmax(L, D, F)
     states = jax.random.normal(jax.random.key(0), (L, B, S, D))
     mask = np.arange(S) < np.array([[S], [2]])
     params = module.init(jax.random.key(1), states, mask)
@@ -160,44 +160,6 @@ def test_global_softmax_equals_pytorch():
     ours = jnp.einsum("l,lbsd->bsd", module.apply({"params": params}), states)
     features = theirs(torch.from_numpy(states).permute(1, 2, 0, 3))
     assert relative(ours, features.detach()) < 1e-5
-
-
-def attend_to_layers(w, beta, states):
-    """Layer attention of one token [L D], as its equation says."""
-    normed = np.stack([h / np.sqrt(np.mean(h * h)) for h in states])
-    mean = normed.mean(axis=0)
-    query = mean / np.sqrt(np.mean(mean * mean))
-    scores = np.array([w_l + beta * h @ query / len(query)
-                       for w_l, h in zip(w, normed, strict=True)])
-    weights = np.exp(scores) / np.exp(scores).sum()
-    return weights @ normed, weights
-
-
-def test_layer_attention_equals_its_equation():
-    module, rng = LayerAttention(L), np.random.default_rng(0)
-    # Layers of very different lengths, as those of an encoder are.
-    states = rng.normal(size=(L, B, S, D)) * np.geomspace(0.5, 20, L)[:, None, None, None]
-    params = {"w": jnp.asarray(rng.normal(size=L), jnp.float32), "beta": jnp.float32(3.0)}
-    out, weights = module.apply(
-        {"params": params}, jnp.asarray(states, jnp.float32), np.ones((B, S), bool))
-    for b, s in np.ndindex(B, S):
-        expected = attend_to_layers(np.asarray(params["w"]), 3.0, states[:, b, s])
-        assert relative(out[b, s], expected[0]) < 1e-5
-        assert relative(weights[:, b, s], expected[1]) < 1e-5
-
-
-def test_layer_attention_trains_under_mixed_layers():
-    module, tokens = LayerAttention(L), 4000
-    states = jnp.broadcast_to(jax.random.normal(jax.random.key(0), (D,)), (L, 1, tokens, D))
-    params = module.init(jax.random.key(1), states[:, :, :2], np.ones((1, 2), bool))
-    real = np.ones((1, tokens), bool)
-    calm, _ = module.apply(params, states, real)
-    out, weights = module.apply(params, states, real, deterministic=False,
-                                rngs={"dropout": jax.random.key(2)})
-    # Layers that agree have uniform weights, and Dirichlet(1, …, 1) this mean and variance.
-    assert np.allclose(weights.mean(axis=(1, 2)), 1 / L, atol=0.01)
-    assert np.allclose(weights.var(axis=(1, 2)), (L - 1) / L**2 / (L + 1), rtol=0.1)
-    assert relative(out, calm) < 1e-5  # a mix of equal layers is that layer
 
 
 def test_noise_is_of_the_stated_size():

@@ -81,21 +81,6 @@ def test_a_feed_forward_start_leaves_little_of_the_error(tiny):
     assert error(started.trainable) < 0.2 * error(model.trainable)
 
 
-def test_layer_attention_starts_from_mixed_layers_without_further_noise(tiny):
-    config = finish(default_config(), "layer_attention,debug").unlock()
-    config.encoder.checkpoint, config.decoder.checkpoint = (
-        str(tiny / role) for role in ("encoder", "decoder"))
-    model = load_model(from_config_dict(config), make_mesh())
-    params = merge(model.trainable, model.frozen)
-    (x, _, _), (again, _, _) = _pairs(model, params, TEXTS), _pairs(model, params, TEXTS)
-    assert np.array_equal(x, again)
-    # The same token in the same place has another mix of layers in another text.
-    first, second = (_pairs(model, params, TEXTS[3:] * 2)[0].reshape(2, -1, x.shape[1]))
-    assert np.abs(first - second).max() > 0.01
-    # A mean of layers of rms 1 is at most as long; Gaussian noise would make some longer.
-    assert np.sqrt(np.mean(x**2, axis=1)).max() < 1 + 1e-5
-
-
 def test_tokenizers_without_offsets_are_refused(model):
     def slow(texts, **kwargs):
         raise NotImplementedError

@@ -7,7 +7,7 @@
     answers.batch_decode(tokens, skip_special_tokens=True)
 
 Self-contained: needs torch, transformers (4 or 5) and safetensors. Methods: LangBridge
-(arXiv:2401.10695), Global and Transformer Softmax (arXiv:2508.09091), jaxfusion's layer attention.
+(arXiv:2401.10695), Global and Transformer Softmax (arXiv:2508.09091).
 """
 
 import inspect
@@ -117,23 +117,6 @@ class TransformerSoftmax(nn.Module):
         return torch.einsum("bsl,lbsd->bsd", weights, states) * mask[:, :, None]
 
 
-class LayerAttention(nn.Module):
-    """Weights of every token by how near its layers, each divided by its rms, are to their mean."""
-
-    def __init__(self, layers):
-        super().__init__()
-        self.w, self.beta = nn.Parameter(torch.zeros(layers)), nn.Parameter(torch.zeros(()))
-
-    def forward(self, states, mask):
-        def normal(x):
-            return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6)
-
-        states = normal(states)
-        cosine = (states * normal(states.mean(0))).mean(-1)
-        weights = torch.softmax(self.w[:, None, None] + self.beta * cosine, dim=0)
-        return torch.einsum("lbs,lbsd->bsd", weights, states) * mask[:, :, None]
-
-
 class Projector(nn.Module):
     """Encoder width → LLM width for each token, and the end vector after them.
 
@@ -194,7 +177,6 @@ def make_fusion(fusion, encoder):
         "last": Last, "layer": lambda: Layer(fusion["layer"]),
         "global_softmax": lambda: GlobalSoftmax(layers),
         "transformer_softmax": lambda: TransformerSoftmax(layers, width, fusion["d_ff"]),
-        "layer_attention": lambda: LayerAttention(layers),
     }[fusion["name"]]()
 
 

@@ -180,8 +180,6 @@ def bridge_table(fusion: str, projector: str) -> Table:
     rows: list[Row] = []
     if fusion == "global_softmax":
         rows += [Row(f"fusion.{x}", f"fusion/{x}") for x in "wt"]
-    if fusion == "layer_attention":
-        rows += [Row(f"fusion.{x}", f"fusion/{x}") for x in ("w", "beta")]
     if fusion == "transformer_softmax":
         rows += [Row(f"fusion.{x}", f"fusion/{x}") for x in ("cls", "positions")]
         for x in "qkvo":

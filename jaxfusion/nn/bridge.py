@@ -14,13 +14,7 @@ from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxfusion.nn.decoder import Cache, Decoder
-from jaxfusion.nn.fusion import (
-    GlobalSoftmax,
-    LayerAttention,
-    TransformerSoftmax,
-    add_noise,
-    second_pass_mix,
-)
+from jaxfusion.nn.fusion import GlobalSoftmax, TransformerSoftmax, add_noise, second_pass_mix
 from jaxfusion.nn.mt5 import MT5Encoder
 from jaxfusion.nn.projector import Projector, Resampler
 
@@ -65,7 +59,7 @@ class Bridge:
 
     Attributes:
       encoder, decoder, projector: modules; of the LLM alone only the decoder is one.
-      fusion: `last`, `layer`, `global_softmax`, `transformer_softmax` or `layer_attention`.
+      fusion: `last`, `layer`, `global_softmax` or `transformer_softmax`.
       fusion_layer: l of `layer`, 1 … L as Hugging Face numbers states.
       fusion_dropout, fusion_d_ff: of `transformer_softmax`.
       fusion_noise: standard deviation of Gaussian noise on the features in training, relative to
@@ -98,8 +92,6 @@ class Bridge:
             return TransformerSoftmax(
                 c.num_layers, c.d_model, self.fusion_d_ff, self.fusion_dropout
             )
-        if self.fusion == "layer_attention":
-            return LayerAttention(c.num_layers)
         return None
 
     def init(self, key: Array, parts: tuple[str, ...] = ("fusion", "projector")) -> Params:
@@ -130,12 +122,12 @@ class Bridge:
         """Features of every encoder token, and the layer weights behind them.
 
         Args:
-          key: for dropout and noise; None (evaluation) has none, and holds a stack of states only
-            for the token-wise fusions.
+          key: for dropout; None (evaluation) has none, and holds a stack of states only for
+            `transformer_softmax`.
 
         Returns:
-          Features; weights [L] (`layer`, `global_softmax`), [L B S] (`transformer_softmax`,
-          `layer_attention`), or None (`last`).
+          Features; weights [L] (`layer`, `global_softmax`), [L B S] (`transformer_softmax`), or
+          None (`last`).
         """
         train = key is not None
         rngs = {"dropout": jax.random.fold_in(key, 0)} if train else {}
@@ -152,7 +144,7 @@ class Bridge:
             mix = jax.nn.one_hot(self.fusion_layer - 1, self.encoder.config.num_layers)
             return encode(params["encoder"], mix=mix), mix
         fusion = partial(self.fusion_module.apply, {"params": params["fusion"]})
-        if self.fusion in ("transformer_softmax", "layer_attention"):
+        if self.fusion == "transformer_softmax":
             states = encode(params["encoder"], states=True)
             rngs = {"dropout": jax.random.fold_in(key, 1)} if train else {}
             return fusion(states, batch.enc_segments != 0, deterministic=not train, rngs=rngs)

@@ -1,7 +1,7 @@
 """How the encoder's layers become one feature per token (arXiv:2508.09091; LangBridge 2401.10695).
 
 `last` reads h_L, `layer` one fixed h_l, `global_softmax` weighs the layers by one learned
-distribution, `transformer_softmax` by one for every token. `layer_attention` is this project's own.
+distribution, `transformer_softmax` by one for every token.
 """
 
 from functools import partial
@@ -114,62 +114,6 @@ class TransformerSoftmax(nn.Module):
         return values @ o + b_o
 
 
-class LayerAttention(nn.Module):
-    """Token-wise weights by how far the layers agree, learned under mixing (this project's own).
-
-    Attention over a token's layers whose query is the token's own mean layer. With
-    `ĥ_l = h_l / rms(h_l)`, so that no layer counts for more because it is longer, and
-    `q = m / rms(m)`, `m = Σ_l ĥ_l / L`:
-
-        α = softmax_l(w_l + β ⟨ĥ_l, q⟩ / D)        f = Σ_l α_l ĥ_l
-
-    A layer that has drifted off from the others, as the last ones do in languages that the encoder
-    hardly knows, gets a small weight there without any example of such a language. English alone
-    trains the parts behind; so that they learn no more of its features than holds for others, every
-    token in training has its weights multiplied by exponential variates (from uniform weights:
-    drawn from Dirichlet(1, …, 1)).
-    """
-
-    num_layers: int
-
-    @nn.compact
-    def __call__(
-        self,
-        states: Float[Array, "L B S D"],
-        mask: Bool[Array, "B S"],
-        *,
-        deterministic: bool = True,
-    ) -> tuple[Float[Array, "B S D"], Float[Array, "L B S"]]:
-        """Returns the fused features, 0 at padding, and the layer weights of every token."""
-        w = self.param("w", named(nn.initializers.zeros, "bridge_out"), (self.num_layers,))
-        beta = self.param("beta", named(nn.initializers.constant(15.0)), ())
-        inverse = inverse_rms(states)  # ĥ is never held, only its factors
-        mean = weigh(inverse / self.num_layers, states)
-        query = mean * inverse_rms(mean)[:, :, None]
-        cosine = inverse / states.shape[-1] * jnp.einsum(
-            "lbsd,bsd->lbs", states, query, preferred_element_type=jnp.float32)
-        scores = w[:, None, None] + beta * cosine
-        if not deterministic:
-            # Minus a Gumbel variate is the logarithm of an exponential one.
-            scores -= jax.random.gumbel(self.make_rng("dropout"), scores.shape)
-        weights = jax.nn.softmax(scores, axis=0)
-        fused = weigh(weights * inverse, states)
-        return jnp.where(mask[:, :, None], fused, 0.0), weights
-
-
-def inverse_rms(x: Float[Array, "*B D"]) -> Float[Array, "*B"]:
-    """`1 / rms(x)` over the last axis, float32."""
-    return jax.lax.rsqrt(jnp.mean(jnp.square(x.astype(jnp.float32)), axis=-1) + 1e-6)
-
-
-def add_noise(
-    features: Float[Array, "B S D"], noise: float, key: Array
-) -> Float[Array, "B S D"]:
-    """Features with Gaussian noise of this standard deviation relative to each token's rms."""
-    normal = jax.random.normal(key, features.shape)
-    return features + noise / inverse_rms(features)[:, :, None] * normal
-
-
 def weigh(
     weights: Float[Array, "L B S"], states: Float[Array, "L B S D"], dtype=jnp.float32
 ) -> Float[Array, "B S D"]:
@@ -184,6 +128,18 @@ def weigh(
         return total + weight[:, :, None] * state.astype(dtype), None
 
     return jax.lax.scan(add, jnp.zeros(states.shape[1:], dtype), (weights, states))[0]
+
+
+def add_noise(
+    features: Float[Array, "B S D"], noise: float, key: Array
+) -> Float[Array, "B S D"]:
+    """Features with Gaussian noise of this standard deviation, relative to each token's rms.
+
+    What learns behind the fusion reads English alone; noise keeps it from fitting more of those
+    features than holds for other languages (training with noise: Bishop, 1995).
+    """
+    rms = jnp.sqrt(jnp.mean(jnp.square(features.astype(jnp.float32)), axis=-1, keepdims=True))
+    return features + noise * rms * jax.random.normal(key, features.shape)
 
 
 def second_pass_mix(encode, params, mix: Float[Array, "L"]) -> Float[Array, "B S D"]:

@@ -64,15 +64,12 @@ def _pairs(model: Model, params: Params, texts: list[str]):
     found = zip(*_aligned(texts, model.tokenizers), strict=True)
     queries, targets = zip(*(pair for pair in found if len(pair[0]) <= limit), strict=True)
     rows = [TokenRow(query, [], []) for query in queries]
-    fuse = jax.jit(lambda *args: model.bridge.fuse(*args)[0])
+    fuse = jax.jit(lambda params, batch: model.bridge.fuse(params, batch)[0])
     table = fetch(params["decoder"]["embed"]["embedding"]).astype(np.float32)
     x, y = [], []
     shapes = find_shapes(rows, doubling_buckets(limit))
     for numbers, batch in in_order(rows, shapes, model.tokenizers, BATCH):
-        # Layer attention is read with its layers mixed, as in training.
-        mixed = model.bridge.fusion == "layer_attention"
-        key = jax.random.key(numbers[0]) if mixed else None
-        features = fetch(fuse(params, batch, key)).astype(np.float32)
+        features = fetch(fuse(params, batch)).astype(np.float32)
         for row, number in zip(features, numbers, strict=False):
             x.append(row[: len(queries[number])])
             y.append(np.stack([table[ids].mean(axis=0) for ids in targets[number]]))
