@@ -162,10 +162,10 @@ with seeds on which nothing was chosen. Mean over seeds and languages in %, its 
 seeds and rows both drawn anew (pigeonhole bootstrap: Owen, 2007), and the standard deviation
 between seeds. Chance is 33.3.
 
-Noise came in as a control. A fusion of our own, which weighed layers by their agreement and trained
-under that noise, was chosen on the development languages; on these rows it did no better on the poor
-languages than one layer under the same noise, and is not in the project. So the lines on noise
-are a second look at these rows."""
+Noise came in as a control. A fusion of our own, which weighed layers by their agreement and
+trained under that noise, was chosen on the development languages; on these rows it did no better
+on the poor languages than one layer under the same noise, and is not in the project. So the lines
+on noise are a second look at these rows."""
 VERDICTS = """\
 Differences in points. `p` is the larger one of two tests of the paired differences, a t-test over
 seeds and a randomisation test over rows; Holm's correction is over all lines, and a claim holds
