@@ -54,6 +54,7 @@ class FusionConfig:
     layer: int = 1  # of `layer`: 1 … L, as Hugging Face numbers states
     dropout: float = 0.1  # of `transformer_softmax`
     d_ff: int = 2048  # of `transformer_softmax`
+    noise: float = 0.0  # Gaussian, on the features in training, relative to their rms
     backward: str = "stack"  # of `global_softmax`: stack (keep states), second_pass (recompute)
 
 

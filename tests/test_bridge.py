@@ -113,6 +113,14 @@ def test_layer_reads_the_state_of_that_number():
     assert relative(bridge.fuse(params, batch)[0], states[1]) < 1e-6
 
 
+def test_noise_is_for_training_alone():
+    calm, noisy = make_bridge("last"), make_bridge("last", fusion_noise=0.5)
+    params, key = make_params(calm), jax.random.key(5)
+    batch = make_batch(QUERY, TEXT, TARGET, slots=5, length=12)
+    assert np.array_equal(calm.inputs(params, batch), noisy.inputs(params, batch))
+    assert relative(noisy.inputs(params, batch, key), calm.inputs(params, batch, key)) > 0.1
+
+
 def test_second_pass_gives_the_stack_s_gradients():
     batch = make_batch(QUERY, TEXT, TARGET, slots=8, length=14)
     stack = make_bridge("global_softmax", encoder=ENCODER)

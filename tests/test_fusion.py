@@ -160,3 +160,9 @@ def test_global_softmax_equals_pytorch():
     ours = jnp.einsum("l,lbsd->bsd", module.apply({"params": params}), states)
     features = theirs(torch.from_numpy(states).permute(1, 2, 0, 3))
     assert relative(ours, features.detach()) < 1e-5
+
+
+def test_noise_is_of_the_stated_size():
+    features = jnp.geomspace(0.1, 10, 50)[None, :, None] * jnp.ones((1, 1, 2000))
+    noise = fusion.add_noise(features, 0.5, jax.random.key(0)) - features
+    assert np.allclose(noise.std(axis=-1) / features[..., 0], 0.5, rtol=0.1)

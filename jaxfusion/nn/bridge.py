@@ -14,7 +14,7 @@ from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxfusion.nn.decoder import Cache, Decoder
-from jaxfusion.nn.fusion import GlobalSoftmax, TransformerSoftmax, second_pass_mix
+from jaxfusion.nn.fusion import GlobalSoftmax, TransformerSoftmax, add_noise, second_pass_mix
 from jaxfusion.nn.mt5 import MT5Encoder
 from jaxfusion.nn.projector import Projector, Resampler
 
@@ -62,6 +62,8 @@ class Bridge:
       fusion: `last`, `layer`, `global_softmax` or `transformer_softmax`.
       fusion_layer: l of `layer`, 1 … L as Hugging Face numbers states.
       fusion_dropout, fusion_d_ff: of `transformer_softmax`.
+      fusion_noise: standard deviation of Gaussian noise on the features in training, relative to
+        their rms; 0 has none.
       backward: of `global_softmax` in training: 'stack' keeps all states, 'second_pass' none.
     """
 
@@ -72,6 +74,7 @@ class Bridge:
     fusion_layer: int = 0
     fusion_dropout: float = 0.1
     fusion_d_ff: int = 2048
+    fusion_noise: float = 0.0
     backward: str = "stack"
 
     @property
@@ -163,6 +166,8 @@ class Bridge:
     def inputs(self, params: Params, batch: Batch, key: Array | None = None) -> Array:
         """Decoder inputs of a batch. [B N E]"""
         features, _ = self.fuse(params, batch, key)
+        if self.fusion_noise and key is not None:
+            features = add_noise(features, self.fusion_noise, jax.random.fold_in(key, 3))
         rngs = {} if key is None else {"dropout": jax.random.fold_in(key, 2)}
         prefix = self.projector.apply(
             {"params": params["projector"]}, features, batch.enc_segments != 0,

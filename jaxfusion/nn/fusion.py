@@ -130,6 +130,18 @@ def weigh(
     return jax.lax.scan(add, jnp.zeros(states.shape[1:], dtype), (weights, states))[0]
 
 
+def add_noise(
+    features: Float[Array, "B S D"], noise: float, key: Array
+) -> Float[Array, "B S D"]:
+    """Features with Gaussian noise of this standard deviation, relative to each token's rms.
+
+    What learns behind the fusion reads English alone; noise keeps it from fitting more of those
+    features than holds for other languages (training with noise: Bishop, 1995).
+    """
+    rms = jnp.sqrt(jnp.mean(jnp.square(features.astype(jnp.float32)), axis=-1, keepdims=True))
+    return features + noise * rms * jax.random.normal(key, features.shape)
+
+
 def second_pass_mix(encode, params, mix: Float[Array, "L"]) -> Float[Array, "B S D"]:
     """`Σ_l mix_l h_l` whose backward pass runs the frozen encoder again instead of keeping states.
 

@@ -252,7 +252,7 @@ def make_bridge(config: Config, encoder, decoder, platform: str | None = None) -
         MT5Encoder(encoder, dtypes[0], config.encoder.dropout, remats[0], kernels[0]),
         Decoder(decoder, dtypes[1], remats[1], kernels[1]),
         _make_projector(config, decoder.d_model),
-        fusion.name, fusion.layer, fusion.dropout, fusion.d_ff,
+        fusion.name, fusion.layer, fusion.dropout, fusion.d_ff, fusion.noise,
         choose("fusion.backward", fusion.backward, BACKWARDS),
     )
 

@@ -1,0 +1,218 @@
+"""What the fusion paper claims (arXiv:2508.09091), tested in the pocket world.
+
+    python benchmarks/claims.py runs/claims --out benchmarks/results/claims.json
+
+The quickstart's bridges over seeds that no choice has seen, and the LLM alone, scored on
+English and on the languages on which nothing was chosen. The best single layer is chosen first, on
+the development languages and other seeds. What is trained and scored in runs/claims is taken as it
+is, so a stopped run goes on.
+"""
+
+import argparse
+import json
+import runpy
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from scipy.stats import ttest_1samp
+from timing import machine
+
+from jaxfusion.config import directory_name, from_config_dict, variants
+from jaxfusion.data.lexicon import LANGUAGES
+from jaxfusion.fields import Config
+from jaxfusion.testing.debug import make_inputs
+from jaxfusion.training.bridge import train
+from jaxfusion.training.evaluate import evaluate
+
+ROOT = Path(__file__).parent.parent
+REPORTED = tuple(name for name, x in LANGUAGES.items() if x.reported and name != "en")
+DEVELOPMENT = tuple(name for name, x in LANGUAGES.items() if not x.reported)
+GROUPS = {
+    "English": ("en",), "reported": REPORTED,
+    **{group: tuple(x for x in REPORTED if LANGUAGES[x].group == group)
+       for group in ("rich", "mid", "poor")},
+}
+SCORING = "likelihood"
+ROWS = 200  # of each language's test split
+CHOICE_SEEDS, CHOICE_ROWS = range(2), 300  # for the choice of a layer
+SEEDS = range(10, 17)
+ENGLISH_MARGIN = 0.03  # a bridge that has lost less than so much has kept its English
+ALPHA = 0.05
+PAPER = ("global_softmax", "transformer_softmax")
+LAYER = "best layer"
+NOISE = 0.6  # chosen on the development languages
+LAYER_NOISE, FUSION_NOISE = "best layer, noise", "transformer_softmax, noise"
+NOISY = {FUSION_NOISE: "transformer_softmax", LAYER_NOISE: LAYER}  # and the same without
+Rows = dict[str, np.ndarray]  # language -> [seeds, rows] of 0 and 1
+
+
+@dataclass(frozen=True)
+class Claim:
+    """That `model` is better than `than` on some languages, or worse by less than `margin`."""
+
+    text: str
+    model: str
+    than: str
+    group: str
+    margin: float = 0.0
+
+
+# The paper's, then what is asked of noise, which is ours.
+CLAIMS = (
+    *(Claim("fusion beats the last layer", fusion, "last", "poor") for fusion in PAPER),
+    *(Claim("token-wise beats global", "transformer_softmax", "global_softmax", group)
+      for group in ("poor", "reported")),
+    *(Claim("fusion beats the best single layer", fusion, LAYER, "poor") for fusion in PAPER),
+    *(Claim("English is kept", fusion, "LLM alone", "English", ENGLISH_MARGIN)
+      for fusion in (*PAPER, *NOISY)),
+    *(Claim("noise helps", noisy, calm, group)
+      for noisy, calm in NOISY.items() for group in ("poor", "reported")),
+    Claim("fusion with noise beats the best single layer", FUSION_NOISE, LAYER, "poor"),
+    *(Claim("under noise, fusion beats the layer", FUSION_NOISE, LAYER_NOISE, group)
+      for group in ("poor", "reported")),
+)
+
+
+def bridges(warm: bool = True) -> dict[str, Config]:
+    """The quickstart's bridges by name."""
+    config = runpy.run_path(str(ROOT / "configs" / "quickstart.py"))["get_config"]().unlock()
+    config.base.projector.warm_start = warm
+    return variants(from_config_dict(config))
+
+
+def with_noise(config: Config) -> Config:
+    """The same under noise."""
+    return replace(config, fusion=replace(config.fusion, noise=NOISE))
+
+
+def alone(workdir: Path, names: tuple[str, ...]) -> Rows:
+    """The LLM of a bridge's workdir, as if of one seed."""
+    file = workdir / "eval" / "llm_only_details.json"
+    if not file.is_file():
+        evaluate(workdir, languages=names, limit=ROWS, llm_only=True)
+    details = json.loads(file.read_text("utf-8"))["pocket_nli"]
+    return {name: np.array([details[name]["correct"][SCORING][:ROWS]], float) for name in names}
+
+
+def correct(where: Path, config: Config, names: tuple[str, ...], rows: int) -> dict[str, list]:
+    """Right and wrong rows of each language, of a bridge that is trained unless it is there."""
+    file = where / "eval" / "details.json"
+    if not file.is_file():
+        train(make_inputs(config), where)
+        evaluate(where, languages=names, limit=rows)
+    details = json.loads(file.read_text("utf-8"))["pocket_nli"]
+    return {name: details[name]["correct"][SCORING][:rows] for name in names}
+
+
+def over_seeds(workdir: Path, name: str, config: Config, seeds, names, rows: int) -> Rows:
+    """[seeds, rows] of every language."""
+    found = []
+    for seed in seeds:
+        seeded = replace(config, train=replace(config.train, seed=seed))
+        found.append(correct(workdir / f"{directory_name(name)}-{seed}", seeded, names, rows))
+    return {x: np.array([one[x] for one in found], float) for x in names}
+
+
+def best_layer(workdir: Path, config: Config) -> tuple[Config, dict[str, float]]:
+    """The bridge of the layer that is best on the development languages, and each layer's mean.
+
+    The last layer is left out: it is the bridge `last`.
+    """
+    layers = json.loads((Path(config.encoder.checkpoint) / "config.json").read_text())["num_layers"]
+    configs = {n: replace(config, fusion=replace(config.fusion, layer=n))
+               for n in range(1, layers)}
+    means = {}
+    for n, of_layer in configs.items():
+        rows = over_seeds(workdir / "choice", f"layer {n}", of_layer, CHOICE_SEEDS, DEVELOPMENT,
+                          CHOICE_ROWS)
+        means[n] = float(np.mean([x.mean() for x in rows.values()]))
+    return configs[max(means, key=means.get)], {str(n): x for n, x in means.items()}
+
+
+def mean_over(rows: Rows, languages: tuple[str, ...]) -> np.ndarray:
+    """[seeds, rows]: the share of the languages in which a row is right."""
+    return np.mean([rows[x] for x in languages], axis=0)
+
+
+def estimate(values: np.ndarray, resamples: int = 4000) -> dict[str, Any]:
+    """Mean of [seeds, rows], and its 95% interval with seeds and rows both drawn anew.
+
+    Each is resampled by itself and the values stay crossed (Owen, 2007, "The pigeonhole
+    bootstrap"): the interval is for other seeds and other rows, and is rather too wide.
+    """
+    rng, (seeds, rows) = np.random.default_rng(0), values.shape
+    of_seeds = rng.multinomial(seeds, np.full(seeds, 1 / seeds), resamples) / seeds
+    of_rows = rng.multinomial(rows, np.full(rows, 1 / rows), resamples) / rows
+    means = np.einsum("ks,sr,kr->k", of_seeds, values, of_rows, optimize=True)
+    by_seed = values.mean(axis=1)
+    return {"mean": float(values.mean()), "ci95": np.quantile(means, (0.025, 0.975)).tolist(),
+            "deviation": float(by_seed.std(ddof=1)) if seeds > 1 else None}
+
+
+def p_value(values: np.ndarray, draws: int = 20_000) -> float:
+    """Two-sided, of the mean of paired differences [seeds, rows] being 0.
+
+    The larger one of a t-test over the seeds and of Fisher's randomisation test over the rows
+    (random signs, the observed ones counted in): what is claimed of other seeds and other rows
+    must hold for both of them (Berger, 1982).
+    """
+    by_row = values.mean(axis=0)
+    signs = np.random.default_rng(0).choice((-1.0, 1.0), (draws, len(by_row)))
+    signs[0] = 1.0
+    means = np.abs(signs @ by_row)
+    over_rows = float(np.mean(means >= means[0] - 1e-12))
+    return max(float(ttest_1samp(values.mean(axis=1), 0.0).pvalue), over_rows)
+
+
+def holm(p_values: list[float]) -> list[float]:
+    """The p-values, adjusted for their number (Holm, 1979)."""
+    adjusted, worst = [0.0] * len(p_values), 0.0
+    for rank, i in enumerate(np.argsort(p_values)):
+        worst = max(worst, min(1.0, (len(p_values) - rank) * p_values[i]))
+        adjusted[i] = worst
+    return adjusted
+
+
+def judge(rows: dict[str, Rows], claims: tuple[Claim, ...]) -> list[dict[str, Any]]:
+    """Each claim with its difference, interval, adjusted p-value and verdict."""
+    found = []
+    for claim in claims:
+        values = mean_over(rows[claim.model], GROUPS[claim.group]) - mean_over(
+            rows[claim.than], GROUPS[claim.group])
+        found.append({**asdict(claim), **estimate(values), "p": p_value(values + claim.margin)})
+    for one, p in zip(found, holm([x["p"] for x in found]), strict=True):
+        better = one["mean"] > -one["margin"]
+        one |= {"p_holm": p, "verdict": "not shown" if p >= ALPHA else
+                "holds" if better else "does not hold"}
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("workdir", type=Path)
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args()
+    every, names = bridges(), GROUPS["English"] + REPORTED
+    layer, by_layer = best_layer(args.workdir, every.pop("layer 4"))
+    every[LAYER] = layer
+    every |= {noisy: with_noise(every[calm]) for noisy, calm in NOISY.items()}
+    rows = {name: over_seeds(args.workdir, name, config, SEEDS, names, ROWS)
+            for name, config in every.items()}
+    rows = {"LLM alone": alone(args.workdir / f"last-{SEEDS[0]}", names), **rows}
+    result = {
+        "machine": machine(), "seeds": list(SEEDS), "rows": ROWS, "layer": layer.fusion.layer,
+        "choice": {"seeds": list(CHOICE_SEEDS), "rows": CHOICE_ROWS, "mean": by_layer},
+        "accuracy": {name: {group: estimate(mean_over(of, languages))
+                            for group, languages in GROUPS.items()} for name, of in rows.items()},
+        "claims": judge(rows, CLAIMS),
+    }
+    text = json.dumps(result, indent=1)
+    print(text)
+    if args.out:
+        args.out.write_text(text + "\n", "utf-8")
+
+
+if __name__ == "__main__":
+    main()
