@@ -21,6 +21,7 @@ from timing import machine
 
 from jaxfusion.config import directory_name, from_config_dict, variants
 from jaxfusion.data.lexicon import LANGUAGES
+from jaxfusion.evaluation.metrics import holm, sign_flip
 from jaxfusion.fields import Config
 from jaxfusion.testing.debug import make_inputs
 from jaxfusion.training.bridge import train
@@ -151,28 +152,15 @@ def estimate(values: np.ndarray, resamples: int = 4000) -> dict[str, Any]:
             "deviation": float(by_seed.std(ddof=1)) if seeds > 1 else None}
 
 
-def p_value(values: np.ndarray, draws: int = 20_000) -> float:
+def p_value(values: np.ndarray) -> float:
     """Two-sided, of the mean of paired differences [seeds, rows] being 0.
 
     The larger one of a t-test over the seeds and of Fisher's randomisation test over the rows
     (random signs, the observed ones counted in): what is claimed of other seeds and other rows
     must hold for both of them (Berger, 1982).
     """
-    by_row = values.mean(axis=0)
-    signs = np.random.default_rng(0).choice((-1.0, 1.0), (draws, len(by_row)))
-    signs[0] = 1.0
-    means = np.abs(signs @ by_row)
-    over_rows = float(np.mean(means >= means[0] - 1e-12))
-    return max(float(ttest_1samp(values.mean(axis=1), 0.0).pvalue), over_rows)
-
-
-def holm(p_values: list[float]) -> list[float]:
-    """The p-values, adjusted for their number (Holm, 1979)."""
-    adjusted, worst = [0.0] * len(p_values), 0.0
-    for rank, i in enumerate(np.argsort(p_values)):
-        worst = max(worst, min(1.0, (len(p_values) - rank) * p_values[i]))
-        adjusted[i] = worst
-    return adjusted
+    over_seeds = float(ttest_1samp(values.mean(axis=1), 0.0).pvalue)
+    return max(over_seeds, sign_flip([values.mean(axis=0)], resamples=20_000))
 
 
 def judge(rows: dict[str, Rows], claims: tuple[Claim, ...]) -> list[dict[str, Any]]:
