@@ -1,11 +1,13 @@
-"""Which encoder layers a fusion takes."""
+"""Which encoder layers a fusion takes, and what each of them knows."""
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float
 
 from jaxfusion.data.batching import doubling_buckets, find_shapes, in_order, tokenize
 from jaxfusion.data.sources import Example
@@ -57,6 +59,49 @@ def token_weights(
         weights = np.broadcast_to(weights[:, None, None], (len(weights), 1, len(ids)))
     return {"tokens": tokenizers.encoder.convert_ids_to_tokens(ids.tolist()),
             "weights": weights[:, 0, : len(ids)].T.round(4).tolist()}
+
+
+def mean_states(
+    bridge: Bridge, tokenizers: Tokenizers, config: EvalConfig, params: Params,
+    examples: Sequence[Example],
+) -> Float[np.ndarray, "L N D"]:
+    """Of each layer 1 … L the mean of the states of every query's real tokens."""
+    read, found = _reader(bridge), {}
+    for numbers, batch in _batches(bridge, tokenizers, config, examples, config.batch_size):
+        means = np.asarray(read(params, batch))
+        found |= {int(number): means[:, i] for i, number in enumerate(numbers)}
+    return np.stack([found[i] for i in range(len(examples))], axis=1)
+
+
+def found_translations(
+    states: Float[np.ndarray, "L N D"], central: Float[np.ndarray, "L N D"],
+    centred: bool = False,
+) -> list[float]:
+    """In each layer, of how many sentences the nearest one of another language is the translation.
+
+    Nearest by cosine, among all N of the central language.
+
+    Args:
+      states, central: of the same sentences in the same order.
+      centred: each language's mean over its sentences is taken away first.
+    """
+    pair = [x - x.mean(axis=1, keepdims=True) if centred else x for x in (states, central)]
+    ours, theirs = (x / np.linalg.norm(x, axis=-1, keepdims=True) for x in pair)
+    nearest = np.einsum("lnd,lmd->lnm", ours, theirs).argmax(axis=-1)
+    return (nearest == np.arange(states.shape[1])).mean(axis=1).tolist()
+
+
+@lru_cache(4)
+def _reader(bridge: Bridge) -> Callable[[Params, Batch], jax.Array]:
+    """The jitted means of a batch's states. [L B D]"""
+    def read(params: Params, batch: Batch) -> Float[Array, "L B D"]:
+        states = bridge.encoder.apply({"params": params["encoder"]}, batch.enc_tokens,
+                                      batch.enc_segments, states=True)
+        real = (batch.enc_segments != 0).astype(jnp.float32)
+        sums = jnp.einsum("lbsd,bs->lbd", states, real, preferred_element_type=jnp.float32)
+        return replicated(sums / jnp.maximum(real.sum(axis=1), 1)[:, None])
+
+    return jax.jit(read)
 
 
 @lru_cache(4)

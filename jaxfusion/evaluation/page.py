@@ -64,13 +64,22 @@ def write_page(
         "versions": {"python": platform.python_version(),
                      **{x: metadata.version(x) for x in LIBRARIES}},
     }
+    page = folder / f"{name}.html"
+    write_whole(page, _environment().get_template("page.html.jinja").render(content))
+    write_whole(folder / f"{name}.md", _markdown(content))
+    return page
+
+
+def token_table(found: dict[str, Any]) -> str:
+    """The `tokens` of a text and the `weights` of the layers behind each, as an HTML table."""
+    return str(_environment().get_template("tokens.html.jinja").module.token_rows(found))
+
+
+def _environment() -> jinja2.Environment:
     env = jinja2.Environment(loader=jinja2.PackageLoader("jaxfusion.evaluation", "."),
                              autoescape=True, trim_blocks=True, lstrip_blocks=True)
     env.filters |= {"embed": _embed, "shade": _shade, "direction": _direction}
-    page = folder / f"{name}.html"
-    write_whole(page, env.get_template("page.html.jinja").render(content))
-    write_whole(folder / f"{name}.md", _markdown(content))
-    return page
+    return env
 
 
 def _section(c: Comparison, models: Models, folder: Path, prefix: str) -> dict[str, Any]:

@@ -1,14 +1,17 @@
-"""Pictures of a comparison. Labels are Latin: matplotlib's own font has few other scripts."""
+"""Pictures as files. Labels are Latin: matplotlib's own font has few other scripts.
+
+Figures are made without pyplot: no display is needed, and a notebook's own stays as it is.
+"""
 
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")  # no display is needed
-import matplotlib.pyplot as plt
 import numpy as np
+from jaxtyping import Float
+from matplotlib import colormaps
+from matplotlib.figure import Figure
 
 from jaxfusion.evaluation.comparison import Comparison
 
@@ -21,9 +24,10 @@ def draw_accuracy(comparison: Comparison, out: Path, chance: float | None = None
     columns = min(5, len(c.correct) + 1)  # of the legend
     lines = -(-(len(c.correct) + 1) // columns)
     size = (max(7.0, 1.0 + 0.95 * len(languages)), 4.0 + 0.25 * lines)
-    figure, axes = plt.subplots(figsize=size, layout="constrained")
+    figure = Figure(figsize=size, layout="constrained")
+    axes = figure.subplots()
     width = WIDTH / len(c.correct)
-    colours = plt.get_cmap("viridis")(np.linspace(0.05, 0.9, len(c.correct) - 1))
+    colours = colormaps["viridis"](np.linspace(0.05, 0.9, len(c.correct) - 1))
     for i, model in enumerate(c.correct):
         cells = [c.cell(model, name) for name in languages]
         values = np.array([value for value, _ in cells])
@@ -43,31 +47,68 @@ def draw_accuracy(comparison: Comparison, out: Path, chance: float | None = None
     axes.legend(ncols=columns, loc="lower center", bbox_to_anchor=(0.5, 1.0), frameon=False,
                 fontsize=9)
     figure.savefig(out, dpi=150)
-    plt.close(figure)
 
 
 def draw_layers(comparison: Comparison, out: Path) -> None:
     """The weight of each layer: a panel per fusion, a row per language."""
-    fusions = comparison.layer_weights
-    figure, panels = plt.subplots(
-        1, len(fusions), squeeze=False, layout="constrained",
-        figsize=(1.0 + 4.2 * len(fusions), max(2.8, 1.4 + 0.28 * len(comparison.languages))),
-    )
-    highest = max(max(weights) for by in fusions.values() for weights in by.values())
-    for axes, (name, by_language) in zip(panels[0], fusions.items(), strict=True):
-        languages = [x for x in comparison.languages if x in by_language]
-        weights = np.array([by_language[x] for x in languages])
-        image = axes.imshow(100 * weights, cmap="viridis", vmin=0, vmax=100 * highest,
+    draw_by_layer({fusion: {x: by_language[x] for x in comparison.languages if x in by_language}
+                   for fusion, by_language in comparison.layer_weights.items()},
+                  "mean weight, %", out)
+
+
+def draw_by_layer(
+    panels: dict[str, dict[str, Sequence[float]]], label: str, out: Path
+) -> None:
+    """A panel for each title, in it a row per language and a column for each layer 1 … L.
+
+    Args:
+      panels: title -> language -> a fraction of every layer. label: what the fractions are, in %.
+    """
+    rows = max(len(by_language) for by_language in panels.values())
+    figure = Figure(figsize=(1.0 + 4.2 * len(panels), max(2.8, 1.4 + 0.28 * rows)),
+                    layout="constrained")
+    axes_of = figure.subplots(1, len(panels), squeeze=False)[0]
+    highest = max(max(values) for by in panels.values() for values in by.values())
+    for axes, (title, by_language) in zip(axes_of, panels.items(), strict=True):
+        values = np.array(list(by_language.values()))
+        image = axes.imshow(100 * values, cmap="viridis", vmin=0, vmax=100 * highest,
                             aspect="auto")
-        for (row, layer), value in np.ndenumerate(weights):
+        for (row, layer), value in np.ndenumerate(values):
             axes.text(layer, row, f"{100 * value:.0f}", ha="center", va="center", fontsize=8,
                       color="black" if value > 0.6 * highest else "white")
-        axes.set_xticks(range(weights.shape[1]), [str(i + 1) for i in range(weights.shape[1])])
-        axes.set_yticks(range(len(languages)), languages)
-        axes.set(title=name, xlabel="encoder layer")
-    figure.colorbar(image, ax=panels[0].tolist(), label="mean weight, %")
+        axes.set_xticks(range(values.shape[1]), [str(i + 1) for i in range(values.shape[1])])
+        axes.set_yticks(range(len(by_language)), list(by_language))
+        axes.set(title=title, xlabel="encoder layer")
+    figure.colorbar(image, ax=axes_of.tolist(), label=label)
     figure.savefig(out, dpi=150)
-    plt.close(figure)
+
+
+def draw_sentences(
+    panels: dict[str, dict[str, Float[np.ndarray, "N D"]]], out: Path, joined: int = 0
+) -> None:
+    """Sentences as points in the plane of their first two principal components.
+
+    Args:
+      panels: title -> language -> the vectors of the same sentences in each language.
+      joined: of the first so many a grey line goes through the language's points.
+    """
+    figure = Figure(figsize=(1.0 + 4.6 * len(panels), 4.4), layout="constrained")
+    for axes, (title, by_language) in zip(
+            figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
+        every = np.stack(list(by_language.values()))  # [languages, sentences, D]
+        flat = every.reshape(-1, every.shape[-1])
+        plane = np.linalg.svd(flat - flat.mean(axis=0), full_matrices=False)[2][:2]
+        at = (every - flat.mean(axis=0)) @ plane.T
+        for sentence in range(joined):
+            axes.plot(*at[:, sentence].T, color="0.8", linewidth=0.6, zorder=0)
+        colours = colormaps["tab20"](np.arange(len(at)) % 20)
+        for name, points, colour in zip(by_language, at, colours, strict=True):
+            axes.scatter(*points.T, s=9, color=colour, label=name)
+        axes.set(title=title, xticks=[], yticks=[])
+        axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5),
+                markerscale=2)
+    figure.savefig(out, dpi=150)
 
 
 def draw_curves(metrics: dict[str, list[list[dict[str, float]]]], out: Path) -> bool:
@@ -86,8 +127,8 @@ def draw_curves(metrics: dict[str, list[list[dict[str, float]]]], out: Path) -> 
            if counts[name] > len(runs)][:1]  # one point is no curve
     if not runs:
         return False
-    figure, panels = plt.subplots(1, 1 + len(dev), figsize=(4.8 * (1 + len(dev)), 3.6),
-                                  squeeze=False, layout="constrained")
+    figure = Figure(figsize=(4.8 * (1 + len(dev)), 3.6), layout="constrained")
+    panels = figure.subplots(1, 1 + len(dev), squeeze=False)
     for axes, name in zip(panels[0], ["loss", *dev], strict=True):
         named = set()
         for i, model, records in runs:
@@ -100,7 +141,6 @@ def draw_curves(metrics: dict[str, list[list[dict[str, float]]]], out: Path) -> 
         axes.spines[["top", "right"]].set_visible(False)
     panels[0][0].legend(frameon=False, fontsize=8)
     figure.savefig(out, dpi=150)
-    plt.close(figure)
     return True
 
 
@@ -111,7 +151,8 @@ def draw_languages(before, after: dict[str, Any], out: Path) -> None:
     Args:
       before: the `Probe` of the LLM as it was. after: those of trained ones, by name.
     """
-    figure, (plane, values) = plt.subplots(1, 2, figsize=(10.5, 4.4), layout="constrained")
+    figure = Figure(figsize=(10.5, 4.4), layout="constrained")
+    plane, values = figure.subplots(1, 2)
     basis = before.subspaces(before.layers).specific[:, :2]
     markers = "osD^vP*X"
     for i, (name, found) in enumerate({"before": before, **after}.items()):
@@ -138,4 +179,3 @@ def draw_languages(before, after: dict[str, Any], out: Path) -> None:
     for axes in (plane, values):
         axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(out, dpi=150)
-    plt.close(figure)
