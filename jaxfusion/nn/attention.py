@@ -87,9 +87,10 @@ def usable(
 
 
 def _cudnn_width() -> int:
-    """The widest head that cuDNN's flash attention takes, which depends on the GPU."""
-    capability = getattr(jax.devices()[0], "compute_capability", "9.0")
-    return 256 if float(capability) >= 9.0 else 128
+    """The widest head that cuDNN's flash attention takes, which depends on the GPU; 0 on one that
+    is older than Ampere (as the T4), where it takes none."""
+    capability = float(getattr(jax.devices()[0], "compute_capability", "9.0"))
+    return 256 if capability >= 9.0 else 128 if capability >= 8.0 else 0
 
 
 def cudnn_attention(
