@@ -4,12 +4,15 @@ compiled for them where no hub is in reach. Where a checkpoint is read, its own 
 
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+
 from jaxfusion.errors import InputError
 from jaxfusion.hf.configs import decoder_config, encoder_config
 from jaxfusion.hf.hub import NOT_WEIGHTS, find_files
 from jaxfusion.hf.load import read_config
-from jaxfusion.nn.decoder import DecoderConfig
-from jaxfusion.nn.mt5 import MT5Config
+from jaxfusion.nn.decoder import Decoder, DecoderConfig
+from jaxfusion.nn.mt5 import MT5Config, MT5Encoder
 
 
 def _mt5(d_model: int, d_ff: int, num_layers: int, num_heads: int) -> dict[str, Any]:
@@ -35,6 +38,14 @@ def _llama_3(*shape: int, factor: float | None = None, **more: Any) -> dict[str,
                   max_position_embeddings=length, **more)
 
 
+def _qwen(hidden: int, inner: int, layers: int, heads: int, kv: int) -> dict[str, Any]:
+    """The smaller ones of Qwen2.5, which share their two tables."""
+    return {"model_type": "qwen2", "vocab_size": 151_936, "hidden_size": hidden,
+            "intermediate_size": inner, "num_hidden_layers": layers, "num_attention_heads": heads,
+            "num_key_value_heads": kv, "rope_theta": 1e6, "rms_norm_eps": 1e-6,
+            "tie_word_embeddings": True, "max_position_embeddings": 32_768}
+
+
 XL, XXL = _mt5(2048, 5120, 24, 32), _mt5(4096, 10_240, 24, 64)
 LLAMA_7B, LLAMA_13B = (4096, 11_008, 32, 32, 32), (5120, 13_824, 40, 40, 40)
 BACKBONES: dict[str, dict[str, Any]] = {
@@ -49,6 +60,11 @@ BACKBONES: dict[str, dict[str, Any]] = {
     "meta-llama/Llama-3.1-8B-Instruct": _llama_3(4096, 14_336, 32, 32, 8, factor=8.0),
     "meta-llama/Llama-3.2-1B-Instruct": _llama_3(2048, 8192, 16, 32, 8, factor=32.0,
                                                  tie_word_embeddings=True),
+    "meta-llama/Llama-3.2-3B-Instruct": _llama_3(3072, 8192, 28, 24, 8, factor=32.0,
+                                                 tie_word_embeddings=True),
+    "Qwen/Qwen2.5-0.5B-Instruct": _qwen(896, 4864, 24, 14, 2),
+    "Qwen/Qwen2.5-1.5B-Instruct": _qwen(1536, 8960, 28, 12, 2),
+    "Qwen/Qwen2.5-3B-Instruct": _qwen(2048, 11_008, 36, 16, 2),
     "Qwen/Qwen2.5-7B-Instruct": {
         "model_type": "qwen2", "vocab_size": 152_064, "hidden_size": 3584,
         "intermediate_size": 18_944, "num_hidden_layers": 28, "num_attention_heads": 28,
@@ -76,3 +92,19 @@ def backbone_shape(
             raise InputError(f"{error}; shapes known without it: {', '.join(BACKBONES)}") from None
     read = encoder_config if role == "encoder" else decoder_config
     return read(described, checkpoint)
+
+
+def backbone_size(role: str, checkpoint: str) -> int:
+    """How many parameters a tower has.
+
+    Raises:
+      InputError: as `backbone_shape`.
+    """
+    shape, tokens = backbone_shape(role, checkpoint), jnp.zeros((1, 2), jnp.int32)
+
+    def init():
+        if role == "encoder":
+            return MT5Encoder(shape).init(jax.random.key(0), tokens, tokens == 0)
+        return Decoder(shape).init(jax.random.key(0), tokens, tokens, tokens, method="score")
+
+    return sum(x.size for x in jax.tree.leaves(jax.eval_shape(init)))

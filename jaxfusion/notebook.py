@@ -1,0 +1,230 @@
+"""What the notebooks share: the device found, models that fit it, and refusals of one line."""
+
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+
+from jaxfusion.cli import set_up_logging
+from jaxfusion.errors import InputError, first_line
+
+GIB = 2.0**30
+# Training a bridge or moving languages takes, by rule of thumb, so many times the weights.
+ROOM = 2.0
+UNKNOWN = 8 * GIB  # memory of a device that does not tell: as little as Colab's have
+DRIVE = Path("/content/drive")
+OTHER_RUNTIME = "choose Runtime > Change runtime type > v5e-1 TPU or T4 GPU"
+# Encoder and LLM, the largest first; none of them is gated.
+BRIDGES = (
+    ("google/mt5-xl", "Qwen/Qwen2.5-7B-Instruct"),
+    ("google/mt5-large", "Qwen/Qwen2.5-1.5B-Instruct"),
+    ("google/mt5-base", "Qwen/Qwen2.5-0.5B-Instruct"),
+    ("google/mt5-small", "Qwen/Qwen2.5-0.5B-Instruct"),
+)
+LLMS = tuple((None, f"Qwen/Qwen2.5-{size}-Instruct") for size in ("7B", "3B", "1.5B", "0.5B"))
+Models = tuple[str | None, str]  # encoder (None: the LLM alone) and LLM
+
+
+@dataclass(frozen=True)
+class Device:
+    """What jax computes on.
+
+    Attributes:
+      name: jax's. count: how many there are. memory: bytes of each; None on a CPU.
+    """
+
+    name: str
+    count: int
+    memory: float | None
+
+    def __str__(self) -> str:
+        size = "" if self.memory is None else f", {self.memory / GIB:.1f} GiB each"
+        return f"{self.count} × {self.name}{size}"
+
+
+def start(pocket: bool) -> Device:
+    """Makes messages plain and errors one line, and finds the device.
+
+    Raises:
+      InputError: another jax than is wanted, or no accelerator for real models.
+    """
+    # jax reserves three quarters of a GPU's memory unless told otherwise.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.92")
+    # Progress bars are text where ipywidgets are missing; nothing else is lost.
+    warnings.filterwarnings("ignore", message="IProgress not found")
+    set_up_logging()
+    logging.getLogger("jaxfusion").handlers[0].setStream(sys.stdout)
+    _one_line_errors()
+    check_jax()
+    device = find_device(pocket)
+    print(f"{device}; jax {metadata.version('jax')}")
+    return device
+
+
+def _one_line_errors() -> None:
+    """What the user gave wrong ends a cell with its line alone, without a traceback."""
+    from IPython import get_ipython
+
+    def show(shell, kind, error, trace, tb_offset=None):
+        print(f"error: {error}", file=sys.stderr)
+
+    if (shell := get_ipython()) is not None:
+        shell.set_custom_exc((InputError,), show)
+
+
+def check_jax() -> None:
+    """Raises InputError unless the jax that is loaded is the one that this project wants."""
+    from packaging.requirements import Requirement
+
+    found = metadata.version("jax")
+    wanted = next(x for x in map(Requirement, metadata.requires("jaxfusion")) if x.name == "jax")
+    if found not in wanted.specifier:
+        raise InputError(f"this runtime has jax {found}, jaxfusion wants jax {wanted.specifier}: "
+                         "run the install cell, then Runtime > Restart session and run all")
+    again = "choose Runtime > Restart session, then run all cells"
+    try:
+        import jax
+        import jax.numpy
+    except (ImportError, AttributeError, RuntimeError) as error:
+        raise InputError(f"jax {found} does not load beside what this runtime had before "
+                         f"({first_line(error)}): {again}") from None
+    if jax.__version__ != found:
+        raise InputError(f"jax {jax.__version__} was loaded before jax {found} was installed: "
+                         f"{again}")
+
+
+def find_device(pocket: bool) -> Device:
+    """The first device and the number of its kind.
+
+    Raises:
+      InputError: jax finds none, or a CPU alone, which is for pocket models only.
+    """
+    import jax
+
+    from jaxfusion.sharding.chips import chip_of
+
+    try:
+        devices = jax.devices()
+    except RuntimeError as error:
+        raise InputError(f"jax cannot use this runtime's device ({first_line(error)}): "
+                         f"{OTHER_RUNTIME}") from None
+    if devices[0].platform == "cpu":
+        if pocket:
+            return Device("CPU", len(devices), None)
+        raise InputError(f"no TPU or GPU is here: {OTHER_RUNTIME} and run all cells; on a CPU set "
+                         "POCKET = True in the first cell, for the pocket models")
+    told = (devices[0].memory_stats() or {}).get("bytes_limit")
+    chip = chip_of(devices[0])
+    return Device(devices[0].device_kind, len(devices),
+                  float(told or (chip.memory if chip else UNKNOWN)))
+
+
+def weights(encoder: str | None, llm: str) -> float:
+    """Bytes of the models' weights in bfloat16, from their shapes.
+
+    Raises:
+      InputError: the shape of one is neither known nor to be had from the hub.
+    """
+    from jaxfusion.hf.backbones import backbone_size
+
+    return 2.0 * (backbone_size("decoder", llm) + (
+        backbone_size("encoder", encoder) if encoder else 0))
+
+
+def pick_models(device: Device, known: Sequence[Models], wanted: Models | None = None) -> Models:
+    """The models that were asked for, or the largest of the known ones that fit; and says so.
+
+    Raises:
+      InputError: they do not fit the device's memory, or the hub does not give them.
+    """
+    fitting = [models for models in known if ROOM * weights(*models) <= device.memory]
+    instead = _named(fitting[0]) if fitting else "pocket models, with POCKET = True"
+    models = wanted or (fitting[0] if fitting else known[-1])
+    needs = weights(*models)
+    if ROOM * needs > device.memory:
+        raise InputError(f"the weights of {_named(models)} take {needs / GIB:.1f} GiB in bfloat16 "
+                         f"and a run about {ROOM:g} times that, but the device is {device}; choose "
+                         f"{instead}")
+    for name in filter(None, models):
+        check_access(name, instead)
+    print(f"{_named(models)}: {needs / GIB:.1f} GiB of weights in bfloat16")
+    return models
+
+
+def _named(models: Models) -> str:
+    return " and ".join(filter(None, models))
+
+
+def check_access(name: str, instead: str) -> None:
+    """Raises InputError unless a checkpoint is a directory, or the hub gives it.
+
+    Args:
+      instead: what to choose where a licence is missing.
+    """
+    from huggingface_hub import auth_check, errors, try_to_load_from_cache
+
+    from jaxfusion.hf.hub import hub_in_reach
+
+    if Path(name).is_dir() or isinstance(try_to_load_from_cache(name, "config.json"), str):
+        return
+    if not hub_in_reach():
+        raise InputError(f"the Hugging Face hub cannot be reached, and {name} is not here: connect "
+                         "this runtime to the internet, or give a directory that holds the model")
+    try:
+        auth_check(name)
+    except errors.GatedRepoError:
+        raise InputError(
+            f"{name} is gated and no token here opens it: accept its licence at "
+            f"https://huggingface.co/{name} and put a token into Colab's secret HF_TOKEN (or run "
+            f"hf auth login); or choose {instead}, which is open") from None
+    except errors.RepositoryNotFoundError:
+        raise InputError(f"{name} is not on the hub, or is private: check its name, or choose "
+                         f"{instead}") from None
+
+
+def converted(checkpoint: str) -> str:
+    """A pickle of the hub as a directory of safetensors, below `checkpoints/`; made once.
+
+    Raises:
+      InputError: the hub does not give it.
+    """
+    from jaxfusion.hf.convert import convert
+
+    out = Path("checkpoints") / checkpoint.split("/")[-1]
+    if not out.is_dir():
+        convert(checkpoint, out)
+    return str(out)
+
+
+def pocket_model(name: str) -> str:
+    """The directory of a pocket model: encoder, decoder or lens_decoder.
+
+    Raises:
+      InputError: this project was installed without its checkout.
+    """
+    found = Path(__file__).resolve().parents[1] / "pocket" / name
+    if not found.is_dir():
+        raise InputError(f"{found} is missing: the pocket models come with the repository; clone "
+                         "it and install it from there (pip install -e .)")
+    return str(found)
+
+
+def work_folder(name: str, pocket: bool) -> Path:
+    """Where a notebook keeps its runs: on Google Drive in Colab, else in `runs/` here.
+
+    A session that dies leaves them there, and the same cells go on with them.
+    """
+    if "google.colab" in sys.modules and not pocket:
+        from google.colab import drive
+
+        drive.mount(str(DRIVE))
+        folder = DRIVE / "MyDrive" / "jaxfusion" / name
+    else:
+        folder = Path("runs") / name
+    folder.mkdir(parents=True, exist_ok=True)
+    print(f"runs are kept in {folder}")
+    return folder
