@@ -103,7 +103,7 @@ def draw_sentences(
             axes.plot(*at[:, sentence].T, color="0.8", linewidth=0.6, zorder=0)
         colours = colormaps["tab20"](np.arange(len(at)) % 20)
         for name, points, colour in zip(by_language, at, colours, strict=True):
-            axes.scatter(*points.T, s=9, color=colour, label=name)
+            axes.scatter(*points.T, s=12, color=colour, label=name)
         axes.set(title=title, xticks=[], yticks=[])
         axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5),
