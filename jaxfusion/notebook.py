@@ -144,13 +144,13 @@ def pick_models(device: Device, known: Sequence[Models], wanted: Models | None =
     fitting = [models for models in known if ROOM * weights(*models) <= device.memory]
     instead = _named(fitting[0]) if fitting else "pocket models, with POCKET = True"
     models = wanted or (fitting[0] if fitting else known[-1])
+    for name in filter(None, models):
+        check_access(name, instead)
     needs = weights(*models)
     if ROOM * needs > device.memory:
         raise InputError(f"the weights of {_named(models)} take {needs / GIB:.1f} GiB in bfloat16 "
                          f"and a run about {ROOM:g} times that, but the device is {device}; choose "
                          f"{instead}")
-    for name in filter(None, models):
-        check_access(name, instead)
     print(f"{_named(models)}: {needs / GIB:.1f} GiB of weights in bfloat16")
     return models
 
@@ -187,16 +187,26 @@ def check_access(name: str, instead: str) -> None:
 
 
 def converted(checkpoint: str) -> str:
-    """A pickle of the hub as a directory of safetensors, below `checkpoints/`; made once.
+    """A pickle of the hub as a directory of safetensors, made once.
+
+    Args:
+      checkpoint: a hub id; or what this returned in a session that is gone, to have it again.
 
     Raises:
-      InputError: the hub does not give it.
+      InputError: the hub does not give it, or PyTorch is missing.
     """
     from jaxfusion.hf.convert import convert
 
-    out = Path("checkpoints") / checkpoint.split("/")[-1]
-    if not out.is_dir():
-        convert(checkpoint, out)
+    if Path(checkpoint).is_dir():
+        return checkpoint
+    name = Path(checkpoint).name.replace("--", "/") if "--" in checkpoint else checkpoint
+    out = Path("checkpoints") / name.replace("/", "--")
+    try:
+        if not out.is_dir():
+            convert(name, out)
+    except ModuleNotFoundError as error:
+        raise InputError(f"{error.name} is missing, which reads the pickles of {name}: run "
+                         "%pip install torch, then this cell again") from None
     return str(out)
 
 

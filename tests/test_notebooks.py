@@ -41,10 +41,13 @@ def pair():
 
 
 def run(book, folder: Path, **env):
-    """Executes a notebook with a fresh kernel in a folder; its outputs are in it afterwards."""
+    """Executes a notebook with a fresh kernel in a folder; its outputs are in it afterwards.
+
+    XLA compiles as it does for users, not as for other tests: here most of the time is computing.
+    """
     client = NotebookClient(book, timeout=600, kernel_name="python3",
                             resources={"metadata": {"path": str(folder)}})
-    client.execute(env={**os.environ, "PYTHONPATH": str(ROOT), **env})
+    client.execute(env={**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": "", **env})
     return book
 
 
@@ -212,6 +215,29 @@ def test_a_gated_model_without_a_token_is_told(monkeypatch):
     refuse(errors.RepositoryNotFoundError)
     with pytest.raises(InputError, match=r"not on the hub, or is private.*choose open"):
         notebook.check_access("meta-llama/Lama", "open")
+
+
+def test_a_pickle_is_converted_once_and_again_in_another_session(monkeypatch, tmp_path, tiny):
+    made = []
+
+    def convert(name, out):
+        made.append(name)
+        out.mkdir(parents=True)
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("jaxfusion.hf.convert.convert", convert)
+    assert notebook.converted(str(tiny / "encoder")) == str(tiny / "encoder")
+    first = notebook.converted("google/mt5-small")
+    assert notebook.converted("google/mt5-small") == notebook.converted(first) == first
+    Path(first).rmdir()
+    assert notebook.converted(first) == first and made == ["google/mt5-small"] * 2
+
+    def without_torch(name, out):
+        raise ModuleNotFoundError("no", name="torch")
+
+    monkeypatch.setattr("jaxfusion.hf.convert.convert", without_torch)
+    with pytest.raises(InputError, match=r"torch is missing, .* google/mt5-base: run %pip install"):
+        notebook.converted("google/mt5-base")
 
 
 def test_translations_are_found_once_the_languages_means_are_gone():
