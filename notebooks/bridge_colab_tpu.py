@@ -80,8 +80,8 @@ WARM_START = False
 WANTED = None  # or an encoder and an LLM of your own choice: ("google/mt5-xl", "Qwen/…")
 
 if POCKET:
-    TASK, DATA, LANGUAGES = "pocket_nli", "made:pocket", ("en", "latn_a", "ethi", "mlym", "thaa")
-    TRAIN_ROWS, DEV_ROWS, TEST_ROWS = 4000, 60, 100
+    TASK, DATA, LANGUAGES = "pocket_nli", "made:pocket", ("en", "latn_a", "ethi", "thaa")
+    TRAIN_ROWS, DEV_ROWS, TEST_ROWS = 2000, 48, 96
     BATCH, STEPS, CHECKPOINT_EVERY = 32, 40, 40
     TOKENS = (48,)
     RATES, WARM_START = {"projector": 1e-4, "fusion": 1e-3}, True
@@ -127,7 +127,7 @@ if DATA:
 base.data.buckets, base.data.max_encoder_tokens = TOKENS, max(TOKENS)
 base.data.max_decoder_tokens = 16
 base.eval.languages = LANGUAGES
-base.eval.batch_size, base.eval.max_new_tokens = 50, 4 if POCKET else 8
+base.eval.batch_size, base.eval.max_new_tokens = 48, 4 if POCKET else 8
 base.eval.max_encoder_tokens = 64 if POCKET else 256
 base.projector.name = "ffn"
 base.projector.warm_start = WARM_START

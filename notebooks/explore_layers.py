@@ -87,7 +87,7 @@ if POCKET:
         "sinh": "යායො ගෙජ බොසෙත පිවු දනා",
         "arab": "سيري ليساني فوهو سيبا عاسو",
     }
-    TASK, DATA, ROWS = "pocket_nli", "made:pocket", 100
+    TASK, DATA, ROWS = "pocket_nli", "made:pocket", 96
     LANGUAGES = ("en", "latn_a", "arab", "beng", "taml", "ethi", "mlym", "sinh", "thaa")
     TRAIN_ROWS, STEPS, BATCH, TOKENS = 2000, 40, 32, (48,)
     RATES, WARM_START = {"projector": 1e-4, "fusion": 1e-3}, True
@@ -105,16 +105,17 @@ from jaxfusion.config import default_config, from_config_dict
 from jaxfusion.notebook import BRIDGES, converted, pick_models, pocket_model
 from jaxfusion.testing.debug import make_inputs
 from jaxfusion.training.bridge import train
+from jaxfusion.training.evaluate import load_config, read_rows
 
 config = default_config()
 config.fusion.name = "transformer_softmax"
 config.projector.name, config.projector.warm_start = "ffn", WARM_START
-config.data.task, config.data.train_rows, config.data.dev_rows = TASK, TRAIN_ROWS, 50
+config.data.task, config.data.train_rows, config.data.dev_rows = TASK, TRAIN_ROWS, 48
 if DATA:
     config.data.path = DATA
 config.data.buckets, config.data.max_encoder_tokens = TOKENS, max(TOKENS)
 config.data.max_decoder_tokens = 16
-config.eval.batch_size, config.eval.max_new_tokens = 50, 4 if POCKET else 8
+config.eval.batch_size, config.eval.max_new_tokens = 48, 4 if POCKET else 8
 config.eval.max_encoder_tokens = 64 if POCKET else 256
 config.train.batch_size, config.train.steps = BATCH, STEPS
 config.train.log_every = config.train.checkpoint_every = max(STEPS // 5, 20)
@@ -134,6 +135,8 @@ if BRIDGE is None:
         config.encoder.remat = config.decoder.remat = "full"
     config.encoder.checkpoint, config.decoder.checkpoint = encoder, llm
     train(make_inputs(from_config_dict(config)), WORK / "bridge")
+else:
+    converted(load_config(Path(BRIDGE)).encoder.checkpoint)  # if this session lacks it
 
 # %% [markdown]
 # ## Which layers the fusion takes of each token
@@ -141,6 +144,8 @@ if BRIDGE is None:
 # Weights in %, a column for each layer of the encoder.
 
 # %%
+from html import escape
+
 from IPython.display import HTML, Image, Markdown, display
 
 from jaxfusion.evaluation.page import token_table
@@ -148,7 +153,7 @@ from jaxfusion.training.explore import open_bridge
 
 bridge = open_bridge(Path(BRIDGE or WORK / "bridge"))
 for language, sentence in SENTENCES.items():
-    display(HTML(f"<h4>{language}: <span dir='auto'>{sentence}</span></h4>"
+    display(HTML(f"<h4>{language}: <span dir='auto'>{escape(sentence)}</span></h4>"
                  + token_table(bridge.layers_of(sentence))))
 
 # %% [markdown]
@@ -162,7 +167,6 @@ for language, sentence in SENTENCES.items():
 # %%
 from jaxfusion.evaluation.layers import found_translations
 from jaxfusion.evaluation.pictures import draw_by_layer, draw_sentences
-from jaxfusion.training.evaluate import read_rows
 
 rows = read_rows(bridge.model.config, (), LANGUAGES, ROWS, None)[TASK]
 texts = {language: [row.query for row in found] for language, found in rows.items()}

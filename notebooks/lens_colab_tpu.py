@@ -73,9 +73,9 @@ WORK = work_folder("lens", POCKET)
 # needs another folder: change the name in the cell above.
 
 # %%
-CENTRAL, TARGETS = "en", ("sw", "ta", "th")
+CENTRAL, TARGETS = "en", ("sw", "ta", "zh")
 SENTENCES = "NTREX/NTREX-128/newstest2019-{language}.txt"
-COLUMNS = {"en": "src.eng", "sw": "ref.swa", "ta": "ref.tam", "th": "ref.tha"}
+COLUMNS = {"en": "src.eng", "sw": "ref.swa", "ta": "ref.tam", "zh": "ref.zho-CN"}
 TASK, TASK_PATH = "xcopa", None
 PROBE_ROWS, TRAIN_ROWS, TEXT_ROWS, TASK_ROWS = 1000, 400, 200, 500
 BATCH, STEPS, BLOCKS, RATE = 8, 100, 2, 1e-5
@@ -84,7 +84,7 @@ WANTED = None  # or an LLM of your own choice: "meta-llama/Llama-3.2-1B-Instruct
 if POCKET:
     TARGETS, SENTENCES, COLUMNS = ("latn_a", "deva"), "made:pocket", {}
     TASK, TASK_PATH = "pocket_nli", "made:pocket"
-    PROBE_ROWS, TRAIN_ROWS, TEXT_ROWS, TASK_ROWS = 100, 100, 50, 100
+    PROBE_ROWS, TRAIN_ROWS, TEXT_ROWS, TASK_ROWS = 96, 96, 48, 96
     STEPS, RATE = 40, 1e-4
 elif not os.path.isdir("NTREX"):
     get_ipython().system("git clone -q --depth 1 https://github.com/MicrosoftTranslator/NTREX")
@@ -126,7 +126,7 @@ config.lens.blocks = BLOCKS
 config.train.batch_size, config.train.steps = BATCH, STEPS
 config.train.log_every = config.train.checkpoint_every = STEPS // 2
 config.train.eval_every = STEPS
-config.eval.batch_size = 50 if POCKET else 16
+config.eval.batch_size = 48 if POCKET else 16
 for group in config.optimizer.groups.values():
     group.learning_rate = RATE
 
