@@ -20,7 +20,7 @@ def test_the_site_builds_without_a_warning(tmp_path):
     """Every reference between pages, and the API's docstrings."""
     copy = tmp_path / "docs"  # the API's pages are written among the others
     subprocess.run(["cp", "-r", str(ROOT / "docs"), str(copy)], check=True)
-    for name in ("jaxfusion", "configs", "benchmarks", "pocket", "README.md"):
+    for name in ("jaxfusion", "configs", "benchmarks", "notebooks", "pocket", "README.md"):
         (tmp_path / name).symlink_to(ROOT / name)
     done = subprocess.run(
         [sys.executable, "-m", "sphinx", "-W", "-q", "-b", "html", copy, tmp_path / "out"],
