@@ -26,7 +26,7 @@
 # A T4 has no bfloat16 arithmetic: weights are kept in it, products go by way of float32 and are
 # slower. About 10 GB of disk.
 #
-# **How long it takes.** On two CPU cores in pocket mode (`POCKET=1`) about a minute. On an
+# **How long it takes.** On two CPU cores in pocket mode (`POCKET=1`) a minute and a half. On an
 # accelerator it depends on the models, on `TRAIN_ROWS` and on `TEST_ROWS`; the training cell
 # prints the time left. It is safe to close: run all cells again, and it goes on where it stood.
 #
@@ -36,7 +36,7 @@
 import os
 
 REPOSITORY = "https://github.com/jaxfusion/jaxfusion"
-POCKET = os.environ.get("POCKET") == "1"  # miniatures that a CPU trains in a minute
+POCKET = os.environ.get("POCKET") == "1"  # miniatures, for a CPU
 if not POCKET:
     extra = "cuda" if os.path.exists("/dev/nvidia0") else "tpu"
     package = f"jaxfusion[{extra}] @ git+{REPOSITORY}"

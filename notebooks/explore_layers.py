@@ -35,7 +35,7 @@
 import os
 
 REPOSITORY = "https://github.com/jaxfusion/jaxfusion"
-POCKET = os.environ.get("POCKET") == "1"  # miniatures that a CPU trains in a minute
+POCKET = os.environ.get("POCKET") == "1"  # miniatures, for a CPU
 if not POCKET:
     extra = "cuda" if os.path.exists("/dev/nvidia0") else "tpu"
     package = f"jaxfusion[{extra}] @ git+{REPOSITORY}"

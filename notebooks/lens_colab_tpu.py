@@ -28,7 +28,7 @@
 # A T4 has no bfloat16 arithmetic: weights are kept in it, products go by way of float32 and are
 # slower. About 10 GB of disk.
 #
-# **How long it takes.** On two CPU cores in pocket mode (`POCKET=1`) about a minute. On an
+# **How long it takes.** On two CPU cores in pocket mode (`POCKET=1`) about half a minute. On an
 # accelerator it depends on the LLM and the number of rows. It is safe to close: run all cells
 # again, and it goes on with what is there.
 #
@@ -40,7 +40,7 @@
 import os
 
 REPOSITORY = "https://github.com/jaxfusion/jaxfusion"
-POCKET = os.environ.get("POCKET") == "1"  # a miniature that a CPU does in a minute
+POCKET = os.environ.get("POCKET") == "1"  # a miniature, for a CPU
 if not POCKET:
     extra = "cuda" if os.path.exists("/dev/nvidia0") else "tpu"
     package = f"jaxfusion[{extra}] @ git+{REPOSITORY}"

@@ -2,6 +2,7 @@
 
 from contextlib import nullcontext
 from functools import partial
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -126,3 +127,12 @@ def test_cudnn_itself_equals_the_plain_form(case):
     plain = plain_attention(q, k, v, masked(ids, pattern), scale=pattern.scale, bias=bias)
     real = ids != 0
     assert relative(ours[real].astype(np.float32), plain[real].astype(np.float32)) < 2e-2
+
+
+@pytest.mark.parametrize("capability, head_dim, kernel", [
+    ("7.5", 64, "plain"), ("8.0", 64, "cudnn"), ("8.0", 256, "plain"), ("9.0", 256, "cudnn")])
+def test_cudnn_is_for_gpus_and_heads_that_it_has_kernels_for(
+        monkeypatch, capability, head_dim, kernel):
+    gpu = SimpleNamespace(compute_capability=capability)
+    monkeypatch.setattr(jax, "devices", lambda: [gpu])
+    assert attention.usable("cudnn", 4, 128, head_dim, jnp.bfloat16) == kernel
