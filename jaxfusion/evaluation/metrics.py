@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from scipy.stats import binomtest
 
 Z95 = 1.959963984540054  # the normal distribution's 97.5% quantile
 
@@ -59,6 +58,8 @@ def mcnemar(before: np.ndarray, after: np.ndarray) -> float:
     Args:
       before, after: [rows] 0 or 1.
     """
+    from scipy.stats import binomtest  # slow to import, and training needs none of it
+
     gained, lost = int(np.sum(after > before)), int(np.sum(after < before))
     return float(binomtest(gained, gained + lost).pvalue) if gained + lost else 1.0
 
