@@ -41,6 +41,7 @@ CHOICE_SEEDS, CHOICE_ROWS = range(2), 300  # for the choice of a layer
 SEEDS = range(10, 20)
 ENGLISH_MARGIN = 0.03  # a bridge that has lost less than so much has kept its English
 ALPHA = 0.05
+CHANCE = 1 / 3
 PAPER = ("global_softmax", "transformer_softmax")
 LAYER = "best layer"
 NOISE = 0.6  # chosen on the development languages
@@ -195,6 +196,22 @@ def confirm(workdir: Path, every: dict[str, Config]) -> list[dict[str, Any]]:
     return judge(rows, CONFIRMED)
 
 
+def missed(result: dict[str, Any]) -> list[str]:
+    """The targets of the quickstart's world that the figures miss, a line each."""
+    def mean(model: str, group: str) -> float:
+        return result["accuracy"][model][group]["mean"]
+
+    best = max(mean(name, "reported") for name in PAPER)
+    targets = {
+        "the LLM alone has at least 90 in English": mean("LLM alone", "English") >= 0.90,
+        "the LLM alone is within 5 points of chance elsewhere":
+            abs(mean("LLM alone", "reported") - CHANCE) <= 0.05,
+        "the best fusion is at least 25 points above chance": best >= CHANCE + 0.25,
+        "`last` is at least 15 points above chance": mean("last", "reported") >= CHANCE + 0.15,
+    }
+    return [f"MISSED: {name}" for name, met in targets.items() if not met]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("workdir", type=Path)
@@ -219,6 +236,7 @@ def main() -> None:
     print(text)
     if args.out:
         args.out.write_text(text + "\n", "utf-8")
+    print("\n".join(missed(result)) or "all targets are met")
 
 
 if __name__ == "__main__":
