@@ -23,6 +23,7 @@ from jaxfusion.evaluation.runs import compare_runs, read_models
 from jaxfusion.testing.debug import make_inputs
 from jaxfusion.training import answer as answering
 from jaxfusion.training.answer import answer_file
+from jaxfusion.training.bridge import read_data
 from jaxfusion.training.compare import check_unseen, compare, report
 from jaxfusion.training.evaluate import evaluate, load_config, places, seen_by
 
@@ -129,7 +130,8 @@ def test_a_row_that_was_trained_on_is_named(bridge, tmp_path, caplog):
     with (rows / "train-en.jsonl").open("a") as file:
         file.write(json.dumps(test_row) + "\n")
     with pytest.raises(InputError, match="test row 3 of 'xnli' in 'en' was trained on"):
-        check_unseen(replace(config, data=replace(config.data, path=str(rows))), 6)
+        again = replace(config, data=replace(config.data, path=str(rows)))
+        check_unseen(again, 6, read_data(again)[2])
     # What an earlier stage was trained on counts, too.
     second = replace(config, train=replace(config.train, init_from=str(copy)))
     assert np.isin(fingerprints([query]), seen_by(second, tmp_path / "second")).all()

@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 
-from jaxfusion.data.seen import fingerprints
 from jaxfusion.errors import InputError, choose
 from jaxfusion.evaluation.comparison import Comparison
 from jaxfusion.evaluation.groups import standard_groups
@@ -191,13 +190,14 @@ def _check_rows(task: str, language: str, models: Models) -> None:
     """Raises InputError unless all runs were scored on the same rows in the same order."""
     every = [(run.place, run.details[task][language]) for runs in models.values() for run in runs]
     (first, theirs), *others = [
-        (place, fingerprints(f"{query}\n{target}" for query, target in zip(
-            found["queries"], found["targets"], strict=True))) for place, found in every]
+        (place, [*zip(found["queries"], found["targets"], strict=True)]) for place, found in every]
     for place, rows in others:
         if len(rows) != len(theirs):
             raise InputError(
                 f"{task} {language}: {first} was scored on {len(theirs)} rows, {place} on "
                 f"{len(rows)}; score both with the same --limit and the same rows")
-        if (rows != theirs).any():
-            raise InputError(f"{task} {language}: row {int(np.argmax(rows != theirs)) + 1} is "
-                             f"another in {first} than in {place}; score both on the same rows")
+        if rows != theirs:
+            number = next(i for i, pair in enumerate(zip(rows, theirs, strict=True), start=1)
+                          if pair[0] != pair[1])
+            raise InputError(f"{task} {language}: row {number} is another in {first} than in "
+                             f"{place}; score both on the same rows")

@@ -11,6 +11,7 @@ from typing import Any
 from jaxfusion import config as configs
 from jaxfusion.config import variants
 from jaxfusion.data.seen import fingerprints
+from jaxfusion.data.sources import Example
 from jaxfusion.data.task import Task
 from jaxfusion.data.tasks import NLI_PROMPT, check_languages, get_task
 from jaxfusion.errors import InputError
@@ -44,7 +45,8 @@ def compare(config: CompareConfig, workdir: Path) -> Comparison:
     runs = variants(config)
     check(config, runs)
     check_workdir(config, workdir)
-    check_unseen(config.base, config.rows)
+    _, task, trained, _ = read_data(config.base)
+    check_unseen(config.base, config.rows, trained)
     workdir.mkdir(parents=True, exist_ok=True)
     configs.save(config, workdir / CONFIG_FILE)
     seconds = {}
@@ -61,7 +63,8 @@ def compare(config: CompareConfig, workdir: Path) -> Comparison:
     seconds[LLM_ALONE] = {"score": time.monotonic() - start}
     models = read_variants(config, workdir)
     scored = models[LLM_ALONE][0].details[config.base.data.task]
-    comparison = side_by_side(config, models, _baselines(config, scored))
+    baselines = _baselines(task, trained, scored.get(config.base.data.language))
+    comparison = side_by_side(config, models, baselines)
     figures = {**as_json(comparison), "table": markdown(comparison), "seconds": seconds}
     write_whole(workdir / "report.json", json.dumps(figures, indent=2) + "\n")
     write_page([comparison], models, workdir, f"{comparison.task}: {workdir.name}")
@@ -122,11 +125,12 @@ def check(config: CompareConfig, runs: dict[str, Config]) -> None:
         check_languages(task, names, config.base.tasks)
 
 
-def check_unseen(config: Config, limit: int | None) -> None:
-    """Raises InputError, before anything is trained, for a test row that will be trained on."""
-    rows = read_rows(config, (), (), limit, None)
-    trained = fingerprints(x.query for x in read_data(config)[2])
-    unseen(rows, trained, config.eval.drop_seen)
+def check_unseen(config: Config, limit: int | None, trained: list[Example]) -> None:
+    """Raises InputError, before anything is trained, for a test row among the training rows, unless
+    such rows are to be left out."""
+    if not config.eval.drop_seen:
+        rows = read_rows(config, (), (), limit, None)
+        unseen(rows, fingerprints(x.query for x in trained), drop=False)
 
 
 def side_by_side(
@@ -142,25 +146,27 @@ def side_by_side(
                      f"regression onto the LLM's embeddings ({', '.join(warm)}).")
     if config.development:
         notes.append(f"Recipes were chosen on {', '.join(config.development)}; no mean has them.")
-    found = next(c for c in compare_runs(models, scoring) if c.task == name)
+    found = next((c for c in compare_runs(models, scoring) if c.task == name), None)
+    if found is None:
+        raise InputError(f"task '{name}' is not counted by '{scoring}'; leave --scoring out")
     groups = {group: kept for group, names in config.groups.items()
               if (kept := tuple(x for x in names if x in found.languages))}
     return replace(found, groups=groups if config.groups else found.groups,
                    reference=next(iter(runs)), notes=(*found.notes, *notes), baselines=baselines)
 
 
-def _baselines(config: CompareConfig, details: dict[str, dict[str, Any]]) -> dict[str, float]:
+def _baselines(
+    task: Task, trained: list[Example], details: dict[str, Any] | None
+) -> dict[str, float]:
     """Accuracy of the most frequent label, and for inference of a lookup of the surface.
 
     Args:
-      details: of the rows that were scored, by language.
+      details: of the scored rows in the language of training; None where there are none.
     """
-    _, task, train_rows, _ = read_data(config.base)
-    language = config.base.data.language
-    if not task.labels or language not in details:
+    if not task.labels or details is None:
         return {}
-    scored = zip(details[language]["queries"], details[language]["targets"], strict=True)
-    rows = [[(x.query, x.target) for x in train_rows], list(scored)]
+    scored = zip(details["queries"], details["targets"], strict=True)
+    rows = [[(x.query, x.target) for x in trained], list(scored)]
     found = {"the most frequent label": [[{"label": label} for _, label in part] for part in rows]}
     features = {"the most frequent label": lambda row: ()}
     if task.prompt == NLI_PROMPT:
