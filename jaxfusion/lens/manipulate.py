@@ -6,20 +6,20 @@ the same compiled step.
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
-from jaxtyping import Array
+from jaxtyping import Array, Float, Int
 
 from jaxfusion.fields import LensConfig
-from jaxfusion.lens.keep import Kept, last_and_mean
+from jaxfusion.lens.keep import Kept, cut, last_and_mean, split, top
 from jaxfusion.lens.losses import Goal, align, retain, separate
 from jaxfusion.lens.probe import Probe
-from jaxfusion.nn.decoder import Decoder
+from jaxfusion.nn.decoder import Decoder, weigh
 from jaxfusion.sharding.rules import constrain
 
 
@@ -42,18 +42,40 @@ class Manipulation:
         Args:
           params: `decoder`, and `lens` of `aims`.
         """
-        rows, languages = batch.last.shape
-        hidden, positions, segments, last = _flat(batch)
-        states, _ = self.upper.apply({"params": params["decoder"]}, hidden, positions, segments,
-                                     last_and_mean(last, segments), method="states")
-        states = states.reshape(len(states), rows, languages, *states.shape[2:])
         aims, total = params["lens"], 0.0
-        for layer in self.layers:
-            goal, at = Goal(**aims["goals"][str(layer)]), states[layer, :, :, 0]
+        for layer, (at, mean) in zip(self.layers, self.states(params["decoder"], batch),
+                                     strict=True):
+            goal = Goal(**aims["goals"][str(layer)])
             total += aims["align"] * align(at, goal)
             total += aims["separate"] * separate(at, batch.before[:, :, layer], goal)
-            total += aims["retain"] * retain(states[layer, :, 0, 1], batch.mean[:, layer])
-        return jnp.mean(total), jnp.array(rows)
+            total += aims["retain"] * retain(mean, batch.mean[:, layer])
+        return jnp.mean(total), jnp.array(len(batch.last))
+
+    def states(self, params, batch: Kept) -> list[tuple[Array, Array]]:
+        """Behind every layer the prompts' last states [R C E], and the central ones' mean [R E].
+
+        In the last block only central prompts run whole, for their mean: of the others nothing but
+        the last slot is asked for.
+        """
+        rows, languages = batch.last.shape
+        flat = _flat(batch)
+        read = last_and_mean(flat.last, flat.segments)
+        hidden, below = run_below_last(self.upper, params, flat, read)
+
+        def of(central: bool) -> Flat:
+            chosen = slice(0, 1) if central else slice(1, None)
+            return jax.tree.map(lambda x: x.reshape(rows, languages, *x.shape[1:])[:, chosen]
+                                .reshape(-1, *x.shape[1:]), replace(flat, hidden=hidden))
+
+        central, targets = of(True), of(False)
+        whole = run_last(self.upper, params, central)
+        ends = run_last(self.upper, params, targets, targets.last[:, None])
+        last, mean = jnp.moveaxis(weigh(last_and_mean(central.last, central.segments), whole), 1, 0)
+        ends = ends.reshape(rows, languages - 1, -1)
+        found = [(jnp.concatenate([last[:, None], ends], axis=1), mean)]
+        below = below.reshape(len(below), rows, languages, *below.shape[2:])
+        found = [(x[:, :, 0], x[:, 0, 1]) for x in below] + found
+        return [found[layer] for layer in self.layers]
 
 
 @dataclass(frozen=True)
@@ -64,24 +86,62 @@ class Supervised:
 
     def loss(self, params: dict[str, Any], batch: Kept, key: Array | None = None):
         """The loss, and the number of answers' tokens."""
-        hidden, positions, segments, last = _flat(batch)
+        flat, decoder = _flat(batch), params["decoder"]
         slots, tokens, answered = (
-            x.reshape(len(last), -1) for x in (batch.slots, batch.tokens, batch.answered))
-        decoder = {"params": params["decoder"]}
-        final, _ = self.upper.apply(decoder, hidden, positions, segments)
-        wanted = jnp.take_along_axis(final, slots[:, :, None], axis=1)
-        logits = self.upper.apply(decoder, wanted, method="logits")
+            x.reshape(len(flat.last), -1) for x in (batch.slots, batch.tokens, batch.answered))
+        hidden, _ = run_below_last(self.upper, decoder, flat)
+        wanted = run_last(self.upper, decoder, replace(flat, hidden=hidden), slots)
+        logits = self.upper.apply({"params": decoder}, wanted, method="logits")
         chances = jnp.take_along_axis(jax.nn.log_softmax(logits), tokens[:, :, None], axis=-1)
         count = jnp.sum(answered)
         return -jnp.sum(jnp.where(answered, chances[..., 0], 0.0)) / jnp.maximum(count, 1), count
 
 
-def _flat(batch: Kept) -> list[Array]:
-    """Hidden states, positions, segments and last slots, languages side by side as rows."""
+@dataclass(frozen=True)
+class Flat:
+    """What the blocks read of R prompts in C languages, side by side as B = R C rows."""
+
+    hidden: Float[Array, "B N E"]
+    positions: Int[Array, "B N"]
+    segments: Int[Array, "B N"]
+    last: Int[Array, "B"]
+
+
+jax.tree_util.register_dataclass(
+    Flat, data_fields=list(Flat.__dataclass_fields__), meta_fields=[])
+
+
+def _flat(batch: Kept) -> Flat:
     rows, languages = batch.last.shape
     hidden, *others = (x.reshape(rows * languages, *x.shape[2:]) for x in (
         batch.hidden, batch.positions, batch.segments, batch.last))
-    return [constrain(hidden, "rows", None, None), *others]
+    return Flat(constrain(hidden, "rows", None, None), *others)
+
+
+def run_below_last(
+    upper: Decoder, params, flat: Flat, read: Float[Array, "B P N"] | None = None
+) -> tuple[Float[Array, "B N E"], Float[Array, "n B P E"] | None]:
+    """All trained blocks but the last: what that one reads, and behind each the sums over the slots
+    by the weights `read`."""
+    blocks = upper.config.num_layers - 1
+    if not blocks:
+        sums = None if read is None else jnp.zeros((0, *read.shape[:2], flat.hidden.shape[-1]))
+        return flat.hidden, sums
+    below = upper.clone(config=split(upper.config, 1)[0])
+    hidden, _, states, _ = below.apply(
+        {"params": cut(params, 0, blocks)}, flat.hidden, flat.positions, flat.segments, read=read,
+        method="run")
+    return hidden, states
+
+
+def run_last(
+    upper: Decoder, params, flat: Flat, at: Int[Array, "B Q"] | None = None
+) -> Float[Array, "B Q E"]:
+    """The last block and the final norm, at the slots `at` alone; None is all."""
+    blocks = upper.config.num_layers
+    last = top(upper, 1) if blocks > 1 else upper
+    return last.apply({"params": cut(params, blocks - 1, blocks)}, flat.hidden, flat.positions,
+                      flat.segments, at=at)[0]
 
 
 def make_goals(

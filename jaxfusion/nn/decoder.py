@@ -11,8 +11,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxfusion.nn.attention import FUSED, Pattern, capped, plain_attention, usable
 from jaxfusion.nn.layers import (
-    Einsum,
     Embedding,
+    Linear,
     RMSNorm,
     fan_in_normal,
     rematerialised,
@@ -146,19 +146,19 @@ class SelfAttention(nn.Module):
     attention: str
 
     @nn.compact
-    def __call__(self, x, turn, mask, segments, kind, kv, start):
+    def __call__(self, x, turn, mask, segments, kind, kv, start, at):
         c = self.config
-        into = partial(Einsum, "bnd,dkh->bnkh", init=fan_in_normal(c.d_model), dtype=self.dtype,
+        into = partial(Linear, init=fan_in_normal(c.d_model), dtype=self.dtype,
                        bias_init=nn.initializers.normal(0.5) if c.qkv_bias else None)
         into_q = partial(into, (c.d_model, c.num_heads, c.head_dim),
                          ("embed", "heads", "head_dim"))
         into_kv = partial(into, (c.d_model, c.num_kv_heads, c.head_dim),
                           ("embed", "kv_heads", "head_dim"))
-        q, k, v = into_q(name="q")(x), into_kv(name="k")(x), into_kv(name="v")(x)
+        q, k, v = into_q(name="q")(pick(x, at)), into_kv(name="k")(x), into_kv(name="v")(x)
         if c.qk_norm:
             norm = partial(RMSNorm, c.norm_eps, self.dtype, c.norm_offset)
             q, k = norm(name="q_norm")(q), norm(name="k_norm")(k)
-        q, k = rotate(q, turn), rotate(k, turn)
+        q, k = rotate(q, tuple(pick(table, at) for table in turn)), rotate(k, turn)
         if kv is not None:
             write = jax.lax.dynamic_update_slice_in_dim
             k = write(kv[0], k.astype(kv[0].dtype), start, axis=1)
@@ -174,9 +174,9 @@ class SelfAttention(nn.Module):
             ]
             mixed = every[0](q, k, v, segments) if len(every) == 1 else jax.lax.switch(
                 kind, every, q, k, v, segments)
-        out = Einsum(
-            "bnkh,khd->bnd", (c.num_heads, c.head_dim, c.d_model), ("heads", "head_dim", "embed"),
-            fan_in_normal(c.num_heads * c.head_dim), self.dtype, name="o",
+        out = Linear(
+            (c.num_heads, c.head_dim, c.d_model), ("heads", "head_dim", "embed"),
+            fan_in_normal(c.num_heads * c.head_dim), self.dtype, inputs=2, name="o",
         )(mixed)
         return out, None if kv is None else (k, v)
 
@@ -191,13 +191,13 @@ class FeedForward(nn.Module):
     def __call__(self, x):
         c = self.config
         into = partial(
-            Einsum, "bnd,df->bnf", (c.d_model, c.d_ff), ("embed", "mlp"),
+            Linear, (c.d_model, c.d_ff), ("embed", "mlp"),
             fan_in_normal(c.d_model), self.dtype,
         )
         hidden = ACTIVATIONS[c.activation](into(name="gate")(x)) * into(name="up")(x)
         hidden = constrain(hidden, "batch", "length", "mlp")
-        return Einsum(
-            "bnf,fd->bnd", (c.d_ff, c.d_model), ("mlp", "embed"),
+        return Linear(
+            (c.d_ff, c.d_model), ("mlp", "embed"),
             fan_in_normal(c.d_ff), self.dtype, name="down",
         )(hidden)
 
@@ -208,14 +208,20 @@ def weigh(read: Float[Array, "B P N"], x: Float[Array, "B N E"]) -> Float[Array,
                       precision=jax.lax.Precision.HIGHEST)
 
 
+def pick(x: Float[Array, "B N D"], at: Int[Array, "B Q"] | None) -> Float[Array, "B Q D"]:
+    """The slots `at` of every row; None is all."""
+    return x if at is None else jnp.take_along_axis(x, at[:, :, None], axis=1)
+
+
 class Block(nn.Module):
     """One pre-norm block, in the form `nn.scan` wants: x is carried, its cache scanned over.
 
     `kind` picks the block's rotary tables and mask out of those of all kinds; without masks the
     kernel named `attention` reads the segments. What block number `hold` reads is carried along,
-    where that is wanted. Emits its cache and, where `read` [B P N] weighs
-    the slots of every row, P sums over the residual stream. A variable collection `edits` may add a
-    vector to the stream behind the block, and take out what lies in a subspace (see `make_edits`).
+    where that is wanted. Emits its cache and, where `read` [B P N] weighs the slots of every row, P
+    sums over the residual stream; or, with `at`, the stream at these slots, and the others are only
+    attended to. A variable collection `edits` may add a vector to the stream behind the block, and
+    take out what lies in a subspace (see `make_edits`).
     """
 
     config: DecoderConfig
@@ -223,7 +229,7 @@ class Block(nn.Module):
     attention: str
 
     @nn.compact
-    def __call__(self, carried, kv, kind, number, turns, masks, segments, start, read, hold):
+    def __call__(self, carried, kv, kind, number, turns, masks, segments, start, read, hold, at):
         c, (x, held) = self.config, carried
         if held is not None:
             held = jnp.where(number == hold, x, held)
@@ -234,8 +240,8 @@ class Block(nn.Module):
         after = norm if c.post_norms else lambda name: lambda h: h
         h = norm(name="attn_norm")(x)
         attend = SelfAttention(c, self.dtype, self.attention, name="attn")
-        h, kv = attend(h, turn, mask, segments, kind, kv, start)
-        x = x + after(name="attn_post_norm")(h)
+        h, kv = attend(h, turn, mask, segments, kind, kv, start, at)
+        whole, x = x, pick(x, at) + after(name="attn_post_norm")(h)
         h = norm(name="mlp_norm")(x)
         h = FeedForward(c, self.dtype, name="mlp")(h)
         x = x + after(name="mlp_post_norm")(h)
@@ -243,6 +249,8 @@ class Block(nn.Module):
             basis = self.get_variable("edits", "basis").astype(x.dtype)
             x = x + self.get_variable("edits", "shift").astype(x.dtype) - (x @ basis) @ basis.T
         x = constrain(x, "batch", "length", None)
+        if at is not None:
+            return (whole, held), (kv, x)
         return (x, held), (kv, None if read is None else weigh(read, x))
 
 
@@ -273,7 +281,7 @@ class Decoder(nn.Module):
         self.blocks = nn.scan(
             rematerialised(Block, self.remat), variable_axes={"params": 0, "edits": 0},
             split_rngs={"params": True}, length=c.num_layers,
-            in_axes=(0, 0, 0, *[nn.broadcast] * 6), metadata_params={nn.PARTITION_NAME: "layers"},
+            in_axes=(0, 0, 0, *[nn.broadcast] * 7), metadata_params={nn.PARTITION_NAME: "layers"},
         )(c, self.dtype, self.attention, name="blocks")
         self.final_norm = RMSNorm(c.norm_eps, self.dtype, c.norm_offset, name="final_norm")
         if not c.tie_embeddings:
@@ -291,6 +299,7 @@ class Decoder(nn.Module):
         segments: Int[Array, "B N"],
         cache: Cache | None = None,
         start: Int[Array, ""] | int = 0,
+        at: Int[Array, "B Q"] | None = None,
     ) -> tuple[Float[Array, "B N E"], Cache | None]:
         """Hidden states after the final norm.
 
@@ -300,16 +309,18 @@ class Decoder(nn.Module):
           segments: 0 at padding; tokens see only their own segment.
           cache: what came before; the new tokens are written from slot `start` on.
           start: first slot of the new tokens in the cache, the same for every row.
+          at: slots whose states are wanted, of a decoder of one block: the others' are not computed
+            beyond their keys and values. None is all.
 
         Returns:
           Hidden states, and the cache with the new tokens in it (None if none was given).
         """
-        x, new_cache, _, _ = self.run(embeddings, positions, segments, cache, start)
+        x, new_cache, _, _ = self.run(embeddings, positions, segments, cache, start, at=at)
         return self.final_norm(x), new_cache
 
     def run(
         self, embeddings, positions, segments, cache: Cache | None = None, start=0, read=None,
-        hold: int | None = None,
+        hold: int | None = None, at=None,
     ) -> tuple[
         Float[Array, "B N E"], Cache | None, Float[Array, "L B P E"] | None,
         Float[Array, "B N E"] | None,
@@ -317,7 +328,8 @@ class Decoder(nn.Module):
         """All blocks without the final norm.
 
         Args:
-          read: [B P N] weights of the slots. hold: a block's number, from 0 on.
+          read: [B P N] weights of the slots. hold: a block's number, from 0 on. at: see
+            `__call__`.
 
         Returns:
           The residual stream, the cache, behind every block the sums over the stream's slots by the
@@ -331,10 +343,10 @@ class Decoder(nn.Module):
             kv = (cache.k, cache.v)
         c, real = self.config, segments != 0
         most = jnp.max(jnp.where(real, positions, 0), axis=1)
-        kernel = "plain" if cache is not None else usable(
+        kernel = "plain" if cache is not None or at is not None else usable(
             self.attention, *positions.shape, c.head_dim, self.dtype, c.attn_cap)
         masks = None if kernel != "plain" else jnp.stack([
-            causal_mask(positions, segments, k_positions, k_segments, window)
+            pick(causal_mask(positions, segments, k_positions, k_segments, window), at)
             for window in c.kinds
         ])
         ropes = [c.local_rope if window and c.local_rope else c.rope for window in c.kinds]
@@ -344,7 +356,8 @@ class Decoder(nn.Module):
         carried = x, None if hold is None else jnp.zeros_like(x)
         (x, held), (kv, states) = self.blocks(
             carried, kv, jnp.array(c.kind_of_layer), jnp.arange(c.num_layers), turns, masks,
-            segments, start, read, hold)
+            segments, start, read, hold, at)
+        x = x if at is None else states[0]
         cache = None if cache is None else Cache(*kv, k_positions, k_segments)
         return x, cache, states, held
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Bool, Float
 
-from jaxfusion.nn.layers import Einsum, named, symmetric_uniform
+from jaxfusion.nn.layers import Linear, named, symmetric_uniform
 
 
 class GlobalSoftmax(nn.Module):
@@ -84,11 +84,11 @@ class TransformerSoftmax(nn.Module):
         names = ("bridge_in", "bridge_out")[-len(shape) :]
         return self.param(name, named(init, *names), shape, self.dtype)
 
-    def _linear(self, d_in: int, d_out: int, name: str) -> Einsum:
+    def _linear(self, d_in: int, d_out: int, name: str) -> Linear:
         """`nn.Linear` with PyTorch's initialisation."""
         init = symmetric_uniform(d_in**-0.5)
         names = ("bridge_in", "bridge_out")
-        return Einsum("bsd,de->bse", (d_in, d_out), names, init, self.dtype, init, name=name)
+        return Linear((d_in, d_out), names, init, self.dtype, init, name=name)
 
     def _attend(self, states, cls, p, drop) -> Float[Array, "B S D"]:
         """The cls row's attention output `W_o (W_v c + b_v Σa) + b_o`."""

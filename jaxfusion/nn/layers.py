@@ -1,7 +1,6 @@
 """Layers that both towers share. Einsum letters: docs/architecture.md."""
 
 import math
-import re
 from collections.abc import Callable
 
 import jax
@@ -47,36 +46,37 @@ def rematerialised(block: type[nn.Module], remat: str) -> type[nn.Module]:
     return nn.remat(block, policy=REMAT_POLICIES[remat], prevent_cse=False)
 
 
-class Einsum(nn.Module):
-    """A linear map, written as an einsum between the input and one kernel.
+class Linear(nn.Module):
+    """A linear map of an input's last axes.
 
     Attributes:
-      equation: e.g. `'bsd,dnh->bsnh'`; the kernel's output axes come last in the result.
-      shape: the kernel's shape.
+      shape: the kernel's: axes that are read, then those that come out.
       names: the kernel's logical axes.
       init: the kernel's initialiser.
       bias_init: the bias's initialiser; None has no bias.
+      inputs: how many of the kernel's axes are read.
     """
 
-    equation: str
     shape: tuple[int, ...]
     names: Names
     init: Callable
     dtype: jnp.dtype = jnp.float32
     bias_init: Callable | None = None
+    inputs: int = 1
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        init = named(self.init, *self.names)
-        kernel = self.param("kernel", init, self.shape, self.dtype)
-        y = jnp.einsum(self.equation, x.astype(self.dtype), kernel.astype(self.dtype))
+        read, out = self.shape[: self.inputs], self.shape[self.inputs :]
+        kernel = self.param("kernel", named(self.init, *self.names), self.shape, self.dtype)
+        # One product of two matrices: gradients of einsums over more axes need transposed copies,
+        # which take CPUs as long as the products.
+        width = math.prod(read)
+        y = x.astype(self.dtype).reshape(-1, width) @ kernel.astype(self.dtype).reshape(width, -1)
+        y = y.reshape(*x.shape[: x.ndim - self.inputs], *out)
         if self.bias_init is None:
             return y
-        inputs, kernel_axes, outputs = re.split(",|->", self.equation)
-        kept = [i for i, axis in enumerate(kernel_axes) if axis in outputs and axis not in inputs]
-        shape, names = zip(*((self.shape[i], self.names[i]) for i in kept), strict=True)
-        init = named(self.bias_init, *names)
-        return y + self.param("bias", init, shape, self.dtype).astype(self.dtype)
+        init = named(self.bias_init, *self.names[self.inputs :])
+        return y + self.param("bias", init, out, self.dtype).astype(self.dtype)
 
 
 class RMSNorm(nn.Module):

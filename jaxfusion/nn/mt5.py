@@ -16,8 +16,8 @@ from jaxtyping import Array, Float, Int
 
 from jaxfusion.nn.attention import FUSED, Pattern, plain_attention, usable
 from jaxfusion.nn.layers import (
-    Einsum,
     Embedding,
+    Linear,
     RMSNorm,
     fan_in_normal,
     named,
@@ -86,7 +86,7 @@ class SelfAttention(nn.Module):
     def __call__(self, x, mask, segments, bias, deterministic):
         c = self.config
         shape, names = (c.d_model, c.num_heads, c.head_dim), ("embed", "heads", "head_dim")
-        into = partial(Einsum, "bsd,dnh->bsnh", shape, names, dtype=self.dtype)
+        into = partial(Linear, shape, names, dtype=self.dtype)
         q = into(init=fan_in_normal(c.d_model * c.head_dim), name="q")(x)
         k = into(init=fan_in_normal(c.d_model), name="k")(x)
         v = into(init=fan_in_normal(c.d_model), name="v")(x)
@@ -96,9 +96,9 @@ class SelfAttention(nn.Module):
             mixed = plain_attention(q, k, v, mask, scale=1.0, bias=bias, dropout=drop)
         else:
             mixed = FUSED[self.attention](q, k, v, segments, Pattern(False, 1.0), bias)
-        return Einsum(
-            "bsnh,nhd->bsd", shape[1:] + shape[:1], names[1:] + names[:1],
-            fan_in_normal(c.num_heads * c.head_dim), self.dtype, name="o",
+        return Linear(
+            shape[1:] + shape[:1], names[1:] + names[:1],
+            fan_in_normal(c.num_heads * c.head_dim), self.dtype, inputs=2, name="o",
         )(mixed)
 
 
@@ -113,14 +113,14 @@ class FeedForward(nn.Module):
     def __call__(self, x, deterministic):
         c = self.config
         into = partial(
-            Einsum, "bsd,df->bsf", (c.d_model, c.d_ff), ("embed", "mlp"),
+            Linear, (c.d_model, c.d_ff), ("embed", "mlp"),
             fan_in_normal(c.d_model), self.dtype,
         )
         hidden = jax.nn.gelu(into(name="gate")(x), approximate=True) * into(name="up")(x)
         hidden = constrain(hidden, "batch", "length", "mlp")
         hidden = nn.Dropout(self.dropout, deterministic=deterministic)(hidden)
-        return Einsum(
-            "bsf,fd->bsd", (c.d_ff, c.d_model), ("mlp", "embed"),
+        return Linear(
+            (c.d_ff, c.d_model), ("mlp", "embed"),
             fan_in_normal(c.d_ff), self.dtype, name="down",
         )(hidden)
 

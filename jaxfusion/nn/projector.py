@@ -12,17 +12,17 @@ from flax import linen as nn
 from jaxtyping import Array, Bool, Float
 
 from jaxfusion.nn.attention import plain_attention
-from jaxfusion.nn.layers import Einsum, named, symmetric_uniform
+from jaxfusion.nn.layers import Linear, named, symmetric_uniform
 
 # The hidden layer's activation; LangBridge's GELU is the exact (erf) one.
 ACTIVATIONS = {"ffn": partial(jax.nn.gelu, approximate=False), "mapping": jax.nn.relu}
 
 
-def linear(d_in: int, d_out: int, name: str, bias: bool = True) -> Einsum:
+def linear(d_in: int, d_out: int, name: str, bias: bool = True) -> Linear:
     """`nn.Linear` with PyTorch's initialisation, as the authors start it."""
     init = symmetric_uniform(d_in**-0.5)
     names = ("bridge_in", "bridge_out")
-    return Einsum("bsd,de->bse", (d_in, d_out), names, init, bias_init=init if bias else None,
+    return Linear((d_in, d_out), names, init, bias_init=init if bias else None,
                   name=name)
 
 
