@@ -6,18 +6,20 @@
 The top two blocks of a Llama train on prompts of a central language and one target, float32, AdamW
 with clipped gradients; weights are random and the same for all, and so are prompts and their order:
 
-  kept      `keep` reads every prompt once, then steps run the top blocks alone
+  kept      the model is loaded, `keep` reads every prompt once, the model leaves memory, and then
+            steps run the top blocks alone
   unkept    the same losses of two models of ours, trained and untouched: each step reads the
             batch's prompts with both, whole; gradients go into the top blocks alone; no logits
   torch     the same with two LlamaForCausalLM, as users run them: a language at a time, padded to
             its longest prompt of the batch, all hidden states, and logits that nobody reads
 
-A run is one setting of (λ, w), for `kept` with what it keeps; a sweep is 20, for `kept` from one
-reading. Of the others 2 settings are timed and the 20 extrapolated from them. Losses of the first 3
-steps must agree before anything is timed. Seconds are without those in which XLA compiled, which
-have a column of their own. Memory is what a short run of each, in a process of its own, has at its
-peak beyond what that process had after its imports: the models it loads are counted. At size `full`
-that run is of a wider model, whose weights are more than what XLA's compiler takes.
+A run is one setting of (λ, w), for `kept` with the loading and what it keeps; a sweep is 20, for
+`kept` from one reading. The others are loaded before the clock starts, and 2 of their settings are
+timed, the 20 extrapolated. Losses of the first 3 steps must agree before anything is timed. Seconds
+are without those in which XLA compiled, which have a column of their own. Memory is what a short
+run of each, in a process of its own, has at its peak beyond what that process had after its
+imports: the models it loads are counted. At size `full` that run is of a wider model, whose weights
+are more than what XLA's compiler takes.
 """
 
 import argparse
@@ -148,24 +150,23 @@ class Compilation:
 
 
 class Ours:
-    """What both contenders of ours share: a jitted step, and runs of it from the start on."""
+    """What both contenders of ours share: a jitted step, and runs of it from the start on.
+
+    Attributes:
+      top: parameters of the trained blocks and of what is no block, by path.
+      others: what else the loss reads, by path.
+    """
 
     def __init__(self, work: Work):
         self.work, (below, above) = work, split(work.size.shape, BLOCKS)
         self.decoder, self.lower, self.upper = map(Decoder, (work.size.shape, below, above))
-        self.first, params = below.num_layers, self.load()
-        top = flatten(decoder=cut(params, self.first, None))
-        self.groups = group_of_each(top, OPTIMIZER.groups)
-        self.trainable = {path: top[path] for path in self.groups}
-        self.frozen = {path: x for path, x in top.items() if path not in self.groups}
+        self.first = below.num_layers
+        top = jax.eval_shape(lambda: cut(random_params(work.size.shape, 0), self.first, None))
+        self.groups = group_of_each(flatten(decoder=top), OPTIMIZER.groups)
         self.optimizer = make_optimizer(OPTIMIZER, self.groups, work.size.steps)
-        self.set_up(params)
-        del params  # of two models, the second is loaded when the first is in its place
-        self.complete()
+        self.after = Manipulation(self.upper, (BLOCKS - 1,)).loss
         self.step = make_train_step(self.loss, self.optimizer, {})
-
-    def complete(self) -> None:
-        """What a contender loads besides."""
+        self.top, self.others = {}, {}
 
     def load(self) -> dict[str, Any]:
         """The decoder's parameters from the checkpoint."""
@@ -177,10 +178,13 @@ class Ours:
 
     def run(self, batches: KeptBatches, setting: Setting, steps: int) -> list[float]:
         """Trains from the start with one setting; returns the loss before every step."""
-        trainable = jax.tree.map(jnp.copy, self.trainable)  # the step takes its state's memory
+        # Copies: the step takes its state's memory.
+        trainable = {path: jnp.copy(self.top[path]) for path in self.groups}
         state = State(jnp.zeros((), jnp.int32), trainable, self.optimizer.init(trainable))
+        frozen = {path: x for path, x in self.top.items() if path not in self.groups}
         # A setting is an argument of the step: another one compiles nothing.
-        frozen, key, losses = self.frozen | self.work.aims(setting), jax.random.key(0), []
+        frozen |= self.others | self.work.aims(setting)
+        key, losses = jax.random.key(0), []
         for i in range(steps):
             state, metrics = self.step(state, frozen, batches[i], key)
             losses.append(metrics["loss"])
@@ -191,25 +195,28 @@ class Ours:
 class Cached(Ours):
     """The product's way."""
 
-    def set_up(self, params) -> None:
-        self.params = {"decoder": params}
-        self.loss = Manipulation(self.upper, (BLOCKS - 1,)).loss
-
     def prepare(self) -> KeptBatches:
-        kept = keep(Bridge(None, self.decoder, None, "last"), self.params, self.work.rows,
+        """Loads the model, keeps what the steps read, and lets the model go."""
+        params = self.load()
+        kept = keep(Bridge(None, self.decoder, None, "last"), {"decoder": params}, self.work.rows,
                     TOKENIZERS, BLOCKS, BATCH * len(LANGUAGES), self.work.size.buckets)
+        self.top = flatten(decoder=cut(params, self.first, None))
         return KeptBatches(kept, BATCH, 0, self.work.size.steps)
+
+    def loss(self, params: dict[str, Any], batch: Kept, key=None):
+        return self.after(params, batch)
 
 
 class Uncached(Ours):
     """Two models, both run whole in every step."""
 
-    def set_up(self, params) -> None:
-        self.frozen |= flatten(below=cut(params, 0, self.first))
-        self.after = Manipulation(self.upper, (BLOCKS - 1,)).loss
-
-    def complete(self) -> None:
-        self.frozen |= flatten(reference=self.load())  # a copy of its own, as two models have
+    def __init__(self, work: Work):
+        super().__init__(work)
+        params = self.load()
+        self.top = flatten(decoder=cut(params, self.first, None))
+        self.others = flatten(below=cut(params, 0, self.first))
+        del params  # the second model is loaded when the first is in its place
+        self.others |= flatten(reference=self.load())  # a copy of its own, as two models have
 
     def prepare(self) -> KeptBatches:
         return KeptBatches(self.work.prompts, BATCH, 0, self.work.size.steps)

@@ -117,7 +117,8 @@ def lens(result: dict[str, Any]) -> list[str]:
         f"short run at width {r['memory_width']} beyond the imports.",
         "", *table(["", "run", f"sweep of {settings}", "compilation", "memory"], rows), "",
         *table(["`kept`", "is", "wanted", ""], _lens_targets(r)), "",
-        "`kept` reads every prompt once, then its steps run the trained blocks; `unkept` is the "
+        "`kept` loads the model, reads every prompt once and lets the model go, then its steps run "
+        "the trained blocks; `unkept`, loaded before the clock starts as `torch` is, is the "
         "same with two models of ours, each run whole for every language in every step; `torch` is "
         "that with two of transformers' models. Losses of the first steps differ by "
         f"{r['largest_relative_difference']:.0e} at most. {machine(r)} Load average at the start: "

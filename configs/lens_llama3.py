@@ -9,7 +9,7 @@ The first moves Chinese, the second Chinese, Japanese, Korean, Arabic, Bengali a
 third makes prompts and probe as the authors' code does, not mask-aware and with two BOS (see
 docs/lens.md).
 
-Needs: a GPU of 40 GB; access to meta-llama/Meta-Llama-3-8B-Instruct;
+Needs: a GPU of 24 GB; access to meta-llama/Meta-Llama-3-8B-Instruct;
 parallel prompts (200 train), a column for each language (`en`, `zh`, …). Scored on XCOPA,
 XStoryCloze, XWinograd and 2,000 rows of MMLU, from the hub or `--config.data.task_path`.
 """

@@ -29,6 +29,7 @@ from jaxfusion.hf.configs import decoder_config
 from jaxfusion.hf.load import read_config
 from jaxfusion.hf.save import write_tower
 from jaxfusion.lens import job
+from jaxfusion.lens import train as lens_train
 from jaxfusion.lens.keep import KeptBatches, cut, keep, top
 from jaxfusion.lens.losses import Goal, align, retain, separate
 from jaxfusion.lens.manipulate import Manipulation, Supervised, aims, make_goals
@@ -42,7 +43,7 @@ from jaxfusion.sharding.mesh import make_mesh
 from jaxfusion.testing.checkpoints import random_params
 from jaxfusion.testing.debug import make_inputs
 from jaxfusion.training.bridge import train
-from jaxfusion.training.checkpoint import trained_part
+from jaxfusion.training.checkpoint import saved_steps, trained_part
 from jaxfusion.training.export_tower import export_lens
 from jaxfusion.training.loop import train_step
 
@@ -382,7 +383,7 @@ def debug_config(**fields):
     return config
 
 
-def test_a_whole_run_and_again(cache_dir, tmp_path, capsys):
+def test_a_whole_run_and_again(cache_dir, tmp_path, monkeypatch):
     config = make_inputs(from_config_dict(get_config(ROOT / "configs" / "lens_quickstart.py",
                                                      "debug")))
     config = replace(
@@ -395,7 +396,9 @@ def test_a_whole_run_and_again(cache_dir, tmp_path, capsys):
     assert set(first.correct) == {"LLM", *(x["name"] for x in config.sweep)}
     page = (tmp_path / "run" / "report.md").read_text()
     assert "| en minus LLM |" in page and "Perplexity, on prompts that were neither" in page
-    again = job.lens(config, tmp_path / "run")
+    with monkeypatch.context() as patched:  # what is at its end keeps no prompts again
+        patched.setattr(lens_train, "keep", None)
+        again = job.lens(config, tmp_path / "run")
     assert again.correct == first.correct
     with pytest.raises(InputError, match=r"holds no trained LLM; give one of: .*/Lens, "):
         export_lens(tmp_path / "run", tmp_path / "out")
@@ -403,6 +406,24 @@ def test_a_whole_run_and_again(cache_dir, tmp_path, capsys):
     check_export(config, tmp_path / "run" / "Lens", tmp_path / "out")
     with pytest.raises(InputError, match="was written by another config"):
         job.lens(replace(config, lens=replace(config.lens, align=0.5)), tmp_path / "run")
+
+
+def test_the_llm_leaves_memory_while_its_blocks_train(cache_dir, tmp_path, monkeypatch):
+    """Nothing as large as the stack of all blocks is left; what is scored is the last step's."""
+    config = debug_config(train={"eval_every": 1})
+    shape = decoder_config(read_config(Path(config.decoder.checkpoint)), "")
+    stack, train_top, seen = (shape.num_layers, shape.d_model, shape.d_ff), lens_train.train_top, []
+
+    def watched(*args):
+        seen.append(sum(x.shape == stack for x in jax.live_arrays()))
+        train_top(*args)
+
+    monkeypatch.setattr(lens_train, "train_top", watched)
+    before = sum(x.shape == stack for x in jax.live_arrays())
+    job.lens(config, tmp_path / "run")
+    assert seen == [before] and shape.num_layers > config.lens.blocks
+    folder = tmp_path / "run" / "lens"
+    assert trained_part(folder)[0] == max(saved_steps(folder)) > 1
 
 
 def test_runs_of_a_sweep_keep_prompts_of_their_own(cache_dir, tmp_path):

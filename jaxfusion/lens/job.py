@@ -3,11 +3,8 @@
 import json
 import logging
 import shutil
-import tempfile
-import time
-from contextlib import ExitStack
 from dataclasses import asdict, replace
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,23 +20,21 @@ from jaxfusion.evaluation.comparison import Comparison
 from jaxfusion.evaluation.pictures import draw_languages
 from jaxfusion.fields import METHODS, PLACES, RECIPES, LensRunConfig
 from jaxfusion.lens import probe as probing
-from jaxfusion.lens.keep import Kept, KeptBatches, cut, keep, top
-from jaxfusion.lens.manipulate import Manipulation, Supervised, aims, make_goals
 from jaxfusion.lens.model import Model, load_model
 from jaxfusion.lens.probe import Probe
-from jaxfusion.lens.prompts import probe_as_authors, prompt_rows, training_rows
+from jaxfusion.lens.prompts import probe_as_authors, prompt_rows
 from jaxfusion.lens.scores import UNTOUCHED, measure, read_questions, report
+from jaxfusion.lens.train import KEPT, folder_of, train_all
 from jaxfusion.nn.bridge import Params
-from jaxfusion.nn.decoder import Decoder, make_edits
+from jaxfusion.nn.decoder import make_edits
 from jaxfusion.sharding.hosts import check_peers, is_first, with_peers
-from jaxfusion.sharding.mesh import make_mesh, sharding
+from jaxfusion.sharding.mesh import make_mesh
+from jaxfusion.training.checkpoint import trained_part
 from jaxfusion.training.evaluate import load_config
-from jaxfusion.training.loop import CONFIG_FILE, Run, batch_shares, check_workdir, run_to_end
-from jaxfusion.training.optimizer import group_of_each
+from jaxfusion.training.loop import CONFIG_FILE, batch_shares, check_workdir
 from jaxfusion.training.state import Flat
 
 PROBE_FILE = "probe.safetensors"
-KEPT = ".kept-"  # how directories of activations on disk begin
 TRAINING = ("lens", "supervised")
 logger = logging.getLogger(__name__)
 
@@ -58,7 +53,7 @@ def lens(config: LensRunConfig, workdir: Path) -> Comparison | None:
       InputError: whatever is wrong with the config, data, checkpoint or workdir.
     """
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
-    with jax.set_mesh(mesh), ExitStack() as stack:
+    with jax.set_mesh(mesh):
         config, runs, texts, answers, questions, model = with_peers(
             lambda: prepare(config, workdir, mesh))
         check_peers(config=json.dumps(asdict(config), sort_keys=True),
@@ -71,35 +66,23 @@ def lens(config: LensRunConfig, workdir: Path) -> Comparison | None:
             for left in workdir.glob(f"{KEPT}*"):  # by a run that was killed
                 shutil.rmtree(left)
         found = _probe(config, model, probed, rows, workdir)
-
-        @lru_cache(2)  # what several runs of a sweep share
-        def kept(supervised: bool, blocks: int, number: int) -> Kept:
-            chosen, tokenizers = training_rows(
-                config, model, {name: texts[name][:number] for name in texts},
-                answers[:number] if supervised else None)
-            return keep(model.bridge, model.params, chosen, tokenizers, blocks,
-                        config.eval.batch_size, config.data.buckets,
-                        _folder(config, workdir, stack))
-
         # Another probe's prompts are not those that are read afterwards.
         shown = found if config.lens.recipe == "default" and not config.data.probe else (
             _read(config, model, rows))
-        scores, seconds, moved = {UNTOUCHED: measure(config, model, questions)}, {}, {}
+        scores, moved = {UNTOUCHED: measure(config, model, questions)}, {}
+        training = {name: run for name, run in runs.items() if run.lens.method in TRAINING}
         for name, run in runs.items():
-            logger.info("\n%s", name)
-            clock, edits, was = time.monotonic(), None, None
-            if run.lens.method in TRAINING:
-                top_blocks = trained(run, workdir / configs.directory_name(name), model, found,
-                                     kept)
-                was = swap_top(model.params, top_blocks)
-                seconds[name] = time.monotonic() - clock
-                moved[name] = _read(config, model, rows)
-            elif run.lens.method != "none":
-                edits = partial(make_language_edits, run, found)
-            seconds.setdefault(name, time.monotonic() - clock)
-            scores[name] = measure(config, model, questions, edits)
-            if was is not None:
-                swap_top(model.params, was)
+            if name not in training:
+                edits = None if run.lens.method == "none" else partial(
+                    make_language_edits, run, found)
+                scores[name] = measure(config, model, questions, edits)
+        model, seconds = train_all(config, training, texts, answers, model, found, workdir, mesh)
+        for name in training:
+            was = swap_top(model.params, trained_part(folder_of(name, workdir))[1])
+            moved[name] = _read(config, model, rows)
+            scores[name] = measure(config, model, questions)
+            swap_top(model.params, was)
+        scores = {name: scores[name] for name in (UNTOUCHED, *runs)}
     if not is_first():
         return None
     draw_languages(shown, moved, workdir / "languages.png")
@@ -201,13 +184,6 @@ def check_layers(runs: dict[str, LensRunConfig], layers: int) -> None:
             raise InputError(f"lens.layers has {outside[0]}, wanted 1 to {layers - 1}")
 
 
-def _folder(config: LensRunConfig, workdir: Path, stack: ExitStack) -> Path | None:
-    """Where activations are kept until the run ends."""
-    if config.lens.keep == "memory":
-        return None
-    return Path(stack.enter_context(tempfile.TemporaryDirectory(dir=workdir, prefix=KEPT)))
-
-
 def _probe(config: LensRunConfig, model: Model, texts, rows, workdir: Path) -> Probe:
     """The probe of the untouched LLM: this run's own, another run's, or a new one."""
     own, languages = workdir / PROBE_FILE, tuple(texts)
@@ -237,41 +213,6 @@ def say_probe(found: Probe) -> None:
                 found.rows, found.languages[0],
                 ", ".join(f"{name} {d / spread:.2f}" for name, d in zip(
                     found.languages[1:], distances[1:], strict=True)))
-
-
-def trained(run: LensRunConfig, workdir: Path, model: Model, found: Probe, kept) -> Flat:
-    """The LLM's top blocks after a run of `run_to_end`."""
-    supervised, blocks = run.lens.method == "supervised", run.lens.blocks
-    decoder = model.params["decoder"]
-    first = model.bridge.decoder.config.num_layers - blocks
-    upper = top(model.bridge.decoder, blocks)
-    goals = make_goals(found, blocks, run.lens.loss_layers, run.lens.rank, run.lens.weights)
-    part = traverse_util.flatten_dict({"decoder": cut(decoder, first, None)}, sep="/")
-    groups = group_of_each(part, run.optimizer.groups)
-    if other := [name for name in groups if not name.startswith("decoder/blocks/")]:
-        raise InputError(f"optimizer.groups train {other[0]}: of a Lens run only decoder/blocks/ "
-                         "can train")
-    loss = loss_of(upper, None if supervised else tuple(goals))
-
-    def start(config, mesh, fresh):
-        data = kept(supervised, blocks, config.data.rows)
-        per_epoch = -(-len(data.last) // config.train.batch_size)
-        steps = config.train.steps or config.train.epochs * per_epoch
-        batches = KeptBatches(data, config.train.batch_size, config.train.seed, steps,
-                              sharding(mesh, "batch"))
-        trainable = {name: part[name].astype(jnp.float32) for name in groups}
-        frozen = {name: x for name, x in part.items() if name not in groups}
-        frozen |= {} if supervised else aims(goals, run.lens)
-        return Run(config, loss, trainable, frozen, groups, batches, steps,
-                   lambda _: {"none": 0.0}, "none", loss)
-
-    return run_to_end(run, workdir, start).trainable
-
-
-@lru_cache(4)  # equal losses as one object, by which the compiled step is known again
-def loss_of(upper: Decoder, layers: tuple[int, ...] | None):
-    """The loss of manipulation behind these trained blocks; of supervised tuning without them."""
-    return (Supervised(upper) if layers is None else Manipulation(upper, layers)).loss
 
 
 def swap_top(params: Params, part: Flat) -> Flat:

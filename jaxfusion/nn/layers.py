@@ -1,4 +1,4 @@
-"""Layers that both towers share. Einsum letters: docs/architecture.md."""
+"""Layers that both towers share. Letters of shapes: docs/architecture.md."""
 
 import math
 from collections.abc import Callable
