@@ -30,7 +30,7 @@ from jaxfusion.sharding.chips import GIB, topology_devices
 from jaxfusion.sharding.mesh import make_mesh, sharding
 from jaxfusion.training.compile_only import STEPS, peak_bytes
 from jaxfusion.training.optimizer import group_of_each, make_optimizer
-from jaxfusion.training.state import State, describe
+from jaxfusion.training.state import State, describe, kernel_for
 from jaxfusion.training.step import make_train_step
 
 ROOT = Path(__file__).parent.parent
@@ -40,10 +40,12 @@ CHIP = "v6e-1"
 
 
 def needs(config: LensRunConfig) -> dict[str, float]:
-    """Bytes of the LLM, and the peaks of reading prompts with it and of a step without it."""
+    """Bytes of the LLM, and the peaks of reading prompts and tasks with it, and of a step without
+    it."""
     mesh = make_mesh(1, 1, 1, topology_devices(CHIP))
     shape = backbone_shape("decoder", config.decoder.checkpoint)
-    decoder = Decoder(shape, jnp.dtype(config.decoder.dtype), config.decoder.remat)
+    decoder = Decoder(shape, jnp.dtype(config.decoder.dtype), config.decoder.remat,
+                      kernel_for("decoder", config.decoder.attention, "tpu"))
     blocks = config.lens.blocks
     first, tokens = shape.num_layers - blocks, jnp.zeros((1, 2), jnp.int32)
     whole = sharding(mesh)
@@ -55,16 +57,21 @@ def needs(config: LensRunConfig) -> dict[str, float]:
         flat = describe(lambda: decoder.init(
             jax.random.key(0), tokens, tokens, tokens, method="score")["params"], mesh)
         params = traverse_util.unflatten_dict(flat, sep="/")
-        rows, length = config.eval.batch_size, config.data.max_tokens
-        batch = Batch(**{name: made(rows, length) for name in Batch.__dataclass_fields__})
-        read = reader(Bridge(None, decoder, None, "last"), first).lower(
-            {"decoder": params}, batch, made(rows)).compile()
-        step = _step(config, decoder, params, made)
-    size = sum(x.size * x.dtype.itemsize for x in flat.values())
-    return {"checkpoint": config.decoder.checkpoint, "rows": rows, "length": length,
-            "languages": 1 + len(config.data.targets), "weights": size,
-            "reading": peak_bytes(read.memory_analysis()),
-            "step": peak_bytes(step.memory_analysis())}
+        weights = sum(x.size * x.dtype.itemsize for x in flat.values())
+        rows = config.eval.batch_size
+
+        def reading(length: int) -> int:
+            batch = Batch(**{name: made(rows, length) for name in Batch.__dataclass_fields__})
+            memory = reader(Bridge(None, decoder, None, "last"), first).lower(
+                {"decoder": params}, batch, made(rows)).compile().memory_analysis()
+            # The head is no argument of this program, but it is there.
+            return weights + peak_bytes(memory) - memory.argument_size_in_bytes
+
+        prompts, tasks = config.data.max_tokens, config.eval.max_decoder_tokens
+        return {"checkpoint": config.decoder.checkpoint, "rows": rows,
+                "languages": 1 + len(config.data.targets), "lengths": [prompts, tasks],
+                "weights": weights, "prompts": reading(prompts), "tasks": reading(tasks),
+                "step": peak_bytes(_step(config, decoder, params, made).memory_analysis())}
 
 
 def _step(config: LensRunConfig, decoder: Decoder, params, made):
@@ -114,13 +121,14 @@ def main() -> None:
         RESULTS.write_text(json.dumps({"machine": machine, "chip": CHIP, "rows": rows}, indent=1)
                            + "\n")
     result = json.loads(RESULTS.read_text("utf-8"))
-    lines = table(["config", "weights", "reading", "a step of the top blocks"], [
-        [f"`{row['config']}:multilingual`",
-         *(f"{row[what] / GIB:.1f} GiB" for what in ("weights", "reading", "step"))]
-        for row in result["rows"]])
     first = result["rows"][0]
-    made = (f"Compiled for a {result['chip']} on {result['machine']}; {first['rows']} prompts of "
-            f"{first['length']} tokens are read at a time, in {first['languages']} languages.")
+    columns = {"weights": "weights", "prompts": f"reading {first['lengths'][0]} tokens",
+               "tasks": f"reading {first['lengths'][1]}", "step": "a step of the top blocks"}
+    lines = table(["config", *columns.values()], [
+        [f"`{row['config']}:multilingual`", *(f"{row[what] / GIB:.1f} GiB" for what in columns)]
+        for row in result["rows"]])
+    made = (f"Compiled for a {result['chip']} on {result['machine']}; {first['rows']} rows are "
+            f"read at a time, steps take {first['languages']} languages.")
     page = ROOT / "docs" / "lens.md"
     before, rest = page.read_text("utf-8").split("<!-- memory -->")
     _, after = rest.split("<!-- /memory -->")
