@@ -175,3 +175,33 @@ def test_remat_gives_the_same_gradients(tokens):
 
     for remat in ("dots", "full"):
         assert relative(gradient(remat), gradient("none")) < 1e-5
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_block_at_some_slots_is_the_whole_one_there(case):
+    """Values and gradients; padding on the left of some rows and on the right of others."""
+    whole = CASES[case]
+    config = replace(whole, num_layers=1, windows=whole.windows[-1:])
+    decoder, rng = Decoder(config), np.random.default_rng(0)
+    params = random_params(config, 0)
+    stream = jnp.asarray(rng.normal(size=(3, 20, config.d_model)), jnp.float32)
+    real = np.arange(20) >= np.array([[0], [6], [0]])
+    real[2, 13:] = False
+    positions = np.where(real, np.cumsum(real, axis=1) - 1, 0)
+    at = np.array([[3, 19], [6, 18], [0, 12]])
+    wanted = rng.normal(size=(3, 2, config.d_model))
+
+    def run(at_once):
+        def total(params, stream):
+            given = {"at": at} if at_once else {}
+            out, _ = decoder.apply({"params": params}, stream, positions, real.astype(int), **given)
+            out = out if at_once else jnp.take_along_axis(out, at[:, :, None], axis=1)
+            return jnp.sum(out * wanted), out
+
+        return jax.jit(jax.grad(total, (0, 1), has_aux=True))(params, stream)
+
+    for ours, theirs in zip(*(jax.tree.leaves(run(x)) for x in (True, False)), strict=True):
+        assert np.abs(ours - theirs).max() < 1e-5 * max(1.0, np.abs(theirs).max())
+    with pytest.raises(ValueError, match="is for a decoder of one block"):
+        Decoder(BASE).apply({"params": random_params(BASE, 0)}, stream, positions,
+                            real.astype(int), at=at)

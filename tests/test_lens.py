@@ -409,25 +409,59 @@ def test_a_whole_run_and_again(cache_dir, tmp_path, monkeypatch):
 
 
 def test_the_llm_leaves_memory_while_its_blocks_train(cache_dir, tmp_path, monkeypatch):
-    """Nothing as large as the stack of all blocks is left; what is scored is the last step's."""
-    config = debug_config(train={"eval_every": 1})
+    """Nothing as large as the stack of all blocks is left, nor any embedding; and what trained is
+    gone when the LLM comes back."""
+    config = debug_config()
     shape = decoder_config(read_config(Path(config.decoder.checkpoint)), "")
-    stack, train_top, seen = (shape.num_layers, shape.d_model, shape.d_ff), lens_train.train_top, []
+    sizes = [(shape.num_layers, shape.d_model, shape.d_ff), (shape.vocab_size, shape.d_model),
+             (config.lens.blocks, shape.d_model, shape.d_ff)]
+    assert len(set(sizes)) == 3
+    count = lambda: [sum(x.shape == size for x in jax.live_arrays()) for size in sizes]  # noqa: E731
+    seen = []
 
-    def watched(*args):
-        seen.append(sum(x.shape == stack for x in jax.live_arrays()))
-        train_top(*args)
+    def watched(function):
+        def run(*args):
+            seen.append(count())
+            return function(*args)
 
-    monkeypatch.setattr(lens_train, "train_top", watched)
-    before = sum(x.shape == stack for x in jax.live_arrays())
+        return run
+
+    for name in ("train_top", "load_model"):
+        monkeypatch.setattr(lens_train, name, watched(getattr(lens_train, name)))
+    before = count()
     job.lens(config, tmp_path / "run")
-    assert seen == [before] and shape.num_layers > config.lens.blocks
-    folder = tmp_path / "run" / "lens"
-    assert trained_part(folder)[0] == max(saved_steps(folder)) > 1
+    training, loading = seen
+    assert training[:2] == before[:2] and training[2] > before[2] and loading == before
+
+
+def test_a_damaged_last_step_is_trained_again(cache_dir, tmp_path):
+    config, folder = debug_config(train={"eval_every": 1}), tmp_path / "run" / "lens"
+    job.lens(config, tmp_path / "run")
+    last, trained = trained_part(folder)
+    assert last == max(saved_steps(folder)) > 1
+    for file in (folder / "checkpoints" / str(last) / "state").rglob("*"):
+        if file.is_file():
+            file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    job.lens(config, tmp_path / "run")
+    again, anew = trained_part(folder)
+    assert (folder / "checkpoints" / f"{last}.damaged").is_dir() and again == last
+    assert all(np.array_equal(anew[name], trained[name]) for name in trained)
+
+
+def test_an_llm_that_changes_meanwhile_is_said(cache_dir, tmp_path, monkeypatch):
+    load = lens_train.load_model
+
+    def other(config, mesh):
+        model, config = load(config, mesh)
+        return replace(model, identity={**model.identity, "model": "another"}), config
+
+    monkeypatch.setattr(lens_train, "load_model", other)
+    with pytest.raises(InputError, match="was changed while the top blocks trained"):
+        job.lens(debug_config(), tmp_path / "run")
 
 
 def test_runs_of_a_sweep_keep_prompts_of_their_own(cache_dir, tmp_path):
-    """What is kept for one run serves another only where both want the same."""
+    """What is kept for the run with most prompts serves one with fewer as its own would."""
     config = debug_config(sweep=({"name": "Lens"}, {"name": "few", "data": {"rows": 4}}))
     with pytest.raises(InputError, match="batch_size of 'few' is 8, but there are only 4 prompts"):
         job.lens(config, tmp_path / "run")
@@ -435,8 +469,12 @@ def test_runs_of_a_sweep_keep_prompts_of_their_own(cache_dir, tmp_path):
     config = replace(config, sweep=(
         {"name": "Lens"}, {"name": "few", "data": few[0], "train": few[1]}))
     job.lens(config, tmp_path / "run")
-    assert {file.parent.name for file in (tmp_path / "run").glob("*/checkpoints")} == {
-        "Lens", "few"}
+    alone = debug_config(data=few[0], train=few[1])
+    job.lens(alone, tmp_path / "alone")
+    found, wanted = (trained_part(tmp_path / name)[1] for name in ("run/few", "alone/lens"))
+    assert all(relative(found[name], wanted[name]) < 1e-5 for name in wanted)
+    assert any(relative(found[name], x) > 1e-4
+               for name, x in trained_part(tmp_path / "run" / "Lens")[1].items())
 
 
 def test_the_settings_of_a_sweep_compile_once(cache_dir, tmp_path):

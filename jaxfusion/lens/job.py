@@ -78,7 +78,8 @@ def lens(config: LensRunConfig, workdir: Path) -> Comparison | None:
                 scores[name] = measure(config, model, questions, edits)
         model, seconds = train_all(config, training, texts, answers, model, found, workdir, mesh)
         for name in training:
-            was = swap_top(model.params, trained_part(folder_of(name, workdir))[1])
+            part = with_peers(lambda name=name: trained_part(folder_of(name, workdir)))[1]
+            was = swap_top(model.params, part)
             moved[name] = _read(config, model, rows)
             scores[name] = measure(config, model, questions)
             swap_top(model.params, was)
@@ -226,6 +227,8 @@ def swap_top(params: Params, part: Flat) -> Flat:
     """
     flat = traverse_util.flatten_dict({"decoder": params["decoder"]}, sep="/")
     places = {name: flat[name].sharding for name in part}
+    part = {name: jax.device_put(x.astype(flat[name].dtype), places[name])
+            for name, x in part.items()}
     old, new = _swap({name: flat[name] for name in part}, part)
     new = jax.device_put(new, places)  # the same places by the same names
     params["decoder"] = traverse_util.unflatten_dict({**flat, **new}, sep="/")["decoder"]
@@ -236,7 +239,7 @@ def swap_top(params: Params, part: Flat) -> Flat:
 def _swap(whole: Flat, part: Flat) -> tuple[Flat, Flat]:
     first = {name: len(x) - len(part[name]) for name, x in whole.items()}
     old = {name: x[first[name]:] for name, x in whole.items()}
-    new = {name: x.at[first[name]:].set(part[name].astype(x.dtype)) for name, x in whole.items()}
+    new = {name: x.at[first[name]:].set(part[name]) for name, x in whole.items()}
     return old, new
 
 

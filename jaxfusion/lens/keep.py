@@ -4,8 +4,9 @@ Everything below the first trained block is frozen and is that of the untouched 
 output for every prompt, and the untouched model's states above it, are all that a step needs.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -102,14 +103,6 @@ def keep(
     order = np.argsort(lengths, kind="stable")  # prompts of a bucket side by side
     whole = _shape_of_all(flat, tokenizers, batch_size)
 
-    @jax.jit
-    def run(params: Params, batch: Batch, last):
-        batch = jax.tree.map(lambda x: constrain(x, "rows", None), batch)
-        # One pass through all blocks: cut in two, the parameters would be copied.
-        states, hidden = bridge.states(
-            params, batch, last_and_mean(last, batch.dec_segments), first)
-        return hidden, jnp.moveaxis(states[first:], 0, 1)
-
     def reserve(name: str, like: np.ndarray) -> np.ndarray:
         along = (whole.length,) if name in ALONG else like.shape[1:2]
         size = (len(flat), *along, *like.shape[2:])
@@ -126,7 +119,7 @@ def keep(
         shape = replace(whole, length=min(fitting, default=whole.length))
         batch = collate([[row] for row in part], shape, tokenizers)
         last = _last_slots(batch, part)
-        hidden, states = fetch(run(params, batch, last))
+        hidden, states = fetch(reader(bridge, first)(params, batch, last))
         made = {"hidden": hidden, "before": states[:, :, 0], "mean": states[:, :, 1], "last": last,
                 "positions": batch.dec_positions, "segments": batch.dec_segments,
                 "slots": batch.target_slots, "tokens": batch.target_tokens,
@@ -138,6 +131,22 @@ def keep(
             found[name][filled] = x[: len(part)]
     found = {name: x.reshape(-1, len(rows), *x.shape[1:]) for name, x in found.items()}
     return Kept(**{**found, "mean": found["mean"][:, 0]})
+
+
+@lru_cache(2)  # what a sweep keeps is read by one program
+def reader(bridge: Bridge, first: int) -> Callable[..., tuple[Array, Array]]:
+    """The jitted `(params, batch, last [B]) -> (what block `first` reads [B N E], states behind it
+    and the blocks above at the last slots and as means [B n 2 E])`."""
+
+    @jax.jit
+    def read(params: Params, batch: Batch, last):
+        batch = jax.tree.map(lambda x: constrain(x, "rows", None), batch)
+        # One pass through all blocks: cut in two, the parameters would be copied.
+        states, hidden = bridge.states(
+            params, batch, last_and_mean(last, batch.dec_segments), first)
+        return hidden, jnp.moveaxis(states[first:], 0, 1)
+
+    return read
 
 
 def _shape_of_all(rows: Sequence[TokenRow], tokenizers: Tokenizers, batch_size: int) -> Shape:

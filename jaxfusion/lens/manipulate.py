@@ -58,16 +58,15 @@ class Manipulation:
         the last slot is asked for.
         """
         rows, languages = batch.last.shape
-        flat = _flat(batch)
-        read = last_and_mean(flat.last, flat.segments)
-        hidden, below = run_below_last(self.upper, params, flat, read)
+        stream = side_by_side(batch)
+        read = last_and_mean(stream.last, stream.segments)
+        hidden, below = run_below_last(self.upper, params, stream, read)
 
-        def of(central: bool) -> Flat:
-            chosen = slice(0, 1) if central else slice(1, None)
+        def of(chosen: slice) -> Stream:
             return jax.tree.map(lambda x: x.reshape(rows, languages, *x.shape[1:])[:, chosen]
-                                .reshape(-1, *x.shape[1:]), replace(flat, hidden=hidden))
+                                .reshape(-1, *x.shape[1:]), replace(stream, hidden=hidden))
 
-        central, targets = of(True), of(False)
+        central, targets = of(slice(1)), of(slice(1, None))
         whole = run_last(self.upper, params, central)
         ends = run_last(self.upper, params, targets, targets.last[:, None])
         last, mean = jnp.moveaxis(weigh(last_and_mean(central.last, central.segments), whole), 1, 0)
@@ -86,11 +85,11 @@ class Supervised:
 
     def loss(self, params: dict[str, Any], batch: Kept, key: Array | None = None):
         """The loss, and the number of answers' tokens."""
-        flat, decoder = _flat(batch), params["decoder"]
+        stream, decoder = side_by_side(batch), params["decoder"]
         slots, tokens, answered = (
-            x.reshape(len(flat.last), -1) for x in (batch.slots, batch.tokens, batch.answered))
-        hidden, _ = run_below_last(self.upper, decoder, flat)
-        wanted = run_last(self.upper, decoder, replace(flat, hidden=hidden), slots)
+            x.reshape(len(stream.last), -1) for x in (batch.slots, batch.tokens, batch.answered))
+        hidden, _ = run_below_last(self.upper, decoder, stream)
+        wanted = run_last(self.upper, decoder, replace(stream, hidden=hidden), slots)
         logits = self.upper.apply({"params": decoder}, wanted, method="logits")
         chances = jnp.take_along_axis(jax.nn.log_softmax(logits), tokens[:, :, None], axis=-1)
         count = jnp.sum(answered)
@@ -98,7 +97,7 @@ class Supervised:
 
 
 @dataclass(frozen=True)
-class Flat:
+class Stream:
     """What the blocks read of R prompts in C languages, side by side as B = R C rows."""
 
     hidden: Float[Array, "B N E"]
@@ -108,40 +107,41 @@ class Flat:
 
 
 jax.tree_util.register_dataclass(
-    Flat, data_fields=list(Flat.__dataclass_fields__), meta_fields=[])
+    Stream, data_fields=list(Stream.__dataclass_fields__), meta_fields=[])
 
 
-def _flat(batch: Kept) -> Flat:
+def side_by_side(batch: Kept) -> Stream:
+    """Every prompt of every language as a row."""
     rows, languages = batch.last.shape
     hidden, *others = (x.reshape(rows * languages, *x.shape[2:]) for x in (
         batch.hidden, batch.positions, batch.segments, batch.last))
-    return Flat(constrain(hidden, "rows", None, None), *others)
+    return Stream(constrain(hidden, "rows", None, None), *others)
 
 
 def run_below_last(
-    upper: Decoder, params, flat: Flat, read: Float[Array, "B P N"] | None = None
+    upper: Decoder, params, stream: Stream, read: Float[Array, "B P N"] | None = None
 ) -> tuple[Float[Array, "B N E"], Float[Array, "n B P E"] | None]:
     """All trained blocks but the last: what that one reads, and behind each the sums over the slots
     by the weights `read`."""
     blocks = upper.config.num_layers - 1
     if not blocks:
-        sums = None if read is None else jnp.zeros((0, *read.shape[:2], flat.hidden.shape[-1]))
-        return flat.hidden, sums
+        none = None if read is None else jnp.zeros((0, *read.shape[:2], stream.hidden.shape[-1]))
+        return stream.hidden, none
     below = upper.clone(config=split(upper.config, 1)[0])
     hidden, _, states, _ = below.apply(
-        {"params": cut(params, 0, blocks)}, flat.hidden, flat.positions, flat.segments, read=read,
-        method="run")
+        {"params": cut(params, 0, blocks)}, stream.hidden, stream.positions, stream.segments,
+        read=read, method="run")
     return hidden, states
 
 
 def run_last(
-    upper: Decoder, params, flat: Flat, at: Int[Array, "B Q"] | None = None
+    upper: Decoder, params, stream: Stream, at: Int[Array, "B Q"] | None = None
 ) -> Float[Array, "B Q E"]:
     """The last block and the final norm, at the slots `at` alone; None is all."""
     blocks = upper.config.num_layers
     last = top(upper, 1) if blocks > 1 else upper
-    return last.apply({"params": cut(params, blocks - 1, blocks)}, flat.hidden, flat.positions,
-                      flat.segments, at=at)[0]
+    return last.apply({"params": cut(params, blocks - 1, blocks)}, stream.hidden, stream.positions,
+                      stream.segments, at=at)[0]
 
 
 def make_goals(

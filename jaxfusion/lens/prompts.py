@@ -112,7 +112,7 @@ def probe_as_authors(model: Model, texts: dict[str, list[str]]) -> Probe:
 
     @jax.jit
     def read(params, tokens, segments):
-        params = {"params": jax.tree.map(lambda x: x.astype(jnp.float16), params)}
+        params = {"params": params}  # cast block by block: a whole copy would need a larger GPU
         last = jnp.zeros(tokens.shape).at[:, -1].set(1.0)[:, None]
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
         embedded = decoder.apply(params, tokens, method="embed")

@@ -4,9 +4,11 @@ import logging
 import tempfile
 import time
 from contextlib import ExitStack
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 from flax import traverse_util
 
@@ -19,11 +21,13 @@ from jaxfusion.lens.model import Model, load_model
 from jaxfusion.lens.probe import Probe
 from jaxfusion.lens.prompts import training_rows
 from jaxfusion.nn.decoder import Decoder
-from jaxfusion.sharding.hosts import with_peers
+from jaxfusion.sharding.hosts import check_peers, with_peers
 from jaxfusion.sharding.mesh import sharding
-from jaxfusion.training.checkpoint import saved_steps
+from jaxfusion.training.checkpoint import saved_steps, trained_part
 from jaxfusion.training.loop import Run, check_workdir, run_to_end
 from jaxfusion.training.optimizer import group_of_each
+from jaxfusion.training.state import Flat
+from jaxfusion.training.step import Loss
 
 KEPT = ".kept-"  # how directories of activations on disk begin
 logger = logging.getLogger(__name__)
@@ -42,37 +46,66 @@ def train_all(
       model: emptied, if anything is to be trained.
 
     Returns:
-      The model, loaded anew if anything was trained, and the seconds of every run.
+      The model, loaded anew if anything was trained, and the seconds of those that were.
+
+    Raises:
+      InputError: whatever is wrong with a run's settings or workdir; or the LLM has changed.
     """
-    due, seconds = {}, {}
-    for name, run in runs.items():
-        number = min(run.data.rows, len(texts[run.data.central]))
-        folder = folder_of(name, workdir)
-        with_peers(lambda run=run, folder=folder: check_workdir(run, folder))
-        if steps_of(run, number) not in saved_steps(folder):
-            due[name] = run, (run.lens.method == "supervised", run.lens.blocks, number)
+    prompts = {name: min(run.data.rows, len(texts[config.data.central]))
+               for name, run in runs.items()}
+    due = with_peers(lambda: {name: run for name, run in runs.items()
+                              if not at_end(run, folder_of(name, workdir), prompts[name])})
+    check_peers(due=str(list(due)))
     if not due:
-        return model, seconds
+        return model, {}
+    seconds = _keep_and_train(config, due, prompts, texts, answers, model, found, workdir)
+    again = with_peers(lambda: load_model(config, mesh)[0])
+    if again.identity != model.identity:
+        raise InputError(f"{config.bridge or config.decoder.checkpoint} was changed while the top "
+                         "blocks trained; start anew with another --workdir")
+    return again, seconds
+
+
+def _keep_and_train(
+    config: LensRunConfig, due: dict[str, LensRunConfig], prompts: dict[str, int],
+    texts: dict[str, list[str]], answers: list[str] | None, model: Model, found: Probe,
+    workdir: Path,
+) -> dict[str, float]:
+    """A function of its own, so that all it holds is gone when the model is loaded anew."""
+    decoder, params = model.bridge.decoder, model.params["decoder"]
+    jobs = {name: make_job(run, decoder, params, found) for name, run in due.items()}
+    kinds: dict[tuple[bool, int], int] = {}  # and the most prompts that a run of it reads
+    for name, run in due.items():
+        kinds[kind_of(run)] = max(prompts[name], kinds.get(kind_of(run), 0))
+    kept, tops, seconds = {}, {}, {}
+    # Of what is no block, the losses of Lens read the final norm alone.
+    unread = () if any(supervised for supervised, _ in kinds) else ("embed", "head")
     with ExitStack() as stack:
-        kept, tops, decoder = {}, {}, model.bridge.decoder
-        for wanted in dict.fromkeys(wanted for _, wanted in due.values()):
-            supervised, blocks, number = wanted
-            rows, tokenizers = training_rows(
-                config, model, {name: prompts[:number] for name, prompts in texts.items()},
-                answers[:number] if supervised else None)
+        for (supervised, blocks), most in kinds.items():
+            rows, tokenizers = with_peers(lambda most=most, supervised=supervised: training_rows(
+                config, model, {language: x[:most] for language, x in texts.items()},
+                answers[:most] if supervised else None))
             disk = None if config.lens.keep == "memory" else Path(stack.enter_context(
                 tempfile.TemporaryDirectory(dir=workdir, prefix=KEPT)))
-            kept[wanted] = keep(model.bridge, model.params, rows, tokenizers, blocks,
-                                config.eval.batch_size, config.data.buckets, disk)
-            tops[blocks] = cut(model.params["decoder"], decoder.config.num_layers - blocks, None)
+            kept[supervised, blocks] = keep(
+                model.bridge, model.params, rows, tokenizers, blocks, config.eval.batch_size,
+                config.data.buckets, disk)
+            above = cut(params, decoder.config.num_layers - blocks, None)
+            tops[blocks] = {part: x for part, x in above.items() if part not in unread}
         model.params.clear()
-        for name, (run, wanted) in due.items():
+        del params, above
+        for name, run in due.items():
             logger.info("\n%s", name)
             clock = time.monotonic()
-            train_top(run, folder_of(name, workdir), decoder, tops[run.lens.blocks], found,
-                      kept[wanted])
+            own = jax.tree.map(lambda x, n=prompts[name]: x[:n], kept[kind_of(run)])
+            train_top(run, folder_of(name, workdir), jobs[name], tops[run.lens.blocks], own)
             seconds[name] = time.monotonic() - clock
-    return load_model(config, mesh)[0], seconds
+    return seconds
+
+
+def kind_of(run: LensRunConfig) -> tuple[bool, int]:
+    """By what it differs what runs keep: whether answers are read, and the blocks that train."""
+    return run.lens.method == "supervised", run.lens.blocks
 
 
 def folder_of(name: str, workdir: Path) -> Path:
@@ -85,41 +118,72 @@ def steps_of(run: LensRunConfig, prompts: int) -> int:
     return run.train.steps or run.train.epochs * -(-prompts // run.train.batch_size)
 
 
-def train_top(
-    run: LensRunConfig, workdir: Path, decoder: Decoder, params, found: Probe, kept: Kept
-) -> None:
-    """Trains the top blocks on what was kept, as `run_to_end` does.
-
-    Args:
-      decoder: the whole LLM's. params: of its top blocks, and what is no block; they stay.
+def at_end(run: LensRunConfig, workdir: Path, prompts: int) -> bool:
+    """Whether a workdir holds the run's last step, and it can be read.
 
     Raises:
-      InputError: optimiser groups that train something else.
+      InputError: the workdir holds another run.
     """
-    supervised, blocks = run.lens.method == "supervised", run.lens.blocks
-    goals = make_goals(found, blocks, run.lens.loss_layers, run.lens.rank, run.lens.weights)
-    part = traverse_util.flatten_dict({"decoder": params}, sep="/")
-    groups = group_of_each(part, run.optimizer.groups)
+    check_workdir(run, workdir)
+    last = steps_of(run, prompts)
+    return last in saved_steps(workdir) and trained_part(workdir)[0] == last
+
+
+@dataclass(frozen=True)
+class TopJob:
+    """What a run trains, and for what.
+
+    Attributes:
+      groups: optimiser group of each parameter that trains. aims: what the loss aims at, by path.
+    """
+
+    loss: Loss
+    groups: dict[str, str]
+    aims: Flat
+
+
+def make_job(run: LensRunConfig, decoder: Decoder, params, found: Probe) -> TopJob:
+    """The job of a run on an LLM.
+
+    Raises:
+      InputError: optimiser groups that train something but blocks, or goals that the probe's
+        languages do not allow.
+    """
+    c = run.lens
+    groups = group_of_each(traverse_util.flatten_dict({"decoder": params}, sep="/"),
+                           run.optimizer.groups)
     if other := [name for name in groups if not name.startswith("decoder/blocks/")]:
         raise InputError(f"optimizer.groups train {other[0]}: of a Lens run only decoder/blocks/ "
                          "can train")
-    loss = loss_of(top(decoder, blocks), None if supervised else tuple(goals))
+    upper = top(decoder, c.blocks)
+    if c.method == "supervised":
+        return TopJob(loss_of(upper, None), groups, {})
+    goals = make_goals(found, c.blocks, c.loss_layers, c.rank, c.weights)
+    return TopJob(loss_of(upper, tuple(goals)), groups, aims(goals, c))
+
+
+@lru_cache(4)  # equal losses as one object, by which the compiled step is known again
+def loss_of(upper: Decoder, layers: tuple[int, ...] | None) -> Loss:
+    """The loss of manipulation behind these trained blocks; of supervised tuning without them."""
+    return (Supervised(upper) if layers is None else Manipulation(upper, layers)).loss
+
+
+def train_top(run: LensRunConfig, workdir: Path, job: TopJob, params, kept: Kept) -> None:
+    """Trains the top blocks on what was kept, as `run_to_end` does.
+
+    Args:
+      params: of the top blocks, and what is read besides; they stay as they are.
+    """
+    part = traverse_util.flatten_dict({"decoder": params}, sep="/")
 
     def start(config, mesh, fresh):
         steps = steps_of(config, len(kept.last))
         batches = KeptBatches(kept, config.train.batch_size, config.train.seed, steps,
                               sharding(mesh, "batch"))
         # Copies: the steps take them, and other runs start with the same blocks.
-        trainable = {name: jnp.array(part[name], jnp.float32) for name in groups}
-        frozen = {name: x for name, x in part.items() if name not in groups}
-        frozen |= {} if supervised else aims(goals, run.lens)
-        return Run(config, loss, trainable, frozen, groups, batches, steps,
-                   lambda _: {"none": 0.0}, "none", loss)
+        trainable = {name: jnp.array(part[name], jnp.float32) for name in job.groups}
+        frozen = {name: x for name, x in part.items() if name not in job.groups} | job.aims
+        return Run(config, job.loss, trainable, frozen, job.groups, batches, steps,
+                   lambda _: {"none": 0.0}, "none", job.loss)
 
     run_to_end(run, workdir, start)
-
-
-@lru_cache(4)  # equal losses as one object, by which the compiled step is known again
-def loss_of(upper: Decoder, layers: tuple[int, ...] | None):
-    """The loss of manipulation behind these trained blocks; of supervised tuning without them."""
-    return (Supervised(upper) if layers is None else Manipulation(upper, layers)).loss

@@ -329,20 +329,22 @@ class Decoder(nn.Module):
 
         Args:
           read: [B P N] weights of the slots. hold: a block's number, from 0 on. at: see
-            `__call__`.
+            `__call__`; without `read`.
 
         Returns:
           The residual stream, the cache, behind every block the sums over the stream's slots by the
           weights `read`, and what block `hold` reads.
         """
+        c = self.config
+        if at is not None and (read is not None or c.num_layers > 1):
+            raise ValueError("`at` is for a decoder of one block, without `read`")
         k_positions, k_segments, kv = positions, segments, None
         if cache is not None:
             write = partial(jax.lax.dynamic_update_slice_in_dim, start_index=start, axis=1)
             k_positions = write(cache.positions, positions)
             k_segments = write(cache.segments, segments)
             kv = (cache.k, cache.v)
-        c, real = self.config, segments != 0
-        most = jnp.max(jnp.where(real, positions, 0), axis=1)
+        most = jnp.max(jnp.where(segments != 0, positions, 0), axis=1)
         kernel = "plain" if cache is not None or at is not None else usable(
             self.attention, *positions.shape, c.head_dim, self.dtype, c.attn_cap)
         masks = None if kernel != "plain" else jnp.stack([
