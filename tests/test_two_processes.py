@@ -90,6 +90,21 @@ def test_two_processes_score_as_one_does(undisturbed):
     assert not list(file.parent.glob("*step*"))  # nothing was written twice
 
 
+def test_two_processes_move_languages_as_one_does(cache_dir, tmp_path):
+    """A Lens run: what is kept, what trains without the LLM, and what is scored with it again."""
+    script = ["train.py", "--config=configs/lens_quickstart.py:debug", "--config.sweep=()",
+              "--config.data.task_rows=16"]
+    codes, said = run_both(tmp_path / "two", script=script)
+    assert codes == [0, 0], said
+    subprocess.run([sys.executable, *script, f"--workdir={tmp_path / 'one'}"], cwd=ROOT,
+                   capture_output=True, check=True)
+    one, two = (losses(tmp_path / name / "lens") for name in ("one", "two"))
+    assert one.keys() == two.keys() and all(abs(one[x] - two[x]) < 1e-4 * one[x] for x in one)
+    alone, both = (json.loads((tmp_path / name / "report.json").read_text()) for name in (
+        "one", "two"))
+    assert alone.pop("seconds").keys() == both.pop("seconds").keys() and alone == both
+
+
 def test_one_is_killed_and_both_start_again(undisturbed, tmp_path):
     """The one that is left ends too; on another mesh, the two go on to the same end."""
     workdir, port = tmp_path / "run", free_port()
