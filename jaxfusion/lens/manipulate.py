@@ -6,8 +6,8 @@ the same compiled step.
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
-from typing import Any
+from dataclasses import asdict, dataclass
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -64,7 +64,7 @@ class Manipulation:
 
         def of(chosen: slice) -> Stream:
             return jax.tree.map(lambda x: x.reshape(rows, languages, *x.shape[1:])[:, chosen]
-                                .reshape(-1, *x.shape[1:]), replace(stream, hidden=hidden))
+                                .reshape(-1, *x.shape[1:]), stream._replace(hidden=hidden))
 
         central, targets = of(slice(1)), of(slice(1, None))
         whole = run_last(self.upper, params, central)
@@ -89,25 +89,20 @@ class Supervised:
         slots, tokens, answered = (
             x.reshape(len(stream.last), -1) for x in (batch.slots, batch.tokens, batch.answered))
         hidden, _ = run_below_last(self.upper, decoder, stream)
-        wanted = run_last(self.upper, decoder, replace(stream, hidden=hidden), slots)
+        wanted = run_last(self.upper, decoder, stream._replace(hidden=hidden), slots)
         logits = self.upper.apply({"params": decoder}, wanted, method="logits")
         chances = jnp.take_along_axis(jax.nn.log_softmax(logits), tokens[:, :, None], axis=-1)
         count = jnp.sum(answered)
         return -jnp.sum(jnp.where(answered, chances[..., 0], 0.0)) / jnp.maximum(count, 1), count
 
 
-@dataclass(frozen=True)
-class Stream:
+class Stream(NamedTuple):
     """What the blocks read of R prompts in C languages, side by side as B = R C rows."""
 
     hidden: Float[Array, "B N E"]
     positions: Int[Array, "B N"]
     segments: Int[Array, "B N"]
     last: Int[Array, "B"]
-
-
-jax.tree_util.register_dataclass(
-    Stream, data_fields=list(Stream.__dataclass_fields__), meta_fields=[])
 
 
 def side_by_side(batch: Kept) -> Stream:

@@ -77,7 +77,7 @@ def _keep_and_train(
     kinds: dict[tuple[bool, int], int] = {}  # and the most prompts that a run of it reads
     for name, run in due.items():
         kinds[kind_of(run)] = max(prompts[name], kinds.get(kind_of(run), 0))
-    kept, tops, seconds = {}, {}, {}
+    kept, seconds = {}, {}
     # Of what is no block, the losses of Lens read the final norm alone.
     unread = () if any(supervised for supervised, _ in kinds) else ("embed", "head")
     with ExitStack() as stack:
@@ -90,10 +90,11 @@ def _keep_and_train(
             kept[supervised, blocks] = keep(
                 model.bridge, model.params, rows, tokenizers, blocks, config.eval.batch_size,
                 config.data.buckets, disk)
-            above = cut(params, decoder.config.num_layers - blocks, None)
-            tops[blocks] = {part: x for part, x in above.items() if part not in unread}
+        read = {part: x for part, x in params.items() if part not in unread}
+        tops = {blocks: cut(read, decoder.config.num_layers - blocks, None)
+                for blocks in {blocks for _, blocks in kinds}}
         model.params.clear()
-        del params, above
+        del params, read
         for name, run in due.items():
             logger.info("\n%s", name)
             clock = time.monotonic()
