@@ -10,11 +10,13 @@ nor checkpoints, and of this project's dependencies only those of the model.
 """
 
 import argparse
-import gc
 import json
 import os
 import platform
 import statistics
+import subprocess
+import sys
+import tempfile
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -173,13 +175,10 @@ def matmul_rate(width: int) -> float:
     return 2 * width**3 / median_seconds(lambda: jax.block_until_ready(product(x)), 20)
 
 
-def measure(size: Size, repeats: int, width: int, contenders: list[str]) -> dict:
-    """Contender by contender, each alone on the device."""
-    batch, found = make_batch(size), {}
-    rate = matmul_rate(width)
-    tokens = int((batch.enc_segments != 0).sum() + (batch.dec_segments != 0).sum())
-    flops = None
-    for name in sorted(contenders, key=lambda name: name == "torch"):  # ours count the FLOPs
+def measure(name: str, size: Size, repeats: int) -> dict:
+    """One contender's step, alone on the device; what does not fit is told as such."""
+    batch = make_batch(size)
+    try:
         if name == "torch":
             if torch.cuda.is_available():
                 torch.cuda.reset_peak_memory_stats()
@@ -187,22 +186,48 @@ def measure(size: Size, repeats: int, width: int, contenders: list[str]) -> dict
         else:
             attention, _, remat = name.partition("-")
             step = OurStep(size, batch, attention, remat or "none")
-            flops = step.flops
         seconds = median_seconds(step, repeats)
-        memory = (torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None
-                  ) if name == "torch" else step.memory
-        found[name] = {
-            "seconds": seconds, "examples_per_second": size.rows / seconds,
-            "tokens_per_second": tokens / seconds, "memory_gib": memory and memory / 2**30,
-            "share_of_matmul_rate": flops and flops / seconds / rate,
-            "compile_seconds": getattr(step, "compile_seconds", None),
-        }
-        print(name, json.dumps(found[name]), flush=True)
-        del step
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-    return {"matmul_flops_per_second": rate, "model_flops": flops, "contenders": found}
+    except (jax.errors.JaxRuntimeError, torch.cuda.OutOfMemoryError) as error:
+        if "out of memory" not in str(error).lower():
+            raise
+        return {"out_of_memory": True}
+    memory = getattr(step, "memory", None)
+    if name == "torch" and torch.cuda.is_available():
+        memory = torch.cuda.max_memory_allocated()
+    tokens = int((batch.enc_segments != 0).sum() + (batch.dec_segments != 0).sum())
+    return {
+        "seconds": seconds, "examples_per_second": size.rows / seconds,
+        "tokens_per_second": tokens / seconds, "memory_gib": memory and memory / 2**30,
+        "compile_seconds": getattr(step, "compile_seconds", None),
+        "model_flops": getattr(step, "flops", None),
+    }
+
+
+def compare(args: argparse.Namespace, size: Size) -> dict:
+    """Each contender in a process of its own: a framework keeps the memory that it once took."""
+    contenders = {}
+    for name in args.contenders:
+        with tempfile.TemporaryDirectory() as folder:
+            out = Path(folder) / "one.json"
+            subprocess.run([sys.executable, __file__, "--size", args.size, "--rows",
+                            str(size.rows), "--repeats", str(args.repeats), "--only", name,
+                            "--out", str(out)], check=True)
+            contenders[name] = json.loads(out.read_text("utf-8"))
+    rate = matmul_rate(args.width)
+    flops = next((x["model_flops"] for x in contenders.values() if x.get("model_flops")), None)
+    for found in contenders.values():
+        found.pop("model_flops", None)
+        if flops and "seconds" in found:
+            found["share_of_matmul_rate"] = flops / found["seconds"] / rate
+    ours = [x["seconds"] for name, x in contenders.items() if name != "torch" and "seconds" in x]
+    theirs = contenders.get("torch", {}).get("seconds")
+    return {
+        "size": args.size, "rows": size.rows, "device": jax.devices()[0].device_kind,
+        "python": platform.python_version(), "jax": jax.__version__, "torch": torch.__version__,
+        "transformers": transformers.__version__, "matmul_flops_per_second": rate,
+        "model_flops": flops, "contenders": contenders,
+        "times_faster_than_torch": theirs / min(ours) if ours and theirs else None,
+    }
 
 
 def main() -> None:
@@ -213,21 +238,11 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=8192, help="of the matrix product")
     parser.add_argument("--contenders", nargs="+", metavar="KERNEL[-REMAT]",
                         default=["cudnn", "plain", "cudnn-full", "torch"])
+    parser.add_argument("--only", metavar="CONTENDER", help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
-    size = SIZES[args.size]
-    size = replace(size, rows=args.rows or size.rows)
-    result = {
-        "size": args.size, "rows": size.rows, "device": jax.devices()[0].device_kind,
-        "python": platform.python_version(), "jax": jax.__version__, "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        **measure(size, args.repeats, args.width, args.contenders),
-    }
-    found = result["contenders"]
-    ours = next((x for name, x in found.items() if name != "torch"), None)
-    theirs = found.get("torch")
-    if ours and theirs:
-        result["times_faster_than_torch"] = theirs["seconds"] / ours["seconds"]
+    size = replace(SIZES[args.size], rows=args.rows or SIZES[args.size].rows)
+    result = measure(args.only, size, args.repeats) if args.only else compare(args, size)
     text = json.dumps(result, indent=2)
     print(text)
     if args.out:
