@@ -1,12 +1,36 @@
 """Files and directories that are whole or not there."""
 
+import json
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
-from jaxfusion.errors import InputError
+from jaxfusion.errors import InputError, first_line
+
+
+def read_json(file: Path) -> Any:
+    """What a JSON file holds.
+
+    Raises:
+      InputError: the file is missing, not UTF-8, or not JSON.
+    """
+    try:
+        return json.loads(file.read_text("utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        why = "nested too deep" if isinstance(error, RecursionError) else first_line(error)
+        raise InputError(f"{file} is not JSON ({why})") from None
+
+
+def read_object(file: Path) -> dict[str, Any]:
+    """The JSON object that a file holds; errors as of `read_json`, and where it is another value.
+    """
+    found = read_json(file)
+    if not isinstance(found, dict):
+        raise InputError(f"{file} is not a JSON object but a {type(found).__name__}")
+    return found
 
 
 def write_whole(file: Path, text: str) -> None:

@@ -54,7 +54,7 @@ def test_tsv_rows_become_prompts_and_labels(tmp_path):
 
 @pytest.mark.parametrize("line,message", [
     ("3\tsports", r"train\.tsv:3: 2 tab-separated fields, wanted 3"),
-    ("", r"train\.tsv:3: 1 tab-separated fields"),
+    ("", r"train\.tsv:3: 0 tab-separated fields"),
     ("3\tsport\tx", r"train\.tsv:3: label 'sport' is none of science/technology"),
     ("3\tsports\t  ", r"train\.tsv:3: column 'text' is empty"),
 ])
@@ -87,7 +87,7 @@ def test_jsonl_serves_every_task(tmp_path):
     with pytest.raises(InputError, match=r"column 'hypothesis' is missing"):
         read_examples("xnli", TASKS["xnli"], "test", "sw", str(tmp_path))
     file.write_text('{"premise": "a"\n', "utf-8")
-    with pytest.raises(InputError, match=r"test-sw\.jsonl:1: no JSON"):
+    with pytest.raises(InputError, match=r"test-sw\.jsonl:1: not JSON"):
         read_examples("xnli", TASKS["xnli"], "test", "sw", str(tmp_path))
 
 

@@ -180,7 +180,7 @@ def test_a_row_that_comes_again_is_left_out_and_counted(tmp_path, caplog):
 def test_two_files_for_the_same_rows_are_refused(tmp_path):
     write(tmp_path / "train-en.jsonl")
     write(tmp_path / "train-en.csv")
-    with pytest.raises(InputError, match=r"train-en\.jsonl and train-en\.csv are there for the"):
+    with pytest.raises(InputError, match=r"train-en\.csv and train-en\.jsonl are there for the"):
         read(tmp_path)
     (tmp_path / "train-en.csv").unlink()
     with pytest.raises(InputError, match=r"dev-en\.jsonl is missing: .* \.json, \.csv, \.tsv"):

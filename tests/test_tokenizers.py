@@ -2,12 +2,14 @@
 
 import json
 import shutil
+import unicodedata
 
 import pytest
 
 from jaxfusion.data import sentencepiece
 from jaxfusion.data.batching import tokenize, tokenize_bare
-from jaxfusion.data.sources import Example
+from jaxfusion.data.sources import Example, read_examples
+from jaxfusion.data.tasks import TASKS
 from jaxfusion.data.tokenizers import (
     LANGBRIDGE_WHITESPACE,
     Tokenizers,
@@ -108,18 +110,149 @@ def test_sentencepiece_files_give_sentencepieces_ids(role, rows, real, real_data
 
 
 def test_a_model_that_is_read_otherwise_is_refused(real, monkeypatch):
-    """What `mend` mends is what transformers 5.23 gets wrong; the next mistake is to be seen."""
-    monkeypatch.setattr(sentencepiece, "_mend_bpe", lambda spm, backend: None)
+    from tokenizers import models
+
+    monkeypatch.setattr(sentencepiece, "_bpe", lambda spm, falls_back: models.BPE(
+        {spm.id_to_piece(i): i for i in range(len(spm))}, [], unk_token="<unk>"))
     with pytest.raises(InputError, match=r"otherwise than SentencePiece does: .* gives \["):
         load_tokenizer(real / "decoder", 32_000, "decoder")
 
 
-def test_what_is_no_sentencepiece_model_is_said(real, tmp_path):
+def test_what_is_not_a_sentencepiece_model_is_said(real, tmp_path):
     shutil.copytree(real / "decoder", tmp_path / "llm")
-    tokenizer = load_tokenizer(tmp_path / "llm", 32_000, "decoder")
     (tmp_path / "llm" / "tokenizer.model").write_text("IQ== 0\nIg== 1\n")
-    with pytest.raises(InputError, match=r"is no SentencePiece model .* put the model's own"):
-        sentencepiece.mend(tokenizer, tmp_path / "llm")
+    with pytest.raises(InputError, match=r"is not a SentencePiece model .* put the model's own"):
+        load_tokenizer(tmp_path / "llm", 32_000, "decoder")
+
+
+@pytest.fixture(scope="module")
+def languages(real_data):
+    """Texts of 20 languages as written and with decomposed characters, from the data alone."""
+    task = TASKS["sib200"]
+    rows = [x.query for language in task.languages
+            for x in read_examples("sib200", task, "dev", language, str(real_data / "sib200"))]
+    return [*rows, *(unicodedata.normalize("NFD", x) for x in rows)]
+
+
+def peculiar(path):
+    """A byte-level BPE whose `tokenizer.json` says other things than any family's class."""
+    from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
+
+    backend = Tokenizer(models.BPE())
+    backend.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
+    backend.pre_tokenizer = pre_tokenizers.Sequence([
+        pre_tokenizers.Split(Regex(r"\p{N}"), "isolated"), pre_tokenizers.ByteLevel(False)])
+    backend.train_from_iterator(["the man and the girl and 1990"] * 2, trainers.BpeTrainer(
+        vocab_size=300, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        special_tokens=["<unk>", "<s>", "</s>"]))
+    path.mkdir()
+    backend.save(str(path / "tokenizer.json"))
+    return backend
+
+
+@pytest.mark.parametrize("family", ["qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "llama",
+                                    "mistral", "phi3"])
+def test_a_tokenizer_json_gives_its_own_ids_whatever_the_family(family, languages, tmp_path):
+    """Finding 1: transformers 5 rebuilds a tokenizer from its class."""
+    own = {"qwen2": "Qwen2Tokenizer", "qwen3": "Qwen2Tokenizer", "phi3": "LlamaTokenizer",
+           "llama": "LlamaTokenizer", "mistral": "LlamaTokenizer"}.get(family, "GemmaTokenizer")
+    theirs, texts = peculiar(tmp_path / "llm"), languages[::8]
+    size = theirs.get_vocab_size()
+    wanted = [x.ids for x in theirs.encode_batch(texts, add_special_tokens=False)]
+    (tmp_path / "llm" / "config.json").write_text(json.dumps({"model_type": family}))
+    for kind in (None, own, "PreTrainedTokenizerFast"):
+        config = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>",
+                  "tokenizer_class": kind}
+        (tmp_path / "llm" / "tokenizer_config.json").write_text(json.dumps(config))
+        ours = load_tokenizer(tmp_path / "llm", size, "decoder")
+        assert Tokenizers(None, ours).encode_texts(texts) == wanted
+    write_tokenizer(tmp_path / "again", ours)
+    again = load_tokenizer(tmp_path / "again", size, "decoder")
+    assert Tokenizers(None, again).encode_texts(texts) == wanted
+
+
+@pytest.fixture(scope="module")
+def mt5_like(languages, tmp_path_factory):
+    """A bare SentencePiece model with mT5's settings, as the directory of a checkpoint."""
+    from sentencepiece import SentencePieceTrainer
+
+    path = tmp_path_factory.mktemp("mt5")
+    SentencePieceTrainer.train(
+        sentence_iterator=iter(languages[: len(languages) // 2]), vocab_size=5000,
+        model_prefix=str(path / "spiece"), model_type="unigram", byte_fallback=True,
+        normalization_rule_name="nmt_nfkc", minloglevel=2, pad_id=0, eos_id=1, unk_id=2, bos_id=-1)
+    (path / "config.json").write_text(json.dumps({"model_type": "mt5"}))
+    return path
+
+
+@pytest.mark.parametrize("kind", ["T5Tokenizer", "MT5Tokenizer", None])
+def test_a_bare_unigram_model_gives_sentencepieces_ids(kind, mt5_like, languages, tmp_path):
+    """Findings 2 and 4: decomposed characters, mT5's class, and no `extra_ids`."""
+    from sentencepiece import SentencePieceProcessor
+
+    (mt5_like / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": kind}))
+    wanted = [[*ids, 1] for ids in
+              SentencePieceProcessor(model_file=str(mt5_like / "spiece.model")).encode(languages)]
+    ours = load_tokenizer(mt5_like, 5056, "encoder")
+    assert len(ours) == 5000 and ours.eos_token_id == 1 and ours.pad_token_id == 0
+    assert Tokenizers(ours, None).encode_queries(languages) == wanted
+    assert load_tokenizer(mt5_like, 5100, "encoder").convert_tokens_to_ids("<extra_id_0>") == 5099
+    write_tokenizer(tmp_path / "out", ours)
+    again = load_tokenizer(tmp_path / "out", 5056, "encoder")
+    assert Tokenizers(again, None).encode_queries(languages) == wanted
+
+
+def test_an_added_token_beyond_the_table_is_left_out(tiny, tmp_path, caplog):
+    """Finding 3: Gemma 3 names a token of its image models, which its table has no row for."""
+    shutil.copytree(tiny / "decoder", tmp_path / "llm")
+    before = load_tokenizer(tmp_path / "llm", 512, "decoder")
+    tokenizer = load_tokenizer(tmp_path / "llm", 512, "decoder")
+    tokenizer.add_tokens(["<image_soft_token>"], special_tokens=True)
+    rows = len(before)
+    assert tokenizer.convert_tokens_to_ids("<image_soft_token>") == rows
+    write_tokenizer(tmp_path / "llm", tokenizer)
+    found = load_tokenizer(tmp_path / "llm", rows, "decoder")
+    assert "tokens beyond the model's table" in caplog.text
+    for text in ("lala <image_soft_token> bako", "lala"):
+        assert found(text)["input_ids"] == before(text)["input_ids"]
+    file = tmp_path / "llm" / "tokenizer_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "eos_token": "<image_soft_token>"}))
+    with pytest.raises(InputError, match="'<image_soft_token>' is beyond the model's table"):
+        load_tokenizer(tmp_path / "llm", rows, "decoder")
+
+
+@pytest.mark.parametrize("settings, begins", [
+    ({}, True), ({"add_bos_token": False}, False), ({"add_bos_token": True}, True)])
+def test_bos_is_put_where_the_tokenizer_puts_it(settings, begins, tiny, tmp_path):
+    """Finding 9: a tokenizer may name BOS and begin no text with it."""
+    shutil.copytree(tiny / "decoder", tmp_path / "llm")
+    file = tmp_path / "llm" / "tokenizer_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **settings}))
+    ours = Tokenizers(None, load_tokenizer(tmp_path / "llm", 512, "decoder"))
+    assert ours.start == ([ours.decoder.bos_token_id] if begins else [])
+    config = json.loads((tmp_path / "llm" / "tokenizer.json").read_text())
+    if not settings:
+        config["post_processor"] = None
+        (tmp_path / "llm" / "tokenizer.json").write_text(json.dumps(config))
+        assert Tokenizers(None, load_tokenizer(tmp_path / "llm", 512, "decoder")).start == []
+
+
+def test_a_token_across_the_seam_leaves_its_answer_whole(tmp_path):
+    """Finding 16: of `(` and `A` some tokenizers make the one token `(A`."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {x: i for i, x in enumerate(["</s>", *alphabet, "(A", "(B"])}
+    backend = Tokenizer(models.BPE(vocab, [("(", "A"), ("(", "B")]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    ours = Tokenizers(None, PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>"))
+    prompt = "Answer:\n("
+    found = ours.encode_answers([prompt, prompt], ["A)", "B)"])
+    context = ours.encode_texts([prompt])[0]
+    assert found == [[vocab["A"], vocab[")"]], [vocab["B"], vocab[")"]]]
+    assert ours.decoder.decode([*context, *found[0]]) == prompt + "A)"
 
 
 def test_langbridges_whitespace_gets_the_unused_rows(real):

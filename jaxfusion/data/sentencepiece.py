@@ -1,54 +1,225 @@
-"""Bare SentencePiece models: transformers' tokenizer of one, made to give SentencePiece's ids.
+"""A bare SentencePiece model as a backend of `tokenizers`, made from what the model file says.
 
-transformers 5 guesses at what a model file without `tokenizer.json` says: it orders the merges of a
-BPE model by id and not by score, leaves out the space before the first word, and takes T5's places
-of special tokens for granted.
+transformers guesses at what a file without `tokenizer.json` says: it orders the merges of a BPE
+model by id and not by score, leaves out the space before the first word, and takes T5's places of
+special tokens for granted. The backend here is made from the file, and compared with SentencePiece.
 """
 
+import json
+import re
 from pathlib import Path
+from typing import Any
+
+from tokenizers import (
+    AddedToken,
+    Regex,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+)
+from tokenizers.processors import TemplateProcessing
+from transformers import PreTrainedTokenizerFast
 
 from jaxfusion.errors import InputError, first_line
+from jaxfusion.files import read_object
 
 FILES = ("tokenizer.model", "spiece.model")
+# In tokenizer_config.json: the model file beside it that normalizes texts first.
+NORMALIZER = "sentencepiece_normalizer"
+SPACE = "▁"
 PROBES = ("Is this  a test? Yes: 12 ñ 中文 සිංහල", " one", "  two\nthree  ", "(un)known: 1,234.5",
-          "Ａ① ﬁne e\u0301")
+          "Ａ① ﬁne e\u0301", "ক\u09c7\u09be \u1112\u1161\u11ab ක\u0dd9\u0dcf \u06cc\u0654\u064e")
 
 
-def mend(tokenizer, path: Path) -> None:
-    """Gives a tokenizer that was read from a bare SentencePiece model the model's own pieces.
+def find_model(path: Path) -> Path | None:
+    """The SentencePiece model of a checkpoint directory."""
+    return next((path / name for name in FILES if (path / name).is_file()), None)
+
+
+def read_model(file: Path):
+    """The model, as SentencePiece reads it.
 
     Raises:
-      InputError: its ids still differ from SentencePiece's.
+      InputError: not a SentencePiece model.
     """
-    file = next((path / name for name in FILES if (path / name).is_file()), None)
-    if file is None or (path / "tokenizer.json").is_file() or not tokenizer.is_fast:
-        return
     from sentencepiece import SentencePieceProcessor
-    from tokenizers import models
 
     try:
-        spm = SentencePieceProcessor(model_file=str(file))
+        return SentencePieceProcessor(model_file=str(file))
     except (RuntimeError, OSError) as error:
-        raise InputError(f"{file} is no SentencePiece model ({first_line(error)}); put the "
+        raise InputError(f"{file} is not a SentencePiece model ({first_line(error)}); put the "
                          "model's own tokenizer.json beside it") from None
-    backend, probes = tokenizer.backend_tokenizer, PROBES
-    if isinstance(backend.model, models.BPE):
-        _mend_bpe(spm, backend)
-        probes += _symbols(spm)
-    elif isinstance(backend.model, models.Unigram):
-        pieces = [(spm.id_to_piece(i), spm.get_score(i)) for i in range(len(spm))]
-        backend.model = models.Unigram(pieces, spm.unk_id(), _falls_back(spm))
-    for text in probes:
+
+
+class SentencePieceTokenizer(PreTrainedTokenizerFast):
+    """A tokenizer whose texts SentencePiece normalizes before its backend reads them.
+
+    The backend's own copy of the normalizer takes a text apart into graphemes first, and so leaves
+    decomposed characters decomposed (github.com/huggingface/tokenizers, issue 2116).
+    """
+
+    spm = None  # SentencePieceProcessor; a model whose normalizer is not the identity
+
+    def __call__(self, text, *args, **kwargs):
+        """As in transformers, of one text or a list of texts."""
+        one = isinstance(text, str)
+        texts = self._normalize([text] if one else list(text))
+        return super().__call__(texts[0] if one else texts, *args, **kwargs)
+
+    def save_pretrained(self, save_directory, **kwargs):
+        """As in transformers, with the model that normalizes beside it."""
+        written = super().save_pretrained(save_directory, **kwargs)
+        file = Path(save_directory) / "tokenizer_config.json"
+        file.with_name(FILES[1]).write_bytes(self.spm.serialized_model_proto())
+        config = {**read_object(file), NORMALIZER: FILES[1]}
+        file.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", "utf-8")
+        return written
+
+    def _normalize(self, texts: list[str]) -> list[str]:
+        """Between added tokens, which are cut out of the text as it is."""
+        added = sorted(self.get_added_vocab(), key=len, reverse=True)
+        parts = [re.split(f"({'|'.join(map(re.escape, added))})", text) if added else [text]
+                 for text in texts]
+        plain = [part for text in parts for part in text[::2]]
+        # The space before the first word is the backend's to add.
+        normal = iter(self.spm.normalize(plain))
+        return ["".join(part if i % 2 else next(normal).removeprefix(SPACE).replace(SPACE, " ")
+                        for i, part in enumerate(text)) for text in parts]
+
+
+def read_sentencepiece(file: Path, role: str, vocab_size: int) -> SentencePieceTokenizer:
+    """The tokenizer of a directory that holds a SentencePiece model and no `tokenizer.json`.
+
+    Special tokens are those that the files beside the model name, or the model's own. An encoder's
+    text ends with its end token, as T5's do; an LLM's begins with BOS, as Llama's do, unless
+    `tokenizer_config.json` has `add_bos_token` false.
+
+    Args:
+      role: 'encoder' or 'decoder'. vocab_size: rows of the model's embedding table.
+
+    Raises:
+      InputError: not a SentencePiece model, or ids that differ from SentencePiece's.
+    """
+    from sentencepiece import sentencepiece_model_pb2
+
+    spm, config = read_model(file), _config(file.parent)
+    proto = sentencepiece_model_pb2.ModelProto.FromString(spm.serialized_model_proto())
+    special = _special_tokens(spm, config)
+    backend = _make_backend(spm, proto)
+    backend.add_special_tokens([AddedToken(x, normalized=False) for x in special.values()])
+    _add_tokens(backend, spm, config, file.parent, role, vocab_size)
+    backend.post_processor = _template(backend, special, config, role)
+    chat = file.with_name("chat_template.jinja")
+    normalizes = bool(proto.normalizer_spec.precompiled_charsmap)
+    kind = SentencePieceTokenizer if normalizes else PreTrainedTokenizerFast
+    tokenizer = kind(
+        tokenizer_object=backend, **special, clean_up_tokenization_spaces=False,
+        chat_template=chat.read_text("utf-8") if chat.is_file() else config.get("chat_template"))
+    if normalizes:
+        tokenizer.spm = spm
+    for text in PROBES + _symbols(proto):
         found, wanted = tokenizer(text, add_special_tokens=False)["input_ids"], spm.encode(text)
         if found != wanted:
-            raise InputError(f"transformers reads {file} otherwise than SentencePiece does: "
-                             f"{text!r} gives {found}, wanted {wanted}; put the model's own "
+            raise InputError(f"tokenizers reads {file} otherwise than SentencePiece does: "
+                             f"{text!r} gives {found}, expected {wanted}; put the model's own "
                              "tokenizer.json beside it")
+    return tokenizer
 
 
-def _mend_bpe(spm, backend) -> None:
-    from tokenizers import decoders, models, normalizers
+def _config(path: Path) -> dict[str, Any]:
+    """What the files beside the model say, `tokenizer_config.json` first."""
+    found: dict[str, Any] = {}
+    for name in ("special_tokens_map.json", "tokenizer_config.json"):
+        if (path / name).is_file():
+            found |= {key: x for key, x in read_object(path / name).items() if x is not None}
+    return found
 
+
+def _special_tokens(spm, config: dict[str, Any]) -> dict[str, str]:
+    """The named special tokens, by name; what is not configured is the model's own."""
+    own = {"unk_token": spm.unk_id(), "bos_token": spm.bos_id(), "eos_token": spm.eos_id(),
+           "pad_token": spm.pad_id()}
+    special = {name: spm.id_to_piece(i) for name, i in own.items() if i >= 0}
+    for name in special | {"pad_token": ""}:
+        if name in config:
+            special[name] = _content(config[name])
+    return special
+
+
+def _content(token: str | dict[str, Any]) -> str:
+    return token["content"] if isinstance(token, dict) else str(token)
+
+
+def _add_tokens(backend, spm, config, path: Path, role: str, vocab_size: int) -> None:
+    """Tokens behind the model's pieces: those of the files, and T5's sentinels where they fit."""
+    extra = {int(i): token for i, token in config.get("added_tokens_decoder", {}).items()}
+    if not extra and (path / "added_tokens.json").is_file():
+        extra = {i: token for token, i in read_object(path / "added_tokens.json").items()}
+    for i, token in sorted(extra.items()):
+        fields = {key: x for key, x in token.items() if key not in ("content", "__type")
+                  } if isinstance(token, dict) else {"normalized": False}
+        backend.add_tokens([AddedToken(_content(token), **fields)])
+        if backend.token_to_id(_content(token)) != i:
+            raise InputError(f"{path}: token {_content(token)!r} has id {i} in its files, but "
+                             f"comes out as {backend.token_to_id(_content(token))}; put the "
+                             "model's own tokenizer.json beside it")
+    sentinels = config.get("extra_ids", 100)
+    has_some = any(backend.token_to_id(f"{start}<extra_id_0>") is not None for start in ("", SPACE))
+    if role == "encoder" and not has_some and len(spm) + sentinels <= vocab_size:
+        backend.add_special_tokens([f"<extra_id_{i}>" for i in reversed(range(sentinels))])
+
+
+def _template(backend, special: dict[str, str], config: dict[str, Any], role: str):
+    """What goes round a text."""
+    parts = ["$A"]
+    if config.get("add_bos_token", role == "decoder") and "bos_token" in special:
+        parts.insert(0, special["bos_token"])
+    if config.get("add_eos_token", role == "encoder") and "eos_token" in special:
+        parts.append(special["eos_token"])
+    return TemplateProcessing(single=" ".join(parts), special_tokens=[
+        (x, backend.token_to_id(x)) for x in parts if x != "$A"])
+
+
+def _make_backend(spm, proto) -> Tokenizer:
+    """The backend of a model, without special tokens.
+
+    Raises:
+      InputError: a kind of model that `tokenizers` does not have.
+    """
+    kinds = proto.trainer_spec.ModelType
+    falls_back = any(spm.is_byte(i) for i in range(len(spm)))
+    match proto.trainer_spec.model_type:
+        case kinds.UNIGRAM:
+            pieces = [(piece.piece, piece.score) for piece in proto.pieces]
+            backend = Tokenizer(models.Unigram(pieces, spm.unk_id(), falls_back))
+        case kinds.BPE:
+            backend = Tokenizer(_bpe(spm, falls_back))
+        case other:
+            raise InputError(f"a SentencePiece model of type {kinds.Name(other)} is not supported, "
+                             "only UNIGRAM and BPE; put the model's own tokenizer.json beside it")
+    rules, steps, tail = proto.normalizer_spec, [], []
+    if rules.precompiled_charsmap:
+        steps = [normalizers.Precompiled(rules.precompiled_charsmap)]
+    if rules.remove_extra_whitespaces:
+        steps += [normalizers.Strip(), normalizers.Replace(Regex(" {2,}"), " ")]
+    if rules.add_dummy_prefix:
+        tail = [decoders.Strip(" ", 1, 0)]
+    if isinstance(backend.model, models.BPE):  # whose pieces may span words
+        steps += [normalizers.Prepend(SPACE)] * rules.add_dummy_prefix
+        steps += [normalizers.Replace(" ", SPACE)]
+    else:
+        backend.pre_tokenizer = pre_tokenizers.Metaspace(
+            SPACE, "always" if rules.add_dummy_prefix else "never")
+    backend.normalizer = normalizers.Sequence(steps)
+    backend.decoder = decoders.Sequence(
+        [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), *tail])
+    return backend
+
+
+def _bpe(spm, falls_back: bool) -> models.BPE:
+    """Its merges by their scores, as SentencePiece takes them."""
     plain = [i for i in range(len(spm))
              if not (spm.is_control(i) or spm.is_unknown(i) or spm.is_byte(i))]
     vocab = {spm.id_to_piece(i): i for i in range(len(spm))}
@@ -58,29 +229,14 @@ def _mend_bpe(spm, backend) -> None:
         for piece, score in known.items() for cut in range(1, len(piece))
         if piece[:cut] in known and piece[cut:] in known
     ]
-    backend.model = models.BPE(
-        vocab, [(left, right) for _, _, left, right in sorted(merges)],
-        unk_token=spm.id_to_piece(spm.unk_id()), fuse_unk=True, byte_fallback=_falls_back(spm),
-    )
-    spaces = [normalizers.Replace(" ", "▁")]
-    tail = []
-    if spm.encode("a", out_type=str)[0].startswith("▁"):  # a space before the first word
-        spaces.insert(0, normalizers.Prepend("▁"))
-        tail = [decoders.Strip(" ", 1, 0)]
-    backend.normalizer, backend.pre_tokenizer = normalizers.Sequence(spaces), None
-    backend.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), *tail])
+    return models.BPE(vocab, [(left, right) for _, _, left, right in sorted(merges)],
+                      unk_token=spm.id_to_piece(spm.unk_id()), fuse_unk=True,
+                      byte_fallback=falls_back)
 
 
-def _symbols(spm) -> tuple[str, ...]:
+def _symbols(proto) -> tuple[str, ...]:
     """Texts with symbols that the model's makers defined, which it cuts out before all else."""
-    from sentencepiece import sentencepiece_model_pb2
-
-    proto = sentencepiece_model_pb2.ModelProto.FromString(spm.serialized_model_proto())
-    pieces = [x.piece.replace("▁", " ") for x in proto.pieces if x.type == x.USER_DEFINED]
+    if proto.trainer_spec.model_type != proto.trainer_spec.ModelType.BPE:
+        return ()
+    pieces = [x.piece.replace(SPACE, " ") for x in proto.pieces if x.type == x.USER_DEFINED]
     return tuple(text for x in pieces[:64] for text in (f"{x}one", f"one{x}{x}two", f"a {x} b"))
-
-
-def _falls_back(spm) -> bool:
-    """Whether unknown characters become bytes."""
-    return any(spm.is_byte(i) for i in range(len(spm)))

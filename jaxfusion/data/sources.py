@@ -4,13 +4,14 @@ import logging
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from glob import escape
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from jaxfusion.data.lexicon import check_version
 from jaxfusion.data.prepared import read_tfds
-from jaxfusion.data.readers import READERS, is_blank, read_file
+from jaxfusion.data.readers import READERS, is_blank, kind_of, read_file
 from jaxfusion.data.remote import read_hub
 from jaxfusion.data.task import SAME, Placed, Source, Task
 from jaxfusion.errors import InputError
@@ -89,7 +90,8 @@ def _in_folder(name: str, task: Task, split: str, language: str, folder: Path) -
     if len(own) > 1:
         raise InputError(f"{own[0]} and {own[1].name} are there for the same rows; keep one")
     if own:
-        return Source(str(folder / f"{{split}}-{{language}}{own[0].suffix}"), splits=SAME)
+        ending = own[0].name.removeprefix(f"{split}-{language}")
+        return Source(str(folder / f"{{split}}-{{language}}{ending}"), splits=SAME)
     generic = f"{split}-{language}.jsonl"
     if task.files is None or split not in task.files.splits:
         raise InputError(f"{folder / generic} is missing: task '{name}' reads its rows there, or "
@@ -102,7 +104,10 @@ def _in_folder(name: str, task: Task, split: str, language: str, folder: Path) -
 
 def _own_files(task: Task, folder: Path, split: str, language: str) -> list[Path]:
     """The user's own files of these rows in a directory."""
-    named = (folder / f"{split}-{language}{suffix}" for suffix in READERS)
+    stem = f"{split}-{language}"
+    endings = {stem + ending for suffix in READERS for ending in (suffix, f"{suffix}.gz")}
+    named = sorted(file for file in folder.glob(f"{escape(stem)}.*")
+                   if kind_of(file) and stem + file.name[len(stem):].lower() in endings)
     # XNLI's own dev-en.tsv is cut into all three splits.
     theirs = [folder / _filled(task.files, x, language) for x in task.files.splits
               ] if task.files else []
@@ -174,7 +179,7 @@ def _file_rows(name: str, source: Source, split: str, language: str) -> Iterator
         what = "matches no file" if MAGIC.search(str(place)) else "is missing"
         raise InputError(f"{place} {what}: task '{name}' reads split '{split}' in '{language}' "
                          "there")
-    rows = (row for file in files for row in read_file(file, source.columns))
+    rows = (row for file in files for row in read_file(file, source.columns, source.quoted))
     wanted = source.rows(split)[1]
     return islice(rows, wanted.start, wanted.stop)
 

@@ -30,6 +30,7 @@ class Source:
       names: of languages that it calls otherwise than we do.
       borrowed: column -> the language from whose same row it is taken, as the others have it wrong.
       streaming: of a hub dataset: only what is read is downloaded.
+      quoted: whether fields of its TSVs may be in quotes, as pandas writes them.
     """
 
     place: str
@@ -42,6 +43,7 @@ class Source:
     names: dict[str, str] = field(default_factory=dict)
     borrowed: dict[str, str] = field(default_factory=dict)
     streaming: bool = False
+    quoted: bool = False
 
     @property
     def kind(self) -> str:
@@ -79,6 +81,8 @@ class Task:
       spellings: how the data writes the labels, where neither as they are nor as 0, 1, …
       extract: of a free text what is compared with the target's; None is the text itself.
       unlabelled: no answer: the encoder reads the beginning of the text, the LLM learns the rest.
+      parallel: whether test rows of the same number are translations of each other, but for
+        languages in `sources`.
     """
 
     prompt: str
@@ -91,6 +95,7 @@ class Task:
     spellings: tuple[str, ...] = ()
     extract: Callable[[str], str] | None = None
     unlabelled: bool = False
+    parallel: bool = False
 
     def at(self, place: str) -> Source:
         """The source that another place is. One of the kind that is declared keeps its columns,

@@ -128,7 +128,8 @@ TASKS: dict[str, Task] = {
         ),
         source=Source("hub:Davlan/sib200", "{language}", rename={"category": "label"}),
         files=Source("data/annotated/{language}/{split}.tsv", splits=SAME,
-                     rename={"category": "label"}),
+                     rename={"category": "label"}, quoted=True),
+        parallel=True,
     ),
     # Of the made-up world in data/pocket.py.
     "pocket_nli": Task(NLI_PROMPT, NLI_LABELS, tuple(POCKET)),

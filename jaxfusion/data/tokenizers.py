@@ -1,12 +1,23 @@
 """The two tokenizers of a bridge, and the check that each belongs to its model."""
 
+import json
+import logging
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from jaxfusion.data.sentencepiece import mend
+from jaxfusion.data.sentencepiece import (
+    NORMALIZER,
+    SentencePieceTokenizer,
+    find_model,
+    read_model,
+    read_sentencepiece,
+)
 from jaxfusion.errors import InputError, first_line
+from jaxfusion.files import read_object
+
+logger = logging.getLogger(__name__)
 
 # A tokenizer of a model covers its embedding table up to the padding of the table's size.
 LEAST_COVERAGE = 0.9
@@ -37,18 +48,21 @@ class Tokenizers:
 
     Attributes:
       turn: of the decoder's chats; None where there is no chat.
+      end_tokens: of the LLM's own files: an answer ends at any of them.
     """
 
     encoder: object
     decoder: object
     turn: Turn | None = None
+    end_tokens: tuple[int, ...] = ()
 
     @cached_property
     def start(self) -> list[int]:
-        """What every decoder row starts with: the header of a chat, or BOS if there is one."""
+        """What every decoder row starts with: the header of a chat, or BOS where the tokenizer
+        begins a text with it."""
         if self.turn is not None:
             return self.encode_texts([self._header])[0]
-        return [] if self.decoder.bos_token_id is None else [self.decoder.bos_token_id]
+        return [self.decoder.bos_token_id] if adds_bos(self.decoder) else []
 
     @property
     def _header(self) -> str:
@@ -56,8 +70,13 @@ class Tokenizers:
         return self.turn.before.rstrip(" ")
 
     @property
+    def ends(self) -> tuple[int, ...]:
+        """Every token that ends an answer, ascending."""
+        return tuple(sorted({self.eos, *self.end_tokens}))
+
+    @property
     def eos(self) -> int:
-        """What ends an answer."""
+        """What ends an answer that is trained on."""
         if self.turn is None or self.turn.end is None:
             return self.decoder.eos_token_id
         return self.turn.end
@@ -106,14 +125,25 @@ class Tokenizers:
         """Ids of what follows each context in its whole.
 
         A BPE token may span a space: both are encoded, and what follows the context's own ids is
-        taken (as EleutherAI's lm-evaluation-harness does).
+        taken (as EleutherAI's lm-evaluation-harness does). Where a token spans the seam itself
+        (`(` and `A` as `(A`), what follows is encoded alone: the LLM reads the context's own ids,
+        and never meets the token that spans.
         """
+        pairs = zip(self.encode_texts(contexts), self.encode_texts(wholes), strict=True)
         return [
-            whole[len(context):]
-            for context, whole in zip(
-                self.encode_texts(contexts), self.encode_texts(wholes), strict=True
-            )
+            whole[len(context):] if whole[: len(context)] == context
+            else self._alone(text[len(start):])
+            for (context, whole), start, text in zip(pairs, contexts, wholes, strict=True)
         ]
+
+    def _alone(self, text: str) -> list[int]:
+        """Ids of a text as it stands inside another: without a space that its tokenizer adds."""
+        for before in ("\n", "|", "\u2603"):
+            start, whole = self.encode_texts([before, before + text])
+            if whole[: len(start)] == start:
+                return whole[len(start):]
+        raise InputError(f"the decoder's tokenizer joins {text!r} to whatever is before it: its "
+                         "tokens cannot be told; put a space or a line end before the answer")
 
 
 WORDS, ANSWER = "the user's words", "the assistant's words"
@@ -167,7 +197,9 @@ def _render(tokenizer, messages: list[dict[str, str]], **kwargs) -> str:
 def load_tokenizer(
     path: Path, vocab_size: int, role: str, added_tokens: tuple[str, ...] = ()
 ):
-    """The tokenizer of a checkpoint directory, through transformers; no remote code.
+    """The tokenizer of a checkpoint directory, with the ids that its own files give.
+
+    No remote code is run.
 
     Args:
       path: the directory. vocab_size: rows of the model's embedding table.
@@ -177,16 +209,15 @@ def load_tokenizer(
     Raises:
       InputError: no tokenizer there, none with an end token, or one of another model.
     """
-    from transformers import AutoTokenizer
-
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-    except Exception as error:
+        tokenizer = _read(path, role, vocab_size)
+    except InputError:
+        raise
+    except Exception as error:  # whatever transformers and tokenizers raise
         raise InputError(
             f"{path} has no {role} tokenizer that can be read (tokenizer.json or a SentencePiece "
-            f"model): {first_line(error)}"
+            f"model): {first_line(error) or type(error).__name__}"
         ) from None
-    mend(tokenizer, path)
     if added_tokens:
         # As special ones: others are normalized, and mT5's makes every whitespace a space.
         tokenizer.add_tokens(list(added_tokens), special_tokens=True)
@@ -199,6 +230,86 @@ def load_tokenizer(
     if tokenizer.eos_token_id is None:
         raise InputError(f"the {role} tokenizer in {path} has no end token (eos_token)")
     return tokenizer
+
+
+def _read(path: Path, role: str, vocab_size: int):
+    """The tokenizer of a directory, from its `tokenizer.json` or SentencePiece model.
+
+    transformers has the class of a tokenizer rebuild it, and so drops what its files say; it reads
+    by class only what has no such file (ByT5, or a vocabulary with its merges).
+    """
+    if (path / "tokenizer.json").is_file():
+        return _from_json(path, role, vocab_size)
+    if model := find_model(path):
+        return read_sentencepiece(model, role, vocab_size)
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+
+
+def _from_json(path: Path, role: str, vocab_size: int):
+    """A `tokenizer.json` as it is, with the special tokens and the chat template beside it.
+
+    An added token beyond the model's table (Gemma 3's `<image_soft_token>`) is left out: no text
+    needs it, and the model has no row for it.
+    """
+    from tokenizers import Tokenizer
+    from tokenizers.processors import TemplateProcessing
+    from transformers import PreTrainedTokenizerFast
+
+    source = read_object(path / "tokenizer.json")
+    beyond = [x["content"] for x in source.get("added_tokens", []) if x["id"] >= vocab_size]
+    source["added_tokens"] = [x for x in source.get("added_tokens", [])
+                              if x["content"] not in beyond]
+    backend = Tokenizer.from_str(json.dumps(source))
+    file = path / "tokenizer_config.json"
+    config = read_object(file) if file.is_file() else {}
+    if model := config.get(NORMALIZER):
+        tokenizer = SentencePieceTokenizer.from_pretrained(path)
+        tokenizer.spm = read_model(path / model)
+    else:
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(path)
+    for token_id, token in sorted(tokenizer.added_tokens_decoder.items()):
+        if backend.token_to_id(token.content) is None and token_id < vocab_size:
+            backend.add_tokens([token])
+    if role == "decoder" and isinstance(begins := config.get("add_bos_token"), bool
+                                         ) and tokenizer.bos_token is not None:
+        # It decides, as in transformers, whatever tokenizer.json does.
+        bos, i = tokenizer.bos_token, tokenizer.bos_token_id
+        backend.post_processor = TemplateProcessing(
+            single=f"{bos} $A" if begins else "$A", special_tokens=[(bos, i)] if begins else [])
+    tokenizer._tokenizer = backend  # transformers may have changed its own copy
+    needed = {tokenizer.bos_token, tokenizer.eos_token, tokenizer.unk_token}
+    template = str(tokenizer.chat_template or "")
+    if lost := [x for x in beyond if x in needed or x in template]:
+        raise InputError(f"the tokenizer in {path} does not belong to the model: its token "
+                         f"{lost[0]!r} is beyond the model's table of {vocab_size} rows")
+    if beyond:
+        logger.warning("%s: tokens beyond the model's table of %d rows are left out: %s", path,
+                       vocab_size, ", ".join(beyond))
+    return tokenizer
+
+
+def read_end_tokens(path: Path, vocab_size: int) -> tuple[int, ...]:
+    """Ids at which an LLM's answers end, as transformers takes them: `eos_token_id`, one or a list,
+    of `generation_config.json`, and of `config.json` where there is no such file.
+
+    Raises:
+      InputError: not ids of the model's table.
+    """
+    files = [path / name for name in ("generation_config.json", "config.json")]
+    file = next((x for x in files if x.is_file()), None)
+    found = None if file is None else read_object(file).get("eos_token_id")
+    ids = found if isinstance(found, list) else [] if found is None else [found]
+    if not all(type(i) is int and 0 <= i < vocab_size for i in ids):
+        raise InputError(f"{file}: eos_token_id is {found!r}, expected ids below {vocab_size}")
+    return tuple(ids)
+
+
+def adds_bos(tokenizer) -> bool:
+    """Whether a text of this tokenizer begins with BOS: where its files say so."""
+    bos = tokenizer.bos_token_id
+    return bos is not None and tokenizer("a")["input_ids"][:1] == [bos]
 
 
 SPECIALS = {
@@ -225,6 +336,8 @@ def train_tokenizer(role: str, texts: Iterable[str], vocab_size: int):
         backend.decoder = decoders.ByteLevel()
         alphabet = pre_tokenizers.ByteLevel.alphabet()
         backend.train_from_iterator(texts, trainers.BpeTrainer(initial_alphabet=alphabet, **kind))
+        backend.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[
+            ("<s>", backend.token_to_id("<s>"))])
         return PreTrainedTokenizerFast(
             tokenizer_object=backend, unk_token="<unk>", bos_token="<s>", eos_token="</s>"
         )

@@ -35,17 +35,20 @@ class Scored:
       likelihoods: [rows, labels] log-likelihood of each label.
       correct: by scoring name (see `Scorer`).
       cut: how many examples were longer than the limits.
+      unfinished: whether each answer met `max_new_tokens` before its end.
     """
 
     answers: list[str]
     likelihoods: np.ndarray
     correct: dict[str, list[bool]]
     cut: Cut
+    unfinished: list[bool]
 
     def part(self, start: int, end: int) -> "Scored":
         """What came out for some of the examples; `cut` is still that of all."""
         correct = {name: right[start:end] for name, right in self.correct.items()}
-        return Scored(self.answers[start:end], self.likelihoods[start:end], correct, self.cut)
+        return Scored(self.answers[start:end], self.likelihoods[start:end], correct, self.cut,
+                      self.unfinished[start:end])
 
 
 class Scorer:
@@ -85,6 +88,7 @@ class Scorer:
         labels = task.labels
         places = np.arange(len(rows)) if numbers is None else np.asarray(numbers)
         answers, likelihoods = [""] * len(rows), np.zeros((len(rows), len(labels)))
+        unfinished = [False] * len(rows)
         for chosen, batch in in_order(rows, self.shapes(rows), self.tokenizers,
                                       self.config.batch_size):
             options, mask = self._options([examples[i] for i in chosen], labels)
@@ -92,10 +96,11 @@ class Scorer:
             tokens, scores, _ = jax.device_get(
                 self.score(params, batch, options, mask, self._ends, drawn))
             for row, number in enumerate(chosen):
-                answers[number] = self._text(tokens[row])
+                answers[number], unfinished[number] = self._text(tokens[row])
                 likelihoods[number] = scores[: len(labels), row]
             progress(len(chosen))
-        return Scored(answers, likelihoods, _correct(task, examples, answers, likelihoods), cut)
+        correct = _correct(task, examples, answers, likelihoods)
+        return Scored(answers, likelihoods, correct, cut, unfinished)
 
     def shapes(self, rows: Sequence[TokenRow]) -> Shapes:
         """The few shapes that batches of these rows take."""
@@ -105,13 +110,18 @@ class Scorer:
 
     @cached_property
     def _ends(self) -> np.ndarray | None:
-        """[V] True at tokens that a stop string is part of: nothing behind them is wanted."""
-        if not self.config.stop:
+        """[V] True at tokens behind which nothing is wanted: the LLM's other end tokens, and those
+        that a stop string is part of."""
+        others = set(self.tokenizers.ends) - {self.tokenizers.eos}
+        if not self.config.stop and not others:
             return None
-        decoder = self.tokenizers.decoder
-        pieces = decoder.batch_decode([[i] for i in range(len(decoder))])
         ends = np.zeros(self.vocabulary, bool)
-        ends[: len(pieces)] = [any(stop in piece for stop in self.config.stop) for piece in pieces]
+        ends[list(others)] = True
+        if self.config.stop:
+            decoder = self.tokenizers.decoder
+            pieces = decoder.batch_decode([[i] for i in range(len(decoder))])
+            ends[: len(pieces)] |= [any(stop in piece for stop in self.config.stop)
+                                    for piece in pieces]
         return ends
 
     def rows(self, examples: Sequence[Example]) -> tuple[list[TokenRow], Cut]:
@@ -139,12 +149,15 @@ class Scorer:
         ] or [[[] for _ in prompts]]
         return pad_options(ids, self.config.batch_size)
 
-    def _text(self, tokens: np.ndarray) -> str:
-        """The answer up to its end token, or to the first stop string."""
-        ended = np.flatnonzero(tokens == self.tokenizers.eos)
+    def _text(self, tokens: np.ndarray) -> tuple[str, bool]:
+        """The answer up to its end token, or to the first stop string; and whether it met neither
+        within its limit."""
+        ended = np.flatnonzero(np.isin(tokens, self.tokenizers.ends))
         kept = tokens[: ended[0]] if len(ended) else tokens
         text = self.tokenizers.decoder.decode(kept.tolist(), skip_special_tokens=True)
-        return text[: min([text.find(x) for x in self.config.stop if x in text] or [None])].strip()
+        stops = [text.find(x) for x in self.config.stop if x in text]
+        unfinished = len(tokens) > 0 and not len(ended) and not stops
+        return text[: min(stops or [None])].strip(), unfinished
 
 
 def pad_options(

@@ -2,9 +2,10 @@
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
-from jaxfusion.errors import InputError
+from jaxfusion.errors import InputError, first_line
 from jaxfusion.nn.decoder import DecoderConfig
 from jaxfusion.nn.mt5 import MT5Config
 from jaxfusion.nn.rope import LinearScaling, Llama3Scaling, LongScaling, Rope
@@ -21,6 +22,8 @@ DECODER_FAMILIES = tuple(ARCHITECTURES)
 KV_HEADS = {"mistral": 8, "qwen2": 32, "qwen3": 32, "gemma": 16, "gemma2": 4, "gemma3_text": 4}
 HEAD_DIMS = {"qwen3": 128, "gemma": 256, "gemma2": 256, "gemma3_text": 256}
 WINDOWS = {"mistral": 4096, "qwen2": 4096, "qwen3": 4096, "gemma2": 4096, "gemma3_text": 4096}
+MOST_LAYERS = 1000
+LARGEST = 10_000_000  # of any count: what is larger is damage, and would exhaust memory
 PERIODS = {"gemma2": 2, "gemma3_text": 6}  # one layer of so many has no window
 
 
@@ -31,7 +34,45 @@ def encoder_config(json: dict[str, Any], where: str) -> MT5Config:
       InputError: another family, or a feed-forward that these families do not have.
     """
     _check_family(json, ENCODER_FAMILIES, "encoder", where)
-    activation = json.get("feed_forward_proj", "relu")
+    return _checked(lambda: _encoder_config(json, where), where)
+
+
+def decoder_config(json: dict[str, Any], where: str) -> DecoderConfig:
+    """The shape and features of an LLM, by the defaults of its family in transformers.
+
+    Raises:
+      InputError: another family, a feature that the decoder does not have, or a field that is
+        missing, of the wrong type or out of range.
+    """
+    _check_family(json, DECODER_FAMILIES, "decoder", where)
+    return _checked(lambda: _decoder_config(json, where), where)
+
+
+def _checked(read: Callable[[], MT5Config | DecoderConfig], where: str):
+    """The shape that `read` makes, if a model can have it."""
+    try:
+        shape = read()
+    except InputError:
+        raise
+    except (TypeError, ValueError, KeyError, AttributeError, OverflowError) as error:
+        raise InputError(f"{where}: a field has the wrong type ({first_line(error)}); get the "
+                         "file again") from None
+    heads, kv_heads = shape.num_heads, getattr(shape, "num_kv_heads", shape.num_heads)
+    if heads % kv_heads:
+        raise InputError(f"{where}: {heads} attention heads do not divide by {kv_heads} key and "
+                         "value heads")
+    if shape.num_layers > MOST_LAYERS:
+        raise InputError(f"{where}: {shape.num_layers:,} layers, expected at most {MOST_LAYERS:,}")
+    if isinstance(shape, DecoderConfig) and shape.head_dim % 2:
+        raise InputError(f"{where}: head_dim is {shape.head_dim}, expected an even number, as "
+                         "rotary embeddings turn pairs")
+    return shape
+
+
+def _encoder_config(json: dict[str, Any], where: str) -> MT5Config:
+    # What a config.json that leaves it out means in transformers.
+    activation = json.get("feed_forward_proj", "relu" if json["model_type"] == "t5"
+                          else "gated-gelu")
     if activation != "gated-gelu":
         raise InputError(
             f"{where}: feed_forward_proj is '{activation}', supported is 'gated-gelu' "
@@ -44,20 +85,14 @@ def encoder_config(json: dict[str, Any], where: str) -> MT5Config:
         num_layers=_field(json, "num_layers", where),
         num_heads=_field(json, "num_heads", where),
         head_dim=_field(json, "d_kv", where),
-        num_buckets=json.get("relative_attention_num_buckets", 32),
-        max_distance=json.get("relative_attention_max_distance", 128),
+        num_buckets=_count(json, "relative_attention_num_buckets", 32, where),
+        max_distance=_count(json, "relative_attention_max_distance", 128, where),
         norm_eps=json.get("layer_norm_epsilon", 1e-6),
         bias_per_layer=json["model_type"] == "umt5",
     )
 
 
-def decoder_config(json: dict[str, Any], where: str) -> DecoderConfig:
-    """The shape and features of an LLM, by the defaults of its family in transformers.
-
-    Raises:
-      InputError: another family, or a feature that the decoder does not have.
-    """
-    _check_family(json, DECODER_FAMILIES, "decoder", where)
+def _decoder_config(json: dict[str, Any], where: str) -> DecoderConfig:
     family = json["model_type"]
     for feature in ("attention_bias", "mlp_bias", "use_bidirectional_attention"):
         if json.get(feature):
@@ -72,13 +107,14 @@ def decoder_config(json: dict[str, Any], where: str) -> DecoderConfig:
         d_ff=_field(json, "intermediate_size", where),
         num_layers=layers,
         num_heads=heads,
-        num_kv_heads=json.get("num_key_value_heads", KV_HEADS.get(family)) or heads,
-        head_dim=json.get("head_dim") or HEAD_DIMS.get(family) or width // heads,
+        num_kv_heads=_count(json, "num_key_value_heads", None if "num_key_value_heads" in json
+                            else KV_HEADS.get(family), where) or heads,
+        head_dim=_count(json, "head_dim", HEAD_DIMS.get(family), where) or width // heads,
         norm_eps=json.get("rms_norm_eps", 1e-5 if family == "phi3" else 1e-6),
         rope=rope,
         tie_embeddings=json.get("tie_word_embeddings", gemma),
         family=family,
-        max_length=json.get("max_position_embeddings", 131_072),
+        max_length=_count(json, "max_position_embeddings", 131_072, where),
         activation=_activation(json, where),
         qkv_bias=family == "qwen2",
         qk_norm=family in ("qwen3", "gemma3_text"),
@@ -93,7 +129,8 @@ def _activation(json: dict[str, Any], where: str) -> str:
     family = json["model_type"]
     if family.startswith("gemma"):
         field, names = "hidden_activation", {"gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu"}
-        field = "hidden_act" if family == "gemma" else field
+        if family == "gemma":  # whose first configs say gelu and mean its tanh form
+            field, names = "hidden_act", dict.fromkeys(names, "gelu_tanh")
     else:
         field, names = "hidden_act", {"silu": "silu"}
     name = json.get(field) or next(iter(names))
@@ -235,22 +272,22 @@ def _rope(json: dict[str, Any], rope: dict[str, Any], where: str) -> Rope:
     theta = float(rope.get("rope_theta") or json.get("rope_theta") or default)
     partial = float(rope.get("partial_rotary_factor") or json.get("partial_rotary_factor") or 1.0)
     kind = rope.get("rope_type", rope.get("type", "default"))
-    field = functools.partial(_field, rope, where=f"{where}, rotary embedding")
+    number = functools.partial(_number, rope, where=f"{where}, rotary embedding")
     if kind == "default":
         scaling = None
     elif kind == "linear":
-        scaling = LinearScaling(float(field("factor")))
+        scaling = LinearScaling(number("factor"))
     elif kind == "llama3":
         scaling = Llama3Scaling(
-            float(field("factor")), float(field("low_freq_factor")),
-            float(field("high_freq_factor")), int(field("original_max_position_embeddings")),
+            number("factor"), number("low_freq_factor"), number("high_freq_factor"),
+            int(number("original_max_position_embeddings")),
         )
     elif kind in ("longrope", "su"):
         length = rope.get("original_max_position_embeddings") or _field(
             json, "original_max_position_embeddings", where)
         magnitude = _magnitude(_field(json, "max_position_embeddings", where), length)
         scaling = LongScaling(
-            tuple(map(float, field("short_factor"))), tuple(map(float, field("long_factor"))),
+            _factors(rope, "short_factor", where), _factors(rope, "long_factor", where),
             int(length), float(rope.get("attention_factor") or magnitude),
         )
     else:
@@ -259,6 +296,22 @@ def _rope(json: dict[str, Any], rope: dict[str, Any], where: str) -> Rope:
             "longrope"
         )
     return Rope(theta, scaling, partial)
+
+
+def _number(json: dict[str, Any], name: str, where: str) -> float:
+    """A number above 0 that has to be there."""
+    value = json.get(name)
+    if type(value) not in (int, float) or not 0 < value < math.inf:
+        raise InputError(f"{where}: {name} is {value!r}, expected a number above 0")
+    return float(value)
+
+
+def _factors(rope: dict[str, Any], name: str, where: str) -> tuple[float, ...]:
+    value = rope.get(name)
+    if not isinstance(value, list) or not value:
+        raise InputError(f"{where}, rotary embedding: {name} is {value!r}, expected a list of "
+                         "numbers")
+    return tuple(map(float, value))
 
 
 def _magnitude(length: int, original: int) -> float:
@@ -274,9 +327,25 @@ def _check_family(json, families, role, where) -> None:
             f"{where}: model_type '{family}' is not supported as {role}; "
             f"known: {', '.join(families)}"
         )
+    if quantized := json.get("quantization_config"):
+        method = quantized.get("quant_method") if isinstance(quantized, dict) else quantized
+        raise InputError(f"{where}: the checkpoint is quantized ({method}), which is not "
+                         "supported; give the original in float32, bfloat16 or float16")
 
 
 def _field(json: dict[str, Any], name: str, where: str) -> int:
+    """A count that has to be there."""
     if name not in json:
         raise InputError(f"{where}: field '{name}' is missing")
-    return json[name]
+    return _count(json, name, None, where)
+
+
+def _count(json: dict[str, Any], name: str, default: int | None, where: str) -> int | None:
+    """A count between 1 and `LARGEST`, or the default where there is none."""
+    value = json.get(name)
+    if value is None:
+        return default
+    if type(value) is not int or not 1 <= value <= LARGEST:
+        raise InputError(f"{where}: {name} is {value!r}, expected a whole number from 1 to "
+                         f"{LARGEST:,}")
+    return value

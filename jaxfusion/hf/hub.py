@@ -4,6 +4,7 @@ import os
 import re
 import ssl
 import sys
+from collections.abc import Sequence
 from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
@@ -16,8 +17,11 @@ from jaxfusion.errors import InputError
 WANTED = [
     "config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json",
     "tokenizer*", "special_tokens_map.json", "added_tokens.json", "*.model", "vocab*", "merges.txt",
-    "README.md",
+    "chat_template.jinja", "README.md",
 ]
+# The same weights in other formats, and states of training: gigabytes that nobody reads. A `*` of a
+# pattern matches a `/`, too.
+UNWANTED = ["consolidated*", "*/*"]
 # Everything of a model directory but its weights.
 NOT_WEIGHTS = [pattern for pattern in WANTED if "safetensors" not in pattern]
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -79,7 +83,9 @@ def resolve(
         raise InputError(
             f"'{name}' is neither a directory here nor a hub id of the form owner/name"
         )
-    path = Path(download(name, revision, [*WANTED, *also]))
+    path = Path(download(name, revision, WANTED))
+    if also:
+        download(name, path.name, list(also), ignore=[])
     if not list(path.glob("*.safetensors")):
         raise InputError(convert_hint(name, "holds no safetensors weights", name.split("/")[-1]))
     return path, path.name
@@ -107,14 +113,17 @@ def convert_hint(source: str, problem: str, out: str) -> str:
     )
 
 
-def download(name: str, revision: str | None, patterns: list[str]) -> str:
+def download(
+    name: str, revision: str | None, patterns: list[str], ignore: Sequence[str] = UNWANTED
+) -> str:
     """`snapshot_download` with each of its failures as one line."""
     from huggingface_hub import errors, snapshot_download
 
     page = f"https://huggingface.co/{name}"
     hub_in_reach()  # if it is not, this says so at once
     try:
-        return snapshot_download(name, revision=revision, allow_patterns=patterns)
+        return snapshot_download(name, revision=revision, allow_patterns=patterns,
+                                 ignore_patterns=list(ignore))
     except errors.GatedRepoError:
         raise InputError(
             f"{name} is gated: accept its licence at {page}, then log in with `hf auth login`"

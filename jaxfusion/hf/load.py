@@ -1,8 +1,9 @@
 """Hugging Face directories → parameter trees. Only safetensors are read."""
 
 import json
+import logging
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,17 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from safetensors import SafetensorError, safe_open
 
 from jaxfusion.errors import InputError
+from jaxfusion.files import read_object
+from jaxfusion.hf.configs import decoder_config, encoder_config
 from jaxfusion.hf.hub import convert_hint
 from jaxfusion.hf.tables import TRANSFORMS, Index, Row, Table
+from jaxfusion.nn.decoder import DecoderConfig
+from jaxfusion.nn.mt5 import MT5Config
 
 PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+logger = logging.getLogger(__name__)
+FLOATS = ("F32", "BF16", "F16", "F64")  # as safetensors calls them
 SHOWN_BYTES = 1 << 28  # what takes long enough to show how far it is
 
 
@@ -25,18 +32,37 @@ def read_config(path: Path) -> dict[str, Any]:
     """The directory's `config.json`.
 
     Raises:
-      InputError: it is missing or no JSON.
+      InputError: it is missing or not a JSON object.
     """
     file = path / "config.json"
     if not file.is_file():
-        raise InputError(f"{path} is no checkpoint: config.json is missing")
-    try:
-        found = json.loads(file.read_text("utf-8"))
-    except ValueError as error:
-        raise InputError(f"{file} is no JSON: {error}") from None
-    if not isinstance(found, dict):
-        raise InputError(f"{file} is no JSON object")
-    return found
+        raise InputError(f"{path} is not a checkpoint: config.json is missing")
+    return read_object(file)
+
+
+def read_shape(role: str, path: Path) -> MT5Config | DecoderConfig:
+    """The shape of a tower, from the `config.json` of its directory.
+
+    Where an LLM's config ties the head to the embeddings, but the file has a head that differs, the
+    file is right, as in transformers 5 (4 goes by the config).
+
+    Raises:
+      InputError: as of `encoder_config`, `decoder_config` and `open_tensors`.
+    """
+    json, where = read_config(path), f"{path}/config.json"
+    if role == "encoder":
+        return encoder_config(json, where)
+    shape = decoder_config(json, where)
+    if not shape.tie_embeddings:
+        return shape
+    tensors, (head, table) = open_tensors(path), ("lm_head.weight", "model.embed_tokens.weight")
+    if not {head, table} <= tensors.files.keys():
+        return shape
+    if np.array_equal(tensors.read(head), tensors.read(table)):
+        return shape
+    logger.warning("%s: config.json ties the head to the embeddings, but %s differs from %s: "
+                   "it is used, as in transformers 5", path, head, table)
+    return replace(shape, tie_embeddings=False)
 
 
 @dataclass(frozen=True)
@@ -50,13 +76,19 @@ class TensorFiles:
         """A tensor, or a block of it.
 
         Raises:
-          InputError: NaN is in it.
+          InputError: its numbers are integers (of a quantized checkpoint), or not all finite.
         """
-        with safe_open(self.path / self.files[name], framework="numpy") as file:
-            block = file.get_slice(name)[index] if index else file.get_tensor(name)
-        if np.isnan(block).any():
-            raise InputError(f"{self.path / self.files[name]}: {name} holds NaN; the checkpoint is "
-                             "damaged, get it again")
+        file = self.path / self.files[name]
+        with safe_open(file, framework="numpy") as opened:
+            held = opened.get_slice(name)
+            if held.get_dtype() not in FLOATS:
+                raise InputError(f"{file}: {name} is of type {held.get_dtype()}, expected "
+                                 f"{', '.join(FLOATS)}: quantized checkpoints are not supported, "
+                                 "get the original")
+            block = held[index] if index else opened.get_tensor(name)
+        if not np.isfinite(block).all():
+            raise InputError(f"{file}: {name} holds NaN or infinity; the checkpoint is damaged, "
+                             "get it again")
         return block
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -76,22 +108,13 @@ def open_tensors(path: Path) -> TensorFiles:
     Raises:
       InputError: only pickles are there, a shard is missing, or a file is damaged.
     """
-    if (path / INDEX).is_file():
-        try:
-            files = json.loads((path / INDEX).read_text("utf-8"))["weight_map"]
-        except (ValueError, KeyError) as error:
-            raise InputError(f"{path / INDEX} is damaged: {error}") from None
-        if not isinstance(files, dict):
-            raise InputError(f"{path / INDEX} is damaged: weight_map is no JSON object")
-        outside = [file for file in files.values() if Path(file).name != file]
-        if outside:
-            raise InputError(f"{path / INDEX} points to '{outside[0]}', wanted names of files in "
-                             "the same directory")
-        missing = sorted({file for file in files.values() if not (path / file).is_file()})
-        if missing:
-            raise InputError(f"{path} is half a checkpoint: {', '.join(missing)} missing")
-    elif (path / SINGLE).is_file():
+    if (path / SINGLE).is_file():  # which transformers takes where both are there
         files = dict.fromkeys(_keys(path / SINGLE), SINGLE)
+        if (path / INDEX).is_file():
+            logger.warning("%s holds %s and %s: the first is read, as in transformers", path,
+                           SINGLE, INDEX)
+    elif (path / INDEX).is_file():
+        files = _indexed(path)
     elif any((path / name).is_file() for name in PICKLES):
         raise InputError(convert_hint(str(path), "holds a pickle checkpoint", path.name))
     else:
@@ -99,6 +122,22 @@ def open_tensors(path: Path) -> TensorFiles:
     for file in sorted(set(files.values())):
         _keys(path / file)
     return TensorFiles(path, files)
+
+
+def _indexed(path: Path) -> dict[str, str]:
+    """Tensor name -> file name, of a checkpoint in shards."""
+    files = read_object(path / INDEX).get("weight_map")
+    if not isinstance(files, dict) or not all(isinstance(x, str) for x in files.values()):
+        raise InputError(f"{path / INDEX} is damaged: weight_map is not a JSON object of file "
+                         "names")
+    outside = [file for file in files.values() if Path(file).name != file]
+    if outside:
+        raise InputError(f"{path / INDEX} points to '{outside[0]}', expected names of files in "
+                         "the same directory")
+    missing = sorted({file for file in files.values() if not (path / file).is_file()})
+    if missing:
+        raise InputError(f"{path} is half a checkpoint: {', '.join(missing)} missing")
+    return files
 
 
 def _keys(file: Path) -> list[str]:

@@ -116,7 +116,9 @@ def mt5_table(config: MT5Config) -> Table:
     else:
         bias_row = Row(f"encoder.block.0.layer.{bias}", "relative_bias/embedding")
     rows = (
-        Row("shared.weight", "embed/embedding", also=("encoder.embed_tokens.weight",)),
+        # The last is MADLAD-400's, whose files hold the shared table under the decoder's name.
+        Row("shared.weight", "embed/embedding",
+            also=("encoder.embed_tokens.weight", "decoder.embed_tokens.weight")),
         bias_row,
         Row(f"{block}.0.layer_norm.weight", f"{blocks}/attn_norm/scale"),
         *(Row(f"{block}.0.SelfAttention.{x}.weight", f"{blocks}/attn/{x}/kernel", "linear_in")

@@ -10,12 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
-from jaxfusion.data.tokenizers import Tokenizers, chat_turn, load_tokenizer
+from jaxfusion.data.tokenizers import Tokenizers, chat_turn, load_tokenizer, read_end_tokens
 from jaxfusion.errors import InputError, choose
 from jaxfusion.fields import DTYPES, REMATS, LensRunConfig
-from jaxfusion.hf.configs import decoder_config
 from jaxfusion.hf.hub import resolve
-from jaxfusion.hf.load import load_params, open_tensors, read_config
+from jaxfusion.hf.load import load_params, open_tensors, read_shape
 from jaxfusion.hf.tables import table
 from jaxfusion.nn.bridge import Bridge, Params
 from jaxfusion.nn.decoder import Decoder
@@ -58,7 +57,7 @@ def load_model(config: LensRunConfig, mesh) -> tuple[Model, LensRunConfig]:
 def _alone(config: LensRunConfig, mesh) -> tuple[Model, LensRunConfig]:
     tower = config.decoder
     path, commit = resolve(tower.checkpoint, tower.revision)
-    shape = decoder_config(read_config(path), f"{path}/config.json")
+    shape = read_shape("decoder", path)
     decoder = Decoder(shape, jnp.dtype(choose("dtype", tower.dtype, DTYPES)),
                       choose("remat", tower.remat, REMATS),
                       kernel_for("decoder", tower.attention))
@@ -69,7 +68,7 @@ def _alone(config: LensRunConfig, mesh) -> tuple[Model, LensRunConfig]:
     tokenizer = load_tokenizer(path, shape.vocab_size, "decoder")
     turn = chat_turn(tokenizer) if config.data.chat_template else None
     model = Model(Bridge(None, decoder, None, "last"), {"decoder": params},
-                  Tokenizers(None, tokenizer, turn), "",
+                  Tokenizers(None, tokenizer, turn, read_end_tokens(path, shape.vocab_size)), "",
                   {"model": digest(path), "tokenizer": digest_tokenizer(tokenizer)})
     return model, replace(config, decoder=replace(tower, revision=commit or tower.revision))
 

@@ -223,6 +223,13 @@ def _score(model: Model, rows: Rows, llm_only: bool) -> tuple[Results, Details]:
                 start += len(part)
                 results.setdefault(name, {})[language] = {
                     scoring: accuracy(correct) for scoring, correct in found.correct.items()}
+                unfinished = sum(found.unfinished)
+                results[name][language]["exact_match"]["unfinished"] = unfinished
+                if unfinished and not task.labels:
+                    logger.warning("%s %s: %d of %d answers were cut at max_new_tokens %d before "
+                                   "their end; raise eval.max_new_tokens (--max_new_tokens)",
+                                   name, language, unfinished, len(part),
+                                   config.eval.max_new_tokens)
                 details.setdefault(name, {})[language] = {
                     **_detail(part, found), "labels": task.labels}
                 if not llm_only:

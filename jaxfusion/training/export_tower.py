@@ -9,9 +9,8 @@ from jaxfusion.data.lexicon import ABOUT_FILE
 from jaxfusion.data.tokenizers import load_tokenizer
 from jaxfusion.errors import InputError
 from jaxfusion.files import new_directory
-from jaxfusion.hf.configs import decoder_config, encoder_config
 from jaxfusion.hf.hub import resolve
-from jaxfusion.hf.load import open_tensors, read_config
+from jaxfusion.hf.load import open_tensors, read_config, read_shape
 from jaxfusion.hf.save import copy_tower, tower_names, write_tokenizer
 from jaxfusion.hf.tables import table
 from jaxfusion.training.checkpoint import trained_part
@@ -38,8 +37,7 @@ def export_tower(
         raise InputError(f"{workdir} has not come to its end: {source} is missing; start its "
                          "train.py command again")
     role = config.tower.role
-    read = encoder_config if role == "encoder" else decoder_config
-    shape = read(read_config(source), f"{source}/config.json")
+    shape = read_shape(role, source)
     names = tower_names(table(shape), shape.num_layers, open_tensors(source).files)
     with new_directory(out, overwrite) as partial:
         copy_tower(source, partial, read_config(source), names, {}, dtype)
@@ -67,7 +65,7 @@ def export_lens(
     step, trained = trained_part(workdir)
     source, _ = resolve(config.decoder.checkpoint, config.decoder.revision)
     check_out(out, workdir, source)
-    shape = decoder_config(read_config(source), f"{source}/config.json")
+    shape = read_shape("decoder", source)
     rows, first = table(shape), shape.num_layers - config.lens.blocks
     replaced = {  # numbered from the first trained block on
         re.sub(r"(?<=layers\.)\d+", lambda found: str(int(found[0]) + first), name): x

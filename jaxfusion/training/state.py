@@ -16,7 +16,12 @@ from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Int
 
 from jaxfusion.data.lexicon import check_version
-from jaxfusion.data.tokenizers import Tokenizers, chat_turn, load_tokenizer
+from jaxfusion.data.tokenizers import (
+    Tokenizers,
+    chat_turn,
+    load_tokenizer,
+    read_end_tokens,
+)
 from jaxfusion.errors import InputError, choose
 from jaxfusion.fields import (
     ATTENTIONS,
@@ -28,9 +33,8 @@ from jaxfusion.fields import (
     ROLES,
     Config,
 )
-from jaxfusion.hf.configs import decoder_config, encoder_config
 from jaxfusion.hf.hub import resolve
-from jaxfusion.hf.load import load_params, read_config
+from jaxfusion.hf.load import load_params, read_shape
 from jaxfusion.hf.tables import table
 from jaxfusion.nn.bridge import Bridge, Params
 from jaxfusion.nn.decoder import Decoder, DecoderConfig
@@ -288,9 +292,7 @@ def find_towers(config: Config) -> tuple[dict[str, Path], Config]:
 
 def read_shapes(paths: dict[str, Path]) -> dict[str, MT5Config | DecoderConfig]:
     """The shape of each tower, from its `config.json`."""
-    read = {"encoder": encoder_config, "decoder": decoder_config}
-    return {role: read[role](read_config(path), f"{path}/config.json")
-            for role, path in paths.items()}
+    return {role: read_shape(role, path) for role, path in paths.items()}
 
 
 def load_tokenizers(config: Config, paths: dict[str, Path], shapes) -> Tokenizers:
@@ -300,7 +302,8 @@ def load_tokenizers(config: Config, paths: dict[str, Path], shapes) -> Tokenizer
         load_tokenizer(paths[role], shapes[role].vocab_size, role, added[role]) for role in ROLES
     )
     turn = chat_turn(decoder) if config.data.chat_template else None
-    return Tokenizers(encoder, decoder, turn)
+    ends = read_end_tokens(paths["decoder"], shapes["decoder"].vocab_size)
+    return Tokenizers(encoder, decoder, turn, ends)
 
 
 def describe(init: Callable[[], Params], mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
