@@ -18,7 +18,7 @@ from jaxfusion.errors import InputError
 from jaxfusion.hf import hub
 from jaxfusion.hf.configs import decoder_config, encoder_config
 from jaxfusion.hf.convert import convert
-from jaxfusion.hf.load import INDEX, SINGLE, load_params, open_tensors, read_config
+from jaxfusion.hf.load import INDEX, SINGLE, load_params, open_tensors, read_config, read_shape
 from jaxfusion.hf.save import to_tensors, write_shards
 from jaxfusion.hf.tables import table
 from jaxfusion.testing.checkpoints import random_params
@@ -295,3 +295,150 @@ def test_random_weights_spread_over_several_units(tiny):
         method="score",
     )
     assert 1.5 < float(jnp.std(logits)) < 6
+
+
+def test_an_infinite_weight_is_named(checkpoint):
+    """Finding 11."""
+    def damage(tensors):
+        tensors["model.norm.weight"] = np.full_like(tensors["model.norm.weight"], np.inf)
+
+    edit(checkpoint / "decoder", damage)
+    with pytest.raises(InputError, match=r"model\.norm\.weight holds NaN or infinity"):
+        load(checkpoint / "decoder")
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
+def test_quantized_weights_are_refused(checkpoint, dtype):
+    """Finding 11: int8 was read as numbers up to 127, FP8 ended in a traceback."""
+    from safetensors.torch import load_file as load_torch
+    from safetensors.torch import save_file as save_torch
+
+    file = checkpoint / "decoder" / SINGLE
+    tensors, name = load_torch(file), "model.layers.0.mlp.up_proj.weight"
+    save_torch(tensors | {name: tensors[name].to(dtype)}, file)
+    with pytest.raises(InputError, match=f"{name} is of type .*quantized checkpoints are not"):
+        load(checkpoint / "decoder")
+
+
+def test_a_config_of_a_quantized_checkpoint_is_refused(checkpoint):
+    """Finding 11."""
+    json_of = read_config(checkpoint / "decoder")
+    quantized = {**json_of, "quantization_config": {"quant_method": "fp8"}}
+    with pytest.raises(InputError, match=r"is quantized \(fp8\)"):
+        decoder_config(quantized, "config.json")
+
+
+def test_a_head_of_its_own_is_used_whatever_the_config_says(checkpoint, caplog):
+    """Finding 6: transformers 5 does not tie a head that the file has and that differs."""
+    path = checkpoint / "decoder"
+    file = path / "config.json"
+    file.write_text(json.dumps({**read_config(path), "tie_word_embeddings": True}))
+    edit(path, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"] + 1}))
+    assert not read_shape("decoder", path).tie_embeddings
+    assert "ties the head" in caplog.text
+    edit(path, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].copy()}))
+    assert read_shape("decoder", path).tie_embeddings
+
+
+def test_a_file_beside_an_old_index_is_read(checkpoint, caplog):
+    """Finding 7: as transformers does."""
+    path = checkpoint / "decoder"
+    write_shards(path, load_file(path / SINGLE).items(), shard_bytes=100_000)
+    edit(path, lambda t: t.update({"model.norm.weight": t["model.norm.weight"] + 1}))
+    new = load_file(path / SINGLE)["model.norm.weight"]
+    assert np.array_equal(open_tensors(path).read("model.norm.weight"), new)
+    assert "the first is read" in caplog.text
+
+
+def test_madlads_name_of_the_embedding_serves(tiny, checkpoint):
+    """Finding 13."""
+    edit(checkpoint / "encoder", lambda t: t.update(
+        {"decoder.embed_tokens.weight": t.pop("shared.weight")}))
+    one, other = load(tiny / "encoder"), load(checkpoint / "encoder")
+    assert np.array_equal(one["embed"]["embedding"], other["embed"]["embedding"])
+
+
+def test_defaults_are_those_of_transformers(checkpoint):
+    """Findings 4 and 14: mT5 is gated unless it says otherwise; Gemma 1's `gelu` is its tanh form.
+    """
+    json_of = read_config(checkpoint / "encoder")
+    json_of.pop("feed_forward_proj")
+    assert encoder_config(json_of, "config.json") == config_of(checkpoint / "encoder")
+    with pytest.raises(InputError, match="feed_forward_proj is 'relu'"):
+        encoder_config({**json_of, "model_type": "t5"}, "config.json")
+    gemma = {**read_config(checkpoint / "decoder"), "model_type": "gemma", "hidden_act": "gelu"}
+    assert decoder_config(gemma, "config.json").activation == "gelu_tanh"
+
+
+@pytest.mark.parametrize("change, message", [
+    ({"num_key_value_heads": 3}, "4 attention heads do not divide by 3"),
+    ({"num_key_value_heads": -2}, "num_key_value_heads is -2, expected a whole number"),
+    ({"num_attention_heads": -4}, "num_attention_heads is -4, expected"),
+    ({"num_attention_heads": 0}, "num_attention_heads is 0, expected"),
+    ({"num_hidden_layers": 10**9}, "num_hidden_layers is 1000000000, expected"),
+    ({"num_hidden_layers": 10**6}, "1,000,000 layers, expected at most"),
+    ({"rope_scaling": [1]}, "a field has the wrong type"),
+    ({"rope_scaling": "x"}, "a field has the wrong type"),
+    ({"head_dim": 7}, "head_dim is 7, expected an even number"),
+    ({"vocab_size": "many"}, "vocab_size is 'many', expected"),
+    ({"rms_norm_eps": "small"}, "rms_norm_eps is 'small', expected"),
+])
+def test_a_config_that_no_model_has_is_one_line(checkpoint, change, message):
+    """Finding 42."""
+    json_of = read_config(checkpoint / "decoder")
+    json_of.pop("rope_parameters", None)
+    with pytest.raises(InputError, match=message) as error:
+        decoder_config({**json_of, **change}, "config.json")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("text", ["[]", "{\"weight_map\": []}", "{\"weight_map\": {\"a\": 1}}",
+                                  "[" * 100_000, "{"])
+def test_a_damaged_index_is_one_line(checkpoint, text):
+    """Finding 42."""
+    (checkpoint / "decoder" / SINGLE).unlink()
+    (checkpoint / "decoder" / INDEX).write_text(text)
+    with pytest.raises(InputError, match=r"index\.json is (not|damaged)"):
+        open_tensors(checkpoint / "decoder")
+
+
+def test_what_training_saved_is_converted(tiny, tmp_path):
+    """Finding 29: MindMerger's own file holds its state dict inside of another dictionary."""
+    tensors = {name: torch.tensor(x) for name, x in load_file(tiny / "decoder" / SINGLE).items()}
+    (tmp_path / "in").mkdir()
+    torch.save({"model_state_dict": tensors, "epoch": 3}, tmp_path / "in" / "pytorch_model.bin")
+    convert(str(tmp_path / "in"), tmp_path / "out")
+    assert load_file(tmp_path / "out" / SINGLE).keys() == tensors.keys()
+
+
+@pytest.mark.parametrize("value, message", [
+    ([1, 2], "holds a list without tensors"), ({"a": {"b": {"c": 1}}}, "holds a dict without"),
+    (Mock, "cannot be read: it is damaged, or holds more than tensors")])
+def test_other_pickles_are_one_line(tmp_path, value, message):
+    """Findings 42 and 44."""
+    (tmp_path / "in").mkdir()
+    torch.save(value, tmp_path / "in" / "pytorch_model.bin")
+    with pytest.raises(InputError, match=message) as error:
+        convert(str(tmp_path / "in"), tmp_path / "out")
+    assert "likely succeed" not in str(error.value) and "\n" not in str(error.value)
+
+
+def test_convert_stays_in_its_directory(tmp_path):
+    """Finding 45."""
+    index = {"weight_map": {"a": "../secret.bin"}}
+    (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    with pytest.raises(InputError, match=r"points to '\.\./secret\.bin', expected names"):
+        convert(str(tmp_path), tmp_path / "out")
+
+
+def test_the_hubs_patterns_take_what_is_read(tmp_path):
+    """Findings 10 and 12: the chat template, and no weights twice."""
+    from huggingface_hub.utils import filter_repo_objects
+
+    wanted = ["config.json", "chat_template.jinja", "model.safetensors", "tokenizer.model",
+              "model-00001-of-00002.safetensors", "generation_config.json"]
+    others = ["consolidated.safetensors", "onnx/model.safetensors", "original/tokenizer.model",
+              "checkpoint-500/model.safetensors", "consolidated.00.pth"]
+    found = filter_repo_objects([*wanted, *others], allow_patterns=hub.WANTED,
+                                ignore_patterns=hub.UNWANTED)
+    assert set(found) == set(wanted)

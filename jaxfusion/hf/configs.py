@@ -87,7 +87,7 @@ def _encoder_config(json: dict[str, Any], where: str) -> MT5Config:
         head_dim=_field(json, "d_kv", where),
         num_buckets=_count(json, "relative_attention_num_buckets", 32, where),
         max_distance=_count(json, "relative_attention_max_distance", 128, where),
-        norm_eps=json.get("layer_norm_epsilon", 1e-6),
+        norm_eps=_number(json, "layer_norm_epsilon", where, 1e-6),
         bias_per_layer=json["model_type"] == "umt5",
     )
 
@@ -110,7 +110,7 @@ def _decoder_config(json: dict[str, Any], where: str) -> DecoderConfig:
         num_kv_heads=_count(json, "num_key_value_heads", None if "num_key_value_heads" in json
                             else KV_HEADS.get(family), where) or heads,
         head_dim=_count(json, "head_dim", HEAD_DIMS.get(family), where) or width // heads,
-        norm_eps=json.get("rms_norm_eps", 1e-5 if family == "phi3" else 1e-6),
+        norm_eps=_number(json, "rms_norm_eps", where, 1e-5 if family == "phi3" else 1e-6),
         rope=rope,
         tie_embeddings=json.get("tie_word_embeddings", gemma),
         family=family,
@@ -298,9 +298,13 @@ def _rope(json: dict[str, Any], rope: dict[str, Any], where: str) -> Rope:
     return Rope(theta, scaling, partial)
 
 
-def _number(json: dict[str, Any], name: str, where: str) -> float:
-    """A number above 0 that has to be there."""
+def _number(
+    json: dict[str, Any], name: str, where: str, default: float | None = None
+) -> float:
+    """A number above 0, or the default, if any, where there is none."""
     value = json.get(name)
+    if value is None and default is not None:
+        return default
     if type(value) not in (int, float) or not 0 < value < math.inf:
         raise InputError(f"{where}: {name} is {value!r}, expected a number above 0")
     return float(value)

@@ -7,14 +7,16 @@ mapped where the file's format allows it.
 
 import argparse
 import json
+import pickle
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 from jaxfusion.errors import InputError, first_line
 from jaxfusion.files import new_directory
 from jaxfusion.hf.hub import NOT_WEIGHTS, find_files
-from jaxfusion.hf.load import INDEX, PICKLES, SINGLE
+from jaxfusion.hf.load import INDEX, PICKLES, SINGLE, read_weight_map
 
 
 def convert(source: str, out: Path, revision: str | None = None) -> None:
@@ -44,15 +46,11 @@ def convert(source: str, out: Path, revision: str | None = None) -> None:
 def _shards(path: Path) -> list[str]:
     single, index = PICKLES
     if (path / index).is_file():
-        weight_map = json.loads((path / index).read_text("utf-8"))["weight_map"]
-        shards = sorted(set(weight_map.values()))
+        shards = sorted(set(read_weight_map(path / index).values()))
     elif (path / single).is_file():
         shards = [single]
     else:
         raise InputError(f"{path} holds neither {single} nor {index}: nothing to convert")
-    missing = [shard for shard in shards if not (path / shard).is_file()]
-    if missing:
-        raise InputError(f"{path} is half a checkpoint: {', '.join(missing)} missing")
     return shards
 
 
@@ -75,17 +73,36 @@ def _convert_shard(source: Path, out: Path) -> list[str]:
     return list(kept)
 
 
-def _unpickle(source: Path) -> dict:
+def _unpickle(source: Path) -> dict[str, Any]:
+    """Tensors by name. A file of training may hold them inside one dictionary of several, as that
+    of MindMerger does in `model_state_dict`."""
     import torch
 
     load = {"map_location": "cpu", "weights_only": True}
     try:
         try:
-            return torch.load(source, mmap=True, **load)
+            found = torch.load(source, mmap=True, **load)
         except RuntimeError:  # written before PyTorch 1.6: a format that cannot be mapped
-            return torch.load(source, **load)
+            found = torch.load(source, **load)
+    except pickle.UnpicklingError:  # PyTorch's own words advise to load it unsafely
+        raise InputError(f"{source} cannot be read: it is damaged, or holds more than tensors, "
+                         "which could run code; get safetensors, or the state dict alone") from None
     except Exception as error:
         raise InputError(f"{source} cannot be read: {first_line(error)}") from None
+    inside = [x for x in found.values() if _are_tensors(x)] if isinstance(found, dict) else []
+    if len(inside) == 1 and not _are_tensors(found):
+        found = inside[0]
+    if not _are_tensors(found):
+        raise InputError(f"{source} holds a {type(found).__name__} without tensors by name; "
+                         "expected a state dict, alone or as the only one in a dictionary")
+    return found
+
+
+def _are_tensors(value: Any) -> bool:
+    import torch
+
+    return isinstance(value, dict) and bool(value) and all(
+        isinstance(name, str) and isinstance(x, torch.Tensor) for name, x in value.items())
 
 
 def main() -> None:

@@ -114,7 +114,7 @@ def open_tensors(path: Path) -> TensorFiles:
             logger.warning("%s holds %s and %s: the first is read, as in transformers", path,
                            SINGLE, INDEX)
     elif (path / INDEX).is_file():
-        files = _indexed(path)
+        files = read_weight_map(path / INDEX)
     elif any((path / name).is_file() for name in PICKLES):
         raise InputError(convert_hint(str(path), "holds a pickle checkpoint", path.name))
     else:
@@ -124,19 +124,22 @@ def open_tensors(path: Path) -> TensorFiles:
     return TensorFiles(path, files)
 
 
-def _indexed(path: Path) -> dict[str, str]:
-    """Tensor name -> file name, of a checkpoint in shards."""
-    files = read_object(path / INDEX).get("weight_map")
+def read_weight_map(index: Path) -> dict[str, str]:
+    """Tensor name -> file name, from the index of a checkpoint in shards.
+
+    Raises:
+      InputError: the index is damaged, or names files elsewhere or such as are missing.
+    """
+    files = read_object(index).get("weight_map")
     if not isinstance(files, dict) or not all(isinstance(x, str) for x in files.values()):
-        raise InputError(f"{path / INDEX} is damaged: weight_map is not a JSON object of file "
-                         "names")
+        raise InputError(f"{index} is damaged: weight_map is not a JSON object of file names")
     outside = [file for file in files.values() if Path(file).name != file]
     if outside:
-        raise InputError(f"{path / INDEX} points to '{outside[0]}', expected names of files in "
-                         "the same directory")
-    missing = sorted({file for file in files.values() if not (path / file).is_file()})
+        raise InputError(f"{index} points to '{outside[0]}', expected names of files in the same "
+                         "directory")
+    missing = sorted({file for file in files.values() if not index.with_name(file).is_file()})
     if missing:
-        raise InputError(f"{path} is half a checkpoint: {', '.join(missing)} missing")
+        raise InputError(f"{index.parent} is half a checkpoint: {', '.join(missing)} missing")
     return files
 
 
