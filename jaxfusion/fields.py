@@ -89,6 +89,7 @@ class TaskConfig:
     spellings: tuple[str, ...] = ()  # of the labels in the rows, if neither as here nor 0, 1, …
     extract: str | None = None  # of a free text what is compared: last_number; none: all of it
     unlabelled: bool = False  # plain text: the encoder reads its beginning, the LLM learns the rest
+    parallel: bool = False  # test rows of the same number are translations of each other
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from jaxfusion.errors import InputError
 from jaxfusion.evaluation.comparison import Comparison, as_json, differences, markdown, table
 from jaxfusion.evaluation.groups import standard_groups
 from jaxfusion.evaluation.metrics import bootstrap_mean
+from jaxfusion.evaluation.runs import compare_runs, read_models
 from jaxfusion.testing.debug import make_inputs
 from jaxfusion.training.ask import ask, fill, unknown_words
 from jaxfusion.training.compare import compare
@@ -208,3 +209,28 @@ def test_languages_of_different_sizes_and_groups_without_any(tmp_path):
     alone = Comparison("xnli", "likelihood", {"LLM": {"en": [1, 0]}, "Lens": {"en": [1, 1]}},
                        {"targets": ("si",)}, "LLM", {}, {}, central="en")
     assert "| mean of" not in markdown(alone) and as_json(alone)["central"]["Lens"]
+
+
+def test_an_empty_group_has_no_mean():
+    """Finding 20: it had that of all groups."""
+    c = Comparison("t", "likelihood", {"A": {"en": [1, 0], "si": [1, 1]}},
+                   {"far": (), "near": ("en",)}, "A", {}, {})
+    assert c.group("far") == () and c.group_names == ("near",)
+    assert "far" not in markdown(c)
+
+
+def test_runs_of_a_comparison_keep_its_groups(tmp_path):
+    """Finding 20: English and the recipe's languages were counted in the mean of all."""
+    comparison = {"job": "compare", "groups": {"far": ["si", "ta"]}, "development": ["ta"]}
+    (tmp_path / "config.json").write_text(json.dumps(comparison))
+    row = {"correct": {"likelihood": [1]}, "queries": ["q"], "targets": ["x"], "answers": ["x"],
+           "likelihoods": [[0.0]], "labels": ["x"]}
+    for name in ("one/seed_0", "two/seed_0"):
+        (tmp_path / name / "eval").mkdir(parents=True)
+        (tmp_path / name / "config.json").write_text('{"job": "bridge"}')
+        details = {"sib200": dict.fromkeys(("en", "si", "ta"), row)}
+        (tmp_path / name / "eval" / "details.json").write_text(json.dumps(details))
+    places = [str(tmp_path / name / "seed_0") for name in ("one", "two")]
+    (found,) = compare_runs(read_models(places))
+    assert found.groups == {"far": ("si", "ta")}
+    assert found.notes == ("Recipes were chosen on ta; no mean has them.",)

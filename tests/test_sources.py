@@ -1,6 +1,7 @@
 """Where rows come from, and what is said of those that cannot be read."""
 
 import csv
+import gzip
 import json
 import logging
 import shutil
@@ -20,7 +21,7 @@ from test_tasks import Hub
 
 from jaxfusion import config as configs
 from jaxfusion.config import default_config, from_config_dict
-from jaxfusion.data import remote
+from jaxfusion.data import readers, remote
 from jaxfusion.data.sources import at_hand, examples, find_source, read_examples
 from jaxfusion.data.task import SAME, Source, Task
 from jaxfusion.data.tasks import TASKS, check_languages, configured, get_task
@@ -412,3 +413,79 @@ def test_a_set_of_tfrecords_says_how_to_prepare_it(tfds_dir, tmp_path):
         read_examples("xnli", TASKS["xnli"], "test", "sw", f"tfds:{tmp_path}")
     with pytest.raises(InputError, match="tfds:no_such_set cannot be opened"):
         read_examples("xnli", TASKS["xnli"], "test", "sw", "tfds:no_such_set")
+
+
+def test_sib200_is_read_as_its_authors_read_it(real_data):
+    """Finding 15: pandas wrote it, and quotes texts that hold quotes; XNLI's files are raw."""
+    pandas = pytest.importorskip("pandas")
+    task, changed = TASKS["sib200"], {}
+    for language in task.languages:
+        changed[language] = 0
+        for split in ("train", "dev", "test"):
+            file = real_data / "sib200" / "data" / "annotated" / language / f"{split}.tsv"
+            texts = pandas.read_csv(file, sep="\t")["text"]
+            rows = read_examples("sib200", task, split, language, str(real_data / "sib200"))
+            assert [x.query for x in rows] == [f"Sentence: {text} Topic: " for text in texts]
+            raw = set(file.read_text("utf-8").split("\n"))
+            changed[language] += sum(not any(line.endswith(f"\t{text}") for line in raw)
+                                     for text in texts if '"' in text)
+    assert changed["arb_Arab"] == 108 and changed["hin_Deva"] == 0 and changed["zho_Hans"] == 1
+
+
+@pytest.mark.parametrize("name, text", [
+    ("train-en.jsonl", '{"text": "a b", "label": "good"}\n\n\n'),
+    ("train-en.csv", "text,label\na b,good\n\n"), ("train-en.tsv", "text\tlabel\na b\tgood\n \n"),
+    ("train-en.csv", "text,label\ra b,good\r"), ("train-en.tsv", "text\tlabel\ra b\tgood"),
+    ("train-en.CSV", "text,label\na b,good\n"),
+    ("train-en.jsonl.gz", '{"text": "a b", "label": "good"}'),
+])
+def test_files_as_other_programs_leave_them(name, text, tmp_path):
+    """Findings 19: blank last lines, lone carriage returns, another case, gzip."""
+    data = text.encode()
+    (tmp_path / name).write_bytes(gzip.compress(data) if name.endswith(".gz") else data)
+    assert texts(read(tmp_path)) == ["a b"]
+
+
+def test_a_blank_line_between_rows_is_named(tmp_path):
+    (tmp_path / "train-en.jsonl").write_text('{"text": "a", "label": "good"}\n\n'
+                                             '{"text": "b", "label": "good"}\n')
+    with pytest.raises(InputError, match=r"train-en\.jsonl:2: not JSON"):
+        read(tmp_path)
+
+
+def test_quotes_that_pandas_wrote_into_a_tsv_are_said(tmp_path, caplog):
+    (tmp_path / "train-en.tsv").write_text('text\tlabel\n"he said ""a"""\tgood\n')
+    assert texts(read(tmp_path)) == ['"he said ""a"""']
+    assert "1 lines have fields in quotes" in caplog.text
+
+
+def test_classes_of_a_parquet_file_have_the_names_that_it_gives_them(tmp_path):
+    """Finding 8: `datasets` numbers them in its own order and writes the names beside them."""
+    import datasets
+
+    rows = {"text": ["a", "b", "c"], "label": [0, 1, 0]}
+    features = datasets.Features(text=datasets.Value("string"),
+                                 label=datasets.ClassLabel(names=["Bad", "good"]))
+    datasets.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "train-en.parquet")
+    assert [x.target for x in read(tmp_path)] == ["bad", "good", "bad"]
+    names = datasets.Features(features | {"label": datasets.ClassLabel(names=["no", "yes"])})
+    datasets.Dataset.from_dict(rows, features=names).to_parquet(tmp_path / "train-en.parquet")
+    with pytest.raises(InputError, match="label 'no' is none of good, bad"):
+        read(tmp_path)
+
+
+def test_a_parquet_file_that_unpacks_without_end_is_left(tmp_path, monkeypatch):
+    """Finding 45: 824 bytes took 8 GB."""
+    monkeypatch.setattr(readers, "UNPACKED_BYTES", 1 << 24)
+    table = pa.table({"text": ["a" * 100_000] * 4000, "label": ["good"] * 4000})
+    parquet.write_table(table, tmp_path / "train-en.parquet", compression="zstd")
+    assert (tmp_path / "train-en.parquet").stat().st_size < 10_000
+    with pytest.raises(InputError, match=r"unpacks to more than 1,000 times its .* past row 168"):
+        read(tmp_path)
+
+
+def test_json_that_is_nested_too_deep_is_one_line(tmp_path):
+    """Finding 42."""
+    (tmp_path / "train-en.jsonl").write_text("[" * 100_000)
+    with pytest.raises(InputError, match=r"train-en\.jsonl:1: not JSON"):
+        read(tmp_path)

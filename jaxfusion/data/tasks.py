@@ -91,6 +91,7 @@ TASKS: dict[str, Task] = {
             splits={"train": "dev[0:1890]", "dev": "dev[1890:2190]", "test": "dev[2190:2490]"},
             columns=("premise", "hypothesis", "label"),
         ),
+        parallel=True,
     ),
     "indicxnli": Task(
         NLI_PROMPT,
@@ -99,6 +100,7 @@ TASKS: dict[str, Task] = {
         source=Source("hub:Divyanshu/indicxnli", "{language}"),
         # The sample of its test rows, all languages in one file.
         files=Source("indicxnli_test_50.tsv", splits={"test": "test"}, rename={"lang": "language"}),
+        parallel=True,
     ),
     # The authors' loader reads the configuration train_{language} for testing too; this one reads
     # test_{language}. Say so before comparing with their figure.
@@ -132,8 +134,8 @@ TASKS: dict[str, Task] = {
         parallel=True,
     ),
     # Of the made-up world in data/pocket.py.
-    "pocket_nli": Task(NLI_PROMPT, NLI_LABELS, tuple(POCKET)),
-    "pocket_qa": Task(QA_PROMPT, (), tuple(POCKET)),
+    "pocket_nli": Task(NLI_PROMPT, NLI_LABELS, tuple(POCKET), parallel=True),
+    "pocket_qa": Task(QA_PROMPT, (), tuple(POCKET), parallel=True),
     # Multiple choice as Lens is scored on: the options have letters, and the letters are compared.
     # Of XCOPA's questions (cause or effect) many are wrong in Swahili, Indonesian and others:
     # Estonian has the original's.
@@ -147,6 +149,7 @@ TASKS: dict[str, Task] = {
                               {"train": "train", "test": "test"})},
         files=Source("data/{language}/{split}.{language}.jsonl",
                      splits={"dev": "val", "test": "test"}, borrowed={"question": "et"}),
+        parallel=True,
     ),
     "xstorycloze": Task(
         "Story: {input_sentence_1} {input_sentence_2} {input_sentence_3} {input_sentence_4}\n"
@@ -157,6 +160,7 @@ TASKS: dict[str, Task] = {
                       {"train": "train", "dev": "train", "test": "eval"},
                       rename={"answer_right_ending": "label"}),
         spellings=("1", "2"),
+        parallel=True,
     ),
     "xwinograd": Task(
         "Sentence: {sentence}\nWhat belongs in the place of _?\nA: {option1}\nB: {option2}\n"
@@ -179,6 +183,7 @@ TASKS: dict[str, Task] = {
                       rename={"Answer": "label"}, names=MMMLU),
         sources={"en": Source("hub:cais/mmlu", "all", make=_mmlu)},
         files=Source("{language}.json", splits={"test": "test"}, rename={"Answer": "label"}),
+        parallel=True,
     ),
     "belebele": Task(
         "Passage: {flores_passage}\nQuestion: {question}\nA: {mc_answer1}\nB: {mc_answer2}\n"
@@ -199,6 +204,7 @@ TASKS: dict[str, Task] = {
                       rename={"question": "query", "answer_number": "target"}),
         files=Source("mgsm_{language}.tsv", splits={"test": "test"}, columns=("query", "target")),
         extract=last_number,
+        parallel=True,
     ),
     # LangBridge's labelled corpora: English question and answer, no classes.
     "metamath": Task(
@@ -258,7 +264,7 @@ def own_task(name: str, c: TaskConfig) -> Task:
     for split in c.splits:
         choose(f"split in {where}.splits:", split, SPLITS)
     return Task(c.prompt, c.labels, c.languages, _own_source(c), spellings=c.spellings,
-                unlabelled=c.unlabelled, extract=c.extract and EXTRACTS[
+                unlabelled=c.unlabelled, parallel=c.parallel, extract=c.extract and EXTRACTS[
                     choose(f"{where}.extract", c.extract, EXTRACTS)])
 
 

@@ -14,6 +14,7 @@ from jaxfusion.evaluation.metrics import (
     wilson_interval,
 )
 
+ALL_GROUPS = "all groups"
 Interval = tuple[float, float]
 Cell = tuple[float, Interval]  # a fraction and its 95% interval
 
@@ -96,8 +97,8 @@ class Comparison:
 
     def group(self, name: str) -> tuple[str, ...]:
         """The languages of a group; of `all groups` those of every one."""
-        grouped = self.groups.get(name) or dict.fromkeys(
-            x for names in self.groups.values() for x in names)
+        every = dict.fromkeys(x for names in self.groups.values() for x in names)
+        grouped = every if name == ALL_GROUPS else self.groups[name]
         return tuple(x for x in grouped if x in self.languages)
 
     def groups_of(self, language: str) -> list[str]:
@@ -108,10 +109,10 @@ class Comparison:
     def group_names(self) -> tuple[str, ...]:
         """The groups, and `all groups` unless one of them is all of them; that one comes last."""
         names = [name for name in self.groups if self.group(name)]
-        every = set(self.group("all groups"))
+        every = set(self.group(ALL_GROUPS))
         if not names or set(self.group(names[-1])) == every:
             return tuple(names)
-        return (*names, "all groups")
+        return (*names, ALL_GROUPS)
 
 
 def table(c: Comparison) -> list[list[str]]:

@@ -27,6 +27,7 @@ class ScoredRun:
     Attributes:
       place: its workdir, or a file of details. details: see `training/evaluate.py`.
       about: what the scores are of. config: the run's. metrics: its training's, step by step.
+      comparison: config of the comparison that the run is part of; empty where there is none.
     """
 
     place: str
@@ -34,6 +35,7 @@ class ScoredRun:
     about: dict[str, Any] = field(default_factory=dict)
     config: dict[str, Any] = field(default_factory=dict)
     metrics: list[dict[str, float]] = field(default_factory=list)
+    comparison: dict[str, Any] = field(default_factory=dict)
 
 
 # Runs of the same model with other seeds, by the model's name.
@@ -58,7 +60,14 @@ def read_run(place: Path, alone: bool = False) -> ScoredRun:
     metrics = workdir / "metrics.jsonl"
     bare = alone or file.name == ALONE
     return ScoredRun(str(place), _json(file), _json(file.with_suffix(".about.json")),
-                     _json(workdir / "config.json"), [] if bare else _records(metrics))
+                     _json(workdir / "config.json"), [] if bare else _records(metrics),
+                     _enclosing(workdir))
+
+
+def _enclosing(workdir: Path) -> dict[str, Any]:
+    """The config of the comparison in whose workdir this one is: `VARIANT` or `VARIANT/seed_N`."""
+    found = (_json(parent / "config.json") for parent in list(workdir.absolute().parents)[:2])
+    return next((config for config in found if config.get("job") == "compare"), {})
 
 
 def _records(metrics: Path) -> list[dict[str, float]]:
@@ -154,15 +163,32 @@ def _scorings(task: str, languages: list[str], models: Models) -> list[str]:
 def _compare(task: str, languages: list[str], models: Models, scoring: str) -> Comparison:
     for language in languages:
         _check_rows(task, language, models)
+    groups, notes = _groups(languages, models)
     return Comparison(
         task, scoring,
         {name: {x: [run.details[task][x]["correct"][scoring] for run in runs] for x in languages}
          for name, runs in models.items()},
-        standard_groups(languages), next(iter(models)), {},
+        groups, next(iter(models)), {},
         {name: found for name, runs in models.items()
          if (found := mean_weights(task, languages, runs))},
-        _settings(models),
+        (*notes, *_settings(models)),
     )
+
+
+def _groups(
+    languages: list[str], models: Models
+) -> tuple[dict[str, tuple[str, ...]], tuple[str, ...]]:
+    """Groups of languages, and what to say of them: those of the comparison that all runs are part
+    of, if they are."""
+    every = [run.comparison for runs in models.values() for run in runs]
+    asked = [{name: config.get(name) for name in ("groups", "development")} for config in every]
+    if not asked[0]["groups"] or any(x != asked[0] for x in asked):
+        return standard_groups(languages), ()
+    groups = {name: kept for name, names in asked[0]["groups"].items()
+              if (kept := tuple(x for x in names if x in languages))}
+    chosen_on = asked[0]["development"]
+    return groups, ((f"Recipes were chosen on {', '.join(chosen_on)}; no mean has them.",)
+                    if chosen_on else ())
 
 
 def _settings(models: Models) -> tuple[str, ...]:

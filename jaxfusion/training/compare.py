@@ -144,15 +144,11 @@ def side_by_side(
     if warm:
         notes.append("Warm start, which is not in the papers: the projector begins at a "
                      f"regression onto the LLM's embeddings ({', '.join(warm)}).")
-    if config.development:
-        notes.append(f"Recipes were chosen on {', '.join(config.development)}; no mean has them.")
     found = next((c for c in compare_runs(models, scoring) if c.task == name), None)
     if found is None:
         raise InputError(f"task '{name}' is not counted by '{scoring}'; leave --scoring out")
-    groups = {group: kept for group, names in config.groups.items()
-              if (kept := tuple(x for x in names if x in found.languages))}
-    return replace(found, groups=groups if config.groups else found.groups,
-                   reference=next(iter(runs)), notes=(*found.notes, *notes), baselines=baselines)
+    return replace(found, reference=next(iter(runs)), notes=(*found.notes, *notes),
+                   baselines=baselines)
 
 
 def _baselines(

@@ -2,6 +2,7 @@
 
 import json
 import logging
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from jaxfusion.evaluation.metrics import accuracy
 from jaxfusion.evaluation.report import Results, merge_results
 from jaxfusion.evaluation.runs import ALONE, DETAILS, Details
 from jaxfusion.evaluation.scoring import Scored, Scorer
-from jaxfusion.fields import DECODING, CompareConfig, Config
+from jaxfusion.fields import DECODING, CompareConfig, Config, TaskConfig
 from jaxfusion.sharding.hosts import check_peers, is_first
 from jaxfusion.sharding.mesh import make_mesh
 from jaxfusion.training.checkpoint import trained_part
@@ -68,7 +69,7 @@ def evaluate(
                                                  drop_seen, decoding)))
     rows = read_rows(config, tasks, languages, limit, data_path)
     drop_seen = drop_seen or config.eval.drop_seen
-    rows = unseen(rows, seen_by(config, workdir), drop_seen)
+    rows = unseen(rows, seen_by(config, workdir), drop_seen, config.tasks)
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     with jax.set_mesh(mesh):
         step, model = load_trained(config, workdir, mesh, llm_only)
@@ -164,8 +165,13 @@ def seen_by(config: Config, workdir: Path) -> np.ndarray:
     return np.union1d(found, seen_by(load_config(before), before))
 
 
-def unseen(rows: Rows, seen: np.ndarray, drop: bool) -> Rows:
+def unseen(
+    rows: Rows, seen: np.ndarray, drop: bool, own: Mapping[str, TaskConfig] | None = None
+) -> Rows:
     """Test rows that were not trained on.
+
+    Args:
+      own: the config's own tasks.
 
     Raises:
       InputError: one that was, unless such rows are to be left out.
@@ -174,12 +180,14 @@ def unseen(rows: Rows, seen: np.ndarray, drop: bool) -> Rows:
     for name, by_language in rows.items():
         found = {language: np.isin(fingerprints(x.query for x in examples), seen)
                  for language, examples in by_language.items()}
-        # Rows of the same number are translations of each other: they stay or go together.
-        parallel = len({len(known) for known in found.values()}) == 1
+        task = get_task(name, own)
+        parallel = [x for x in by_language if task.parallel and x not in task.sources]
+        if len({len(found[language]) for language in parallel}) > 1:
+            parallel = []  # the user's own files, of which rows are missing
         for language, examples in by_language.items():
             known = found[language]
-            if drop and parallel:
-                known = np.any(list(found.values()), axis=0)
+            if drop and language in parallel:  # translations stay or go together
+                known = np.any([found[x] for x in parallel], axis=0)
             if known.any() and not drop:
                 first = int(np.argmax(known))
                 raise InputError(
