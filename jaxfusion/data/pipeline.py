@@ -154,3 +154,8 @@ def iterate(
     options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=8)
     data = grain.MapDataset.source(batches).to_iter_dataset(options).map(put)
     return iter(grain.experimental.ThreadPrefetchIterDataset(data, prefetch_buffer_size=1))
+
+
+def batches_taken(position: dict[str, Any]) -> int:
+    """How many batches an iterator's saved state has behind it."""
+    return position["next_index"]

@@ -1,6 +1,7 @@
 """What a run says: a live line on the terminal, metrics as JSONL and for TensorBoard."""
 
 import json
+import logging
 import sys
 import time
 from dataclasses import dataclass
@@ -11,7 +12,11 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from tensorboardX import SummaryWriter
 
-METRICS = "metrics.jsonl"
+from jaxfusion.files import write_whole
+
+METRICS, TENSORBOARD = "metrics.jsonl", "tensorboard"
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -19,24 +24,27 @@ class Done:
     """What went through a few steps.
 
     Attributes:
-      examples: their number. tokens: real ones, of both towers. slots: tokens and padding.
-      flops: the model's. peak: FLOPs a second of all chips; None where it is not known.
+      examples: their number. tokens: real ones, of both towers. flops: the model's; all of these
+        without steps whose time is not measured.
+      peak: FLOPs a second of all chips; None where it is not known.
+      real: the share of real tokens among all slots; None where no step was done.
     """
 
     examples: int
     tokens: int
-    slots: int
     flops: float
     peak: float | None
+    real: float | None
 
     def rates(self, seconds: float) -> dict[str, float]:
         """As metrics, for the time that they took; none where nothing was counted."""
-        if not self.slots:
-            return {}
-        found = {"examples_per_second": self.examples / seconds,
-                 "tokens_per_second": self.tokens / seconds,
-                 "real_tokens": self.tokens / self.slots}
-        if self.peak:
+        found = {}
+        if self.tokens:
+            found = {"examples_per_second": self.examples / seconds,
+                     "tokens_per_second": self.tokens / seconds}
+        if self.real is not None:
+            found["real_tokens"] = self.real
+        if self.tokens and self.peak:
             found["model_flops_utilisation"] = self.flops / seconds / self.peak
         return found
 
@@ -54,7 +62,7 @@ class RunLog:
         self.file, self.writes = workdir / METRICS, writes
         if writes:
             _drop_after(self.file, first)
-            self.tensorboard = SummaryWriter(str(workdir / "tensorboard"), purge_step=first + 1)
+            self.tensorboard = SummaryWriter(str(workdir / TENSORBOARD), purge_step=first + 1)
         self.console = Console(file=sys.stderr, quiet=not writes)
         self.progress = Progress(
             TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
@@ -82,7 +90,7 @@ class RunLog:
         left = seconds / max(step - self.clock_step, 1) * (self.steps - step)
         self.clock, self.clock_step = time.monotonic(), step
         status = f"loss {metrics['loss']:.4f}"
-        if rates:
+        if "examples_per_second" in rates:
             status += (f"  {rates['examples_per_second']:.1f} examples/s  "
                        f"{rates['tokens_per_second']:,.0f} tokens/s")
         if "model_flops_utilisation" in rates:
@@ -117,16 +125,26 @@ def clock(seconds: float) -> str:
 
 
 def _drop_after(file: Path, step: int) -> None:
-    """Removes records past `step`, which a resumed run writes again, and a half-written line."""
+    """Removes records past `step`, which a resumed run writes again, and lines that are none."""
     if not file.is_file():
         return
-    kept = []
-    for line in file.read_text("utf-8").splitlines():
-        try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line + "\n")
-        except ValueError:
-            continue
-    partial = file.with_suffix(".partial")
-    partial.write_text("".join(kept), "utf-8")
-    partial.rename(file)
+    kept, damaged = [], 0
+    *lines, _ = file.read_bytes().split(b"\n")
+    for line in lines:
+        found = read_record(line)
+        damaged += found is None
+        if found is not None and found["step"] <= step:
+            kept.append(line + b"\n")
+    if damaged:
+        logger.warning("%s: %d lines are not records of a step and are left out", file, damaged)
+    write_whole(file, b"".join(kept))
+
+
+def read_record(line: bytes) -> dict[str, float] | None:
+    """A line of metrics; None where it is damaged."""
+    try:
+        found = json.loads(line)
+        found["step"] + 0  # a number
+        return found
+    except (ValueError, TypeError, KeyError):
+        return None

@@ -112,7 +112,7 @@ def test_a_run_goes_on_elsewhere(towers, cache_dir, tmp_path, monkeypatch):
     """Another mesh, in parts, half the precision of what is frozen: the same batches."""
     whole = losses(make_config(towers, "last"), tmp_path / "whole", (1, 1, 1), monkeypatch)
     with monkeypatch.context() as patch:
-        patch.setattr(meter.Sigterm, "came", lambda self, step: step == 10)
+        patch.setattr(meter.Signals, "stop", lambda self, step: step == 10)
         with pytest.raises(Stopped):
             losses(make_config(towers, "last"), tmp_path / "run", (2, 2, 2), patch)
     config = make_config(towers, "last", accumulate=2)
