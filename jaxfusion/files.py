@@ -11,9 +11,11 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import datetime
+from hashlib import blake2b
 from pathlib import Path
+from typing import Any
 
-from jaxfusion.errors import InputError
+from jaxfusion.errors import InputError, first_line
 
 logger = logging.getLogger(__name__)
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -38,6 +40,86 @@ def write_whole(file: Path, content: str | bytes) -> None:
         except BaseException:
             partial.unlink(missing_ok=True)
             raise
+
+
+def sum_of(file: Path) -> Path:
+    """Where it stands what was written to a file: its length and digest."""
+    return file.with_name(f".{file.name}.sum")
+
+
+def write_checked(file: Path, content: str | bytes) -> None:
+    """As `write_whole`, of a file that is read back: what was written is noted beside it."""
+    data = content.encode("utf-8") if isinstance(content, str) else content
+    # Until the file takes its new content, it has the old one.
+    old = (_read_sums(file) or [length_and_digest(file.read_bytes())]) if file.is_file() else []
+    note_sums(file, [length_and_digest(data), *old[:1]])
+    write_whole(file, data)
+
+
+def note_sums(file: Path, sums: list[list[Any]]) -> None:
+    """Notes the contents that a file may have."""
+    write_whole(sum_of(file), json.dumps(sums) + "\n")
+
+
+def length_and_digest(data: bytes) -> list[Any]:
+    """What is noted of a content."""
+    return [len(data), blake2b(data, digest_size=16).hexdigest()]
+
+
+def _read_sums(file: Path) -> list[list[Any]] | None:
+    """The contents that a file may have; None where that was never noted."""
+    try:
+        return [[int(size), str(digest)]
+                for size, digest in json.loads(sum_of(file).read_text("utf-8"))]
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, TypeError):
+        return []
+
+
+def is_as_written(file: Path, data: bytes, grows: bool = False) -> bool:
+    """Whether a file's content is one that was noted; true where none was, as by others.
+
+    Args:
+      grows: more may follow what was noted.
+    """
+    sums = _read_sums(file)
+    return sums is None or any(
+        (size <= len(data) if grows else size == len(data))
+        and length_and_digest(data[:size])[1] == digest for size, digest in sums)
+
+
+def read_checked(file: Path, mend: str) -> bytes:
+    """What `write_checked` wrote, or a file of others.
+
+    Args:
+      mend: what to do where it is damaged.
+
+    Raises:
+      InputError: it is not what was written.
+    """
+    data = file.read_bytes()
+    if not is_as_written(file, data):
+        raise InputError(f"{file} is damaged, it is not what was written: {mend} (if it was "
+                         f"changed on purpose, remove {sum_of(file).name} beside it)")
+    return data
+
+
+def read_json(file: Path, mend: str) -> dict[str, Any]:
+    """The JSON object that `write_checked` wrote, or one of others.
+
+    Raises:
+      InputError: it is damaged.
+    """
+    try:
+        found = json.loads(read_checked(file, mend))
+    except InputError:
+        raise
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{file} is damaged ({first_line(error)}): {mend}") from None
+    if not isinstance(found, dict):
+        raise InputError(f"{file} is damaged, expected a JSON object: {mend}")
+    return found
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from jaxfusion.errors import InputError, first_line
-from jaxfusion.files import write_whole
+from jaxfusion.files import read_checked, write_checked
 
 SEEN = "seen.npy"  # in a workdir
 
@@ -26,7 +26,7 @@ def write_seen(workdir: Path, seen: np.ndarray) -> None:
     """Keeps the fingerprints of a run's training texts."""
     content = BytesIO()
     np.save(content, np.unique(seen))
-    write_whole(workdir / SEEN, content.getvalue())
+    write_checked(workdir / SEEN, content.getvalue())
 
 
 def read_seen(workdir: Path) -> np.ndarray | None:
@@ -38,16 +38,14 @@ def read_seen(workdir: Path) -> np.ndarray | None:
     file = workdir / SEEN
     if not file.is_file():
         return None
+    mend = ("start train.py once more, which writes it anew; or remove it, and test rows are not "
+            "compared with training rows")
     try:
-        found = np.load(file)
-    except (ValueError, OSError, EOFError, SyntaxError) as error:
-        raise _damaged(file, first_line(error)) from None
-    # As it was written: distinct, ascending.
-    if found.dtype != np.uint64 or found.ndim != 1 or (found[1:] <= found[:-1]).any():
-        raise _damaged(file, f"{found.dtype}{list(found.shape)} that are not distinct and ascending")
+        found = np.load(BytesIO(read_checked(file, mend)))
+        if found.dtype != np.uint64 or found.ndim != 1:
+            raise ValueError(f"{found.dtype}{list(found.shape)}, expected fingerprints")
+    except InputError:
+        raise
+    except (ValueError, EOFError, SyntaxError, AttributeError) as error:
+        raise InputError(f"{file} is damaged ({first_line(error)}): {mend}") from None
     return found
-
-
-def _damaged(file: Path, why: str) -> InputError:
-    return InputError(f"{file} is damaged ({why}); remove it: the next start of train.py writes it "
-                      "anew, and without it test rows are not compared with training rows")

@@ -5,6 +5,7 @@ import logging
 import sys
 import time
 from dataclasses import dataclass
+from hashlib import blake2b
 from pathlib import Path
 from types import TracebackType
 
@@ -12,7 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from tensorboardX import SummaryWriter
 
-from jaxfusion.files import write_whole
+from jaxfusion.files import is_as_written, note_sums, write_checked
 
 METRICS, TENSORBOARD = "metrics.jsonl", "tensorboard"
 
@@ -61,7 +62,8 @@ class RunLog:
     def __init__(self, workdir: Path, steps: int, first: int, writes: bool = True):
         self.file, self.writes = workdir / METRICS, writes
         if writes:
-            _drop_after(self.file, first)
+            kept = _drop_after(self.file, first)
+            self.length, self.digest = len(kept), blake2b(kept, digest_size=16)
             self.tensorboard = SummaryWriter(str(workdir / TENSORBOARD), purge_step=first + 1)
         self.console = Console(file=sys.stderr, quiet=not writes)
         self.progress = Progress(
@@ -104,8 +106,12 @@ class RunLog:
         """Appends a record to the JSONL file and to TensorBoard."""
         if not self.writes:
             return
-        with self.file.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step, **metrics}) + "\n")
+        line = (json.dumps({"step": step, **metrics}) + "\n").encode()
+        with self.file.open("ab") as file:
+            file.write(line)
+        self.length += len(line)
+        self.digest.update(line)
+        note_sums(self.file, [[self.length, self.digest.hexdigest()]])
         for name, value in metrics.items():
             self.tensorboard.add_scalar(name, value, step)
 
@@ -124,20 +130,24 @@ def clock(seconds: float) -> str:
     return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}"
 
 
-def _drop_after(file: Path, step: int) -> None:
-    """Removes records past `step`, which a resumed run writes again, and lines that are none."""
+def _drop_after(file: Path, step: int) -> bytes:
+    """Removes records past `step`, which a resumed run writes again, and lines that are none.
+
+    Returns:
+      What is left.
+    """
     if not file.is_file():
-        return
-    kept, damaged = [], 0
-    *lines, _ = file.read_bytes().split(b"\n")
-    for line in lines:
-        found = read_record(line)
-        damaged += found is None
-        if found is not None and found["step"] <= step:
-            kept.append(line + b"\n")
-    if damaged:
-        logger.warning("%s: %d lines are not records of a step and are left out", file, damaged)
-    write_whole(file, b"".join(kept))
+        return b""
+    written = file.read_bytes()
+    lines = written.split(b"\n")[:-1]
+    found = [read_record(line) for line in lines]
+    if None in found or not is_as_written(file, written, grows=True):
+        logger.warning("%s is damaged: what is no record is left out, others may be wrong; the "
+                       "run itself does not read it", file)
+    kept = b"".join(line + b"\n" for line, record in zip(lines, found, strict=True)
+                    if record is not None and record["step"] <= step)
+    write_checked(file, kept)
+    return kept
 
 
 def read_record(line: bytes) -> dict[str, float] | None:

@@ -43,8 +43,9 @@ from jaxfusion.training.step import Loss, make_train_step
 CONFIG_FILE = "config.json"
 TEMPORARY = ".orbax-checkpoint-tmp"  # in the name of what is being written
 # What a start leaves that came to no step, and one that has saved none.
-OF_NO_START = {WRITER, f".{CONFIG_FILE}.partial"}
-OF_A_START = OF_NO_START | {CONFIG_FILE, SEEN, METRICS, TENSORBOARD, PROFILE}
+OF_NO_START = {WRITER, *(f".{CONFIG_FILE}{end}" for end in (".partial", ".sum", ".sum.partial"))}
+OF_A_START = OF_NO_START | {CONFIG_FILE, SEEN, METRICS, TENSORBOARD, PROFILE, *(
+    f".{file}{end}" for file in (SEEN, METRICS) for end in (".partial", ".sum", ".sum.partial"))}
 logger = logging.getLogger(__name__)
 
 
@@ -97,9 +98,9 @@ def only_run(config: Job, workdir: Path) -> Iterator[None]:
         def take() -> None:
             if not is_first():
                 return
-            if not workdir.exists():
-                workdir.mkdir(parents=True)
-                stack.callback(_remove_if_empty, workdir)
+            made = [x for x in (workdir, *workdir.parents) if not x.exists()]
+            workdir.mkdir(parents=True, exist_ok=True)
+            stack.callback(_remove_empty, made)
             stack.enter_context(only_writer(workdir / WRITER, workdir))
 
         with_peers(take)
@@ -107,9 +108,11 @@ def only_run(config: Job, workdir: Path) -> Iterator[None]:
             yield
 
 
-def _remove_if_empty(directory: Path) -> None:
+def _remove_empty(directories: list[Path]) -> None:
+    """Removes directories, the innermost first, up to one that holds something."""
     with suppress(OSError):
-        directory.rmdir()
+        for directory in directories:
+            directory.rmdir()
 
 
 def go_on(
