@@ -14,7 +14,7 @@ from jaxfusion.data.sources import Example
 from jaxfusion.data.tokenizers import Tokenizers
 from jaxfusion.nn.bridge import Batch
 
-PART = 1000  # examples that are tokenized at a time
+PART = 256  # examples that are tokenized at a time: a tokenizer makes 150 bytes of each token
 SAID_SECONDS = 10  # between two lines on how far that is
 logger = logging.getLogger(__name__)
 DECODER_STEP = 8  # text lengths are rounded up to this, so that shapes stay few
