@@ -14,13 +14,21 @@ from jaxfusion.errors import InputError, Stopped
 
 
 def set_up_logging() -> None:
-    """This project's messages as plain lines on stderr; libraries speak of errors alone."""
-    absl_logging.set_verbosity(absl_logging.ERROR)
+    """This project's messages as plain lines on stderr; what fails in a library is raised, and said
+    once."""
+    absl_logging.set_verbosity(absl_logging.FATAL)
+    sys.unraisablehook = _say_unraisable
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("%(message)s"))
     logger = logging.getLogger("jaxfusion")
     logger.handlers, logger.propagate = [handler], False
     logger.setLevel(logging.INFO)
+
+
+def _say_unraisable(unraisable) -> None:
+    # Of a checkpoint that cannot be read the first error is raised; further reads end later.
+    if str(unraisable.exc_value) != "Event loop is closed":
+        sys.__unraisablehook__(unraisable)
 
 
 def take_device_memory() -> None:
