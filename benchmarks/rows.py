@@ -1,7 +1,8 @@
 """Memory and time of the start of a run by training rows: `python benchmarks/rows.py [--tables]`.
 
 Each number of rows is read and tokenized by a process of its own, as `train.py` does it before the
-first step. Counted is the process's peak beyond that of a run with a thousand rows. Writes benchmarks/results/rows.json and the table of docs/scaling.md; with --tables
+first step. Counted is the process's peak beyond that of a run with a thousand rows.
+Writes benchmarks/results/rows.json and the table of docs/scaling.md; with --tables
 the table alone. The bar: at most 2 KiB a row beyond its text.
 """
 

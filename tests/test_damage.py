@@ -159,13 +159,6 @@ def test_checkpoints_of_earlier_versions_load_and_that_is_said(scored, copy, cap
     assert caplog.text.count("made no digests") == 1
 
 
-def test_a_checkpoint_is_checked_on_another_mesh(scored, tmp_path):
-    """Finding 31: eight devices save shards and one device finds the same digests; see also
-    tests/eight_devices."""
-    x = np.random.default_rng(0).standard_normal((16, 24)).astype(np.float32)
-    np.testing.assert_array_equal(digest.sums_on_device(jnp.asarray(x)), digest.sums_on_host(x))
-
-
 def test_checkpoints_that_are_a_file_are_refused_before_metrics_are_cut(scored, copy):
     """Finding 34."""
     shutil.rmtree(copy / "checkpoints")
