@@ -2,10 +2,9 @@
 
 The same command started again resumes where the run stands. With `--compile_only` nothing runs: the
 training step is compiled, for the devices that are here or for `--topology v4-32`, and what it
-takes is printed. SIGTERM saves and ends the run with exit status 75.
+takes is printed. SIGTERM saves what there is to save and ends the run with exit status 75.
 """
 
-import os
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +12,14 @@ from pathlib import Path
 from absl import flags
 from ml_collections import config_flags
 
-from jaxfusion.cli import local_path, refuse_words, run_main, set_up_logging
+from jaxfusion.cli import (
+    end_on_sigterm,
+    local_path,
+    refuse_words,
+    run_main,
+    set_up_logging,
+    take_device_memory,
+)
 from jaxfusion.config import from_config_dict, one_by_seeds
 from jaxfusion.errors import InputError
 
@@ -50,8 +56,7 @@ def main(argv: list[str]) -> None:
                          "one")
     if PROFILE.value and (COMPILE_ONLY.value or config.job in ("compare", "lens")):
         raise InputError("--profile_steps is for a single run")
-    # jax reserves three quarters of a GPU's memory unless told otherwise.
-    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.92")
+    take_device_memory()
     # jax, and all that stands on it, is imported only once the config is known to be right, and of
     # the jobs only the one that runs.
     from jaxfusion.testing.debug import make_inputs
@@ -108,4 +113,5 @@ def _compile(config) -> None:
 
 
 if __name__ == "__main__":
+    end_on_sigterm()
     run_main(main)

@@ -16,7 +16,7 @@ from typing import Any
 import ml_collections
 from ml_collections import config_dict
 
-from jaxfusion.errors import InputError, choose, near_match
+from jaxfusion.errors import InputError, choose, first_line, near_match
 from jaxfusion.fields import (
     FUSIONS,
     JOBS,
@@ -27,7 +27,7 @@ from jaxfusion.fields import (
     LensRunConfig,
     PretrainConfig,
 )
-from jaxfusion.files import write_whole
+from jaxfusion.files import read_json, write_checked
 
 # May differ when a run is resumed, besides a larger number of steps.
 FREE_ON_RESUME = ("mesh", "encoder.dtype", "decoder.dtype", "encoder.remat", "decoder.remat",
@@ -280,21 +280,24 @@ def check_decoding(config: EvalConfig) -> None:
 
 def save(config: Job, file: Path) -> None:
     """Writes the config as JSON."""
-    write_whole(file, json.dumps(dataclasses.asdict(config), indent=2, ensure_ascii=False))
+    write_checked(file, json.dumps(dataclasses.asdict(config), indent=2, ensure_ascii=False))
 
 
 def load(file: Path) -> Job:
     """Reads a config that `save` wrote.
 
     Raises:
-      InputError: there is none, or it has fields that this version does not know.
+      InputError: there is none, it is damaged, or it has fields that this version does not know.
     """
     if not file.is_file():
         raise InputError(f"{file.parent} is no workdir of a run: {file.name} is missing")
+    values = read_json(file, "put back a copy of it, or start anew with another --workdir")
     try:
-        return from_json(json.loads(file.read_text("utf-8")))
-    except json.JSONDecodeError as error:
-        raise InputError(f"{file} is no JSON: {error}") from None
+        return from_json(values)
+    except InputError as error:
+        raise InputError(f"{file}: {error}") from None
+    except (TypeError, AttributeError, ValueError, KeyError, IndexError) as error:
+        raise InputError(f"{file} is no config of a run: {first_line(error)}") from None
 
 
 def changed(old: Job, new: Job) -> list[str]:

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from jaxfusion.config import default_config, finish, from_config_dict
+from jaxfusion.data.batching import Ragged
 from jaxfusion.data.continued import tokenize_texts
 from jaxfusion.data.pipeline import Batches, iterate
 from jaxfusion.data.sources import Example
@@ -60,7 +61,10 @@ def test_splits_are_fresh_in_every_epoch_and_the_same_again(tokenizers):
     assert lengths == [continue_texts(tokenizers).at(e).lengths.tolist() for e in range(4)]
     assert len({tuple(x) for x in lengths}) == 4
     assert lengths[0] != continue_texts(tokenizers, seed=4).at(0).lengths.tolist()
-    many = replace(texts, ids=texts.ids[3:4] * 5000, texts=texts.texts[3:4] * 5000)
+    ids = Ragged()
+    for _ in range(5000):
+        ids.append(texts.ids[3])
+    many = replace(texts, ids=ids, texts=texts.texts[3:4] * 5000)
     drawn = np.bincount(many.at(0).lengths, minlength=65)[32:]
     assert drawn.sum() == 5000 and drawn.min() > 90 and drawn.max() < 220  # evenly, 152 each
 

@@ -328,7 +328,8 @@ def test_out_of_reach_a_copy_is_read_and_said(hub_copy, caplog):
 def test_a_hub_that_never_answers_is_given_up_soon(monkeypatch):
     from huggingface_hub import constants
 
-    monkeypatch.setattr(hf_hub, "PATIENCE", 0.3)
+    monkeypatch.setattr(hf_hub, "PATIENCE", 0.1)
+    monkeypatch.setattr(hf_hub, "MOST_PATIENCE", 0.4)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     with socket.create_server(("127.0.0.1", 0)) as server:  # takes connections, says nothing
         monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{server.getsockname()[1]}")
@@ -337,7 +338,7 @@ def test_a_hub_that_never_answers_is_given_up_soon(monkeypatch):
         assert not hf_hub.hub_in_reach() and time.monotonic() - clock < 2
         assert constants.HF_HUB_OFFLINE  # the libraries know
         # One that answers, even with an error, is in reach.
-        monkeypatch.setattr(hf_hub, "PATIENCE", 5.0)
+        monkeypatch.setattr(hf_hub, "MOST_PATIENCE", 5.0)
         thread = threading.Thread(target=_refuse, args=(server,), daemon=True)
         thread.start()
         assert hf_hub.answers(constants.ENDPOINT)

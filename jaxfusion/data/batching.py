@@ -1,5 +1,8 @@
 """Examples → token rows → batches of a few fixed shapes. NumPy only; everything deterministic."""
 
+import logging
+import time
+from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -11,6 +14,9 @@ from jaxfusion.data.sources import Example
 from jaxfusion.data.tokenizers import Tokenizers
 from jaxfusion.nn.bridge import Batch
 
+PART = 256  # examples that are tokenized at a time: a tokenizer makes 150 bytes of each token
+SAID_SECONDS = 10  # between two lines on how far that is
+logger = logging.getLogger(__name__)
 DECODER_STEP = 8  # text lengths are rounded up to this, so that shapes stay few
 
 
@@ -34,6 +40,61 @@ class TokenRow:
     def prefix(self) -> int:
         """Decoder slots before the text, the end vector counted."""
         return (self.latents or len(self.query)) + 1 if self.query else 0
+
+
+class Ragged(Sequence[list[int]]):
+    """Rows of ids, end to end in one array of 4 bytes an id: a list takes 8 to 36."""
+
+    def __init__(self):
+        self.ids, self.ends = array("i"), array("q", [0])
+
+    def append(self, ids: Sequence[int]) -> None:
+        """Adds a row."""
+        self.ids.extend(ids)
+        self.ends.append(len(self.ids))
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Ids of each row. [N]"""
+        return np.diff(np.array(self.ends))
+
+    def __len__(self) -> int:
+        return len(self.ends) - 1
+
+    def __getitem__(self, i: int) -> list[int]:
+        if not 0 <= i < len(self):
+            raise IndexError(i)
+        return self.ids[self.ends[i] : self.ends[i + 1]].tolist()
+
+
+class TokenRows(Sequence[TokenRow]):
+    """Many rows in little memory; each is made as it is taken."""
+
+    def __init__(self, latents: int = 0):
+        self.queries, self.texts, self.targets = Ragged(), Ragged(), Ragged()
+        self.latents = latents
+
+    def append(self, query: list[int], text: list[int], target: list[int]) -> None:
+        """Adds a row."""
+        for part, ids in ((self.queries, query), (self.texts, text), (self.targets, target)):
+            part.append(ids)
+
+    def __len__(self) -> int:
+        return len(self.queries)
+
+    def __getitem__(self, i):
+        if isinstance(i, slice):
+            return [self[j] for j in range(*i.indices(len(self)))]
+        i = range(len(self))[i]
+        return TokenRow(self.queries[i], self.texts[i], self.targets[i], self.latents)
+
+
+def lengths_of(rows: Sequence[TokenRow]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Ids in the query, text and target of each row: three times [N]."""
+    if isinstance(rows, TokenRows):
+        return rows.queries.lengths, rows.texts.lengths, rows.targets.lengths
+    each = [(len(row.query), len(row.text), len(row.target)) for row in rows]
+    return tuple(np.array(each, np.int64).reshape(-1, 3).T)
 
 
 # The examples of each row of a batch, and the batch's shape.
@@ -72,7 +133,7 @@ def tokenize(
     max_decoder_tokens: int,
     with_target: bool,
     latents: int = 0,
-) -> tuple[list[TokenRow], Cut]:
+) -> tuple[TokenRows, Cut]:
     """Rows of a bridge: `start + prefix + end + text prompt + target + EOS`.
 
     Args:
@@ -82,29 +143,36 @@ def tokenize(
       with_target: False leaves the answer to be generated.
       latents: the bridge's.
     """
-    prompts = [text_prompt.replace("{query}", example.query) for example in examples]
-    queries = tokenizers.encode_queries([example.query for example in examples])
-    texts = _each_once(tokenizers.encode_prompts, prompts)
-    targets = [[] for _ in examples]
-    if with_target:
-        answers = _each_once(tokenizers.encode_answers, prompts,
-                             [example.target for example in examples])
-        targets = [[*answer, tokenizers.eos] for answer in answers]
-    cut = Cut(
-        sum(len(query) > max_encoder_tokens for query in queries),
-        sum(len(text) > max_decoder_tokens for text in texts),
-        sum(len(target) > max_decoder_tokens for target in targets),
-        max_encoder_tokens, max_decoder_tokens,
-    )
-    rows = [
-        TokenRow(
-            query if len(query) <= max_encoder_tokens
-            else [*query[: max_encoder_tokens - 1], query[-1]],
-            text[-max_decoder_tokens:], target[:max_decoder_tokens], latents,
-        )
-        for query, text, target in zip(queries, texts, targets, strict=True)
-    ]
-    return rows, cut
+    rows, cut = TokenRows(latents), np.zeros(3, int)
+    for some in in_parts(examples):
+        prompts = [text_prompt.replace("{query}", example.query) for example in some]
+        queries = tokenizers.encode_queries([example.query for example in some])
+        texts = _each_once(tokenizers.encode_prompts, prompts)
+        targets = [[] for _ in some]
+        if with_target:
+            answers = _each_once(tokenizers.encode_answers, prompts,
+                                 [example.target for example in some])
+            targets = [[*answer, tokenizers.eos] for answer in answers]
+        for query, text, target in zip(queries, texts, targets, strict=True):
+            cut += (len(query) > max_encoder_tokens, len(text) > max_decoder_tokens,
+                    len(target) > max_decoder_tokens)
+            if len(query) > max_encoder_tokens:
+                query = [*query[: max_encoder_tokens - 1], query[-1]]
+            rows.append(query, text[-max_decoder_tokens:], target[:max_decoder_tokens])
+    return rows, Cut(*cut.tolist(), max_encoder_tokens, max_decoder_tokens)
+
+
+def in_parts(examples: Sequence[Example]) -> Iterator[Sequence[Example]]:
+    """A few examples at a time: a fast tokenizer encodes them in parallel, and what it makes of
+    them is large. Says how far it is where that takes long."""
+    begin = said = time.monotonic()
+    for start in range(0, len(examples), PART):
+        now = time.monotonic()
+        if start and now - said > SAID_SECONDS:
+            said, speed = now, start / (now - begin)
+            logger.info("%s of %s rows tokenized, %s rows/s, %.0f s left", f"{start:,}",
+                        f"{len(examples):,}", f"{speed:,.0f}", (len(examples) - start) / speed)
+        yield examples[start : start + PART]
 
 
 def _each_once(encode, *columns: list[str]) -> list[list[int]]:
@@ -121,7 +189,7 @@ def _each_once(encode, *columns: list[str]) -> list[list[int]]:
 def tokenize_bare(
     examples: Sequence[Example], tokenizers: Tokenizers, max_decoder_tokens: int,
     with_target: bool = False,
-) -> tuple[list[TokenRow], Cut]:
+) -> tuple[TokenRows, Cut]:
     """Rows of the bare LLM: `start + query + target + EOS`.
 
     A query that is too long loses its beginning, so that it still ends in its `Label:`.
@@ -129,14 +197,16 @@ def tokenize_bare(
     Args:
       with_target: False leaves the answer to be generated.
     """
-    queries = [example.query for example in examples]
-    texts, targets = tokenizers.encode_bare(queries), [[] for _ in examples]
-    if with_target:
-        answers = tokenizers.encode_answers(queries, [example.target for example in examples])
-        targets = [[*answer, tokenizers.eos] for answer in answers]
-    too_long = sum(len(text) > max_decoder_tokens for text in texts)
-    rows = [TokenRow([], text[-max_decoder_tokens:], target)
-            for text, target in zip(texts, targets, strict=True)]
+    rows, too_long = TokenRows(), 0
+    for some in in_parts(examples):
+        queries = [example.query for example in some]
+        texts, targets = tokenizers.encode_bare(queries), [[] for _ in some]
+        if with_target:
+            answers = tokenizers.encode_answers(queries, [example.target for example in some])
+            targets = [[*answer, tokenizers.eos] for answer in answers]
+        for text, target in zip(texts, targets, strict=True):
+            too_long += len(text) > max_decoder_tokens
+            rows.append([], text[-max_decoder_tokens:], target)
     return rows, Cut(0, too_long, 0, 0, max_decoder_tokens)
 
 
@@ -174,6 +244,13 @@ class Shapes:
             if len(row.query) <= query and len(row.text) + len(row.target) <= text
         )
 
+    def buckets_of(self, rows: Sequence[TokenRow]) -> np.ndarray:
+        """`bucket` of every row. [N]"""
+        queries, texts, targets = lengths_of(rows)
+        # The first bucket that holds the query, and the first that holds the rest: texts ascend.
+        return np.maximum(np.searchsorted(self.buckets, queries),
+                          np.searchsorted(self.texts, texts + targets))
+
     def place(self, rows: Sequence[TokenRow], before: int, batch_size: int) -> Placed:
         """Each example in a row of its own, in the smallest shape that holds all of them."""
         index = max(self.bucket(row) for row in rows)
@@ -184,22 +261,22 @@ class Shapes:
 
 def find_shapes(rows: Sequence[TokenRow], buckets: Sequence[int]) -> Shapes:
     """Shapes that hold all rows, leaving out buckets that would stay empty."""
-    longest = max(len(row.query) for row in rows)
+    queries, texts, targets = lengths_of(rows)
+    longest = int(queries.max())
     sizes = sorted({*(b for b in buckets if b < longest), _first_at_least(buckets, longest)})
-    used, texts, text = [], [], 0
+    used, slots, text = [], [], 0
     for low, high in zip([-1, *sizes], sizes, strict=False):
-        held = [len(r.text) + len(r.target) for r in rows if low < len(r.query) <= high]
-        if held:
-            text = max(text, *held)
+        held = (texts + targets)[(low < queries) & (queries <= high)]
+        if len(held):
+            text = max(text, int(held.max()))
             used.append(high)
-            texts.append(-(-text // DECODER_STEP) * DECODER_STEP)
-    targets = max(1, *(len(row.target) for row in rows))
-    return Shapes(tuple(used), tuple(texts), targets, rows[0].latents)
+            slots.append(-(-text // DECODER_STEP) * DECODER_STEP)
+    return Shapes(tuple(used), tuple(slots), max(1, int(targets.max())), rows[0].latents)
 
 
 def find_bare_shapes(rows: Sequence[TokenRow], buckets: Sequence[int]) -> Shapes:
     """Shapes of rows without prefix: buckets of text lengths."""
-    lengths = [len(row.text) for row in rows]
+    lengths = np.unique(lengths_of(rows)[1]).tolist()
     texts = tuple(sorted({_first_at_least(buckets, length) for length in lengths}))
     return Shapes((0,) * len(texts), texts, 1)
 
@@ -283,7 +360,7 @@ def in_order(
     rows: Sequence[TokenRow], shapes: Shapes, tokenizers: Tokenizers, batch_size: int
 ) -> Iterator[tuple[np.ndarray, Batch]]:
     """Every row once, for evaluation: row numbers and their batch, longest shapes last."""
-    buckets = np.array([shapes.bucket(row) for row in rows])
+    buckets = shapes.buckets_of(rows)
     order = np.argsort(buckets, kind="stable")
     for start in range(0, len(rows), batch_size):
         numbers = order[start : start + batch_size]

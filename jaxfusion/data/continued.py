@@ -12,13 +12,12 @@ from functools import cached_property
 
 import numpy as np
 
-from jaxfusion.data.batching import DECODER_STEP, Shapes, TokenRow
+from jaxfusion.data.batching import DECODER_STEP, Ragged, Shapes, TokenRow, in_parts
 from jaxfusion.data.sources import Example
 from jaxfusion.data.tokenizers import Tokenizers
 from jaxfusion.errors import InputError
 
 LEAST = 32  # encoder tokens that are read, the end token counted, where a text is long enough
-CHUNK = 1000  # texts that are tokenized at a time
 SPARE = 16  # tokens before a cut that may differ from those of the whole text
 
 
@@ -34,8 +33,8 @@ class Continued:
     """
 
     texts: list[str]
-    ids: list[np.ndarray]
-    begins: list[np.ndarray]
+    ids: Ragged
+    begins: Ragged
     short: int
     tokenizers: Tokenizers
     max_encoder_tokens: int
@@ -71,7 +70,7 @@ class Split(Sequence[TokenRow]):
     @cached_property
     def heads(self) -> np.ndarray:
         """Encoder tokens that are read of each text, without the end token."""
-        most = np.array([len(ids) - 1 for ids in self.whole.ids])
+        most = self.whole.ids.lengths - 1
         least = np.minimum(LEAST - 1, most)
         chance = np.random.default_rng((self.whole.seed, self.epoch)).random(len(most))
         return least + (chance * (most - least + 1)).astype(int)
@@ -88,7 +87,7 @@ class Split(Sequence[TokenRow]):
 
     def __getitem__(self, i: int) -> TokenRow:
         tokenizers, limit = self.whole.tokenizers, self.whole.max_decoder_tokens
-        ids = [*self.whole.ids[i][: self.heads[i]].tolist(), tokenizers.encoder.eos_token_id]
+        ids = [*self.whole.ids[i][: self.heads[i]], tokenizers.encoder.eos_token_id]
         rest = self.parts(i)[1]
         target, = tokenizers.encode_texts([rest[: 16 * limit]])
         if len(target) < limit + SPARE and len(rest) > 16 * limit:
@@ -109,18 +108,18 @@ def tokenize_texts(
     if not tokenizers.encoder.is_fast:
         raise InputError("unlabelled text needs an encoder tokenizer that knows its offsets (a "
                          "tokenizer.json)")
-    texts, ids, begins, short = [], [], [], 0
-    for first in range(0, len(examples), CHUNK):
-        some = [example.query for example in examples[first : first + CHUNK]]
+    texts, ids, begins, short = [], Ragged(), Ragged(), 0
+    for part in in_parts(examples):
+        some = [example.query for example in part]
         found = tokenizers.encoder(some, add_special_tokens=False, return_offsets_mapping=True)
         for text, tokens, offsets in zip(some, found["input_ids"], found["offset_mapping"],
                                          strict=True):
-            starts = np.array([start for start, _ in offsets[:max_encoder_tokens]], np.int64)
-            if not (starts > 0).any():
+            starts = [start for start, _ in offsets[:max_encoder_tokens]]
+            if not any(starts):
                 short += 1
                 continue
             texts.append(text)
-            ids.append(np.array(tokens[:max_encoder_tokens], np.int32))
+            ids.append(tokens[:max_encoder_tokens])
             begins.append(starts)
     if not texts:
         raise InputError(f"none of the {short} texts has two tokens of the encoder: nothing to "

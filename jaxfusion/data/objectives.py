@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import jax
 import numpy as np
 
+from jaxfusion.data.batching import Ragged, in_parts
 from jaxfusion.data.corpus import Document, Pair, induce_lexicon
 from jaxfusion.data.pipeline import own_rows
 from jaxfusion.fields import CorpusConfig, ObjectiveConfig
@@ -19,13 +20,13 @@ Row = tuple[list[int], list[int], list[float]]
 class CausalRows:
     """`[BOS] text answer [EOS]`, each token predicting the next; an answer's weigh more."""
 
-    tokens: list[list[int]]
+    tokens: Ragged
     answers: list[int]  # how many of a text's last tokens, before EOS, are its answer
     answer_weight: float
 
     def lengths(self) -> np.ndarray:
         """Tokens of each row, at most. [rows]"""
-        return np.array([len(ids) - 1 for ids in self.tokens])
+        return self.tokens.lengths - 1
 
     def row(self, i: int, rng: np.random.Generator) -> Row:
         """Inputs, targets and weights of a row as it is drawn now."""
@@ -36,18 +37,17 @@ class CausalRows:
 
 def causal_rows(documents: Sequence[Document], tokenizer, config: ObjectiveConfig, most: int):
     """Every document with the decoder's tokenizer, cut at `most` tokens; and how many were cut."""
-    texts = tokenizer([d.text for d in documents], add_special_tokens=False)["input_ids"]
-    wholes = tokenizer(
-        [f"{d.text} {d.answer}".strip() for d in documents], add_special_tokens=False
-    )["input_ids"]
     bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-    tokens, answers, cut = [], [], 0
-    for document, text, whole in zip(documents, texts, wholes, strict=True):
-        ids = [*bos, *whole, tokenizer.eos_token_id]
-        cut += len(ids) > most + 1
-        tokens.append(ids[: most + 1])
-        whole_fits = len(ids) <= most + 1
-        answers.append(len(whole) - len(text) if document.answer and whole_fits else 0)
+    tokens, answers, cut = Ragged(), [], 0
+    for some in in_parts(documents):
+        texts, wholes = (tokenizer(part, add_special_tokens=False)["input_ids"] for part in (
+            [d.text for d in some], [f"{d.text} {d.answer}".strip() for d in some]))
+        for document, text, whole in zip(some, texts, wholes, strict=True):
+            ids = [*bos, *whole, tokenizer.eos_token_id]
+            cut += len(ids) > most + 1
+            tokens.append(ids[: most + 1])
+            whole_fits = len(ids) <= most + 1
+            answers.append(len(whole) - len(text) if document.answer and whole_fits else 0)
     return CausalRows(tokens, answers, config.answer_weight), cut
 
 
@@ -67,7 +67,7 @@ class DenoisingRows:
       end, mask: ids of the end token and of what stands for a hidden piece.
     """
 
-    words: list[list[int]]
+    words: Ragged
     pieces: list[list[int]]
     languages: list[str]
     translations: dict[str, dict[str, dict[int, int]]]
@@ -115,7 +115,9 @@ def denoising_rows(
       pivot: the language of the pairs' first column.
     """
     index: dict[str, int] = {}
-    words = [[index.setdefault(w, len(index)) for w in d.text.split()] for d in documents]
+    words = Ragged()
+    for d in documents:
+        words.append([index.setdefault(w, len(index)) for w in d.text.split()])
     translations = _translations(pairs, index, pivot) if config.name == "code_switch" else {}
     pieces = tokenizer(list(index), add_special_tokens=False)["input_ids"]
     end, mask = tokenizer.eos_token_id, tokenizer.mask_token_id

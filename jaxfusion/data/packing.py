@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from jaxfusion.data.batching import DECODER_STEP, Placed, Shape, TokenRow
+from jaxfusion.data.batching import DECODER_STEP, Placed, Shape, TokenRow, lengths_of
 
 STEP = 16  # encoder slots are rounded up to this
 SAMPLE = 512  # examples that the shape is chosen on, in whole batches
@@ -71,10 +71,12 @@ def find_packing(
     Args:
       longest_row: encoder slots of a row at most (but never fewer than the longest example has).
     """
-    plan = stratified_plan(np.array([len(r.query) for r in rows]), batch_size, seed, epoch=0)
+    queries, texts, targets = lengths_of(rows)
+    plan = stratified_plan(queries, batch_size, seed, epoch=0)
     batches = [[rows[i] for i in numbers] for numbers in plan[: max(1, SAMPLE // batch_size)]]
     # No example may be too large for an empty row.
-    least = np.max([sizes(row, before) for row in rows], axis=0)
+    prefix = np.where(queries > 0, (rows[0].latents or queries) + 1, 0)
+    least = np.array([x.max() for x in (queries, before + prefix + texts + targets, targets)])
     first, last = (_round_up(n, STEP) for n in (least[0], max(least[0], longest_row)))
     shapes = [
         shape for slots in range(first, last + 1, STEP)

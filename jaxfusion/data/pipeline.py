@@ -10,7 +10,7 @@ import grain
 import jax
 import numpy as np
 
-from jaxfusion.data.batching import Shapes, TokenRow, collate, epoch_plan
+from jaxfusion.data.batching import Shapes, TokenRow, collate, epoch_plan, lengths_of
 from jaxfusion.data.continued import Continued
 from jaxfusion.data.packing import Packing, stratified_plan
 from jaxfusion.data.sources import Example
@@ -102,9 +102,9 @@ class Batches:
         self.epoch = lru_cache(2)(self._epoch)
         self.keys = None
         if isinstance(layout, Packing):
-            self.keys = np.array([len(row.query) for row in rows])
+            self.keys = lengths_of(rows)[0]
         elif not isinstance(rows, Continued):
-            self.keys = np.array([layout.bucket(row) for row in rows])
+            self.keys = layout.buckets_of(rows)
 
     def _epoch(self, epoch: int) -> tuple[Sequence[TokenRow], list[np.ndarray]]:
         """The rows of an epoch, and which of them make which batch."""
@@ -154,3 +154,8 @@ def iterate(
     options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=8)
     data = grain.MapDataset.source(batches).to_iter_dataset(options).map(put)
     return iter(grain.experimental.ThreadPrefetchIterDataset(data, prefetch_buffer_size=1))
+
+
+def batches_taken(position: dict[str, Any]) -> int:
+    """How many batches an iterator's saved state has behind it."""
+    return position["next_index"]

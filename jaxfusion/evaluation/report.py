@@ -1,14 +1,19 @@
 """`eval/results.json` and the tables on the terminal."""
 
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
+from jaxfusion.errors import InputError
 from jaxfusion.evaluation.comparison import Comparison, differences, remarks, table
-from jaxfusion.files import write_whole
+from jaxfusion.files import read_json, sum_of, write_checked
+
+logger = logging.getLogger(__name__)
+DAMAGED = "damaged"  # in the name of results that cannot be read
 
 # task -> language -> scoring -> {accuracy, n, ci95}
 Results = dict[str, dict[str, dict[str, dict[str, Any]]]]
@@ -20,7 +25,8 @@ def merge_results(
     """Adds results to a file, which keeps what it has of other tasks and languages.
 
     Results of something else (another checkpoint, another limit on rows) do not mix: a file that
-    is about something else is kept under the name of its step.
+    is about something else is kept under the name of its step, a damaged one under that of its
+    damage.
 
     Args:
       about: what the results are of; stored beside them as `NAME.about.json`. Has a field `step`.
@@ -28,19 +34,40 @@ def merge_results(
     file.parent.mkdir(parents=True, exist_ok=True)
     about_file = file.with_suffix(".about.json")
     results: Results = {}
-    if file.is_file() and about_file.is_file():
-        old = json.loads(about_file.read_text("utf-8"))
-        if old == about:
-            results = json.loads(file.read_text("utf-8"))
-        else:
-            kept = _free_name(file, f"step{old['step']}")
-            file.rename(kept)
-            about_file.rename(kept.with_suffix(".about.json"))
+    if file.is_file():
+        results, tag = _read(file, about_file, about)
+        if tag is not None:
+            kept = _free_name(file, tag)
+            if tag == DAMAGED:
+                logger.warning("%s or %s is damaged: kept as %s, and begun anew", file,
+                               about_file.name, kept.name)
+            _move(file, kept)
+            _move(about_file, kept.with_suffix(".about.json"))
     for task, languages in new.items():
         results.setdefault(task, {}).update(languages)
     _write(about_file, about, indent)
     _write(file, results, indent)
     return results
+
+
+def _read(file: Path, about_file: Path, about: dict[str, Any]) -> tuple[Results, str | None]:
+    """What a file has of the same; or the tag under which to keep one that is of something else."""
+    try:
+        old = read_json(about_file, "")
+        if old != about:
+            return {}, f"step{int(old['step'])}"
+        found = read_json(file, "")
+    except (InputError, OSError, KeyError, TypeError, ValueError):
+        return {}, DAMAGED
+    shaped = all(isinstance(languages, dict) for languages in found.values())
+    return (found, None) if shaped else ({}, DAMAGED)
+
+
+def _move(file: Path, to: Path) -> None:
+    """A file, and what is noted of it, under another name."""
+    for was, now in ((file, to), (sum_of(file), sum_of(to))):
+        if was.is_file():
+            was.rename(now)
 
 
 def _free_name(file: Path, tag: str) -> Path:
@@ -53,7 +80,7 @@ def _free_name(file: Path, tag: str) -> Path:
 
 
 def _write(file: Path, content: Any, indent: int | None) -> None:
-    write_whole(file, json.dumps(content, indent=indent, ensure_ascii=False) + "\n")
+    write_checked(file, json.dumps(content, indent=indent, ensure_ascii=False) + "\n")
 
 
 def print_table(results: Results, title: str) -> None:

@@ -12,6 +12,7 @@ import numpy as np
 from jaxfusion.errors import InputError, choose
 from jaxfusion.evaluation.comparison import Comparison
 from jaxfusion.evaluation.groups import standard_groups
+from jaxfusion.files import is_as_written, read_json
 
 DETAILS, ALONE = "details.json", "llm_only_details.json"
 KEPT = {"correct", "queries", "targets", "answers", "likelihoods", "labels"}  # of every language
@@ -71,18 +72,24 @@ def _enclosing(workdir: Path) -> dict[str, Any]:
 
 
 def _records(metrics: Path) -> list[dict[str, float]]:
-    """Training's metrics up to a line that is being written."""
-    found = []
-    for line in metrics.read_text("utf-8").splitlines() if metrics.is_file() else ():
-        try:
-            found.append(json.loads(line))
-        except ValueError:
-            break
+    """Training's metrics up to a line that is being written; none where they are damaged."""
+    if not metrics.is_file():
+        return []
+    written = metrics.read_bytes()
+    lines = written[: written.rfind(b"\n") + 1].splitlines()
+    try:
+        found = [json.loads(line) for line in lines]
+    except ValueError:
+        found = [None]
+    if not is_as_written(metrics, written, grows=True) or not all(
+            isinstance(record, dict) and "step" in record for record in found):
+        logger.warning("%s is damaged: its curves are left out", metrics)
+        return []
     return found
 
 
 def _json(file: Path) -> dict[str, Any]:
-    return json.loads(file.read_text("utf-8")) if file.is_file() else {}
+    return read_json(file, "score the run again") if file.is_file() else {}
 
 
 def read_models(asked: Sequence[str]) -> Models:

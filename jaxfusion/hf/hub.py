@@ -1,5 +1,6 @@
 """A checkpoint's name → a directory on disk: a local path, or a hub id at a pinned revision."""
 
+import logging
 import os
 import re
 import ssl
@@ -26,7 +27,9 @@ UNWANTED = ["consolidated*", "*/*"]
 NOT_WEIGHTS = [pattern for pattern in WANTED if "safetensors" not in pattern]
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 COMMIT = re.compile(r"[0-9a-f]{40}")  # what a branch or tag is resolved to
-PATIENCE = 4.0  # seconds for a first answer of the hub
+# Seconds for a first answer of the hub: until it is said that it is slow, and in all.
+PATIENCE, MOST_PATIENCE = 4.0, 30.0
+logger = logging.getLogger(__name__)
 
 
 @lru_cache(1)
@@ -40,9 +43,18 @@ def hub_in_reach() -> bool:
     if constants.HF_HUB_OFFLINE:
         return False
     found = in_background(lambda: answers(constants.ENDPOINT))
-    with suppress(TimeoutError):  # a name may take longer to look up than a connection to fail
-        if found.result(PATIENCE):
-            return True
+    try:
+        in_reach = found.result(PATIENCE)
+    except TimeoutError:  # a slow hub is no hub out of reach, for the whole run at that
+        logger.warning("%s has not answered for %.0f s: waiting %.0f s at most (HF_HUB_OFFLINE=1 "
+                       "spares it)", constants.ENDPOINT, PATIENCE, MOST_PATIENCE - PATIENCE)
+        in_reach = False
+        with suppress(TimeoutError):
+            in_reach = found.result(MOST_PATIENCE - PATIENCE)
+        if not in_reach:
+            logger.warning("it is taken to be out of reach")
+    if in_reach:
+        return True
     os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = "1"
     constants.HF_HUB_OFFLINE = True
     if config := sys.modules.get("datasets.config"):
@@ -53,7 +65,7 @@ def hub_in_reach() -> bool:
 def answers(url: str) -> bool:
     """Whether a server answers, with whatever it says."""
     try:
-        request.urlopen(request.Request(url, method="HEAD"), timeout=PATIENCE).close()
+        request.urlopen(request.Request(url, method="HEAD"), timeout=MOST_PATIENCE).close()
     except HTTPError:
         return True
     except (OSError, ValueError) as error:  # its certificate is for others to judge

@@ -31,7 +31,7 @@ from jaxfusion.sharding.hosts import check_peers, is_first, with_peers
 from jaxfusion.sharding.mesh import make_mesh
 from jaxfusion.training.checkpoint import trained_part
 from jaxfusion.training.evaluate import load_config
-from jaxfusion.training.loop import CONFIG_FILE, batch_shares, check_workdir
+from jaxfusion.training.loop import CONFIG_FILE, batch_shares, check_workdir, only_run
 from jaxfusion.training.state import Flat
 
 PROBE_FILE = "probe.safetensors"
@@ -52,6 +52,19 @@ def lens(config: LensRunConfig, workdir: Path) -> Comparison | None:
     Raises:
       InputError: whatever is wrong with the config, data, checkpoint or workdir.
     """
+    config = with_peers(lambda: _with_llm(config))
+    with only_run(config, workdir):
+        return _lens(config, workdir)
+
+
+def _with_llm(config: LensRunConfig) -> LensRunConfig:
+    """The config with its bridge's LLM, where it has a bridge."""
+    if not config.bridge:
+        return config
+    return replace(config, decoder=load_config(Path(config.bridge)).decoder)
+
+
+def _lens(config: LensRunConfig, workdir: Path) -> Comparison | None:
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     with jax.set_mesh(mesh):
         config, runs, texts, answers, questions, model = with_peers(
@@ -60,7 +73,6 @@ def lens(config: LensRunConfig, workdir: Path) -> Comparison | None:
                     prompts=json.dumps([texts, answers]), checkpoint=str(model.identity))
         probed = {name: prompts[: config.data.probe_rows] for name, prompts in texts.items()}
         rows = with_peers(lambda: prompt_rows(config, model, probed))
-        workdir.mkdir(parents=True, exist_ok=True)
         if is_first():
             configs.save(config, workdir / CONFIG_FILE)
             for left in workdir.glob(f"{KEPT}*"):  # by a run that was killed
@@ -97,8 +109,6 @@ def prepare(config: LensRunConfig, workdir: Path, mesh):
       The config as resolved, its runs, prompts by language, their answers, what is asked of every
       method, and the model.
     """
-    if config.bridge:
-        config = replace(config, decoder=load_config(Path(config.bridge)).decoder)
     config = check_workdir(config, workdir)
     runs = variants(config)
     texts, answers = read_parallel(config.data)

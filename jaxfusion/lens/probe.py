@@ -10,13 +10,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import safetensors.numpy
 from jaxtyping import Array, Float
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
 from jaxfusion.data.batching import TokenRow, find_bare_shapes, find_shapes, in_order
 from jaxfusion.data.tokenizers import Tokenizers
 from jaxfusion.errors import InputError, first_line
+from jaxfusion.files import read_checked, write_checked
 from jaxfusion.lens.subspace import Subspaces, directions, displacements, factorise
 from jaxfusion.nn.bridge import Batch, Bridge, Params
 from jaxfusion.sharding.rules import constrain, replicated
@@ -141,17 +142,21 @@ def save(found: Probe, file: Path, identity: dict[str, str], about: dict[str, An
                     f"layer.{layer}.displacements": found.displacements(layer, rank)}
     header = {"languages": json.dumps(found.languages), "rows": str(found.rows),
               "identity": json.dumps(identity), "about": json.dumps(about)}
-    partial_file = file.with_name(f".{file.name}.partial")
-    save_file({name: np.ascontiguousarray(x) for name, x in tensors.items()}, partial_file, header)
-    partial_file.rename(file)
+    write_checked(file, safetensors.numpy.save(
+        {name: np.ascontiguousarray(x) for name, x in tensors.items()}, header))
 
 
 def load(file: Path, languages: tuple[str, ...], identity: dict[str, str]) -> Probe:
     """Reads what `save` wrote.
 
     Raises:
-      InputError: there is no probe, or one of other languages, another model or tokenizer.
+      InputError: there is no probe, or one of other languages, another model or tokenizer; or it
+        is damaged.
     """
+    try:
+        read_checked(file, "remove it to probe anew")
+    except OSError as error:
+        raise InputError(f"{file} is no probe of a Lens run: {first_line(error)}") from None
     try:
         with safe_open(file, framework="numpy") as opened:
             header = opened.metadata()

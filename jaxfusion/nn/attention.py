@@ -76,14 +76,29 @@ def usable(
     kernel: str, rows: int, length: int, head_dim: int, dtype: jnp.dtype, cap: float | None = None
 ) -> str:
     """The kernel, or `plain` where it cannot do what is asked."""
-    if kernel == "cudnn" and (length % 2 or head_dim % 8 or head_dim > _cudnn_width()
-                              or cap is not None or jnp.dtype(dtype).itemsize != 2):
+    if why_plain(kernel, head_dim, dtype, cap) or (kernel == "cudnn" and length % 2):
         return "plain"
     if kernel != "plain" and not _mesh().empty and (
         rows % math.prod(_mesh().shape[axis] for axis in ("data", "fsdp"))
     ):
         return "plain"
     return kernel
+
+
+def why_plain(
+    kernel: str, head_dim: int, dtype: jnp.dtype, cap: float | None = None
+) -> str | None:
+    """Why a kernel can compute no batch of a tower; None where it can."""
+    if kernel != "cudnn":
+        return None
+    if jnp.dtype(dtype).itemsize != 2:
+        return f"cuDNN takes bfloat16 and float16, not {jnp.dtype(dtype).name}"
+    if cap is not None:
+        return "cuDNN bounds no scores, and this family's are"
+    if head_dim % 8 or head_dim > _cudnn_width():
+        return (f"cuDNN takes heads of 8, 16 … {_cudnn_width()} dimensions here, not {head_dim}"
+                if _cudnn_width() else "this GPU is too old for cuDNN's attention")
+    return None
 
 
 def _cudnn_width() -> int:

@@ -88,6 +88,13 @@ def with_peers(start: Callable[[], T]) -> T:
     return found
 
 
+def in_any(true: bool) -> bool:
+    """Whether something is so in any of the processes; all of them have to ask."""
+    if jax.process_count() == 1:
+        return true
+    return bool(multihost_utils.process_allgather(np.array(true)).any())
+
+
 def wait_for_peers(what: str) -> None:
     """Returns when all processes are here."""
     if jax.process_count() > 1:

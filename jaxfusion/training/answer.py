@@ -1,6 +1,5 @@
 """A user's own file, answered row by row; a stopped run goes on where it stood."""
 
-import fcntl
 import json
 import logging
 import os
@@ -22,7 +21,7 @@ from jaxfusion.data.tasks import get_task
 from jaxfusion.errors import InputError
 from jaxfusion.evaluation.scoring import Scored, Scorer, softmax
 from jaxfusion.fields import DECODING
-from jaxfusion.files import write_whole
+from jaxfusion.files import no_room, note_of, only_writer, read_json, write_checked
 from jaxfusion.sharding.mesh import make_mesh
 from jaxfusion.training.evaluate import load_config, load_trained
 from jaxfusion.training.state import merge
@@ -101,14 +100,11 @@ def _alone(out: Path) -> Iterator[TextIO]:
     """The file to write behind.
 
     Raises:
-      InputError: another process writes it.
+      InputError: another process writes it; or the disk is full.
     """
     out.parent.mkdir(parents=True, exist_ok=True)
-    with out.open("a", encoding="utf-8") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise InputError(f"{out} is being written by another process") from None
+    with (only_writer(note_of(out), out), no_room(out),
+          out.open("a", encoding="utf-8") as file):
         yield file
 
 
@@ -144,9 +140,12 @@ def _begin(out: Path, rows: list[Placed], about: dict[str, Any]) -> int:
     about_file = out.with_name(f"{out.name}.about.json")
     about = json.loads(json.dumps(about))
     if not out.stat().st_size:
-        write_whole(about_file, json.dumps(about, indent=2, ensure_ascii=False) + "\n")
+        write_checked(about_file, json.dumps(about, indent=2, ensure_ascii=False) + "\n")
         return 0
-    old = json.loads(about_file.read_text("utf-8")) if about_file.is_file() else {}
+    anew = f"give another --output, or remove {out}"
+    if not about_file.is_file():
+        raise InputError(f"{about_file} is missing, which says what {out} was begun with: {anew}")
+    old = read_json(about_file, anew)
     for name in about:
         if old.get(name) != about[name]:
             raise InputError(f"{out} was begun with {name} {old.get(name)!r}, not "
@@ -154,9 +153,12 @@ def _begin(out: Path, rows: list[Placed], about: dict[str, Any]) -> int:
     whole = out.read_bytes()
     whole = whole[: whole.rfind(b"\n") + 1]
     os.truncate(out, len(whole))
-    lines = whole.decode().split("\n")[:-1]  # rows may hold other line separators
+    try:
+        lines = whole.decode().split("\n")[:-1]  # rows may hold other line separators
+    except UnicodeDecodeError as error:
+        raise InputError(f"{out} is damaged ({error}): {anew}") from None
     for number, (line, (row, where)) in enumerate(zip(lines, rows, strict=False), start=1):
-        written = json.loads(line)
+        written = _written(line, f"{out}:{number} is damaged: {anew}")
         if {name: written.get(name) for name in row} != json.loads(_dump(row)):
             raise InputError(f"{out}:{number} answers another row than {where}; give another "
                              "--output, or remove it")
@@ -164,6 +166,17 @@ def _begin(out: Path, rows: list[Placed], about: dict[str, Any]) -> int:
         raise InputError(f"{out} has {len(lines)} answers, but there are {len(rows)} rows; give "
                          "another --output, or remove it")
     return len(lines)
+
+
+def _written(line: str, damaged: str) -> dict[str, Any]:
+    """A line as it was written; raises InputError where it is none of ours."""
+    try:
+        written = json.loads(line)
+    except ValueError:
+        raise InputError(damaged) from None
+    if not isinstance(written, dict) or not isinstance(written.get("answer"), str):
+        raise InputError(damaged)
+    return written
 
 
 def _lines(task: Task, rows: list[dict[str, Any]], scored: Scored) -> list[str]:

@@ -4,13 +4,14 @@ import logging
 import time
 from concurrent.futures import Future
 from dataclasses import replace
+from functools import lru_cache
 from itertools import islice
 from pathlib import Path
 
 import jax
 
 from jaxfusion.background import in_background
-from jaxfusion.data.batching import TokenRow, find_shapes, tokenize
+from jaxfusion.data.batching import Cut, TokenRows, find_shapes, tokenize
 from jaxfusion.data.continued import Continued, tokenize_texts
 from jaxfusion.data.packing import find_packing
 from jaxfusion.data.pipeline import Batches, first_rows, steps_per_epoch, subset
@@ -100,7 +101,7 @@ def read_data(config: Config) -> tuple[Config, Task, list[Example], list[Example
 
 def _tokenize(
     config: Config, task: Task, found: list[Example], bridge: Bridge, tokenizers: Tokenizers
-) -> list[TokenRow] | Continued:
+) -> TokenRows | Continued:
     c, clock = config.data, time.monotonic()
     limits = {"max_encoder_tokens": c.max_encoder_tokens,
               "max_decoder_tokens": c.max_decoder_tokens, "latents": bridge.latents}
@@ -117,7 +118,7 @@ def _tokenize(
     return rows
 
 
-def _layout(config: Config, rows: list[TokenRow] | Continued, model: Model, shares: int):
+def _layout(config: Config, rows: TokenRows | Continued, model: Model, shares: int):
     c = config.data
     if isinstance(rows, Continued):
         return rows.shapes(c.buckets)
@@ -145,14 +146,19 @@ def _dev_scorer(model: Model, dev: list[Example], task: Task):
     """Trained parameters -> accuracy on the development rows, by scoring name."""
     config = model.config
     scorer = Scorer(model.bridge, model.tokenizers, config.eval, config.data.text_prompt)
+    say_once = lru_cache(1)(_say_cut)  # the rows are the same ones every time
 
     def score(trainable: Flat) -> dict[str, float]:
         scored = scorer(merge(trainable, model.frozen), dev, task)
-        if scored.cut.any:
-            logger.warning("development rows longer than the limits: %s", scored.cut)
+        say_once(scored.cut)
         return {name: accuracy(rows)["accuracy"] for name, rows in scored.correct.items()}
 
     return score
+
+
+def _say_cut(cut: Cut) -> None:
+    if cut.any:
+        logger.warning("development rows longer than the limits: %s", cut)
 
 
 def _dev_likelihood(model: Model, dev: list[Example], mesh):

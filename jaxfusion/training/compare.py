@@ -21,12 +21,13 @@ from jaxfusion.evaluation.report import print_comparison
 from jaxfusion.evaluation.runs import ALONE, LLM_ALONE, Models, compare_runs, read_run
 from jaxfusion.evaluation.shortcuts import lookup_correct, surface
 from jaxfusion.fields import CompareConfig, Config
-from jaxfusion.files import write_whole
+from jaxfusion.files import read_json, sum_of, write_checked
 from jaxfusion.training.bridge import read_data, train
 from jaxfusion.training.checkpoint import saved_steps
 from jaxfusion.training.evaluate import evaluate, places, read_rows, unseen
-from jaxfusion.training.loop import CONFIG_FILE, check_workdir
+from jaxfusion.training.loop import CONFIG_FILE, check_workdir, only_run
 
+REPORT = "report.json"
 logger = logging.getLogger(__name__)
 
 
@@ -44,10 +45,14 @@ def compare(config: CompareConfig, workdir: Path) -> Comparison:
     """
     runs = variants(config)
     check(config, runs)
-    check_workdir(config, workdir)
+    with only_run(config, workdir):
+        return _compare(config, runs, workdir)
+
+
+def _compare(config: CompareConfig, runs: dict[str, Config], workdir: Path) -> Comparison:
+    check_workdir(config, workdir)  # by now it may be another's
     _, task, trained, _ = read_data(config.base)
     check_unseen(config.base, config.rows, trained)
-    workdir.mkdir(parents=True, exist_ok=True)
     configs.save(config, workdir / CONFIG_FILE)
     seconds = {}
     for name, run in runs.items():
@@ -66,7 +71,7 @@ def compare(config: CompareConfig, workdir: Path) -> Comparison:
     baselines = _baselines(task, trained, scored.get(config.base.data.language))
     comparison = side_by_side(config, models, baselines)
     figures = {**as_json(comparison), "table": markdown(comparison), "seconds": seconds}
-    write_whole(workdir / "report.json", json.dumps(figures, indent=2) + "\n")
+    write_checked(workdir / REPORT, json.dumps(figures, indent=2) + "\n")
     write_page([comparison], models, workdir, f"{comparison.task}: {workdir.name}")
     print_comparison(comparison)
     return comparison
@@ -82,7 +87,7 @@ def _train_and_score(
     except InputError:
         if not any(workdir.glob("*/")):  # nothing began: a mended config may start here
             (workdir / CONFIG_FILE).unlink()
-            workdir.rmdir()
+            sum_of(workdir / CONFIG_FILE).unlink()
         raise
     trained = time.monotonic()
     evaluate(where, limit=config.rows)
@@ -198,8 +203,9 @@ def report(workdirs: list[Path], scoring: str | None = None) -> Path:
     config = configs.load(workdir / CONFIG_FILE)
     if isinstance(config, CompareConfig):
         models = read_variants(config, workdir)
-        written = workdir / "report.json"
-        baselines = json.loads(written.read_text("utf-8"))["baselines"] if written.is_file() else {}
+        written = workdir / REPORT
+        baselines = read_json(written, "start the comparison once more")["baselines"] if (
+            written.is_file()) else {}
         comparisons, folder = [side_by_side(config, models, baselines, scoring)], workdir
     else:
         models = {workdir.absolute().name: [read_run(x) for x in workdirs]}

@@ -24,6 +24,7 @@ from jaxfusion.evaluation.report import Results, merge_results
 from jaxfusion.evaluation.runs import ALONE, DETAILS, Details
 from jaxfusion.evaluation.scoring import Scored, Scorer
 from jaxfusion.fields import DECODING, CompareConfig, Config, TaskConfig
+from jaxfusion.files import WRITER, only_writer
 from jaxfusion.sharding.hosts import check_peers, is_first
 from jaxfusion.sharding.mesh import make_mesh
 from jaxfusion.training.checkpoint import trained_part
@@ -81,8 +82,12 @@ def evaluate(
              "decoder": config.decoder.checkpoint, "drop_seen": drop_seen, "data_path": data_path,
              "decoding": {name: getattr(config.eval, name) for name in DECODING}}
     about = json.loads(json.dumps(about))
-    merge_results(workdir / "eval" / more, details, about, indent=None)
-    return merge_results(workdir / "eval" / name, new, about), details
+    folder = workdir / "eval"
+    folder.mkdir(parents=True, exist_ok=True)
+    # Of several at once each adds its languages.
+    with only_writer(folder / WRITER, folder, wait=True):
+        merge_results(folder / more, details, about, indent=None)
+        return merge_results(folder / name, new, about), details
 
 
 def load_config(workdir: Path, decoding: dict[str, Any] | None = None) -> Config:

@@ -1,9 +1,11 @@
 """What a run says: a live line on the terminal, metrics as JSONL and for TensorBoard."""
 
 import json
+import logging
 import sys
 import time
 from dataclasses import dataclass
+from hashlib import blake2b
 from pathlib import Path
 from types import TracebackType
 
@@ -11,7 +13,11 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from tensorboardX import SummaryWriter
 
-METRICS = "metrics.jsonl"
+from jaxfusion.files import is_as_written, note_sums, write_checked
+
+METRICS, TENSORBOARD = "metrics.jsonl", "tensorboard"
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -19,24 +25,27 @@ class Done:
     """What went through a few steps.
 
     Attributes:
-      examples: their number. tokens: real ones, of both towers. slots: tokens and padding.
-      flops: the model's. peak: FLOPs a second of all chips; None where it is not known.
+      examples: their number. tokens: real ones, of both towers. flops: the model's; all of these
+        without steps whose time is not measured.
+      peak: FLOPs a second of all chips; None where it is not known.
+      real: the share of real tokens among all slots; None where no step was done.
     """
 
     examples: int
     tokens: int
-    slots: int
     flops: float
     peak: float | None
+    real: float | None
 
     def rates(self, seconds: float) -> dict[str, float]:
         """As metrics, for the time that they took; none where nothing was counted."""
-        if not self.slots:
-            return {}
-        found = {"examples_per_second": self.examples / seconds,
-                 "tokens_per_second": self.tokens / seconds,
-                 "real_tokens": self.tokens / self.slots}
-        if self.peak:
+        found = {}
+        if self.tokens:
+            found = {"examples_per_second": self.examples / seconds,
+                     "tokens_per_second": self.tokens / seconds}
+        if self.real is not None:
+            found["real_tokens"] = self.real
+        if self.tokens and self.peak:
             found["model_flops_utilisation"] = self.flops / seconds / self.peak
         return found
 
@@ -53,8 +62,9 @@ class RunLog:
     def __init__(self, workdir: Path, steps: int, first: int, writes: bool = True):
         self.file, self.writes = workdir / METRICS, writes
         if writes:
-            _drop_after(self.file, first)
-            self.tensorboard = SummaryWriter(str(workdir / "tensorboard"), purge_step=first + 1)
+            kept = _drop_after(self.file, first)
+            self.length, self.digest = len(kept), blake2b(kept, digest_size=16)
+            self.tensorboard = SummaryWriter(str(workdir / TENSORBOARD), purge_step=first + 1)
         self.console = Console(file=sys.stderr, quiet=not writes)
         self.progress = Progress(
             TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
@@ -82,7 +92,7 @@ class RunLog:
         left = seconds / max(step - self.clock_step, 1) * (self.steps - step)
         self.clock, self.clock_step = time.monotonic(), step
         status = f"loss {metrics['loss']:.4f}"
-        if rates:
+        if "examples_per_second" in rates:
             status += (f"  {rates['examples_per_second']:.1f} examples/s  "
                        f"{rates['tokens_per_second']:,.0f} tokens/s")
         if "model_flops_utilisation" in rates:
@@ -96,8 +106,12 @@ class RunLog:
         """Appends a record to the JSONL file and to TensorBoard."""
         if not self.writes:
             return
-        with self.file.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step, **metrics}) + "\n")
+        line = (json.dumps({"step": step, **metrics}) + "\n").encode()
+        with self.file.open("ab") as file:
+            file.write(line)
+        self.length += len(line)
+        self.digest.update(line)
+        note_sums(self.file, [[self.length, self.digest.hexdigest()]])
         for name, value in metrics.items():
             self.tensorboard.add_scalar(name, value, step)
 
@@ -116,17 +130,31 @@ def clock(seconds: float) -> str:
     return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}"
 
 
-def _drop_after(file: Path, step: int) -> None:
-    """Removes records past `step`, which a resumed run writes again, and a half-written line."""
+def _drop_after(file: Path, step: int) -> bytes:
+    """Removes records past `step`, which a resumed run writes again, and lines that are none.
+
+    Returns:
+      What is left.
+    """
     if not file.is_file():
-        return
-    kept = []
-    for line in file.read_text("utf-8").splitlines():
-        try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line + "\n")
-        except ValueError:
-            continue
-    partial = file.with_suffix(".partial")
-    partial.write_text("".join(kept), "utf-8")
-    partial.rename(file)
+        return b""
+    written = file.read_bytes()
+    lines = written.split(b"\n")[:-1]
+    found = [read_record(line) for line in lines]
+    if None in found or not is_as_written(file, written, grows=True):
+        logger.warning("%s is damaged: what is no record is left out, others may be wrong; the "
+                       "run itself does not read it", file)
+    kept = b"".join(line + b"\n" for line, record in zip(lines, found, strict=True)
+                    if record is not None and record["step"] <= step)
+    write_checked(file, kept)
+    return kept
+
+
+def read_record(line: bytes) -> dict[str, float] | None:
+    """A line of metrics; None where it is damaged."""
+    try:
+        found = json.loads(line)
+        found["step"] + 0  # a number
+        return found
+    except (ValueError, TypeError, KeyError):
+        return None

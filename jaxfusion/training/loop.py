@@ -4,7 +4,8 @@ import dataclasses
 import json
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
@@ -17,7 +18,7 @@ import numpy as np
 
 from jaxfusion import config as configs
 from jaxfusion.data.pipeline import iterate
-from jaxfusion.data.seen import write_seen
+from jaxfusion.data.seen import SEEN, write_seen
 from jaxfusion.errors import InputError, Stopped
 from jaxfusion.fields import (
     ROLES,
@@ -28,17 +29,23 @@ from jaxfusion.fields import (
     OptimizerConfig,
     TrainConfig,
 )
+from jaxfusion.files import WRITER, no_room, only_writer
 from jaxfusion.hf.hub import COMMIT
 from jaxfusion.sharding.hosts import check_peers, is_first, wait_for_peers, with_peers
 from jaxfusion.sharding.mesh import make_mesh, sharding
-from jaxfusion.training.checkpoint import Checkpoints, abstract_like, saved_steps
-from jaxfusion.training.logs import Done, RunLog
-from jaxfusion.training.meter import Meter, Sigterm, Trace
+from jaxfusion.training.checkpoint import Checkpoints, abstract_like
+from jaxfusion.training.logs import METRICS, TENSORBOARD, Done, RunLog
+from jaxfusion.training.meter import PROFILE, Meter, Signals, Trace
 from jaxfusion.training.optimizer import make_optimizer, make_schedule
 from jaxfusion.training.state import Flat, State, count
 from jaxfusion.training.step import Loss, make_train_step
 
 CONFIG_FILE = "config.json"
+TEMPORARY = ".orbax-checkpoint-tmp"  # in the name of what is being written
+# What a start leaves that came to no step, and one that has saved none.
+OF_NO_START = {WRITER, *(f".{CONFIG_FILE}{end}" for end in (".partial", ".sum", ".sum.partial"))}
+OF_A_START = OF_NO_START | {CONFIG_FILE, SEEN, METRICS, TENSORBOARD, PROFILE, *(
+    f".{file}{end}" for file in (SEEN, METRICS) for end in (".partial", ".sum", ".sum.partial"))}
 logger = logging.getLogger(__name__)
 
 
@@ -73,7 +80,46 @@ def run_to_end(
     config: Job, workdir: Path, prepare: Callable[..., Run],
     profile: tuple[int, int] | None = None,
 ) -> State:
-    """Runs a config in a workdir from where it stands to its last step.
+    """Runs a config in a workdir from where it stands to its last step; see `go_on`."""
+    with only_run(config, workdir):
+        return go_on(config, workdir, prepare, profile)
+
+
+@contextmanager
+def only_run(config: Job, workdir: Path) -> Iterator[None]:
+    """Makes the workdir, and keeps other processes from writing there while the block runs. What
+    nothing came of goes again.
+
+    Raises:
+      InputError: the workdir holds another run, or another process writes there.
+    """
+    with_peers(lambda: check_workdir(config, workdir))
+    with ExitStack() as stack:
+        def take() -> None:
+            if not is_first():
+                return
+            made = [x for x in (workdir, *workdir.parents) if not x.exists()]
+            workdir.mkdir(parents=True, exist_ok=True)
+            stack.callback(_remove_empty, made)
+            stack.enter_context(only_writer(workdir / WRITER, workdir))
+
+        with_peers(take)
+        with no_room(workdir):
+            yield
+
+
+def _remove_empty(directories: list[Path]) -> None:
+    """Removes directories, the innermost first, up to one that holds something."""
+    with suppress(OSError):
+        for directory in directories:
+            directory.rmdir()
+
+
+def go_on(
+    config: Job, workdir: Path, prepare: Callable[..., Run],
+    profile: tuple[int, int] | None = None,
+) -> State:
+    """Runs a config in a workdir that is kept by `only_run`, to its last step.
 
     Args:
       prepare: `(config, mesh, fresh) -> Run` of the job; `fresh` is False when it is resumed.
@@ -83,28 +129,22 @@ def run_to_end(
       The final state.
 
     Raises:
-      InputError: whatever is wrong with the config, checkpoints, data, workdir or other processes.
+      InputError: whatever is wrong with the config, checkpoints, data, workdir or other processes;
+        or the disk is full.
       Stopped: SIGTERM came; the state is saved.
     """
     config = with_peers(lambda: check_workdir(config, workdir))
     check_peers(config=json.dumps(dataclasses.asdict(config), sort_keys=True))
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     with jax.set_mesh(mesh):
-        steps = saved_steps(workdir)
-        check_peers(checkpoints=str(steps))
-        run = with_peers(lambda: prepare(config, mesh, fresh=not steps))
+        checkpoints = Checkpoints(workdir)
+        check_peers(checkpoints=str(checkpoints.steps))
+        run = with_peers(lambda: prepare(config, mesh, fresh=not checkpoints.steps))
         logger.info("%s parameters train, %s are frozen; %s steps",
                     *(f"{n:,}" for n in (count(run.trainable), count(run.frozen), run.steps)))
-        workdir.mkdir(parents=True, exist_ok=True)
-        if is_first():
-            configs.save(run.config, workdir / CONFIG_FILE)
-            if run.seen is not None:
-                write_seen(workdir, run.seen)
-        wait_for_peers("config")
-        checkpoints = Checkpoints(workdir)
         try:
-            with Sigterm() as sigterm:
-                return _run(run, checkpoints, workdir, mesh, Trace(workdir, profile), sigterm)
+            with Signals() as signals:
+                return _run(run, checkpoints, workdir, mesh, Trace(workdir, profile), signals)
         finally:
             checkpoints.close()
 
@@ -152,17 +192,27 @@ def batch_shares(train: TrainConfig, mesh) -> int:
 def check_workdir(config: Job, workdir: Path) -> Job:
     """The config, with hub commits as the workdir's earlier start resolved them.
 
+    A config under which nothing was saved gives way to another one: its start failed, or was
+    stopped.
+
     Raises:
-      InputError: the workdir holds another run.
+      InputError: the workdir holds another run, or is none.
     """
     file = workdir / CONFIG_FILE
+    if workdir.exists() and not workdir.is_dir():
+        raise InputError(f"{workdir} is a file, expected a directory; choose another --workdir")
     if not file.is_file():
-        if workdir.exists() and any(workdir.iterdir()):
+        if workdir.exists() and any(x.name not in OF_NO_START for x in workdir.iterdir()):
             raise InputError(
                 f"{workdir} is not empty and no run's workdir: {CONFIG_FILE} is missing"
             )
         return config
     old = configs.load(file)
+    if not _has_begun(workdir):
+        if configs.changed(old, config):
+            logger.info("%s: no step was saved under the %s there, which is replaced", workdir,
+                        CONFIG_FILE)
+        return config
     if old.job != config.job:
         raise InputError(f"{workdir} holds a run of job '{old.job}', this config's job is "
                          f"'{config.job}'; choose another --workdir")
@@ -182,6 +232,16 @@ def check_workdir(config: Job, workdir: Path) -> Job:
     return config
 
 
+def _has_begun(workdir: Path) -> bool:
+    """Whether a workdir holds more than a start leaves that has saved nothing."""
+    checkpoints = workdir / "checkpoints"
+    if checkpoints.is_dir() and any(
+            path.name.partition(".")[0].isdigit() and TEMPORARY not in path.name
+            for path in checkpoints.iterdir()):
+        return True
+    return any(path.name not in OF_A_START and path != checkpoints for path in workdir.iterdir())
+
+
 def _moves(revision: str | None) -> bool:
     """Whether what a revision names may be another tomorrow."""
     return revision is None or not COMMIT.fullmatch(revision)
@@ -195,7 +255,7 @@ def _same_rows(was: DataConfig, now: DataConfig) -> DataConfig:
 
 
 def _run(
-    run: Run, checkpoints: Checkpoints, workdir: Path, mesh, trace: Trace, sigterm: Sigterm
+    run: Run, checkpoints: Checkpoints, workdir: Path, mesh, trace: Trace, signals: Signals
 ) -> State:
     """Restores the newest checkpoint, if any, and steps to the end."""
     config = run.config
@@ -206,42 +266,53 @@ def _run(
     restored = checkpoints.restore_newest(abstract_like(state))
     if restored is not None:
         state, position = restored
-        data.set_state(position)
+        if position:  # a bridge of others has none
+            data.set_state(position)
         done = int(state.step)
         logger.info("%s %s at step %d", "resuming" if done < run.steps else "finished:",
                     workdir, done)
     step_fn = train_step(Step(run.loss, config.train.accumulate, run.steps, config.optimizer,
                               run.groups, jax.tree.map(lambda x: x.sharding, state)))
+    _write_config(run, workdir)
     meter = Meter(run.plain_loss, mesh)
     with RunLog(workdir, run.steps, int(state.step), is_first()) as log, trace:
-        state = _loop(run, state, step_fn, data, checkpoints, log, mesh, meter, trace, sigterm)
+        state = _loop(run, state, step_fn, data, checkpoints, log, mesh, meter, trace, signals)
     checkpoints.wait()
     return state
 
 
+def _write_config(run: Run, workdir: Path) -> None:
+    """Says in the workdir what run it is, once all that a start can fail by is done."""
+    if is_first():
+        configs.save(run.config, workdir / CONFIG_FILE)
+        if run.seen is not None:
+            write_seen(workdir, run.seen)
+    wait_for_peers("config")
+
+
 def _loop(
     run: Run, state: State, step_fn, data, checkpoints, log: RunLog, mesh, meter: Meter,
-    trace: Trace, sigterm: Sigterm,
+    trace: Trace, signals: Signals,
 ) -> State:
     config, key = run.config.train, jax.random.key(run.config.train.seed)
     done = first = int(state.step)
     pending = None
     while done < run.steps:
         rows, batch = next(data)
-        meter.add(rows, config.batch_size, state.trainable, run.frozen, batch, key)
+        meter.add(rows, state.trainable, run.frozen, batch, key)
         trace.before(done + 1)
         state, metrics = step_fn(state, run.frozen, batch, key)
         if done == first:  # which compiles: no speed has that in it
             jax.block_until_ready(metrics)
             log.restart_clock()
-            meter.take()
+            meter.untime()
         done += 1
         trace.after(done, metrics)
         # Read the step before this one: the device never waits for the log.
         if pending is not None:
             _log(log, *pending)
             pending = None
-        stop = sigterm.came(done) and done < run.steps
+        stop = signals.stop(done) and done < run.steps
         evaluate = done == run.steps or (done % config.eval_every == 0 and not stop)
         save = evaluate or stop or done % config.checkpoint_every == 0
         if save or done % config.log_every == 0:

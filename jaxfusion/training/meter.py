@@ -1,7 +1,8 @@
-"""Around the steps of a run: how fast they are, a trace of some of them, and SIGTERM."""
+"""Around the steps of a run: how fast they are, a trace of some of them, and signals."""
 
 import logging
 import signal
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from jaxfusion.training.flops import count_flops
 from jaxfusion.training.logs import Done
 from jaxfusion.training.step import Loss, gradient
 
+PROFILE = "profile"  # in a workdir
 logger = logging.getLogger(__name__)
 
 
@@ -33,9 +35,10 @@ class Meter:
 
     def _begin(self) -> None:
         self.examples = self.tokens = self.slots = 0
+        self.untimed = (0, 0)
         self.flops = 0.0
 
-    def add(self, rows: Any, examples: int, trainable, frozen, batch: Any, key) -> None:
+    def add(self, rows: Any, trainable, frozen, batch: Any, key) -> None:
         """Counts one step.
 
         Args:
@@ -44,7 +47,7 @@ class Meter:
         segments = [x for name, x in vars(rows).items() if name.endswith("segments")]
         # Other processes may have other rows, or the same ones.
         share = len(jax.tree.leaves(batch)[0]) / len(segments[0])
-        self.examples += examples
+        self.examples += round(share * count_examples(segments))
         self.tokens += round(share * sum(int(np.count_nonzero(x)) for x in segments))
         self.slots += round(share * sum(x.size for x in segments))
         if self.peak is not None:
@@ -54,18 +57,36 @@ class Meter:
                                                 frozen, batch, key)
             self.flops += self.known[shape]
 
+    def untime(self) -> None:
+        """Leaves out of the speed what was counted, as that of a step that compiles."""
+        tokens, slots = self.tokens, self.slots
+        self._begin()
+        self.untimed = (tokens, slots)
+
     def take(self) -> Done:
         """What was counted; begins anew."""
-        done = Done(self.examples, self.tokens, self.slots, self.flops, self.peak)
+        tokens, slots = np.add(self.untimed, (self.tokens, self.slots))
+        done = Done(self.examples, self.tokens, self.flops, self.peak,
+                    float(tokens / slots) if slots else None)
         self._begin()
         return done
+
+
+def count_examples(segments: list[np.ndarray]) -> int:
+    """Examples of a batch: segments of a row are numbered from 1, and a row of padding has none.
+
+    Args:
+      segments: [B …] of each tower.
+    """
+    return int(np.max([x.reshape(len(x), -1).max(axis=1, initial=0) for x in segments],
+                      axis=0).sum())
 
 
 class Trace:
     """A profile of some steps in `WORKDIR/profile`, for TensorBoard and Perfetto."""
 
     def __init__(self, workdir: Path, steps: tuple[int, int] | None):
-        self.out, self.steps, self.running = workdir / "profile", steps, False
+        self.out, self.steps, self.running = workdir / PROFILE, steps, False
 
     def before(self, step: int) -> None:
         """Starts at the first of the steps, or where a resumed run finds itself among them."""
@@ -97,28 +118,40 @@ class Trace:
                            *self.steps)
 
 
-class Sigterm:
-    """Whether SIGTERM came, to any of the processes: all of them hear of it at the same step."""
+class Signals:
+    """SIGTERM is kept for the end of a step, where all processes hear of it at once. Ctrl-C ends
+    the run at once, or at the end of the step where a callback swallows it."""
 
-    def __enter__(self) -> "Sigterm":
-        self.heard = False
-        try:
-            # Of several processes jax's coordination service is told, and tells all.
-            self.before = None if jax.process_count() > 1 else signal.signal(
-                signal.SIGTERM, self._hear)
-        except ValueError:  # not in the main thread: whoever has it decides
-            self.before = None
+    def __enter__(self) -> "Signals":
+        self.heard = self.interrupted = False
+        self.before = {}
+        # Of several processes jax's coordination service is told of SIGTERM, and tells all.
+        with suppress(ValueError):  # not in the main thread: whoever has it decides
+            if jax.process_count() == 1:
+                self.before[signal.SIGTERM] = signal.signal(signal.SIGTERM, self._hear)
+            if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+                self.before[signal.SIGINT] = signal.signal(signal.SIGINT, self._interrupt)
         return self
 
     def __exit__(self, *_: Any) -> None:
-        if self.before is not None:
-            signal.signal(signal.SIGTERM, self.before)
+        for number, handler in self.before.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
     def _hear(self, *_: Any) -> None:
         self.heard = True
 
-    def came(self, step: int) -> bool:
-        """True at the step after which to stop."""
+    def _interrupt(self, *_: Any) -> None:
+        self.interrupted = True
+        raise KeyboardInterrupt
+
+    def stop(self, step: int) -> bool:
+        """True at the step after which to stop.
+
+        Raises:
+          KeyboardInterrupt: Ctrl-C was pressed, and nobody has heard of it.
+        """
+        if self.interrupted:
+            raise KeyboardInterrupt
         if jax.process_count() > 1:
             return multihost_utils.reached_preemption_sync_point(step)
         return self.heard

@@ -29,7 +29,7 @@ from jaxfusion.sharding.hosts import fetch, is_first
 from jaxfusion.sharding.mesh import sharding
 from jaxfusion.sharding.rules import replicated
 from jaxfusion.training.checkpoint import trained_part
-from jaxfusion.training.loop import Run, batch_shares, put_batch, run_to_end
+from jaxfusion.training.loop import Run, batch_shares, go_on, only_run, put_batch
 from jaxfusion.training.optimizer import group_of_each
 from jaxfusion.training.state import Flat, State, describe, merge, replaced, start
 
@@ -43,8 +43,15 @@ def pretrain(
     """Trains a tower and writes `WORKDIR/hf`, an ordinary Hugging Face directory.
 
     Raises:
-      InputError: see `run_to_end`.
+      InputError: see `go_on`.
     """
+    with only_run(config, workdir):
+        return _pretrain(config, workdir, profile)
+
+
+def _pretrain(
+    config: PretrainConfig, workdir: Path, profile: tuple[int, int] | None
+) -> State:
     made = {}
 
     def prepare_and_keep(config, mesh, fresh) -> Run:
@@ -52,7 +59,7 @@ def pretrain(
         made["run"], made["tower"], made["tokenizer"] = prepare(config, mesh, fresh)
         return made["run"]
 
-    state = run_to_end(config, workdir, prepare_and_keep, profile)
+    state = go_on(config, workdir, prepare_and_keep, profile)
     out = workdir / CHECKPOINT
     if not _is_of(out, config):
         if is_first():
@@ -72,12 +79,12 @@ def pretrain(
 
 
 def _is_of(out: Path, config: PretrainConfig) -> bool:
-    """True if the directory was written by a run as long as this one."""
-    file = out / ABOUT_FILE
-    if not file.is_file():
+    """True if the directory was written by a run as long as this one, and says so."""
+    try:
+        was = json.loads((out / ABOUT_FILE).read_text("utf-8"))["config"]["train"]
+        return (was["steps"], was["epochs"]) == (config.train.steps, config.train.epochs)
+    except (OSError, ValueError, KeyError, TypeError):
         return False
-    was = json.loads(file.read_text("utf-8"))["config"]["train"]
-    return (was["steps"], was["epochs"]) == (config.train.steps, config.train.epochs)
 
 
 def prepare(config: PretrainConfig, mesh, fresh: bool = True):

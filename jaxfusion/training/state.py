@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ from jaxfusion.fields import (
 from jaxfusion.hf.hub import resolve
 from jaxfusion.hf.load import load_params, read_shape
 from jaxfusion.hf.tables import table
+from jaxfusion.nn.attention import why_plain
 from jaxfusion.nn.bridge import Bridge, Params
 from jaxfusion.nn.decoder import Decoder, DecoderConfig
 from jaxfusion.nn.mt5 import MT5Config, MT5Encoder
@@ -236,6 +238,24 @@ def kernel_for(role: str, asked: str, platform: str | None = None) -> str:
     return asked
 
 
+@lru_cache  # said once
+def _say_plain(
+    role: str, asked: str, head_dim: int, dtype: jnp.dtype, cap: float | None, dropout: bool
+) -> None:
+    """Says where a kernel that was asked for by name does not run."""
+    if asked in ("auto", "plain"):
+        return
+    why = why_plain(asked, head_dim, dtype, cap)
+    if why is not None:
+        logger.warning("%s.attention is '%s', but plain attention runs: %s", role, asked, why)
+        return
+    some = ["batches whose rows do not divide by the mesh"]
+    some += ["batches of an odd length"] if asked == "cudnn" else []
+    some += ["training with dropout"] if dropout else []
+    logger.info("%s.attention is '%s'; plain attention runs for %s", role, asked,
+                " and ".join(some))
+
+
 def make_bridge(config: Config, encoder, decoder, platform: str | None = None) -> Bridge:
     """The bridge of a config over towers of these shapes.
 
@@ -252,6 +272,10 @@ def make_bridge(config: Config, encoder, decoder, platform: str | None = None) -
               for tower in (config.encoder, config.decoder)]
     remats = [choose("remat", tower.remat, REMATS) for tower in (config.encoder, config.decoder)]
     kernels = [kernel_for(role, getattr(config, role).attention, platform) for role in ROLES]
+    caps = (None, decoder.attn_cap)
+    for role, shape, dtype, cap in zip(ROLES, (encoder, decoder), dtypes, caps, strict=True):
+        _say_plain(role, getattr(config, role).attention, shape.head_dim, dtype, cap,
+                   role == "encoder" and config.encoder.dropout > 0)
     return Bridge(
         MT5Encoder(encoder, dtypes[0], config.encoder.dropout, remats[0], kernels[0]),
         Decoder(decoder, dtypes[1], remats[1], kernels[1]),

@@ -45,7 +45,7 @@ def warm_start(model: Model, examples: Sequence[Example]) -> Model:
     features, targets, end = _pairs(model, params, texts)
     mean, spread = features.mean(axis=0), features.std()
     start = dict(_regress(model.bridge.projector, params["projector"],
-                          (features - mean) / spread, targets))
+                          (features - mean) / spread, targets, model.config.train.seed))
     # The first layer reads features as they are.
     first = start["hidden" if "hidden" in start else "out"]
     first["kernel"] = first["kernel"] / spread
@@ -77,7 +77,9 @@ def _pairs(model: Model, params: Params, texts: list[str]):
     return np.concatenate(x), np.concatenate(y), end
 
 
-def _regress(projector: Projector, start: Params, x: np.ndarray, y: np.ndarray) -> Params:
+def _regress(
+    projector: Projector, start: Params, x: np.ndarray, y: np.ndarray, seed: int
+) -> Params:
     """The projector's parameters after minimising the squared error, batch by batch."""
     x, y = jnp.asarray(x), jnp.asarray(y)
     optimizer = optax.adam(optax.cosine_decay_schedule(RATE, STEPS))
@@ -96,7 +98,7 @@ def _regress(projector: Projector, start: Params, x: np.ndarray, y: np.ndarray) 
         updates, opt_state = optimizer.update(jax.grad(error)(params), opt_state)
         return (optax.apply_updates(params, updates), opt_state), None
 
-    keys = jax.random.split(jax.random.key(0), STEPS)
+    keys = jax.random.split(jax.random.key(seed), STEPS)
     (params, _), _ = jax.jit(partial(jax.lax.scan, step))((start, optimizer.init(start)), keys)
     return params
 

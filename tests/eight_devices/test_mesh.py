@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import jax
+import numpy as np
 import pytest
 
 from jaxfusion.config import default_config, finish, from_config_dict
@@ -15,7 +16,7 @@ from jaxfusion.hf.backbones import backbone_shape
 from jaxfusion.sharding.mesh import make_mesh
 from jaxfusion.testing.checkpoints import SIZES, write_checkpoints
 from jaxfusion.testing.debug import make_inputs
-from jaxfusion.training import bridge, loop, meter
+from jaxfusion.training import bridge, digest, loop, meter
 from jaxfusion.training.bridge import train
 from jaxfusion.training.evaluate import evaluate
 from jaxfusion.training.state import plan_model
@@ -112,7 +113,7 @@ def test_a_run_goes_on_elsewhere(towers, cache_dir, tmp_path, monkeypatch):
     """Another mesh, in parts, half the precision of what is frozen: the same batches."""
     whole = losses(make_config(towers, "last"), tmp_path / "whole", (1, 1, 1), monkeypatch)
     with monkeypatch.context() as patch:
-        patch.setattr(meter.Sigterm, "came", lambda self, step: step == 10)
+        patch.setattr(meter.Signals, "stop", lambda self, step: step == 10)
         with pytest.raises(Stopped):
             losses(make_config(towers, "last"), tmp_path / "run", (2, 2, 2), patch)
     config = make_config(towers, "last", accumulate=2)
@@ -122,6 +123,18 @@ def test_a_run_goes_on_elsewhere(towers, cache_dir, tmp_path, monkeypatch):
     config = replace(config, encoder=replace(config.encoder, dtype="bfloat16"))
     more = losses(config, tmp_path / "run", (1, 1, 4), monkeypatch)
     assert list(more) == list(range(1, 23)) and all(abs(more[i] - more[20]) < 1 for i in (21, 22))
+
+
+@pytest.mark.parametrize("axes", [("fsdp", "tensor"), ("tensor", "fsdp"), (None, "fsdp")])
+def test_digests_do_not_depend_on_how_an_array_is_split(axes):
+    """Finding 31: a checkpoint is checked on another mesh than the one that saved it."""
+    x = np.random.default_rng(0).standard_normal((16, 24)).astype(np.float32)
+    mesh = make_mesh(1, 4, 2)
+    with jax.set_mesh(mesh):
+        place = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*axes))
+        found = digest.sums_on_device(jax.device_put(x, place))
+        assert found.is_fully_replicated
+        np.testing.assert_array_equal(found, digest.sums_on_host(x))
 
 
 def test_scores_do_not_depend_on_the_mesh(towers, cache_dir, tmp_path, monkeypatch):
