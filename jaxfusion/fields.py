@@ -109,6 +109,10 @@ class DataConfig:
     chat_template: bool = False  # the LLM's own: prefix and text prompt are the user's words
     max_encoder_tokens: int = 200  # longer examples are cut, counted and reported
     max_decoder_tokens: int = 200  # of text prompt, and of target with its EOS
+    # Of query and target together: a target may then be so long as its query leaves room, as
+    # LangBridge cuts them. None: max_decoder_tokens is a target's limit.
+    max_total_tokens: int | None = None
+    target_eos: bool = True  # put the LLM's end token behind every target (LangBridge puts none)
     buckets: tuple[int, ...] = (32, 64, 96, 128, 160, 200)  # encoder lengths that get compiled
     pack: bool = False  # several short examples in a row, told apart by masks and positions
     train_rows: int | None = None  # a seeded subset of the training rows
@@ -162,11 +166,11 @@ class EvalConfig:
     batch_size: int = 32
     max_encoder_tokens: int = 512
     max_decoder_tokens: int = 512
-    max_new_tokens: int = 16  # of an answer
+    max_new_tokens: int | None = None  # of an answer; none: what the task wants, mostly 16
     temperature: float = 0.0  # of drawing an answer's tokens; 0 takes the likeliest
     top_p: float = 1.0  # drawn among the likeliest tokens of so much probability together
     seed: int = 0  # of what is drawn
-    stop: tuple[str, ...] = ()  # texts that end an answer, and are no part of it
+    stop: tuple[str, ...] = ()  # texts that end an answer; empty: those of the task, if any
     drop_seen: bool = False  # leave out test rows that were trained on, instead of refusing them
 
 

@@ -2,6 +2,7 @@
 
 import json
 import time
+from dataclasses import replace
 
 import jax
 import numpy as np
@@ -127,6 +128,33 @@ def test_too_long_examples_are_counted_and_keep_their_end(tokenizers):
     assert all(row.query[-1] == tokenizers.encoder.eos_token_id for row in rows)
     assert max(len(row.query) for row in rows) == 20
     assert f"{longer} queries at 20 encoder tokens" in str(cut)
+
+
+def test_a_question_at_the_end_is_kept(tokenizers):
+    """Finding 17: few-shot contexts behind a bridge lost their question."""
+    asked = [Example("la ba " * 50 + f"Label: {x}", "bako", 0) for x in ("bako", "lala")]
+    limits = {"text_prompt": "", "max_encoder_tokens": 12, "max_decoder_tokens": 9,
+              "with_target": False}
+    rows, cut = tokenize(asked, tokenizers, keeps_end=True, **limits)
+    whole = tokenizers.encode_queries([x.query for x in asked])
+    assert [row.query for row in rows] == [ids[-12:] for ids in whole] and cut.queries == 2
+    assert rows[0].query != rows[1].query
+    rows, _ = tokenize(asked, tokenizers, **limits)
+    assert rows[0].query == rows[1].query
+
+
+def test_a_target_takes_the_room_that_its_query_leaves(tokenizers):
+    """Finding 21: LangBridge cuts both together, and puts no end token behind a target."""
+    long = [Example("la", "bako " * 60, 0), Example("la " * 100, "bako " * 60, 0)]
+    langbridge = replace(tokenizers, ends_targets=False)
+    rows, cut = tokenize(long, langbridge, text_prompt="", with_target=True,
+                         max_encoder_tokens=30, max_decoder_tokens=5, max_total_tokens=50)
+    start = len(tokenizers.start)
+    for row, example in zip(rows, long, strict=True):
+        whole, = langbridge.encode_answers([""], [example.target])
+        assert row.target == whole[: 50 - len(row.query) - start]
+    assert cut.targets == 2 and tokenizers.eos not in rows[0].target
+    assert tokenizers.ending == [tokenizers.eos] and langbridge.ending == []
 
 
 def test_a_batch_holds_its_rows(tokenizers):

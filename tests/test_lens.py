@@ -35,7 +35,7 @@ from jaxfusion.lens.losses import Goal, align, retain, separate
 from jaxfusion.lens.manipulate import Manipulation, Supervised, aims, make_goals
 from jaxfusion.lens.model import Model, load_model
 from jaxfusion.lens.probe import load, probe, save
-from jaxfusion.lens.prompts import probe_as_authors, prompt_rows, training_rows
+from jaxfusion.lens.prompts import AUTHORS_SYSTEM, probe_as_authors, prompt_rows, training_rows
 from jaxfusion.lens.subspace import displacements, factorise
 from jaxfusion.nn.bridge import Bridge
 from jaxfusion.nn.decoder import Decoder, make_edits
@@ -580,13 +580,17 @@ TEMPLATE = ("{{ bos_token }}{% for m in messages %}{{ m['role'] }} : {{ m['conte
 TEMPLATE_EMPTY = "<s>system :  \nuser : {} \nassistant :"
 
 
-def test_the_authors_probe_is_theirs_in_pytorch(tokenizers, cache_dir, tmp_path):
-    """Two BOS, a system prompt, 64 tokens, batches of 50 without the rest, and the last slot."""
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_the_authors_probe_is_theirs_in_pytorch(side, tokenizers, cache_dir, tmp_path):
+    """Two BOS, a system prompt, 64 tokens, batches of 50 without the rest, and the last slot.
+
+    Finding 23: padding on the right sees the prompt and not itself, and a language's prompts are
+    padded alike."""
     import torch
     from transformers import AutoModelForCausalLM
 
     tokenizer = copy.deepcopy(tokenizers.decoder)
-    tokenizer.chat_template, tokenizer.padding_side = TEMPLATE, "left"
+    tokenizer.chat_template, tokenizer.padding_side = TEMPLATE, side
     tokenizer.pad_token = tokenizer.eos_token
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
         single="<s> $A", special_tokens=[("<s>", tokenizer.bos_token_id)])
@@ -602,12 +606,13 @@ def test_the_authors_probe_is_theirs_in_pytorch(tokenizers, cache_dir, tmp_path)
         filled = [tokenizer.apply_chat_template(
             [{"role": "system", "content": "You are a helpful assistant."},
              {"role": "user", "content": text}], tokenize=False, add_generation_prompt=True)
-            for text in prompts[:50]]
+            for text in prompts]
         batch = tokenizer(filled, return_tensors="pt", padding=True, truncation=True,
                           max_length=64)
-        assert (batch["input_ids"][:, -1] != tokenizer.pad_token_id).all()
+        batch = {name: x[:50] for name, x in batch.items()}
+        assert (batch["attention_mask"][:, -1] == 1).all() == (side == "left")
         longest = batch["input_ids"][batch["attention_mask"].sum(dim=1).argmax()]
-        assert longest[:2].tolist() == [tokenizer.bos_token_id] * 2
+        assert longest[-64:][:2].tolist() == [tokenizer.bos_token_id] * 2
         with torch.no_grad():
             states = theirs(**batch, output_hidden_states=True).hidden_states[1:]
         means = np.stack([x[:, -1].numpy().mean(axis=0) for x in states])
@@ -622,6 +627,18 @@ def test_the_authors_probe_is_theirs_in_pytorch(tokenizers, cache_dir, tmp_path)
     assert rows["en"][shortest].text == tokenizer(filled, add_special_tokens=False)["input_ids"]
     with pytest.raises(InputError, match="probes batches of 50, got 3 prompts in 'en'"):
         probe_as_authors(model, {name: rows[:3] for name, rows in texts.items()})
+    # Finding 24: what the authors write by hand.
+    assert training_rows(config, model, {"en": ["la\n\n"]})[0]["en"][0].text == tokenizer(
+        TEMPLATE_EMPTY.format("la\n\n"), add_special_tokens=False)["input_ids"]
+    phi3 = replace(model, bridge=alone(replace(CASES["phi3"], vocab_size=512)))
+    asked = TEMPLATE_EMPTY.replace("system : ", f"system : {AUTHORS_SYSTEM}").format("la")
+    assert training_rows(config, phi3, {"en": ["la"]})[0]["en"][0].text == tokenizer(
+        asked, add_special_tokens=False)["input_ids"]
+    tokenizer.chat_template = TEMPLATE.replace(
+        "{{ bos_token }}", "{{ bos_token }}Cutting Knowledge Date: December 2023\nToday Date: "
+        "26 Jul 2024\n\n")
+    assert training_rows(config, model, {"en": ["la"]})[0]["en"][0].text == tokenizer(
+        TEMPLATE_EMPTY.format("la"), add_special_tokens=False)["input_ids"]
     bare = replace(model, tokenizers=tokenizers)
     with pytest.raises(InputError, match="needs a chat template with a system prompt"):
         probe_as_authors(bare, texts)

@@ -7,8 +7,11 @@ import pytest
 
 from jaxfusion.data import remote
 from jaxfusion.data.sources import read_examples
-from jaxfusion.data.tasks import TASKS
+from jaxfusion.data.task import last_unsigned
+from jaxfusion.data.tasks import QUESTIONS, TASKS
 from jaxfusion.errors import InputError
+from jaxfusion.evaluation.scoring import for_task
+from jaxfusion.fields import EvalConfig
 
 
 def read(name, language, path, split="test"):
@@ -141,3 +144,29 @@ def test_real_files_are_read_as_they_are(real_data):
             assert f"\n{ours.target}: {row['option' + row['answer']]}\n" in ours.query
     assert len(read("mmmlu", "bn", sample / "mmmlu_for_mlrs")) == 200
     assert read("mgsm", "sw", real_data / "mgsm")[0].target == "18"
+    for language, word in QUESTIONS.items():
+        row = read("mgsm", language, real_data / "mgsm")[0].query
+        assert f"### Instruction:\n{word} " in row and row.endswith("\n\n### Response:\n")
+
+
+@pytest.mark.parametrize("text, number", [
+    ("It is -5.", "5.0"), ("so 1,234.50 in all", "1234.5"), ("none", "0.0"),
+    ("16 - 3 - 4 = 9 eggs, 9 * 2 = $18", "18.0"), ("80 000", "0.0")])
+def test_langbridges_authors_count_the_last_number_without_its_sign(text, number):
+    """Finding 22."""
+    assert last_unsigned(text) == number
+
+
+def test_mgsm_is_asked_as_langbridges_authors_ask_it():
+    """Finding 22: to the prompt's last character; the other form has a name of its own."""
+    task = TASKS["mgsm"]
+    assert task.prompt.format(query="Question: How many?") == (
+        "Below is an instruction that describes a task. Write a response that appropriately "
+        "completes the request.\n\n### Instruction:\nQuestion: How many?\n\n### Response:\n")
+    assert task.max_new_tokens == 1024
+    assert task.stop["fr"] == ("Question :", "[END]", "</s>", "<|im_end|>")
+    settings = for_task(EvalConfig(), task, "sw")
+    assert settings.max_new_tokens == 1024 and settings.stop[0] == "Swali:"
+    assert for_task(EvalConfig(max_new_tokens=3, stop=("x",)), task, "sw").stop == ("x",)
+    assert for_task(EvalConfig(), TASKS["xnli"]).max_new_tokens == 16
+    assert TASKS["mgsm_step_by_step"].prompt.endswith("### Response: Let's think step by step.")

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import os
 import shutil
 import signal
@@ -132,7 +133,7 @@ def _twin_losses(run, model):
         {"params": parts[name], "lr": group.learning_rate, "weight_decay": group.weight_decay}
         for name, group in o.groups.items()
     ], betas=(o.b1, o.b2), eps=o.eps)
-    warmup = round(o.warmup_fraction * 20)
+    warmup = math.ceil(o.warmup_fraction * 20)
     schedule = torch.optim.lr_scheduler.LambdaLR(adamw, lambda step: (
         step / warmup if step < warmup
         else 0.5 * (1 + np.cos(np.pi * (step - warmup) / (20 - warmup)))

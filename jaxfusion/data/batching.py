@@ -132,6 +132,8 @@ def tokenize(
     max_encoder_tokens: int,
     max_decoder_tokens: int,
     with_target: bool,
+    max_total_tokens: int | None = None,
+    keeps_end: bool = False,
     latents: int = 0,
 ) -> tuple[TokenRows, Cut]:
     """Rows of a bridge: `start + prefix + end + text prompt + target + EOS`.
@@ -139,6 +141,8 @@ def tokenize(
     Args:
       text_prompt: what follows the prefix; `{query}` is replaced by the encoder's text.
       max_encoder_tokens: of the query; its end token is kept when it is cut.
+      max_total_tokens: of query and target together, in place of the target's limit.
+      keeps_end: whether a query that is cut loses its beginning.
       max_decoder_tokens: of the text prompt, whose end is kept, and of the target with its EOS.
       with_target: False leaves the answer to be generated.
       latents: the bridge's.
@@ -152,13 +156,17 @@ def tokenize(
         if with_target:
             answers = _each_once(tokenizers.encode_answers, prompts,
                                  [example.target for example in some])
-            targets = [[*answer, tokenizers.eos] for answer in answers]
+            targets = [[*answer, *tokenizers.ending] for answer in answers]
         for query, text, target in zip(queries, texts, targets, strict=True):
-            cut += (len(query) > max_encoder_tokens, len(text) > max_decoder_tokens,
-                    len(target) > max_decoder_tokens)
-            if len(query) > max_encoder_tokens:
-                query = [*query[: max_encoder_tokens - 1], query[-1]]
-            rows.append(query, text[-max_decoder_tokens:], target[:max_decoder_tokens])
+            whole = len(query)
+            if whole > max_encoder_tokens:
+                query = (query[-max_encoder_tokens:] if keeps_end
+                         else [*query[: max_encoder_tokens - 1], query[-1]])
+            limit = (max_decoder_tokens if max_total_tokens is None
+                     else max_total_tokens - len(query) - len(tokenizers.start))
+            cut += (whole > max_encoder_tokens, len(text) > max_decoder_tokens,
+                    len(target) > limit)
+            rows.append(query, text[-max_decoder_tokens:], target[:limit])
     return rows, Cut(*cut.tolist(), max_encoder_tokens, max_decoder_tokens)
 
 
@@ -203,7 +211,7 @@ def tokenize_bare(
         texts, targets = tokenizers.encode_bare(queries), [[] for _ in some]
         if with_target:
             answers = tokenizers.encode_answers(queries, [example.target for example in some])
-            targets = [[*answer, tokenizers.eos] for answer in answers]
+            targets = [[*answer, *tokenizers.ending] for answer in answers]
         for text, target in zip(texts, targets, strict=True):
             too_long += len(text) > max_decoder_tokens
             rows.append([], text[-max_decoder_tokens:], target)

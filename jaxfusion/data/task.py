@@ -83,6 +83,9 @@ class Task:
       unlabelled: no answer: the encoder reads the beginning of the text, the LLM learns the rest.
       parallel: whether test rows of the same number are translations of each other, but for
         languages in `sources`.
+      keeps_end: whether a prompt that is too long loses its beginning, as its question is at its
+        end; other prompts lose their end.
+      max_new_tokens: of an answer, unless the config says. stop: language -> texts that end one.
     """
 
     prompt: str
@@ -96,6 +99,9 @@ class Task:
     extract: Callable[[str], str] | None = None
     unlabelled: bool = False
     parallel: bool = False
+    keeps_end: bool = False
+    max_new_tokens: int = 16
+    stop: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
     def at(self, place: str) -> Source:
         """The source that another place is. One of the kind that is declared keeps its columns,
@@ -136,3 +142,13 @@ def last_number(text: str) -> str:
         return ""
     number = found[-1].replace(",", "")
     return number.rstrip("0").rstrip(".") if "." in number else number
+
+
+def last_unsigned(text: str) -> str:
+    """The last number of a text without its sign, as a float; `0.0` where there is none.
+
+    So LangBridge's authors count (github.com/kaistAI/LangBridge, lm_eval/tasks/mgsm.py), after
+    MathOctopus.
+    """
+    found = re.findall(r"\d+(?:\.\d+)?", re.sub(r"(\d),(\d)", r"\1\2", text))
+    return str(float(found[-1])) if found else "0.0"

@@ -6,7 +6,16 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from jaxfusion.data.lexicon import LANGUAGES as POCKET
-from jaxfusion.data.task import HUB_SPLITS, SAME, SPLITS, Row, Source, Task, last_number
+from jaxfusion.data.task import (
+    HUB_SPLITS,
+    SAME,
+    SPLITS,
+    Row,
+    Source,
+    Task,
+    last_number,
+    last_unsigned,
+)
 from jaxfusion.errors import InputError, choose
 from jaxfusion.fields import DataConfig, TaskConfig
 
@@ -14,11 +23,28 @@ NLI_PROMPT = "Premise: {premise} Hypothesis: {hypothesis} Label: "
 NLI_LABELS = ("Entailment", "Neutral", "Contradiction")
 QA_PROMPT = "Text: {text} Question: {question} Answer: "
 
-# The prompt that MetaMath was tuned with (arXiv:2309.12284).
+# MetaMath's (arXiv:2309.12284), as LangBridge's authors ask it (github.com/kaistAI/LangBridge), and
+# with the words that MetaMath's own authors put behind it when they score.
 ALPACA_PROMPT = (
     "Below is an instruction that describes a task. Write a response that appropriately "
-    "completes the request.\n\n### Instruction:\n{query}\n\n### Response: Let's think step by step."
+    "completes the request.\n\n### Instruction:\n{query}\n\n### Response:"
 )
+LANGBRIDGE_MATHS = ALPACA_PROMPT + "\n"
+STEP_BY_STEP = ALPACA_PROMPT + " Let's think step by step."
+# What stands before a question of MGSM in its few-shot rows, and LangBridge's authors put there.
+QUESTIONS = {"en": "Question:", "es": "Pregunta:", "fr": "Question :", "de": "Frage:",
+             "ru": "Задача:", "zh": "问题:", "ja": "問題:", "th": "โจทย์:", "sw": "Swali:",
+             "bn": "প্রশ্ন:", "te": "ప్రశ్న:"}
+MGSM_FILES = Source("mgsm_{language}.tsv", splits={"test": "test"}, columns=("query", "target"))
+MGSM_HUB = Source("hub:juletxara/mgsm", "{language}", {"train": "train", "test": "test"},
+                  rename={"question": "query", "answer_number": "target"})
+
+
+def _question(row: Row, language: str) -> Row:
+    """MGSM's row with its language's word for a question before it."""
+    word = QUESTIONS[language]
+    query = row["query"] if row["query"].startswith(word) else f"{word} {row['query']}"
+    return {**row, "query": query}
 
 
 def _winograd(row: Row, language: str) -> Row:
@@ -190,6 +216,7 @@ TASKS: dict[str, Task] = {
         "C: {mc_answer3}\nD: {mc_answer4}\nAnswer: ",
         ("A", "B", "C", "D"),
         BELEBELE,
+        keeps_end=True,
         source=Source("hub:facebook/belebele", "{language}", {"test": "test"},
                       rename={"correct_answer_num": "label"}),
         files=Source("{language}.jsonl", splits={"test": "test"},
@@ -197,18 +224,32 @@ TASKS: dict[str, Task] = {
         spellings=("1", "2", "3", "4"),
     ),
     "mgsm": Task(
-        ALPACA_PROMPT,
+        LANGBRIDGE_MATHS,
         (),
-        ("en", "bn", "de", "es", "fr", "ja", "ru", "sw", "te", "th", "zh"),
-        source=Source("hub:juletxara/mgsm", "{language}", {"train": "train", "test": "test"},
-                      rename={"question": "query", "answer_number": "target"}),
-        files=Source("mgsm_{language}.tsv", splits={"test": "test"}, columns=("query", "target")),
+        tuple(QUESTIONS),
+        source=replace(MGSM_HUB, make=_question),
+        files=replace(MGSM_FILES, make=_question),
+        extract=last_unsigned,
+        parallel=True,
+        keeps_end=True,
+        max_new_tokens=1024,
+        stop={language: (word, "[END]", "</s>", "<|im_end|>")
+              for language, word in QUESTIONS.items()},
+    ),
+    "mgsm_step_by_step": Task(
+        STEP_BY_STEP,
+        (),
+        tuple(QUESTIONS),
+        source=MGSM_HUB,
+        files=MGSM_FILES,
         extract=last_number,
         parallel=True,
+        keeps_end=True,
+        max_new_tokens=1024,
     ),
     # LangBridge's labelled corpora: English question and answer, no classes.
     "metamath": Task(
-        ALPACA_PROMPT,
+        LANGBRIDGE_MATHS,
         (),
         ("en",),
         source=Source(
@@ -216,6 +257,8 @@ TASKS: dict[str, Task] = {
             {"train": "train[1000:]", "dev": "train[:500]", "test": "train[500:1000]"},
             rename={"response": "target"},
         ),
+        extract=last_unsigned,
+        max_new_tokens=512,
     ),
 }
 
@@ -268,7 +311,7 @@ def own_task(name: str, c: TaskConfig) -> Task:
                     choose(f"{where}.extract", c.extract, EXTRACTS)])
 
 
-EXTRACTS = {"last_number": last_number}
+EXTRACTS = {"last_number": last_number, "last_unsigned": last_unsigned}
 
 
 def _own_source(c: TaskConfig) -> Source | None:

@@ -49,12 +49,14 @@ class Tokenizers:
     Attributes:
       turn: of the decoder's chats; None where there is no chat.
       end_tokens: of the LLM's own files: an answer ends at any of them.
+      ends_targets: whether `eos` is trained on behind every answer.
     """
 
     encoder: object
     decoder: object
     turn: Turn | None = None
     end_tokens: tuple[int, ...] = ()
+    ends_targets: bool = True
 
     @cached_property
     def start(self) -> list[int]:
@@ -73,6 +75,11 @@ class Tokenizers:
     def ends(self) -> tuple[int, ...]:
         """Every token that ends an answer, ascending."""
         return tuple(sorted({self.eos, *self.end_tokens}))
+
+    @property
+    def ending(self) -> list[int]:
+        """What is trained on behind an answer."""
+        return [self.eos] if self.ends_targets else []
 
     @property
     def eos(self) -> int:

@@ -30,10 +30,11 @@ from jaxfusion.data.batching import TokenRow, in_order
 from jaxfusion.data.sources import Example
 from jaxfusion.data.task import Task
 from jaxfusion.errors import InputError
-from jaxfusion.evaluation.scoring import Scorer, pad_options
+from jaxfusion.evaluation.scoring import Scorer, for_task, pad_options
 
 logger = logging.getLogger(__name__)
-FREE = Task("{text}", (), ())  # no labels of its own
+# No labels of its own; few-shot examples come first, so that the end is the question.
+FREE = Task("{text}", (), (), keeps_end=True)
 Scored = list[tuple[float, bool]]
 
 
@@ -97,9 +98,10 @@ class JaxFusion(LM):
             places[context].append(i)
         prompts = [self._prompt(context) for context, _ in asked]
         ids = self.model.tokenizers.encode_answers(prompts, [answer for _, answer in asked])
-        ending = [self.model.tokenizers.eos] if self.end else []
+        ending = self.model.tokenizers.ending if self.end else []
         ids = [[*answer, *ending] for answer in ids]
-        rows, cut = self._scorer().rows([Example(context, "", -1) for context in contexts])
+        rows, cut = self._scorer().rows(
+            [Example(context, "", -1) for context in contexts], FREE.keeps_end)
         if cut.any:
             logger.warning("contexts longer than the limits: %s", cut)
         found = self._score(rows, [[ids[i] for i in places[context]] for context in contexts])
@@ -153,7 +155,7 @@ class JaxFusion(LM):
         return context if self.bare else self.config.data.text_prompt.replace("{query}", context)
 
     def _scorer(self, **fields) -> Scorer:
-        config = replace(self.config.eval, **fields)
+        config = for_task(replace(self.config.eval, **fields), FREE)
         return Scorer(self.model.bridge, self.model.tokenizers, config,
                       self.config.data.text_prompt, self.bare)
 

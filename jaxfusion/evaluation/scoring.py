@@ -1,7 +1,7 @@
 """Scores a bridge, or its bare LLM: exact match of the answer, and likelihood of the labels."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import jax
@@ -51,6 +51,13 @@ class Scored:
                       self.unfinished[start:end])
 
 
+def for_task(config: EvalConfig, task: Task, language: str | None = None) -> EvalConfig:
+    """The settings with what a task wants, where they leave it open."""
+    most = task.max_new_tokens if config.max_new_tokens is None else config.max_new_tokens
+    return replace(config, max_new_tokens=most,
+                   stop=config.stop or task.stop.get(language, ()))
+
+
 class Scorer:
     """Scores examples with one compiled program per batch shape.
 
@@ -66,6 +73,7 @@ class Scorer:
         self, bridge: Bridge, tokenizers: Tokenizers, config: EvalConfig,
         text_prompt: str = "", bare: bool = False,
     ):
+        """`config` is that of a task: see `for_task`."""
         self.tokenizers, self.config = tokenizers, config
         self.text_prompt, self.bare, self.latents = text_prompt, bare, bridge.latents
         self.vocabulary = bridge.decoder.config.vocab_size
@@ -84,7 +92,7 @@ class Scorer:
           progress: is told how many rows each batch had.
           numbers: of the examples, for what is drawn; their places unless given.
         """
-        rows, cut = self.rows(examples)
+        rows, cut = self.rows(examples, task.keeps_end)
         labels = task.labels
         places = np.arange(len(rows)) if numbers is None else np.asarray(numbers)
         answers, likelihoods = [""] * len(rows), np.zeros((len(rows), len(labels)))
@@ -124,7 +132,9 @@ class Scorer:
                                     for piece in pieces]
         return ends
 
-    def rows(self, examples: Sequence[Example]) -> tuple[list[TokenRow], Cut]:
+    def rows(
+        self, examples: Sequence[Example], keeps_end: bool = False
+    ) -> tuple[Sequence[TokenRow], Cut]:
         """The examples as ids, without their answers."""
         c = self.config
         if self.bare:
@@ -132,7 +142,7 @@ class Scorer:
         return tokenize(
             examples, self.tokenizers, text_prompt=self.text_prompt,
             max_encoder_tokens=c.max_encoder_tokens, max_decoder_tokens=c.max_decoder_tokens,
-            with_target=False, latents=self.latents,
+            with_target=False, keeps_end=keeps_end, latents=self.latents,
         )
 
     def _options(self, examples: Sequence[Example], labels: Sequence[str]):
@@ -141,7 +151,7 @@ class Scorer:
             example.query if self.bare else self.text_prompt.replace("{query}", example.query)
             for example in examples
         ]
-        end = [] if self.bare else [self.tokenizers.eos]
+        end = [] if self.bare else self.tokenizers.ending
         ids = [
             [answer + end for answer in self.tokenizers.encode_answers(
                 prompts, [label] * len(prompts))]

@@ -2,12 +2,15 @@
 
 The authors' code (`lens.recipe='paper_code'`) probes under a system prompt, tokenizes the filled-in
 template once more with special tokens (so that BOS is doubled), cuts on the right, in float16, in
-batches of 50 whose remainder is dropped, and takes the last slot whatever it holds. It trains under
-an empty system prompt. Its mean over a prompt is not masked, but its prompts run one by one, where
-there is nothing to mask.
+batches of 50 whose remainder is dropped, all padded to the language's longest, and takes the last
+slot whatever it holds: padding on the right sees the prompt there, not itself. It trains under an
+empty system prompt (Phi-3.5: under that of the probe). It writes templates out by hand, without the
+dates of Llama 3.1's, and keeps a prompt's last line ends. Its mean over a prompt is not masked, but
+its prompts run one by one, where there is nothing to mask.
 """
 
 import logging
+import re
 from collections.abc import Iterator
 from types import SimpleNamespace
 
@@ -17,7 +20,7 @@ import numpy as np
 
 from jaxfusion.data.batching import TokenRow, tokenize, tokenize_bare
 from jaxfusion.data.sources import Example
-from jaxfusion.data.tokenizers import Tokenizers
+from jaxfusion.data.tokenizers import WORDS, Tokenizers
 from jaxfusion.errors import InputError, first_line
 from jaxfusion.fields import LensRunConfig
 from jaxfusion.lens.model import Model
@@ -29,6 +32,7 @@ logger = logging.getLogger(__name__)
 Rows = dict[str, list[TokenRow]]
 
 AUTHORS_SYSTEM, AUTHORS_BATCH = "You are a helpful assistant.", 50
+AUTHORS_DATES = re.compile(r"Cutting Knowledge Date: [^\n]*\nToday Date: [^\n]*\n\n")
 PADDED_BATCH = 64  # 50 rows divide on few meshes
 AUTHORS_PROBED, AUTHORS_TRAINED = 64, 128  # tokens that are left of a prompt
 
@@ -44,8 +48,9 @@ def training_rows(
       InputError: a prompt of which nothing is left.
     """
     if config.lens.recipe == "paper_code" and answers is None:
+        system = AUTHORS_SYSTEM if model.bridge.decoder.config.family == "phi3" else ""
         return {name: [TokenRow([], ids, []) for ids in authors_ids(
-                    model.tokenizers, prompts, "", AUTHORS_TRAINED, again=False)]
+                    model.tokenizers, prompts, system, AUTHORS_TRAINED, again=False)]
                 for name, prompts in texts.items()}, AS_WRITTEN
     return prompt_rows(config, model, texts, answers), model.tokenizers
 
@@ -93,12 +98,17 @@ def authors_ids(
     """
     tokenizer = tokenizers.decoder
     try:
-        texts = [tokenizer.apply_chat_template(
-            [{"role": "system", "content": system}, {"role": "user", "content": prompt}],
-            tokenize=False, add_generation_prompt=True) for prompt in prompts]
+        written = tokenizer.apply_chat_template(
+            [{"role": "system", "content": system}, {"role": "user", "content": WORDS}],
+            tokenize=False, add_generation_prompt=True)
     except Exception as error:  # whatever a template raises, or that there is none
         raise InputError("lens.recipe='paper_code' needs a chat template with a system prompt: "
                          f"{first_line(error)}") from None
+    if written.count(WORDS) != 1:
+        raise InputError("lens.recipe='paper_code' needs a chat template that takes a user's words "
+                         f"as they are, once; it gives {written!r}")
+    written = AUTHORS_DATES.sub("", written)
+    texts = [written.replace(WORDS, prompt) for prompt in prompts]
     return [ids[:most] for ids in tokenizer(texts, add_special_tokens=again)["input_ids"]]
 
 
@@ -116,7 +126,10 @@ def probe_as_authors(model: Model, texts: dict[str, list[str]]) -> Probe:
         last = jnp.zeros(tokens.shape).at[:, -1].set(1.0)[:, None]
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
         embedded = decoder.apply(params, tokens, method="embed")
-        states, _ = decoder.apply(params, embedded, positions, segments, last, method="states")
+        # The last slot is read, be it padding: it sees the prompt, and nothing sees it.
+        states, _ = decoder.apply(
+            params, embedded, positions, segments.at[:, -1].set(1), last, key_segments=segments,
+            method="states")
         return replicated(states[:, :AUTHORS_BATCH, 0])
 
     sums = []
@@ -136,13 +149,11 @@ def _authors_batches(ids: list[list[int]], tokenizer) -> Iterator[tuple[np.ndarr
     """Tokens and segments of whole batches, padded on the tokenizer's own side."""
     pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     left = tokenizer.padding_side == "left"
+    longest = max(map(len, ids))
     for start in range(0, len(ids) - AUTHORS_BATCH + 1, AUTHORS_BATCH):
-        batch = ids[start : start + AUTHORS_BATCH]
-        longest = max(map(len, batch))
         tokens = np.full((PADDED_BATCH, longest), pad, np.int32)
         segments = np.zeros_like(tokens)
-        for i, row in enumerate(batch):
+        for i, row in enumerate(ids[start : start + AUTHORS_BATCH]):
             place = slice(longest - len(row), longest) if left else slice(len(row))
             tokens[i, place], segments[i, place] = row, 1
-        segments[:, -1] = 1  # what stands there is read, be it padding
         yield tokens, segments

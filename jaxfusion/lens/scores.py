@@ -12,7 +12,7 @@ from jaxfusion.data.tasks import check_languages, get_task
 from jaxfusion.errors import InputError
 from jaxfusion.evaluation.comparison import Comparison, as_json, markdown
 from jaxfusion.evaluation.pictures import draw_accuracy
-from jaxfusion.evaluation.scoring import Scorer
+from jaxfusion.evaluation.scoring import Scorer, for_task
 from jaxfusion.evaluation.text import fidelity, load_identifier, perplexity
 from jaxfusion.fields import LensRunConfig
 from jaxfusion.files import write_whole
@@ -110,7 +110,8 @@ def measure(
         return model.params if edits is None else {**model.params, "edits": edits(language)}
 
     def ask(task: Task, language: str, rows: list[Example]):
-        asked = replace(c, max_new_tokens=0) if task.labels else c  # letters need no decoding
+        # Letters need no decoding.
+        asked = for_task(replace(c, max_new_tokens=0) if task.labels else c, task, language)
         scorer = Scorer(model.bridge, model.tokenizers, asked, model.text_prompt, model.bare)
         return scorer(params(language), rows, task)
 

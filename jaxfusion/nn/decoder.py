@@ -320,7 +320,7 @@ class Decoder(nn.Module):
 
     def run(
         self, embeddings, positions, segments, cache: Cache | None = None, start=0, read=None,
-        hold: int | None = None, at=None,
+        hold: int | None = None, at=None, key_segments=None,
     ) -> tuple[
         Float[Array, "B N E"], Cache | None, Float[Array, "L B P E"] | None,
         Float[Array, "B N E"] | None,
@@ -330,6 +330,8 @@ class Decoder(nn.Module):
         Args:
           read: [B P N] weights of the slots. hold: a block's number, from 0 on. at: see
             `__call__`; without `read`.
+          key_segments: [B N] of the slots as they are seen, where other than as they see; with
+            plain attention.
 
         Returns:
           The residual stream, the cache, behind every block the sums over the stream's slots by the
@@ -338,7 +340,8 @@ class Decoder(nn.Module):
         c = self.config
         if at is not None and (read is not None or c.num_layers > 1):
             raise ValueError("`at` is for a decoder of one block, without `read`")
-        k_positions, k_segments, kv = positions, segments, None
+        k_positions, kv = positions, None
+        k_segments = segments if key_segments is None else key_segments
         if cache is not None:
             write = partial(jax.lax.dynamic_update_slice_in_dim, start_index=start, axis=1)
             k_positions = write(cache.positions, positions)
@@ -368,11 +371,13 @@ class Decoder(nn.Module):
         return self.final_norm(x)
 
     def states(
-        self, embeddings, positions, segments, read, hold: int | None = None
+        self, embeddings, positions, segments, read, hold: int | None = None, key_segments=None
     ) -> tuple[Float[Array, "L B P E"], Float[Array, "B N E"] | None]:
         """`h_1 … h_L` as Hugging Face numbers them, the last after the final norm: of each the sums
-        over the slots by the weights `read` [B P N], in float32; and what block `hold` reads."""
-        x, _, states, held = self.run(embeddings, positions, segments, read=read, hold=hold)
+        over the slots by the weights `read` [B P N], in float32; and what block `hold` reads.
+        `key_segments` is as of `run`."""
+        x, _, states, held = self.run(embeddings, positions, segments, read=read, hold=hold,
+                                      key_segments=key_segments)
         return states.at[-1].set(weigh(read, self.final_norm(x))), held
 
     def logits(self, hidden: Float[Array, "*B E"]) -> Float[Array, "*B V"]:

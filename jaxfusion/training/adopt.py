@@ -201,6 +201,7 @@ def _langbridge(
         decoder=DecoderConfig(str(workdir / "decoder")),
         fusion=FusionConfig("last"),
         projector=ProjectorConfig(ALIGNMENTS[kind], d_ff, latents, end_std=1.0),
+        data=DataConfig(target_eos=False),
     )
     return config, trained
 

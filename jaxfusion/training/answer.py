@@ -19,7 +19,7 @@ from jaxfusion.data.sources import Example
 from jaxfusion.data.task import Placed, Task
 from jaxfusion.data.tasks import get_task
 from jaxfusion.errors import InputError
-from jaxfusion.evaluation.scoring import Scored, Scorer, softmax
+from jaxfusion.evaluation.scoring import Scored, Scorer, for_task, softmax
 from jaxfusion.fields import DECODING
 from jaxfusion.files import no_room, note_of, only_writer, read_json, write_checked
 from jaxfusion.sharding.mesh import make_mesh
@@ -65,8 +65,8 @@ def answer_file(
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     with jax.set_mesh(mesh):
         step, model = load_trained(config, workdir, mesh, llm_only)
-        scorer = Scorer(model.bridge, model.tokenizers, config.eval, config.data.text_prompt,
-                        llm_only)
+        scorer = Scorer(model.bridge, model.tokenizers, for_task(config.eval, task),
+                        config.data.text_prompt, llm_only)
         params = merge(model.trainable, model.frozen)
         with _alone(out) as file:
             done = _begin(out, rows, {

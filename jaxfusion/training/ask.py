@@ -14,7 +14,7 @@ from jaxfusion.data.task import Task
 from jaxfusion.data.tasks import get_task
 from jaxfusion.errors import InputError
 from jaxfusion.evaluation.layers import token_weights
-from jaxfusion.evaluation.scoring import Scorer, softmax
+from jaxfusion.evaluation.scoring import Scorer, for_task, softmax
 from jaxfusion.sharding.mesh import make_mesh
 from jaxfusion.training.evaluate import load_config, load_trained
 from jaxfusion.training.state import Model, merge
@@ -45,8 +45,8 @@ def ask(
             print(f"not in the encoder's vocabulary, so spelled or skipped: {', '.join(strange)}")
         params = merge(model.trainable, model.frozen)
         example = Example(query, "", -1)
-        scorer = Scorer(model.bridge, model.tokenizers, config.eval, config.data.text_prompt,
-                        llm_only)
+        scorer = Scorer(model.bridge, model.tokenizers, for_task(config.eval, task),
+                        config.data.text_prompt, llm_only)
         scored = scorer(params, [example], task)
         console = Console(highlight=False)
         console.print(f"answer: [bold]{escape(scored.answers[0])}[/bold]")

@@ -23,7 +23,7 @@ from jaxfusion.data.tasks import check_languages, configured, get_task
 from jaxfusion.data.tokenizers import Tokenizers
 from jaxfusion.errors import InputError
 from jaxfusion.evaluation.metrics import accuracy
-from jaxfusion.evaluation.scoring import Scorer
+from jaxfusion.evaluation.scoring import Scorer, for_task
 from jaxfusion.fields import Config
 from jaxfusion.nn.bridge import Bridge
 from jaxfusion.sharding.mesh import sharding
@@ -111,6 +111,7 @@ def _tokenize(
             logger.warning("%d texts of fewer than two tokens left out", rows.short)
     else:
         rows, cut = tokenize(found, tokenizers, text_prompt=c.text_prompt, with_target=True,
+                             max_total_tokens=c.max_total_tokens, keeps_end=task.keeps_end,
                              **limits)
         if cut.any:
             logger.warning("longer than the limits: %s", cut)
@@ -145,7 +146,8 @@ def start_from(model: Model, workdir: Path) -> Model:
 def _dev_scorer(model: Model, dev: list[Example], task: Task):
     """Trained parameters -> accuracy on the development rows, by scoring name."""
     config = model.config
-    scorer = Scorer(model.bridge, model.tokenizers, config.eval, config.data.text_prompt)
+    scorer = Scorer(model.bridge, model.tokenizers,
+                    for_task(config.eval, task, config.data.language), config.data.text_prompt)
     say_once = lru_cache(1)(_say_cut)  # the rows are the same ones every time
 
     def score(trainable: Flat) -> dict[str, float]:

@@ -2,7 +2,7 @@
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,13 +16,14 @@ from jaxfusion import config as configs
 from jaxfusion.config import directory_name
 from jaxfusion.data.seen import fingerprints, read_seen
 from jaxfusion.data.sources import Example, at_hand, read_examples
+from jaxfusion.data.task import Task
 from jaxfusion.data.tasks import check_languages, configured, get_task
 from jaxfusion.errors import InputError
 from jaxfusion.evaluation.layers import layer_weigher, token_weights
 from jaxfusion.evaluation.metrics import accuracy
 from jaxfusion.evaluation.report import Results, merge_results
 from jaxfusion.evaluation.runs import ALONE, DETAILS, Details
-from jaxfusion.evaluation.scoring import Scored, Scorer
+from jaxfusion.evaluation.scoring import Scored, Scorer, for_task
 from jaxfusion.fields import DECODING, CompareConfig, Config, TaskConfig
 from jaxfusion.files import WRITER, only_writer
 from jaxfusion.sharding.hosts import check_peers, is_first
@@ -214,7 +215,6 @@ def unseen(
 
 def _score(model: Model, rows: Rows, llm_only: bool) -> tuple[Results, Details]:
     config, results, details = model.config, {}, {}
-    scorer = Scorer(model.bridge, model.tokenizers, config.eval, config.data.text_prompt, llm_only)
     params = merge(model.trainable, model.frozen)
     console = Console(stderr=True)
     with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
@@ -222,32 +222,46 @@ def _score(model: Model, rows: Rows, llm_only: bool) -> tuple[Results, Details]:
             len(x) for by_language in rows.values() for x in by_language.values()))
         for name, by_language in rows.items():
             progress.update(bar, description=name)
-            # All languages at once: they share batches and compiled programs.
-            examples = [x for part in by_language.values() for x in part]
-            numbers = [i for part in by_language.values() for i in range(len(part))]
             task = get_task(name, config.tasks)
-            scored = scorer(params, examples, task,
-                            lambda n: progress.advance(bar, n), numbers)
-            if scored.cut.any:
-                logger.warning("%s, longer than the limits: %s", name, scored.cut)
-            start = 0
+            found = _score_task(model, params, name, task, by_language, llm_only,
+                                lambda n: progress.advance(bar, n))
             for language, part in by_language.items():
-                found = scored.part(start, start + len(part))
-                start += len(part)
+                scored = found[language]
                 results.setdefault(name, {})[language] = {
-                    scoring: accuracy(correct) for scoring, correct in found.correct.items()}
-                unfinished = sum(found.unfinished)
-                results[name][language]["exact_match"]["unfinished"] = unfinished
-                if unfinished and not task.labels:
-                    logger.warning("%s %s: %d of %d answers were cut at max_new_tokens %d before "
-                                   "their end; raise eval.max_new_tokens (--max_new_tokens)",
-                                   name, language, unfinished, len(part),
-                                   config.eval.max_new_tokens)
+                    scoring: accuracy(correct) for scoring, correct in scored.correct.items()}
+                results[name][language]["exact_match"]["unfinished"] = sum(scored.unfinished)
                 details.setdefault(name, {})[language] = {
-                    **_detail(part, found), "labels": task.labels}
+                    **_detail(part, scored), "labels": task.labels}
                 if not llm_only:
                     details[name][language] |= _layers(model, params, part)
     return results, details
+
+
+def _score_task(
+    model: Model, params, name: str, task: Task, by_language: dict[str, list[Example]],
+    llm_only: bool, progress: Callable[[int], None],
+) -> dict[str, Scored]:
+    """What came out for each language; those whose answers end alike share batches."""
+    config, found = model.config, {}
+    together = [[x] for x in by_language] if task.stop else [list(by_language)]
+    for languages in together:
+        settings = for_task(config.eval, task, languages[0])
+        scorer = Scorer(model.bridge, model.tokenizers, settings, config.data.text_prompt, llm_only)
+        examples = [x for language in languages for x in by_language[language]]
+        numbers = [i for language in languages for i in range(len(by_language[language]))]
+        scored = scorer(params, examples, task, progress, numbers)
+        if scored.cut.any:
+            logger.warning("%s, longer than the limits: %s", name, scored.cut)
+        if any(scored.unfinished) and not task.labels:
+            logger.warning("%s %s: %d of %d answers were cut at %d new tokens before their end; "
+                           "raise eval.max_new_tokens (--max_new_tokens)", name,
+                           ", ".join(languages), sum(scored.unfinished), len(examples),
+                           settings.max_new_tokens)
+        start = 0
+        for language in languages:
+            end = start + len(by_language[language])
+            found[language], start = scored.part(start, end), end
+    return found
 
 
 def _detail(examples: list[Example], scored: Scored) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """AdamW with a learning rate and weight decay for each group of trained parameters."""
 
+import math
 import re
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -41,7 +42,7 @@ def make_schedule(
     Raises:
       InputError: unknown schedule.
     """
-    warmup = round(config.warmup_fraction * steps)
+    warmup = math.ceil(config.warmup_fraction * steps)  # as in transformers
     if choose("schedule", config.schedule, SCHEDULES) == "cosine":
         return optax.warmup_cosine_decay_schedule(0.0, learning_rate, warmup, max(steps, 1))
     return optax.join_schedules(

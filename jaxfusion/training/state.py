@@ -327,7 +327,7 @@ def load_tokenizers(config: Config, paths: dict[str, Path], shapes) -> Tokenizer
     )
     turn = chat_turn(decoder) if config.data.chat_template else None
     ends = read_end_tokens(paths["decoder"], shapes["decoder"].vocab_size)
-    return Tokenizers(encoder, decoder, turn, ends)
+    return Tokenizers(encoder, decoder, turn, ends, config.data.target_eos)
 
 
 def describe(init: Callable[[], Params], mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
