@@ -44,10 +44,12 @@ def published_lens(checkpoint: str) -> ml_collections.ConfigDict:
     Llama-3-8B-Instruct, beside the baselines that train nothing; for a config file to finish."""
     config = default_config("lens")
     config.decoder.checkpoint, config.decoder.dtype = checkpoint, "bfloat16"
-    config.data.path = "prompts.jsonl"
+    # Its authors probe 300 prompts of one set and train on 200 of another.
+    config.data.path, config.data.probe_path = "prompts.jsonl", "probe_prompts.jsonl"
+    config.data.probe_rows, config.data.rows = 300, 200
     config.data.central, config.data.targets = "en", ("zh",)
     config.data.task_rows = 2000
-    config.eval.tasks = ("xcopa", "xstorycloze", "xwinograd", "mmmlu")
+    config.eval.tasks = ("xcopa", "xstorycloze", "xwinograd", "m_mmlu")
     config.sweep = (
         {"name": "steering", "lens": {"method": "steering"}},
         {"name": "disentangle", "lens": {"method": "disentangle"}},
@@ -139,7 +141,7 @@ def _debug_lens(config: ml_collections.ConfigDict) -> None:
     """The same run on a tiny LLM and made rows of the pocket world."""
     config.decoder.checkpoint = "made:tiny"
     config.decoder.dtype = "float32"
-    config.data.path = "made:pocket_debug"
+    config.data.path, config.data.probe_path = "made:pocket_debug", None
     config.data.central, config.data.targets = "en", ("latn_a", "deva")
     config.data.chat_template = False
     config.data.columns = ml_collections.ConfigDict()

@@ -283,6 +283,7 @@ class ParallelConfig:
     columns: dict[str, str] = field(default_factory=dict)  # of languages that are named otherwise
     answer: str | None = None  # column of answers, for supervised tuning
     probe_rows: int | None = None  # the first so many rows are probed; none: all
+    probe_path: str | None = None  # prompts to probe, where not those of path; written alike
     rows: int = 200  # the first so many are trained on
     chat_template: bool = True  # the LLM's own, in probing and training
     max_tokens: int = 128  # longer prompts lose their beginning, counted and reported

@@ -211,6 +211,19 @@ TASKS: dict[str, Task] = {
         files=Source("{language}.json", splits={"test": "test"}, rename={"Answer": "label"}),
         parallel=True,
     ),
+    # The translation of MMLU by a machine that Lens is scored on, its first 1,000 rows; `mmmlu` is
+    # that of translators.
+    "m_mmlu": Task(
+        "Question: {instruction}\nA: {option_a}\nB: {option_b}\nC: {option_c}\nD: {option_d}\n"
+        "Answer: ",
+        ("A", "B", "C", "D"),
+        ("en", "ar", "bn", "ca", "da", "de", "es", "eu", "fr", "gu", "hi", "hr", "hu", "hy", "id",
+         "is", "it", "kn", "ml", "mr", "nb", "ne", "nl", "pt", "ro", "ru", "sk", "sr", "sv", "ta",
+         "te", "uk", "vi", "zh"),
+        source=Source("hub:alexandrainst/m_mmlu", "{language}",
+                      {"train": "train", "dev": "val", "test": "test[:1000]"},
+                      rename={"answer": "label"}),
+    ),
     "belebele": Task(
         "Passage: {flores_passage}\nQuestion: {question}\nA: {mc_answer1}\nB: {mc_answer2}\n"
         "C: {mc_answer3}\nD: {mc_answer4}\nAnswer: ",

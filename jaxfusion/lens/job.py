@@ -18,7 +18,7 @@ from jaxfusion.data.parallel import read_parallel
 from jaxfusion.errors import InputError, choose
 from jaxfusion.evaluation.comparison import Comparison
 from jaxfusion.evaluation.pictures import draw_languages
-from jaxfusion.fields import METHODS, PLACES, RECIPES, LensRunConfig
+from jaxfusion.fields import METHODS, PLACES, RECIPES, LensRunConfig, ParallelConfig
 from jaxfusion.lens import probe as probing
 from jaxfusion.lens.model import Model, load_model
 from jaxfusion.lens.probe import Probe
@@ -71,7 +71,7 @@ def _lens(config: LensRunConfig, workdir: Path) -> Comparison | None:
             lambda: prepare(config, workdir, mesh))
         check_peers(config=json.dumps(asdict(config), sort_keys=True),
                     prompts=json.dumps([texts, answers]), checkpoint=str(model.identity))
-        probed = {name: prompts[: config.data.probe_rows] for name, prompts in texts.items()}
+        probed = with_peers(lambda: probe_texts(config.data, texts))
         rows = with_peers(lambda: prompt_rows(config, model, probed))
         if is_first():
             configs.save(config, workdir / CONFIG_FILE)
@@ -100,6 +100,17 @@ def _lens(config: LensRunConfig, workdir: Path) -> Comparison | None:
         return None
     draw_languages(shown, moved, workdir / "languages.png")
     return report(config, scores, seconds, workdir)
+
+
+def probe_texts(c: ParallelConfig, texts: dict[str, list[str]]) -> dict[str, list[str]]:
+    """The prompts to probe by language: of a file of their own, or the first of `texts`.
+
+    Raises:
+      InputError: as of `read_parallel`.
+    """
+    if c.probe_path is not None:
+        texts, _ = read_parallel(replace(c, path=c.probe_path, answer=None))
+    return {name: prompts[: c.probe_rows] for name, prompts in texts.items()}
 
 
 def prepare(config: LensRunConfig, workdir: Path, mesh):

@@ -77,9 +77,9 @@ def read_questions(
         raise InputError("data.perplexity_rows is for an LLM that reads text itself; leave bridge "
                          "out")
     # Never on rows that the probe or the blocks were fitted on.
-    used = max(c.probe_rows or 0, *(run.data.rows for run in runs.values()))
     have = len(texts[c.central])
-    used = have if c.probe_rows is None and (c.perplexity_rows or c.reply_rows) else used
+    probed = 0 if c.probe_path else have if c.probe_rows is None else c.probe_rows
+    used = max(probed, *(run.data.rows for run in runs.values()))
     wanted = max(c.perplexity_rows, c.reply_rows)
     if wanted > max(0, have - used):
         raise InputError(f"data.perplexity_rows and reply_rows ask for {wanted} prompts that were "
