@@ -8,13 +8,14 @@ and refuses what they do not know. No jax here: configs are read before jax star
 import dataclasses
 import json
 import re
-import types
 import typing
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
 import ml_collections
 from ml_collections import config_dict
+from pydantic import TypeAdapter, ValidationError
 
 from jaxfusion.errors import InputError, choose, first_line, near_match
 from jaxfusion.fields import (
@@ -22,10 +23,8 @@ from jaxfusion.fields import (
     JOBS,
     CompareConfig,
     Config,
-    EvalConfig,
     Job,
     LensRunConfig,
-    PretrainConfig,
 )
 from jaxfusion.files import read_json, write_checked
 
@@ -171,19 +170,64 @@ def from_config_dict(config: ml_collections.ConfigDict) -> Job:
 
 def from_json(values: dict[str, Any]) -> Job:
     """The config of a run's JSON; fields that it lacks, as those of later versions, have defaults.
+
+    Raises:
+      InputError: an unknown field, or a value of the wrong type or out of range.
     """
-    return _from_dict(JOBS[choose("job", values.get("job", "bridge"), JOBS)], values, "")
+    job = values.get("job", "bridge")
+    return _validated(JOBS[choose("job", str(job), JOBS)], values, "")
 
 
-# Fields that count something, and so are 1 or more (or left out).
-COUNTS = (
-    "data.max_encoder_tokens", "data.max_decoder_tokens", "data.train_rows", "data.dev_rows",
-    "train.batch_size", "train.accumulate", "train.epochs", "train.steps", "train.log_every",
-    "train.eval_every", "train.checkpoint_every", "eval.batch_size", "eval.max_encoder_tokens",
-    "eval.max_decoder_tokens", "eval.max_new_tokens", "data.max_tokens", "tower.d_model",
-    "tower.d_ff", "tower.num_layers", "tower.num_heads", "tower.head_dim", "tower.vocab_size",
-    "rows", "data.rows", "data.probe_rows", "lens.blocks", "lens.rank", "data.task_rows",
-)
+def _validated(kind: type, values: Any, where: str) -> Any:
+    """The values as a dataclass of fields; `where` stands before their names in messages."""
+    try:
+        text = json.dumps(values)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"config{where and f' {where}'}: {first_line(error)}") from None
+    try:
+        return TypeAdapter(kind).validate_json(text)
+    except ValidationError as error:
+        raise InputError(_said(kind, error.errors()[0], where)) from None
+
+
+def _said(kind: type, error: dict[str, Any], where: str) -> str:
+    """One line on what is wrong with a field."""
+    *outer, name = [str(part) for part in error["loc"]] or [""]
+    path = where + ".".join([*outer, name])
+    if error["type"] == "unexpected_keyword_argument":
+        hints = typing.get_type_hints(kind)
+        for part in outer:
+            hints = _inner(hints.get(part))
+        return (f"unknown config field '{path}'{near_match(name, hints)}; "
+                f"known: {', '.join(hints)}")
+    if error["type"] == "value_error":  # one of this project's own words
+        said = str(error["ctx"]["error"])
+        if said.startswith("unknown"):
+            return said
+    else:
+        expected = EXPECTED.get(error["type"], error["msg"]).format(**error.get("ctx", {}))
+        said = f"expected {expected}"
+    return f"config field '{path}' is {error['input']!r:.80}, {said}"
+
+
+# By pydantic's name of an error.
+EXPECTED = {
+    "int_type": "a whole number", "float_type": "a number", "string_type": "a text in quotes",
+    "bool_type": "True or False", "tuple_type": "a tuple", "dict_type": "a dictionary",
+    "dataclass_type": "a group of fields", "finite_number": "a finite number",
+    "int_parsing_size": "a smaller whole number", "greater_than_equal": "{ge:,} or more",
+    "greater_than": "more than {gt:,}", "less_than_equal": "{le:,} or less",
+    "less_than": "less than {lt:,}", "string_too_short": "a text that is not empty",
+    "too_short": "one entry or more",
+}
+
+
+def _inner(hint: Any) -> dict[str, Any]:
+    """Names and types below a field."""
+    if dataclasses.is_dataclass(hint):
+        return typing.get_type_hints(hint)
+    args = typing.get_args(hint)
+    return defaultdict(lambda: args[-1]) if args else {}
 
 
 def variants(config: CompareConfig) -> dict[str, Config]:
@@ -224,7 +268,7 @@ def _each(name: str, entries, base: dict[str, Any], kind: type) -> dict[str, Any
         entry = str(fields.pop("name"))
         values = json.loads(json.dumps(base))
         _override(values, fields)
-        found[entry] = _from_dict(kind, values, f"{name}.{entry}.")
+        found[entry] = _validated(kind, values, f"{name}.{entry}.")
         check(found[entry])
     return found
 
@@ -247,37 +291,13 @@ def _override(values: dict[str, Any], fields: dict[str, Any]) -> None:
 
 def check(config: Job) -> None:
     """Raises InputError for a value that no run can have."""
-    flat = _flat(dataclasses.asdict(config))
-    for name in COUNTS:
-        if flat.get(name) is not None and flat[name] < 1:
-            raise InputError(f"config field '{name}' is {flat[name]}, wanted 1 or more")
-    for name in ("data.perplexity_rows", "data.reply_rows"):
-        if flat.get(name, 0) < 0:
-            raise InputError(f"config field '{name}' is {flat[name]}, wanted 0 or more")
+    _validated(type(config), dataclasses.asdict(config), "")
     if isinstance(config, CompareConfig):
         variants(config)  # checks each of them
         return
-    if not isinstance(config, PretrainConfig):
-        check_decoding(config.eval)
-    if not 0 <= config.optimizer.warmup_fraction < 1:
-        raise InputError(
-            f"config field 'optimizer.warmup_fraction' is {config.optimizer.warmup_fraction}, "
-            "wanted at least 0 and less than 1"
-        )
-    for name in ("data.balanced", "data.streaming"):
-        if flat.get(name) and flat["data.train_rows"] is None:
-            raise InputError(f"{name} needs data.train_rows: how many rows to draw")
-
-
-def check_decoding(config: EvalConfig) -> None:
-    """Raises InputError for settings by which no token can be chosen."""
-    for name, value, wanted, right in (
-        ("temperature", config.temperature, "0 or more", config.temperature >= 0),
-        ("top_p", config.top_p, "above 0 and at most 1", 0 < config.top_p <= 1),
-        ("stop", config.stop, "texts that are not empty", all(config.stop)),
-    ):
-        if not right:
-            raise InputError(f"config field 'eval.{name}' is {value!r}, wanted {wanted}")
+    for name in ("balanced", "streaming"):
+        if getattr(config.data, name, False) and config.data.train_rows is None:
+            raise InputError(f"data.{name} needs data.train_rows: how many rows to draw")
 
 
 def save(config: Job, file: Path) -> None:
@@ -344,34 +364,3 @@ def _to_config_dict(config: Any) -> ml_collections.ConfigDict:
             value = config_dict.placeholder(typing.get_args(hints[name])[0])
         setattr(out, name, value)
     return out
-
-
-def _from_dict(kind: type, values: dict[str, Any], where: str) -> Any:
-    hints = typing.get_type_hints(kind)
-    for name in values:
-        if name not in hints:
-            raise InputError(
-                f"unknown config field '{where}{name}'{near_match(name, hints)}; "
-                f"known: {', '.join(hints)}"
-            )
-    return kind(**{name: _value(hints[name], v, f"{where}{name}") for name, v in values.items()})
-
-
-def _value(hint: Any, value: Any, where: str) -> Any:
-    """`value` as the field's type; ints serve as floats and lists as tuples."""
-    if dataclasses.is_dataclass(hint):
-        return _from_dict(hint, value, f"{where}.")
-    origin, args = typing.get_origin(hint), typing.get_args(hint)
-    if origin is dict:
-        return {k: _value(args[1], v, f"{where}.{k}") for k, v in value.items()}
-    if hint is Any:  # as JSON has it, so that what is read again is the same
-        return json.loads(json.dumps(value))
-    if origin is tuple and isinstance(value, list | tuple):
-        return tuple(_value(args[0], v, where) for v in value)
-    if origin is types.UnionType:
-        return None if value is None else _value(args[0], value, where)
-    if hint is float and type(value) is int:
-        return float(value)
-    if type(value) is not hint:
-        raise InputError(f"config field '{where}' is {value!r}, wanted a value of type {hint}")
-    return value

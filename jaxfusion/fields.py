@@ -3,8 +3,14 @@
 Dataclasses alone; `config.py` makes them from files in `configs/` and the command line.
 """
 
+import re
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, ConfigDict, Field
+
+from jaxfusion.errors import InputError, choose
 
 FUSIONS = ("last", "layer", "global_softmax", "transformer_softmax")
 BACKWARDS = ("stack", "second_pass")
@@ -21,64 +27,130 @@ PLACES = ("memory", "disk")
 DECODING = ("max_new_tokens", "temperature", "top_p", "seed", "stop")
 OBJECTIVES = ("causal_lm", "masked_lm", "code_switch")
 
+MOST = 10**9  # of any count: what is larger is a slip
+
+
+def _one_of(what: str, options: tuple[str, ...]) -> AfterValidator:
+    return AfterValidator(lambda name: choose(what, name, options))
+
+
+def _axis(size: int) -> int:
+    if size != -1 and not 1 <= size <= MOST:
+        raise InputError("expected 1 or more, or -1 for what is left")
+    return size
+
+
+def _pattern(text: str) -> str:
+    try:
+        re.compile(text)
+    except re.error as error:
+        raise InputError(f"not a regular expression: {error}") from None
+    return text
+
+
+def _distinct(what: str) -> Callable[[tuple], tuple]:
+    def check(values: tuple) -> tuple:
+        if len(set(values)) < len(values):
+            raise InputError(f"has a {what} twice")
+        return values
+
+    return check
+
+
+# What a field may hold; `config.check` says what it does not.
+Count = Annotated[int, Field(ge=1, le=MOST)]
+Rows = Annotated[int, Field(ge=0, le=MOST)]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
+Share = Annotated[float, Field(ge=0, lt=1)]
+Probability = Annotated[float, Field(ge=0, le=1)]
+Weight = Annotated[float, Field(ge=0, le=1e9)]
+Above0 = Annotated[float, Field(gt=0, le=1e9)]
+Axis = Annotated[int, AfterValidator(_axis)]
+Text = Annotated[str, Field(min_length=1)]
+Pattern = Annotated[str, AfterValidator(_pattern)]
+Lengths = Annotated[tuple[Count, ...], Field(min_length=1)]
+Patterns = Annotated[tuple[Pattern, ...], Field(min_length=1)]
+Number = Annotated[float, Field(ge=-1e9, le=1e9)]
+Seeds = Annotated[tuple[Seed, ...], AfterValidator(_distinct("seed"))]
+Dtype = Annotated[str, _one_of("dtype", DTYPES)]
+Remat = Annotated[str, _one_of("remat", REMATS)]
+Attention = Annotated[str, _one_of("attention", ATTENTIONS)]
+Backward = Annotated[str, _one_of("fusion.backward", BACKWARDS)]
+FusionName = Annotated[str, _one_of("fusion", FUSIONS)]
+ProjectorName = Annotated[str, _one_of("projector", PROJECTORS)]
+Schedule = Annotated[str, _one_of("schedule", SCHEDULES)]
+Method = Annotated[str, _one_of("lens.method", METHODS)]
+Recipe = Annotated[str, _one_of("lens.recipe", RECIPES)]
+Place = Annotated[str, _one_of("lens.keep", PLACES)]
+Objective = Annotated[str, _one_of("objective", OBJECTIVES)]
+Role = Annotated[str, _one_of("role", ROLES)]
+
+
+class Schema:
+    """What all groups of fields share: no other fields, no text in the place of a number."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+
 
 @dataclass(frozen=True)
-class EncoderConfig:
+class EncoderConfig(Schema):
     """The multilingual encoder."""
 
-    checkpoint: str = "google/mt5-large"  # a directory, or a hub id
+    checkpoint: Text = "google/mt5-large"  # a directory, or a hub id
     revision: str | None = None  # of a hub id; kept as a commit in the workdir once resolved
-    dtype: str = "float32"  # of the frozen weights and activations: float32 or bfloat16
-    remat: str = "none"  # what the backward pass recomputes: none, dots (keep products), full
-    attention: str = "auto"  # plain, cudnn (GPU), pallas (TPU); auto: what the device has
-    dropout: float = 0.0  # 0.1 is what the papers' runs had by accident of `model.train()`
+    dtype: Dtype = "float32"  # of the frozen weights and activations: float32 or bfloat16
+    remat: Remat = "none"  # what the backward pass recomputes: none, dots (keep products), full
+    attention: Attention = "auto"  # plain, cudnn (GPU), pallas (TPU); auto: what the device has
+    dropout: Share = 0.0  # 0.1 is what the papers' runs had by accident of `model.train()`
     added_tokens: tuple[str, ...] = ()  # LangBridge adds whitespace tokens to the tokenizer
 
 
 @dataclass(frozen=True)
-class DecoderConfig:
+class DecoderConfig(Schema):
     """The English-centric LLM."""
 
-    checkpoint: str = "meta-llama/Llama-3.2-1B-Instruct"
+    checkpoint: Text = "meta-llama/Llama-3.2-1B-Instruct"
     revision: str | None = None
-    dtype: str = "float32"
-    remat: str = "none"
-    attention: str = "auto"
+    dtype: Dtype = "float32"
+    remat: Remat = "none"
+    attention: Attention = "auto"
 
 
 @dataclass(frozen=True)
-class FusionConfig:
+class FusionConfig(Schema):
     """How the encoder's layers become one feature per token."""
 
-    name: str = "transformer_softmax"  # last, layer, global_softmax, transformer_softmax
-    layer: int = 1  # of `layer`: 1 … L, as Hugging Face numbers states
-    dropout: float = 0.1  # of `transformer_softmax`
-    d_ff: int = 2048  # of `transformer_softmax`
-    noise: float = 0.0  # Gaussian, on the features in training, relative to their rms
-    backward: str = "stack"  # of `global_softmax`: stack (keep states), second_pass (recompute)
+    name: FusionName = "transformer_softmax"  # last, layer, global_softmax, transformer_softmax
+    layer: Count = 1  # of `layer`: 1 … L, as Hugging Face numbers states
+    dropout: Share = 0.1  # of `transformer_softmax`
+    d_ff: Count = 2048  # of `transformer_softmax`
+    noise: Weight = 0.0  # Gaussian, on the features in training, relative to their rms
+    # Of `global_softmax`: stack (keep states), second_pass (compute them again).
+    backward: Backward = "stack"
 
 
 @dataclass(frozen=True)
-class ProjectorConfig:
+class ProjectorConfig(Schema):
     """From the encoder's width to the decoder's."""
 
-    name: str = "linear"  # linear, ffn, resampler (LangBridge), mapping (MindMerger)
-    d_ff: int | None = None  # hidden width of ffn and mapping; none: twice the encoder's
-    latents: int = 64  # slots of resampler
-    dropout: float = 0.1  # of resampler
-    end_std: float = 0.0  # the end vector's start: 0 (2508.09091) or N(0, 1) (LangBridge)
+    name: ProjectorName = "linear"  # linear, ffn, resampler (LangBridge), mapping (MindMerger)
+    d_ff: Count | None = None  # hidden width of ffn and mapping; none: twice the encoder's
+    latents: Count = 64  # slots of resampler
+    dropout: Share = 0.1  # of resampler
+    end_std: Weight = 0.0  # the end vector's start: 0 (2508.09091) or N(0, 1) (LangBridge)
     # Start with a regression from the encoder's features of the training texts to the LLM's own
     # embeddings of them, instead of at random. Not in the papers.
     warm_start: bool = False
 
 
 @dataclass(frozen=True)
-class TaskConfig:
+class TaskConfig(Schema):
     """A task of the user's own; see docs/data.md."""
 
     prompt: str = ""  # the encoder's text; {column} names a column of the rows
-    labels: tuple[str, ...] = ()  # what the LLM answers, by class; empty: the text in `target`
-    languages: tuple[str, ...] = ("en",)
+    labels: tuple[Text, ...] = ()  # what the LLM answers, by class; empty: the text in `target`
+    languages: tuple[Text, ...] = ("en",)
     source: str | None = None  # as data.path, without directories; none: data.path must say
     subset: str | None = None  # configuration of a hub or tfds dataset; {language} is filled in
     revision: str | None = None  # of a hub dataset
@@ -93,7 +165,7 @@ class TaskConfig:
 
 
 @dataclass(frozen=True)
-class DataConfig:
+class DataConfig(Schema):
     """What is learned from."""
 
     task: str = "xnli"
@@ -107,84 +179,85 @@ class DataConfig:
     # (the whole encoder prompt again: MindMerger's augmentation).
     text_prompt: str = ""
     chat_template: bool = False  # the LLM's own: prefix and text prompt are the user's words
-    max_encoder_tokens: int = 200  # longer examples are cut, counted and reported
-    max_decoder_tokens: int = 200  # of text prompt, and of target with its EOS
+    max_encoder_tokens: Count = 200  # longer examples are cut, counted and reported
+    max_decoder_tokens: Count = 200  # of text prompt, and of target with its EOS
     # Of query and target together: a target may then be so long as its query leaves room, as
     # LangBridge cuts them. None: max_decoder_tokens is a target's limit.
-    max_total_tokens: int | None = None
+    max_total_tokens: Count | None = None
     target_eos: bool = True  # put the LLM's end token behind every target (LangBridge puts none)
-    buckets: tuple[int, ...] = (32, 64, 96, 128, 160, 200)  # encoder lengths that get compiled
+    buckets: Lengths = (32, 64, 96, 128, 160, 200)  # encoder lengths that get compiled
     pack: bool = False  # several short examples in a row, told apart by masks and positions
-    train_rows: int | None = None  # a seeded subset of the training rows
+    train_rows: Count | None = None  # a seeded subset of the training rows
     balanced: bool = False  # draw that subset with the same number from every class
-    dev_rows: int | None = None  # the first so many development rows
+    dev_rows: Count | None = None  # the first so many development rows
 
 
 @dataclass(frozen=True)
-class GroupConfig:
+class GroupConfig(Schema):
     """Parameters that train, by pattern of their path, and how fast."""
 
-    patterns: tuple[str, ...] = ("(fusion|projector)/.*",)
-    learning_rate: float = 3e-5
-    weight_decay: float = 3e-7
+    patterns: Patterns = ("(fusion|projector)/.*",)
+    learning_rate: Weight = 3e-5
+    weight_decay: Weight = 3e-7
 
 
 @dataclass(frozen=True)
-class OptimizerConfig:
+class OptimizerConfig(Schema):
     """AdamW. What matches no group's pattern is frozen."""
 
     groups: dict[str, GroupConfig] = field(default_factory=lambda: {"bridge": GroupConfig()})
-    b1: float = 0.8
-    b2: float = 0.999
-    eps: float = 1e-8
-    clip_norm: float = 1.0
-    schedule: str = "cosine"  # cosine (to 0) or constant, after the warm-up
-    warmup_fraction: float = 0.05  # of all steps
+    b1: Share = 0.8
+    b2: Share = 0.999
+    eps: Above0 = 1e-8
+    clip_norm: Above0 = 1.0
+    schedule: Schedule = "cosine"  # cosine (to 0) or constant, after the warm-up
+    warmup_fraction: Share = 0.05  # of all steps
 
 
 @dataclass(frozen=True)
-class TrainConfig:
+class TrainConfig(Schema):
     """How long, and what is written when."""
 
-    batch_size: int = 8  # examples of a step, packed or not
-    accumulate: int = 1  # parts in which a step's batch is computed, one after the other
-    epochs: int = 3
-    steps: int | None = None  # in place of epochs
-    seed: int = 0
+    batch_size: Count = 8  # examples of a step, packed or not
+    accumulate: Count = 1  # parts in which a step's batch is computed, one after the other
+    epochs: Count = 3
+    steps: Count | None = None  # in place of epochs
+    seed: Seed = 0
     init_from: str | None = None  # workdir whose trained part this run starts with
-    log_every: int = 10
-    eval_every: int = 1000  # steps between scores on the development split
-    checkpoint_every: int = 1000
+    log_every: Count = 10
+    eval_every: Count = 1000  # steps between scores on the development split
+    checkpoint_every: Count = 1000
 
 
 @dataclass(frozen=True)
-class EvalConfig:
+class EvalConfig(Schema):
     """What is scored after training, and during it on the development split."""
 
     tasks: tuple[str, ...] = ()  # empty: the training task
-    languages: tuple[str, ...] = ()  # empty: all languages of each task
-    batch_size: int = 32
-    max_encoder_tokens: int = 512
-    max_decoder_tokens: int = 512
-    max_new_tokens: int | None = None  # of an answer; none: what the task wants, mostly 16
-    temperature: float = 0.0  # of drawing an answer's tokens; 0 takes the likeliest
-    top_p: float = 1.0  # drawn among the likeliest tokens of so much probability together
-    seed: int = 0  # of what is drawn
-    stop: tuple[str, ...] = ()  # texts that end an answer; empty: those of the task, if any
+    languages: tuple[Text, ...] = ()  # empty: all languages of each task
+    batch_size: Count = 32
+    max_encoder_tokens: Count = 512
+    max_decoder_tokens: Count = 512
+    max_new_tokens: Count | None = None  # of an answer; none: what the task wants, mostly 16
+    temperature: Weight = 0.0  # of drawing an answer's tokens; 0 takes the likeliest
+    # Drawn among the likeliest tokens of so much probability together.
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    seed: Seed = 0  # of what is drawn
+    stop: tuple[Text, ...] = ()  # texts that end an answer; empty: those of the task, if any
     drop_seen: bool = False  # leave out test rows that were trained on, instead of refusing them
 
 
 @dataclass(frozen=True)
-class MeshConfig:
+class MeshConfig(Schema):
     """Device counts along the mesh axes; one of them may be -1 and is filled in."""
 
-    data: int = -1
-    fsdp: int = 1
-    tensor: int = 1
+    data: Axis = -1
+    fsdp: Axis = 1
+    tensor: Axis = 1
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Schema):
     """A bridge between two checkpoints."""
 
     job: str = "bridge"
@@ -198,53 +271,53 @@ class Config:
     eval: EvalConfig = EvalConfig()
     mesh: MeshConfig = MeshConfig()
     # Train it once for each of these in place of train.seed: a comparison of one variant.
-    seeds: tuple[int, ...] = ()
+    seeds: Seeds = ()
     tasks: dict[str, TaskConfig] = field(default_factory=dict)  # of one's own, by name
 
 
 @dataclass(frozen=True)
-class TowerConfig:
+class TowerConfig(Schema):
     """The shape of a tower that is trained from nothing, and the size of its tokenizer."""
 
-    role: str = "encoder"  # encoder (mT5) or decoder (Llama)
-    d_model: int = 128
-    d_ff: int = 256
-    num_layers: int = 6
-    num_heads: int = 4
-    head_dim: int = 32
-    vocab_size: int = 4096  # at most; a tokenizer of that size is trained on the same text
+    role: Role = "encoder"  # encoder (mT5) or decoder (Llama)
+    d_model: Count = 128
+    d_ff: Count = 256
+    num_layers: Count = 6
+    num_heads: Count = 4
+    head_dim: Count = 32
+    vocab_size: Count = 4096  # at most; a tokenizer of that size is trained on the same text
 
 
 @dataclass(frozen=True)
-class CorpusConfig:
+class CorpusConfig(Schema):
     """What is read: a directory's text-LANGUAGE.txt, pairs-LANGUAGE.tsv, solved-LANGUAGE.tsv."""
 
     path: str = "made:pocket"
-    languages: tuple[str, ...] = ()  # empty: all of the directory
+    languages: tuple[Text, ...] = ()  # empty: all of the directory
     pivot: str = "en"  # the language of the pairs' first column
     translations: bool = False  # a decoder reads pairs too, as "SENTENCE = TRANSLATION"
-    max_tokens: int = 64  # longer texts are cut, counted and reported
-    buckets: tuple[int, ...] = (16, 24, 32, 40, 48, 64)  # lengths that get compiled
-    sampling: float = 0.5  # a language with n texts is drawn in proportion to n**sampling
-    dev_rows: int = 512  # texts held out of all
+    max_tokens: Count = 64  # longer texts are cut, counted and reported
+    buckets: Lengths = (16, 24, 32, 40, 48, 64)  # lengths that get compiled
+    sampling: Probability = 0.5  # a language with n texts is drawn in proportion to n**sampling
+    dev_rows: Count = 512  # texts held out of all
 
 
 @dataclass(frozen=True)
-class ObjectiveConfig:
+class ObjectiveConfig(Schema):
     """What is predicted."""
 
-    name: str = "code_switch"  # causal_lm, masked_lm, code_switch
-    masked: float = 0.2  # of words: hidden, for the encoder to restore
-    switched_texts: float = 0.7  # of texts: some words replaced by a translation (code_switch)
-    switched_words: float = 0.4  # of the words of such a text
-    unchanged_weight: float = 0.1  # of words that were left as they are
-    answer_weight: float = 4.0  # of an answer's tokens against its text's (causal_lm)
+    name: Objective = "code_switch"  # causal_lm, masked_lm, code_switch
+    masked: Probability = 0.2  # of words: hidden, for the encoder to restore
+    switched_texts: Probability = 0.7  # of texts: some words translated (code_switch)
+    switched_words: Probability = 0.4  # of the words of such a text
+    unchanged_weight: Weight = 0.1  # of words that were left as they are
+    answer_weight: Weight = 4.0  # of an answer's tokens against its text's (causal_lm)
     # On a decoder's embeddings in training, of each token and of each text, relative to their rms.
-    noise: float = 0.0
+    noise: Weight = 0.0
 
 
 @dataclass(frozen=True)
-class PretrainConfig:
+class PretrainConfig(Schema):
     """A tower trained from nothing, for miniatures of a bridge."""
 
     job: str = "pretrain"
@@ -257,7 +330,7 @@ class PretrainConfig:
 
 
 @dataclass(frozen=True)
-class CompareConfig:
+class CompareConfig(Schema):
     """Bridges that differ in a few fields, trained and scored side by side."""
 
     job: str = "compare"
@@ -267,12 +340,12 @@ class CompareConfig:
     variants: tuple[dict[str, Any], ...] = ()
     groups: dict[str, tuple[str, ...]] = field(default_factory=dict)  # of languages, for means
     development: tuple[str, ...] = ()  # languages on which the recipe was chosen: marked, no mean
-    rows: int | None = None  # test rows of each language
-    seeds: tuple[int, ...] = ()  # each variant is trained once for each; empty: for its train.seed
+    rows: Count | None = None  # test rows of each language
+    seeds: Seeds = ()  # each variant is trained once for each; empty: for its train.seed
 
 
 @dataclass(frozen=True)
-class ParallelConfig:
+class ParallelConfig(Schema):
     """Prompts that mean the same in several languages."""
 
     # A .jsonl, .json, .csv, .tsv or .parquet file or a hub dataset's id, with a column per
@@ -282,44 +355,44 @@ class ParallelConfig:
     targets: tuple[str, ...] = ()
     columns: dict[str, str] = field(default_factory=dict)  # of languages that are named otherwise
     answer: str | None = None  # column of answers, for supervised tuning
-    probe_rows: int | None = None  # the first so many rows are probed; none: all
+    probe_rows: Count | None = None  # the first so many rows are probed; none: all
     probe_path: str | None = None  # prompts to probe, where not those of path; written alike
-    rows: int = 200  # the first so many are trained on
+    rows: Count = 200  # the first so many are trained on
     chat_template: bool = True  # the LLM's own, in probing and training
-    max_tokens: int = 128  # longer prompts lose their beginning, counted and reported
-    buckets: tuple[int, ...] = (32, 64, 128)  # lengths that get compiled
+    max_tokens: Count = 128  # longer prompts lose their beginning, counted and reported
+    buckets: Lengths = (32, 64, 128)  # lengths that get compiled
     probe: str | None = None  # probe.safetensors of an earlier run, in place of probing
     # Prompts behind those that were probed and trained on: of so many the perplexity is measured,
     # so many are answered, to see in which language (needs the extra `identify`).
-    perplexity_rows: int = 0
-    reply_rows: int = 0
+    perplexity_rows: Rows = 0
+    reply_rows: Rows = 0
     codes: dict[str, str] = field(default_factory=dict)  # ISO 639-1, of languages named otherwise
     # Directory of the files of eval.tasks, {task} filled in; none: the hub.
     task_path: str | None = None
     task_split: str = "test"
-    task_rows: int | None = None  # the first so many of each language
+    task_rows: Count | None = None  # the first so many of each language
 
 
 @dataclass(frozen=True)
-class LensConfig:
+class LensConfig(Schema):
     """What is done with the language subspaces (arXiv:2410.04407)."""
 
-    method: str = "lens"  # lens, supervised (both train), steering, disentangle, none
-    recipe: str = "default"  # or paper_code: prompts and probe as in the authors' code
-    rank: int | None = None  # of the language-specific subspace; none: all languages but one
-    blocks: int = 2  # so many at the top train
-    loss_layers: tuple[int, ...] = ()  # behind which the losses act; empty: the last
-    align: float = 1.0  # weights of the three losses; any may be 0
-    separate: float = 1.0
-    retain: float = 1.0
-    weights: dict[str, float] = field(default_factory=dict)  # w_k of languages; 1 unless given
-    layers: tuple[int, ...] = ()  # that steering and disentangling edit; empty: the middle third
-    strength: float = 1.0  # of steering and disentangling
-    keep: str = "memory"  # where activations are kept: memory, or disk (mapped, in the workdir)
+    method: Method = "lens"  # lens, supervised (both train), steering, disentangle, none
+    recipe: Recipe = "default"  # or paper_code: prompts and probe as in the authors' code
+    rank: Count | None = None  # of the language-specific subspace; none: all languages but one
+    blocks: Count = 2  # so many at the top train
+    loss_layers: tuple[Count, ...] = ()  # behind which the losses act; empty: the last
+    align: Weight = 1.0  # weights of the three losses; any may be 0
+    separate: Weight = 1.0
+    retain: Weight = 1.0
+    weights: dict[str, Number] = field(default_factory=dict)  # w_k of languages; 1 unless given
+    layers: tuple[Count, ...] = ()  # that steering and disentangling edit; empty: the middle third
+    strength: Number = 1.0  # of steering and disentangling
+    keep: Place = "memory"  # where activations are kept: memory, or disk (mapped, in the workdir)
 
 
 @dataclass(frozen=True)
-class LensRunConfig:
+class LensRunConfig(Schema):
     """An LLM whose languages are probed and moved, with its baselines."""
 
     job: str = "lens"

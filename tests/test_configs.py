@@ -93,7 +93,7 @@ def test_unknown_fields_and_wrong_types_are_named():
     config = default_config()
     with config.ignore_type():
         config.train.batch_size = "8"
-    with pytest.raises(InputError, match=r"'train\.batch_size' is '8', wanted a value of type"):
+    with pytest.raises(InputError, match=r"'train\.batch_size' is '8', expected a whole number"):
         from_config_dict(config)
     with pytest.raises(InputError, match="unknown config argument 'globl_softmax'"):
         finish(default_config(), "globl_softmax")

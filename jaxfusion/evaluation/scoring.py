@@ -21,6 +21,7 @@ from jaxfusion.data.batching import (
 from jaxfusion.data.sources import Example
 from jaxfusion.data.task import Task
 from jaxfusion.data.tokenizers import Tokenizers
+from jaxfusion.errors import InputError
 from jaxfusion.evaluation.generate import Decoding, make_scorer
 from jaxfusion.fields import EvalConfig
 from jaxfusion.nn.bridge import Bridge, Params
@@ -73,7 +74,15 @@ class Scorer:
         self, bridge: Bridge, tokenizers: Tokenizers, config: EvalConfig,
         text_prompt: str = "", bare: bool = False,
     ):
-        """`config` is that of a task: see `for_task`."""
+        """`config` is that of a task: see `for_task`.
+
+        Raises:
+          InputError: answers longer than what the LLM reads.
+        """
+        longest = bridge.decoder.config.max_length
+        if config.max_new_tokens > longest:
+            raise InputError(f"eval.max_new_tokens is {config.max_new_tokens:,}, but the LLM reads "
+                             f"at most {longest:,} tokens; set it lower")
         self.tokenizers, self.config = tokenizers, config
         self.text_prompt, self.bare, self.latents = text_prompt, bare, bridge.latents
         self.vocabulary = bridge.decoder.config.vocab_size
