@@ -46,7 +46,7 @@ def main(argv: list[str]) -> None:
     if not Path(file).is_file():
         raise InputError(f"there is no config file {file}; this project's own are in configs/")
     config = from_config_dict(CONFIG.value)
-    if config.job == "bridge" and config.seeds:
+    if config.job == "bridge" and config.seeds and not COMPILE_ONLY.value:
         config = one_by_seeds(config)
     workdir = local_path(WORKDIR.value or str(default_workdir(name)))
     if TOPOLOGY.value is not None and not COMPILE_ONLY.value:

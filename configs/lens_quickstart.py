@@ -10,12 +10,16 @@ method sees the same 200 parallel prompts; supervised tuning alone sees their an
 command tells what there is to gain: supervised tuning on 4,000 answers, in two blocks and in three.
 """
 
+from pathlib import Path
+
 from jaxfusion.config import default_config, finish
+
+POCKET = Path(__file__).resolve().parents[1] / "pocket"  # from wherever the command is given
 
 
 def get_config(arg=None):
     config = default_config("lens")
-    config.decoder.checkpoint = "pocket/lens_decoder"
+    config.decoder.checkpoint = str(POCKET / "lens_decoder")
     config.data.path = config.data.task_path = "made:pocket"
     config.data.central, config.data.targets = "en", ("latn_a", "deva")
     config.data.answer = "answer"

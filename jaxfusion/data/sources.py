@@ -169,6 +169,8 @@ def _of_language(rows: Iterator[Placed], place: str, language: str) -> Iterator[
 
 def _file_rows(name: str, source: Source, split: str, language: str) -> Iterator[Placed]:
     """Rows of all files that a pattern matches, in the order of their names."""
+    if not MAGIC.search(source.place) and not Path(source.place).expanduser().exists():
+        raise InputError(f"{source.place} is missing: task '{name}' reads its rows there")
     if "{split}" not in source.place and len(source.splits) > 1:
         raise InputError(f"{source.place} names no {{split}}, so that what is trained on would be "
                          f"tested on: write {{split}} where the names of task '{name}' have train, "

@@ -232,7 +232,8 @@ def load_tokenizer(
     if max(ids) >= vocab_size or len(ids) < LEAST_COVERAGE * vocab_size:
         raise InputError(
             f"the tokenizer in {path} does not belong to the {role}: it has {len(ids)} tokens "
-            f"(highest id {max(ids)}), the model's table {vocab_size} rows"
+            f"(highest id {max(ids)}), the model's table {vocab_size} rows by its config.json; one "
+            "of both files is of another model"
         )
     if tokenizer.eos_token_id is None:
         raise InputError(f"the {role} tokenizer in {path} has no end token (eos_token)")

@@ -1,5 +1,6 @@
 """Several models on the same rows of the same languages: the table, with intervals."""
 
+import html
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -174,6 +175,16 @@ def as_markdown(rows: list[list[str]]) -> str:
                      for row in (header, ["---"] * len(header), *rest)) + "\n"
 
 
+def as_texts(rows: list[list[str]]) -> list[list[str]]:
+    """The cells of a table as `as_text` has them."""
+    return [[as_text(cell) for cell in row] for row in rows]
+
+
+def as_text(cell: str) -> str:
+    """Text that Markdown shows as it is: no tags, and no ends of cells."""
+    return html.escape(cell, quote=False).replace("|", "\\|").replace("\n", " ")
+
+
 def _show(cell: Cell, sign: str = "") -> str:
     value, (low, high) = (100 * cell[0], tuple(100 * x for x in cell[1]))
     return f"{value:{sign}.1f} [{low:{sign}.0f}, {high:{sign}.0f}]"
@@ -181,7 +192,7 @@ def _show(cell: Cell, sign: str = "") -> str:
 
 def markdown(c: Comparison) -> str:
     """The comparison as a Markdown page section."""
-    return as_markdown(table(c)) + "\n" + "\n".join(remarks(c)) + "\n"
+    return as_markdown(as_texts(table(c))) + "\n" + "\n".join(remarks(c)) + "\n"
 
 
 def remarks(c: Comparison) -> list[str]:

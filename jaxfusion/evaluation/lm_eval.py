@@ -55,11 +55,13 @@ class JaxFusion(LM):
     """
 
     def __init__(
-        self, workdir: str, llm_only: bool = False, end: bool = True,
+        self, workdir: str | None = None, llm_only: bool = False, end: bool = True,
         batch_size: int | str | None = None, device: str | None = None,
         max_batch_size: int | None = None,
     ):
         super().__init__()
+        if workdir is None:
+            raise InputError("no run is named; give --model_args workdir=DIR")
         # Like the scripts, this stands on training, which stands on evaluation.
         from jaxfusion.sharding.mesh import make_mesh
         from jaxfusion.training.evaluate import load_config, load_trained

@@ -17,6 +17,8 @@ from jaxfusion.config import directory_name
 from jaxfusion.evaluation.comparison import (
     Comparison,
     as_markdown,
+    as_text,
+    as_texts,
     differences,
     remarks,
     table,
@@ -158,26 +160,26 @@ def _direction(text: str) -> str:
 
 
 def _markdown(content: dict[str, Any]) -> str:
-    lines = [f"# {content['title']}", ""]
+    lines = [f"# {as_text(content['title'])}", ""]
     for part in content["sections"]:
-        lines += [f"## {part['task']}", "", as_markdown(part["table"]), *part["remarks"], "",
+        lines += [f"## {part['task']}", "", as_markdown(as_texts(part["table"])), *part["remarks"], "",
                   f"![accuracy by language]({part['accuracy'].name})", ""]
         if part["layers"]:
             lines += [f"![weight of each layer]({part['layers'].name})", ""]
         for model, rows in part["differences"].items():
-            lines += [f"### {model} against {part['reference']}", "", as_markdown(rows)]
+            lines += [f"### {as_text(model)} against {as_text(part['reference'])}", "", as_markdown(as_texts(rows))]
             for language, kinds in part["changed"][model].items():
                 for kind, examples in kinds.items():
                     lines += [
-                        f"- {language}, {kind}: {_inline(x.query)} → **{_inline(x.after)}** "
+                        f"- {as_text(language)}, {kind}: {_inline(x.query)} → **{_inline(x.after)}** "
                         f"(before: {_inline(x.before)}; right: {_inline(x.target)})"
                         for x in examples]
             lines.append("")
         for model, by_language in part["tokens"].items():
-            lines += [f"### Layers behind each token: {model}", ""]
+            lines += [f"### Layers behind each token: {as_text(model)}", ""]
             for language, x in by_language.items():
                 layers = [f"layer {i + 1}" for i in range(len(x["weights"][0]))]
-                lines += [f"{language}: {_inline(x['text'])}", "", as_markdown([
+                lines += [f"{as_text(language)}: {_inline(x['text'])}", "", as_markdown([
                     ["token, % of", *layers],
                     *([_inline(token), *(f"{100 * w:.0f}" for w in weights)]
                       for token, weights in zip(x["tokens"], x["weights"], strict=True))])]
@@ -185,10 +187,10 @@ def _markdown(content: dict[str, Any]) -> str:
         lines += ["## Training", "", f"![training curves]({content['curves'].name})", ""]
     lines += ["## What was run", ""]
     for model, about in content["about"].items():
-        lines += [f"- {model}: " + "; ".join(f"{k} {_inline(str(v))}" for k, v in about.items())]
+        lines += [f"- {as_text(model)}: " + "; ".join(f"{k} {_inline(str(v))}" for k, v in about.items())]
     lines += ["- " + ", ".join(f"{k} {v}" for k, v in content["versions"].items()), ""]
     for model, config in content["configs"].items():
-        lines += [f"### Config of {model}", "", "```json", config, "```", ""]
+        lines += [f"### Config of {as_text(model)}", "", "```json", config, "```", ""]
     return "\n".join(lines)
 
 

@@ -10,11 +10,12 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Float
-from matplotlib import colormaps
+from matplotlib import colormaps, rcParams
 from matplotlib.figure import Figure
 
 from jaxfusion.evaluation.comparison import Comparison
 
+rcParams["text.parse_math"] = False  # a model may be named like a formula
 WIDTH = 0.8  # of a language's bars together
 
 

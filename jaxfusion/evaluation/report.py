@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from jaxfusion.errors import InputError
@@ -87,11 +88,11 @@ def print_table(results: Results, title: str) -> None:
     """One table per task: a row per language with accuracy and 95% interval, and the mean."""
     for task, languages in results.items():
         scorings = sorted({name for scores in languages.values() for name in scores})
-        table = Table("language", "n", *scorings, title=f"{task}: {title}",
+        table = Table("language", "n", *scorings, title=escape(f"{task}: {title}"),
                       caption="accuracy in %, with its 95% interval")
         for language, scores in languages.items():
             n = next(iter(scores.values()))["n"]
-            table.add_row(language, str(n), *(_cell(scores[name]) for name in scorings))
+            table.add_row(escape(language), str(n), *(_cell(scores[name]) for name in scorings))
         if len(languages) > 1:
             table.add_section()
             means = [
@@ -119,11 +120,11 @@ def print_differences(c: Comparison) -> None:
 
 def _print(rows: list[list[str]], title: str, caption: str, languages: int) -> None:
     header, *rows = rows
-    shown = Table(*header, title=title, caption=caption)
+    shown = Table(*map(escape, header), title=escape(title), caption=escape(caption))
     for i, row in enumerate(rows):
         if i == languages:  # means follow
             shown.add_section()
-        shown.add_row(*row)
+        shown.add_row(*map(escape, row))  # a language may be named like rich's markup
     Console(width=None if Console().is_terminal else 120).print(shown)
 
 

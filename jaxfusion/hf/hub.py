@@ -25,7 +25,7 @@ WANTED = [
 UNWANTED = ["consolidated*", "*/*"]
 # Everything of a model directory but its weights.
 NOT_WEIGHTS = [pattern for pattern in WANTED if "safetensors" not in pattern]
-HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+HUB_ID = re.compile(r"(?!\.)[\w.-]+/(?!\.)[\w.-]+")
 COMMIT = re.compile(r"[0-9a-f]{40}")  # what a branch or tag is resolved to
 # Seconds for a first answer of the hub: until it is said that it is slow, and in all.
 PATIENCE, MOST_PATIENCE = 4.0, 30.0

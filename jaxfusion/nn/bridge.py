@@ -141,7 +141,10 @@ class Bridge:
         if self.fusion == "last":
             return encode(params["encoder"]), None
         if self.fusion == "layer":
-            mix = jax.nn.one_hot(self.fusion_layer - 1, self.encoder.config.num_layers)
+            layers = self.encoder.config.num_layers
+            if not 1 <= self.fusion_layer <= layers:
+                raise ValueError(f"fusion_layer is {self.fusion_layer}, expected 1 to {layers}")
+            mix = jax.nn.one_hot(self.fusion_layer - 1, layers)
             return encode(params["encoder"], mix=mix), mix
         fusion = partial(self.fusion_module.apply, {"params": params["fusion"]})
         if self.fusion == "transformer_softmax":

@@ -61,7 +61,7 @@ def _lens_inputs(config: LensRunConfig, cache: Path) -> LensRunConfig:
         data = replace(data, path=str(prompts))
     if data.task_path and data.task_path.startswith(f"{MADE}pocket"):
         tasks = _world(data.task_path, "tasks", write_tasks, cache)
-        data = replace(data, task_path=str(tasks / config.eval.tasks[0]))
+        data = replace(data, task_path=str(tasks / "{task}"))
     config = replace(config, data=data)
     return replace(config, decoder=_tower(config, "decoder", cache))
 

@@ -72,7 +72,11 @@ def adopt(
     described = read_config(path) if (path / "config.json").is_file() else {}
     with new_directory(workdir) as partial:
         if described.get("model_type") == "jaxfusion_bridge":
-            config, trained = _ours(path, described, tensors, named)
+            try:
+                config, trained = _ours(path, described, tensors, named)
+            except (KeyError, TypeError, AttributeError) as error:
+                raise InputError(f"{path}/config.json: a field is missing or has the wrong type "
+                                 f"({error!r}); export the bridge again") from None
         elif any(name.startswith("lb.alignment.") for name in names):
             config, trained = _langbridge(path, described, tensors, named, partial, workdir)
         elif ends := [name for name in names if name.endswith("end_boundary")]:

@@ -82,6 +82,9 @@ def read_data(config: Config) -> tuple[Config, Task, list[Example], list[Example
         raise InputError(f"task '{c.task}' is unlabelled text, which fills its rows and follows "
                          "no prompt: leave data.pack, text_prompt and chat_template out")
     task = configured(task, c)
+    if task.source and "test" not in task.source.splits and not task.unlabelled and c.path is None:
+        logger.warning("task '%s' has no test split: eval.py can score the run only with --tasks "
+                       "or --data_path", c.task)
     source = find_source(c.task, task, "train", c.language, c.path)
     if c.revision and source.kind != "hub":
         raise InputError(f"data.revision is for a hub dataset, and rows are read from "

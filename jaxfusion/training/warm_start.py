@@ -62,7 +62,11 @@ def _pairs(model: Model, params: Params, texts: list[str]):
     """Features and target embeddings of all encoder tokens [N D], [N E], and the end vector [E]."""
     limit = model.config.data.max_encoder_tokens
     found = zip(*_aligned(texts, model.tokenizers), strict=True)
-    queries, targets = zip(*(pair for pair in found if len(pair[0]) <= limit), strict=True)
+    fitting = [pair for pair in found if len(pair[0]) <= limit]
+    if not fitting:
+        raise InputError(f"projector.warm_start: each of {len(texts)} texts is longer than "
+                         f"data.max_encoder_tokens = {limit}; set it higher, or warm_start=False")
+    queries, targets = zip(*fitting, strict=True)
     rows = [TokenRow(query, [], []) for query in queries]
     fuse = jax.jit(lambda params, batch: model.bridge.fuse(params, batch)[0])
     table = fetch(params["decoder"]["embed"]["embedding"]).astype(np.float32)
