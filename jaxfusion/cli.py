@@ -88,10 +88,11 @@ def _parse_flags(argv: list[str]) -> list[str]:
         return flags.FLAGS(argv)
     except InputError:
         raise
-    except (flags.Error, OSError, KeyError, AttributeError, TypeError, ValueError) as error:
+    except Exception as error:  # whatever a config file raises
         text = str(error.args[0] if isinstance(error, KeyError) else error)
-        if text.startswith("'") and text.endswith("'"):  # ml_collections' own KeyError
-            text = f"the config has no field {text}; its fields are in jaxfusion/fields.py"
+        if text.strip("\"'").isidentifier():  # ml_collections' own KeyError
+            name = text.strip("\"'")
+            text = f"the config has no field '{name}'; its fields are in jaxfusion/fields.py"
         if "Traceback" in text:  # a config file that fails: where and how it did is the last line
             text = text.strip().splitlines()[-1].removeprefix("jaxfusion.errors.InputError: ")
         raise InputError(" ".join(text.split())) from None

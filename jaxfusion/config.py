@@ -205,7 +205,9 @@ def _said(kind: type, error: dict[str, Any], where: str) -> str:
         if said.startswith("unknown"):
             return said
     else:
-        expected = EXPECTED.get(error["type"], error["msg"]).format(**error.get("ctx", {}))
+        bounds = {name: int(x) if isinstance(x, float) and x.is_integer() else x
+                  for name, x in error.get("ctx", {}).items()}
+        expected = EXPECTED.get(error["type"], error["msg"]).format(**bounds)
         said = f"expected {expected}"
     return f"config field '{path}' is {error['input']!r:.80}, {said}"
 

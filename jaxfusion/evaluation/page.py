@@ -162,17 +162,19 @@ def _direction(text: str) -> str:
 def _markdown(content: dict[str, Any]) -> str:
     lines = [f"# {as_text(content['title'])}", ""]
     for part in content["sections"]:
-        lines += [f"## {part['task']}", "", as_markdown(as_texts(part["table"])), *part["remarks"], "",
-                  f"![accuracy by language]({part['accuracy'].name})", ""]
+        lines += [f"## {part['task']}", "", as_markdown(as_texts(part["table"])),
+                  *part["remarks"], "", f"![accuracy by language]({part['accuracy'].name})", ""]
         if part["layers"]:
             lines += [f"![weight of each layer]({part['layers'].name})", ""]
         for model, rows in part["differences"].items():
-            lines += [f"### {as_text(model)} against {as_text(part['reference'])}", "", as_markdown(as_texts(rows))]
+            lines += [f"### {as_text(model)} against {as_text(part['reference'])}", "",
+                      as_markdown(as_texts(rows))]
             for language, kinds in part["changed"][model].items():
                 for kind, examples in kinds.items():
                     lines += [
-                        f"- {as_text(language)}, {kind}: {_inline(x.query)} → **{_inline(x.after)}** "
-                        f"(before: {_inline(x.before)}; right: {_inline(x.target)})"
+                        f"- {as_text(language)}, {kind}: {_inline(x.query)} → "
+                        f"**{_inline(x.after)}** (before: {_inline(x.before)}; right: "
+                        f"{_inline(x.target)})"
                         for x in examples]
             lines.append("")
         for model, by_language in part["tokens"].items():
@@ -187,7 +189,8 @@ def _markdown(content: dict[str, Any]) -> str:
         lines += ["## Training", "", f"![training curves]({content['curves'].name})", ""]
     lines += ["## What was run", ""]
     for model, about in content["about"].items():
-        lines += [f"- {as_text(model)}: " + "; ".join(f"{k} {_inline(str(v))}" for k, v in about.items())]
+        parts = "; ".join(f"{k} {_inline(str(v))}" for k, v in about.items())
+        lines += [f"- {as_text(model)}: {parts}"]
     lines += ["- " + ", ".join(f"{k} {v}" for k, v in content["versions"].items()), ""]
     for model, config in content["configs"].items():
         lines += [f"### Config of {as_text(model)}", "", "```json", config, "```", ""]

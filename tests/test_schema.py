@@ -1,0 +1,188 @@
+"""Values of configs and flags: each is right, or refused in one line before anything starts."""
+
+import dataclasses
+import itertools
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from jaxfusion.config import check, default_config, from_config_dict, from_json
+from jaxfusion.errors import InputError
+from jaxfusion.fields import JOBS
+
+ROOT = Path(__file__).parent.parent
+BAD = ("x", "", -1, -2.5, 0, 0.5, 10**20, 1e300, math.nan, math.inf, True, None, [], [0], [-5],
+       [""], {}, {"x": 1}, "(", "\x00", "[/b]")
+
+
+def leaves(tree, path=()):
+    """Every field of a config, by its path."""
+    for name, value in tree.items():
+        if isinstance(value, dict) and value:
+            yield from leaves(value, (*path, name))
+        else:
+            yield (*path, name)
+
+
+CASES = [(job, path, value) for job, kind in JOBS.items()
+         for path in leaves(json.loads(json.dumps(dataclasses.asdict(kind()))))
+         for value in BAD]
+
+
+def test_every_field_takes_a_value_or_says_in_one_line_why_not():
+    """Findings 42 and 43: wrong type, negative, zero, huge and no number, for every field of every
+    job, from the schema itself."""
+    assert len(CASES) >= 1000
+    refused = 0
+    for job, path, value in CASES:
+        values = json.loads(json.dumps(dataclasses.asdict(JOBS[job]())))
+        *outer, name = path
+        place = values
+        for part in outer:
+            place = place[part]
+        place[name] = value
+        try:
+            config = from_json(values)
+        except InputError as error:
+            refused += 1
+            said = str(error)
+            assert "\n" not in said and (name in said or "unknown" in said), (path, value)
+            continue
+        again = json.loads(json.dumps(dataclasses.asdict(config)))
+        assert again == json.loads(json.dumps(values)), (path, value)  # nothing was changed
+    assert refused > len(CASES) / 2
+
+
+@pytest.mark.parametrize("job, path, value, said", [
+    ("bridge", "fusion.dropout", 2.0, "expected less than 1"),
+    ("bridge", "encoder.dropout", -1.0, "expected 0 or more"),
+    ("bridge", "fusion.noise", -1.0, "expected 0 or more"),
+    ("bridge", "optimizer.clip_norm", 0.0, "expected more than 0"),
+    ("bridge", "optimizer.b1", 2.0, "expected less than 1"),
+    ("bridge", "optimizer.groups.bridge.learning_rate", -1.0, "expected 0 or more"),
+    ("bridge", "optimizer.groups.bridge.patterns", ["("], "not a regular expression"),
+    ("bridge", "data.buckets", [], "expected one entry or more"),
+    ("bridge", "data.buckets", [0], "expected 1 or more"),
+    ("bridge", "mesh.fsdp", -3, "expected 1 or more, or -1"),
+    ("bridge", "train.seed", -1, "expected 0 or more"),
+    ("bridge", "train.seed", 10**20, "expected"),
+    ("bridge", "train.steps", 10**23, "expected"),
+    ("bridge", "fusion.d_ff", 0, "expected 1 or more"),
+    ("bridge", "projector.latents", 0, "expected 1 or more"),
+    ("bridge", "seeds", [1, 1], "has a seed twice"),
+    ("bridge", "tasks", {"mine": {"labels": [""]}}, "expected a text that is not empty"),
+    ("lens", "lens.align", -1.0, "expected 0 or more"),
+    ("pretrain", "tower.num_heads", 0, "expected 1 or more"),
+])
+def test_values_that_no_run_can_have(job, path, value, said):
+    """Finding 43."""
+    values = json.loads(json.dumps(dataclasses.asdict(JOBS[job]())))
+    *outer, name = path.split(".")
+    place = values
+    for part in outer:
+        place = place[part]
+    place[name] = value
+    with pytest.raises(InputError, match=said):
+        from_json(values)
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner,
+                                                                max_size=3), max_leaves=5)
+PATHS = list(itertools.chain.from_iterable(
+    [(job, path) for path in leaves(json.loads(json.dumps(dataclasses.asdict(kind()))))]
+    for job, kind in JOBS.items()))
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(st.sampled_from(PATHS), JSON)
+def test_whatever_is_in_a_field_ends_in_one_line(where, value):
+    job, path = where
+    values = json.loads(json.dumps(dataclasses.asdict(JOBS[job]())))
+    *outer, name = path
+    place = values
+    for part in outer:
+        place = place[part]
+    place[name] = value
+    try:
+        check(from_json(values))
+    except InputError as error:
+        assert "\n" not in str(error)
+
+
+def run(*words):
+    return subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, text=True,
+                          timeout=120)
+
+
+@pytest.mark.parametrize("words, said", [
+    (("train.py", "--config=configs/xnli_paper.py:debug", "--config.nosuch=1"),
+     "the config has no field 'nosuch'"),
+    (("train.py", "--config={file}"), "invalid syntax"),
+    (("train.py", "--config=configs/xnli_paper.py:debug", "--config.train.seed=-1"),
+     "config field 'train.seed' is -1, expected 0 or more"),
+])
+def test_a_command_line_ends_in_one_line(words, said, tmp_path):
+    """Findings 42 and 44."""
+    (tmp_path / "broken.py").write_text("def get_config(:\n")
+    found = run(*(word.format(file=tmp_path / "broken.py") for word in words))
+    assert found.returncode == 1 and said in found.stderr
+    assert found.stderr.count("\n") == 1 and "Traceback" not in found.stderr
+
+
+def test_a_path_that_is_missing_is_called_missing(tmp_path):
+    """Finding 44: it was said to name no {split}."""
+    from jaxfusion.data.sources import read_examples
+    from jaxfusion.data.tasks import TASKS
+
+    with pytest.raises(InputError, match=r"nonexistent is missing: task 'xnli' reads its rows"):
+        read_examples("xnli", TASKS["xnli"], "train", "en", str(tmp_path / "nonexistent"))
+
+
+def test_names_are_text_wherever_they_are_shown(tmp_path, capsys):
+    """Findings 42 and 45: names like markup, formulas and tags."""
+    from jaxfusion.evaluation.comparison import Comparison, markdown
+    from jaxfusion.evaluation.pictures import draw_accuracy
+    from jaxfusion.evaluation.report import print_comparison
+
+    names = ["[/b]", "$\\foo$", "<script>", "a|b"]
+    c = Comparison("t", "likelihood", {name: {"[/b]": [1, 0], "x": [0, 1]} for name in names},
+                   {}, names[0], {}, {})
+    print_comparison(c)
+    assert "[/b]" in capsys.readouterr().out
+    draw_accuracy(c, tmp_path / "a.png")
+    page = markdown(c)
+    assert "<script>" not in page and "&lt;script&gt;" in page and "a\\|b" in page
+
+
+def test_a_layer_that_there_is_not_is_refused_by_the_bridge():
+    """Finding 43: `fusion_layer` 0 of a bridge built by hand took the last layer."""
+    import jax.numpy as jnp
+
+    from jaxfusion.nn.bridge import Bridge
+    from jaxfusion.nn.decoder import Decoder
+    from jaxfusion.nn.mt5 import MT5Encoder
+    from jaxfusion.nn.projector import Projector
+    from jaxfusion.testing.checkpoints import SIZES
+
+    encoder, decoder = SIZES["tiny"]
+    projector = Projector("linear", decoder.d_model, 0.0)
+    bridge = Bridge(MT5Encoder(encoder), Decoder(decoder), projector, "layer", 0)
+    batch = SimpleNamespace(enc_tokens=jnp.ones((1, 4), jnp.int32))
+    with pytest.raises(ValueError, match="fusion_layer is 0, expected 1 to"):
+        bridge.fuse({"encoder": {}}, batch)
+
+
+def test_presets_of_a_comparison_and_a_sweep_are_checked_too():
+    config = default_config("compare")
+    config.variants = ({"name": "one", "fusion": {"dropout": 2.0}},)
+    with pytest.raises(InputError, match=r"variants\.one\.fusion\.dropout"):
+        from_config_dict(config)
