@@ -64,8 +64,8 @@ def main() -> None:
     digest = float(np.median(found["digest"]))
     text = (
         f"At 1 GB of trained parameters, 3 GB with AdamW's moments, the digests take "
-        f"{digest:.1f} s ({3 / digest:.1f} GB/s): a save takes {middle['with']['save']:.1f} s with them and "
-        f"{middle['without']['save']:.1f} s without, of which the run waits for "
+        f"{digest:.1f} s ({3 / digest:.1f} GB/s): a save takes {middle['with']['save']:.1f} s with "
+        f"them and {middle['without']['save']:.1f} s without, of which the run waits for "
         f"{middle['with']['waited']:.1f} and {middle['without']['waited']:.1f} s; a restore "
         f"{middle['with']['restore']:.1f} and {middle['without']['restore']:.1f} s. On "
         f"{machine()['cores']} CPU cores, which others share; by `benchmarks/checkpoints.py`.")

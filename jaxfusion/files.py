@@ -248,9 +248,11 @@ def new_directory(out: Path, overwrite: bool = False) -> Iterator[Path]:
       overwrite: it takes the place of what is there once it is whole.
 
     Raises:
-      InputError: the name is taken by something other than an empty directory; the disk is full.
+      InputError: the name is taken by something other than an empty directory, or runs would be
+        removed; the disk is full.
     """
     _check_free(out, overwrite)
+    _check_runs(out)
     out = out.absolute()
     out.parent.mkdir(parents=True, exist_ok=True)
     with only_writer(note_of(out), out, wait=True) as alone:
@@ -283,6 +285,17 @@ def _check_free(out: Path, overwrite: bool) -> None:
         raise InputError(f"{out} is not empty; give another directory or remove it")
     if taken and not out.is_dir():
         raise InputError(f"{out} is a file; give the name of a directory")
+
+
+def _check_runs(out: Path) -> None:
+    """Raises InputError where a directory holds a run, or is where a run keeps its checkpoints."""
+    whole = out.resolve()
+    of = {place.parent for place in (whole, *whole.parents) if place.name == "checkpoints"}
+    of |= {place.parent for place in whole.rglob("checkpoints") if place.is_dir()}
+    for workdir in sorted(of):
+        if (workdir / "config.json").is_file():
+            raise InputError(f"{out} has to do with the run {workdir}: its checkpoints would be "
+                             "removed or mixed with others; give another directory")
 
 
 def _clear(out: Path) -> None:

@@ -151,6 +151,21 @@ def test_an_export_killed_between_its_two_renames_is_put_back(tmp_path):
     assert (tmp_path / "out" / "file").read_text() == "old"
 
 
+@pytest.mark.parametrize("out", [".", "..", "checkpoints", "checkpoints/4", "checkpoints/new"])
+def test_no_directory_is_written_over_a_run(tmp_path, out):
+    """Finding 32: nor round one, nor among its checkpoints."""
+    run = tmp_path / "runs" / "run"
+    (run / "checkpoints" / "4").mkdir(parents=True)
+    (run / "config.json").write_text("{}")
+    with pytest.raises(InputError, match=r"has to do with the run .*/runs/run:"), new_directory(
+            run / out, overwrite=True):
+        pass
+    assert (run / "checkpoints" / "4").is_dir()
+    with new_directory(run / "exported"):
+        pass
+    assert (run / "exported").is_dir()
+
+
 @pytest.mark.parametrize("write", [write_whole, write_checked])
 def test_a_planted_link_is_not_followed(tmp_path, write):
     """Finding 45."""
