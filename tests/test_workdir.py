@@ -468,3 +468,16 @@ def test_tokenizing_in_parts_is_tokenizing_and_tells_how_far_it_is(tiny, monkeyp
         parts, again = tokenize(examples, tokenizers, **limits)
     assert list(parts) == list(whole) and cut == again and cut.queries
     assert "20 of 23 rows tokenized, " in caplog.text and "rows/s, 0 s left" in caplog.text
+
+
+def test_debug_inputs_that_another_process_made_meanwhile_are_taken(tmp_path):
+    """Finding 35: writers of one directory take turns, and the second finds it there."""
+    from jaxfusion.testing.debug import _make
+
+    def make(out):
+        for _ in range(2):
+            with new_directory(out) as partial:
+                (partial / "file").touch()
+
+    _make(tmp_path / "made", make)
+    assert (tmp_path / "made" / "file").is_file()
