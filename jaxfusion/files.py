@@ -50,9 +50,11 @@ def sum_of(file: Path) -> Path:
 def write_checked(file: Path, content: str | bytes) -> None:
     """As `write_whole`, of a file that is read back: what was written is noted beside it."""
     data = content.encode("utf-8") if isinstance(content, str) else content
-    # Until the file takes its new content, it has the old one.
-    old = (_read_sums(file) or [length_and_digest(file.read_bytes())]) if file.is_file() else []
-    note_sums(file, [length_and_digest(data), *old[:1]])
+    old = []
+    if file.is_file():  # until it takes its new content, it has the old one
+        now, noted = length_and_digest(file.read_bytes()), _read_sums(file)
+        old = [now] if noted is None or now in noted else noted[:1]
+    note_sums(file, [length_and_digest(data), *old])
     write_whole(file, data)
 
 
