@@ -1,7 +1,7 @@
-"""What digests cost at 1 GB of trained parameters: `python benchmarks/checkpoints.py`.
+"""What digests cost at 1 GB of trained state: `python benchmarks/checkpoints.py`.
 
-Saves and restores a state (parameters and AdamW's two moments, 3 GB) with digests and without, in
-turns, in this process, on the CPU. The device's own digests take less on an accelerator, where
+Saves and restores a state (parameters and AdamW's two moments) with digests and without, in turns,
+in this process, on the CPU. The device's own digests take less on an accelerator, where
 they run at the speed of its memory. Writes benchmarks/results/checkpoints.json and the sentence of
 docs/scaling.md.
 """
@@ -24,12 +24,12 @@ from jaxfusion.training.state import State
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "checkpoints.json"
-ARRAYS, BYTES, ROUNDS = 16, 10**9, 3
+ARRAYS, BYTES, ROUNDS = 16, 10**9, 2  # bytes of all
 
 
 def state_of(step: int) -> State:
     rng = np.random.default_rng(0)
-    size = BYTES // ARRAYS // 4 // 1000
+    size = BYTES // 3 // ARRAYS // 4 // 1000
     trees = [{f"a{i}": jnp.asarray(rng.standard_normal((size, 1000), np.float32))
               for i in range(ARRAYS)} for _ in range(3)]
     return State(jnp.array(step), trees[0], tuple(trees[1:]))
@@ -57,15 +57,15 @@ def main() -> None:
         found["with"].append(once(state))
         with mock.patch.object(checkpoint, "digests", lambda _: {}):
             found["without"].append(once(state))
-    RESULTS.write_text(json.dumps({"machine": machine(), "bytes": 3 * BYTES, **found}, indent=1)
+    RESULTS.write_text(json.dumps({"machine": machine(), "bytes": BYTES, **found}, indent=1)
                        + "\n")
     middle = {kind: {name: float(np.median([x[name] for x in found[kind]]))
                      for name in ("waited", "save", "restore")} for kind in ("with", "without")}
     digest = float(np.median(found["digest"]))
     text = (
-        f"At 1 GB of trained parameters, 3 GB with AdamW's moments, the digests take "
-        f"{digest:.1f} s ({3 / digest:.1f} GB/s): a save takes {middle['with']['save']:.1f} s with them and "
-        f"{middle['without']['save']:.1f} s without, of which the run waits for "
+        f"At 1 GB of trained state, AdamW's moments counted, the digests take {digest:.1f} s: "
+        f"a save takes {middle['with']['save']:.1f} s with "
+        f"them and {middle['without']['save']:.1f} s without, of which the run waits for "
         f"{middle['with']['waited']:.1f} and {middle['without']['waited']:.1f} s; a restore "
         f"{middle['with']['restore']:.1f} and {middle['without']['restore']:.1f} s. On "
         f"{machine()['cores']} CPU cores, which others share; by `benchmarks/checkpoints.py`.")

@@ -2,9 +2,11 @@
 
 import errno
 import fcntl
+import glob
 import json
 import logging
 import os
+import re
 import shutil
 import socket
 import time
@@ -13,6 +15,7 @@ from contextlib import contextmanager, suppress
 from datetime import datetime
 from hashlib import blake2b
 from pathlib import Path
+from secrets import token_hex
 from typing import Any
 
 from jaxfusion.errors import InputError, first_line
@@ -65,9 +68,11 @@ def sum_of(file: Path) -> Path:
 def write_checked(file: Path, content: str | bytes) -> None:
     """As `write_whole`, of a file that is read back: what was written is noted beside it."""
     data = content.encode("utf-8") if isinstance(content, str) else content
-    # Until the file takes its new content, it has the old one.
-    old = (_read_sums(file) or [length_and_digest(file.read_bytes())]) if file.is_file() else []
-    note_sums(file, [length_and_digest(data), *old[:1]])
+    old = []
+    if file.is_file():  # until it takes its new content, it has the old one
+        now, noted = length_and_digest(file.read_bytes()), _read_sums(file)
+        old = [now] if noted is None or now in noted else noted[:1]
+    note_sums(file, [length_and_digest(data), *old])
     write_whole(file, data)
 
 
@@ -257,39 +262,52 @@ def note_of(file: Path) -> Path:
 def new_directory(out: Path, overwrite: bool = False) -> Iterator[Path]:
     """A directory that appears under its name only when the block ends well.
 
-    Two processes that write the same one do so in turn. What one that was killed has left goes.
+    Of two processes that write the same one each writes its own, and the last one to end replaces
+    the other's or finds the name taken. What one that was killed has left goes.
 
     Args:
       overwrite: it takes the place of what is there once it is whole.
 
     Raises:
-      InputError: the name is taken by something other than an empty directory; the disk is full.
+      InputError: the name is taken by something other than an empty directory, or runs would be
+        removed; the disk is full.
     """
-    _check_free(out, overwrite)
+    _check_runs(out)
     out = out.absolute()
+    if out.parent.is_dir():
+        with only_writer(note_of(out), out, wait=True) as alone:
+            if alone:
+                _clear(out)
+    _check_free(out, overwrite)
     out.parent.mkdir(parents=True, exist_ok=True)
-    with only_writer(note_of(out), out, wait=True) as alone:
-        if alone:
-            _clear(out)
-        _check_free(out, overwrite)  # by whom we waited for
-        partial = out.with_name(f".{out.name}.partial-{os.getpid()}")
+    partial = out.with_name(f".{out.name}.partial-{os.getpid()}-{token_hex(4)}")
+    # Locked as long as it is written: what is not may be cleared.
+    with only_writer(note_of(partial), partial):
         partial.mkdir()
         try:
             with no_room(out):
                 yield partial
+            # Nothing waits for another process inside of this, so that it may wait itself.
+            with only_writer(note_of(out), out, wait=True):
+                _check_free(out, overwrite)
+                _swap(partial, out)
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
             raise
-        if not out.exists():
-            partial.rename(out)
-            return
-        old = out.rename(out.with_name(f".{out.name}.old-{os.getpid()}"))
-        try:
-            partial.rename(out)
-        except OSError:
-            old.rename(out)
-            raise
-        shutil.rmtree(old)
+
+
+def _swap(partial: Path, out: Path) -> None:
+    """Puts a directory in the place of another one, or of none."""
+    if not out.exists():
+        partial.rename(out)
+        return
+    old = out.rename(out.with_name(f".{out.name}.old-{os.getpid()}-{token_hex(4)}"))
+    try:
+        partial.rename(out)
+    except OSError:
+        old.rename(out)
+        raise
+    shutil.rmtree(old)
 
 
 def _check_free(out: Path, overwrite: bool) -> None:
@@ -300,13 +318,27 @@ def _check_free(out: Path, overwrite: bool) -> None:
         raise InputError(f"{out} is a file; give the name of a directory")
 
 
+def _check_runs(out: Path) -> None:
+    """Raises InputError where a directory holds a run, or is where a run keeps its checkpoints."""
+    whole = out.resolve()
+    of = {place.parent for place in (whole, *whole.parents) if place.name == "checkpoints"}
+    of |= {place.parent for place in whole.rglob("checkpoints") if place.is_dir()}
+    for workdir in sorted(of):
+        if (workdir / "config.json").is_file():
+            raise InputError(f"{out} has to do with the run {workdir}: its checkpoints would be "
+                             "removed or mixed with others; give another directory")
+
+
 def _clear(out: Path) -> None:
-    """Removes what killed processes have left of `out`; nobody else writes it now."""
-    left = [path for path in out.parent.iterdir()
-            if path.name.startswith((f".{out.name}.partial-", f".{out.name}.old-"))
-            and path.name.rpartition("-")[2].isdigit()]
-    for path in left:
-        if f".{out.name}.old-" in path.name and not out.exists():
-            path.rename(out)  # killed between the two renames
-        else:
-            shutil.rmtree(path, ignore_errors=True)
+    """Removes what killed processes have left of `out`; nobody else puts it in its place now."""
+    name = re.compile(rf"\.{re.escape(out.name)}\.(partial|old)-\d+(-[0-9a-f]{{8}})?")
+    for left in [path for path in out.parent.iterdir() if name.fullmatch(path.name)]:
+        if ".old-" in left.name and not out.exists():
+            left.rename(out)  # killed between the two renames
+            continue
+        with suppress(InputError), only_writer(note_of(left), left) as alone:
+            if alone:
+                shutil.rmtree(left, ignore_errors=True)
+    for note in out.parent.glob(f".{glob.escape(f'.{out.name}.partial-')}*{WRITER}"):
+        with suppress(InputError), only_writer(note, out):
+            pass  # which removes the note of one that is gone

@@ -17,8 +17,8 @@ from jaxfusion.data.seen import read_seen
 from jaxfusion.errors import InputError
 from jaxfusion.evaluation.report import merge_results
 from jaxfusion.evaluation.runs import read_run
-from jaxfusion.files import sum_of
-from jaxfusion.training import digest
+from jaxfusion.files import length_and_digest, note_sums, sum_of
+from jaxfusion.training import answer, digest
 from jaxfusion.training.bridge import train
 from jaxfusion.training.checkpoint import Checkpoints, abstract_like, trained_part
 from jaxfusion.training.evaluate import evaluate
@@ -233,6 +233,28 @@ def test_damaged_results_are_kept_apart(copy, name, content, caplog):
     if not (name == "results.json" and content is None):
         assert "is damaged: kept as results.damaged.json" in caplog.text
         assert json.loads((copy / "eval" / "results.json").read_text()) == found
+
+
+@pytest.mark.parametrize("file,content,said", [
+    ("out.jsonl.about.json", b"{", r"about\.json is damaged"),
+    ("out.jsonl.about.json", b"[]", r"about\.json is damaged"),
+    ("out.jsonl.about.json", None, r"about\.json is missing"),
+    ("out.jsonl", b'{"prompt": "a", "answer": "ne"}\n', r"out\.jsonl is damaged"),
+    ("out.jsonl", b"\xff\n", r"out\.jsonl is damaged"),
+])
+def test_damaged_answers_are_not_continued(tmp_path, file, content, said):
+    """Finding 34."""
+    out, rows = tmp_path / "out.jsonl", [({"prompt": "a"}, "in:1"), ({"prompt": "b"}, "in:2")]
+    out.touch()
+    assert answer._begin(out, rows, {"step": 4}) == 0
+    line = b'{"prompt": "a", "answer": "no"}\n'
+    note_sums(out, [length_and_digest(line)])
+    out.write_bytes(line + b'{"prom')
+    assert answer._begin(out, rows, {"step": 4}) == 1
+    damaged = tmp_path / file
+    damaged.unlink() if content is None else damaged.write_bytes(content)
+    with pytest.raises(InputError, match=rf"{said}.*give another --output, or remove"):
+        answer._begin(out, rows, {"step": 4})
 
 
 def test_a_changed_number_among_scores_is_refused(copy):

@@ -98,33 +98,33 @@ def test_a_file_system_without_locks_is_said(tmp_path, monkeypatch, caplog):
     assert "cannot be locked (No locks available)" in caplog.text
 
 
-def test_two_writers_of_one_directory_take_turns(tmp_path, caplog):
-    """Finding 35: two exports to one place; the second finds it taken, and nothing is mixed."""
-    out, order = tmp_path / "out", []
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_two_writers_of_one_directory_do_not_mix(tmp_path, overwrite):
+    """Finding 35: two exports to one place; none waits for the other, and both are whole."""
+    out, ends = tmp_path / "out", {}
 
     def write(name, before):
         try:
-            with new_directory(out) as partial:
+            with new_directory(out, overwrite) as partial:
                 before()
-                (partial / "name").write_text(name)
-            order.append(name)
+                (partial / name).write_text(name)
+            ends[name] = "written"
         except InputError as error:
-            order.append(str(error))
+            ends[name] = str(error)
 
     inside, go = threading.Event(), threading.Event()
     one = threading.Thread(target=write, args=("one", lambda: (inside.set(), go.wait(10))))
     one.start()
     assert inside.wait(10)
-    two = threading.Thread(target=write, args=("two", lambda: None))
-    with caplog.at_level(logging.INFO):
-        two.start()
-        time.sleep(0.3)
-        go.set()
-        one.join(10)
-        two.join(10)
-    assert order[0] == "one" and "out is not empty" in order[1]
-    assert f"waiting for process {os.getpid()}" in caplog.text
-    assert sorted(os.listdir(tmp_path)) == ["out"] and (out / "name").read_text() == "one"
+    write("two", lambda: None)
+    assert os.listdir(out) == ["two"]
+    go.set()
+    one.join(10)
+    assert ends["two"] == "written" and sorted(os.listdir(tmp_path)) == ["out"]
+    if overwrite:
+        assert ends["one"] == "written" and os.listdir(out) == ["one"]
+    else:
+        assert "out is not empty" in ends["one"] and os.listdir(out) == ["two"]
 
 
 # Whole or not there
@@ -132,7 +132,8 @@ def test_two_writers_of_one_directory_take_turns(tmp_path, caplog):
 
 def test_what_a_killed_export_left_goes_with_the_next(tmp_path):
     """Finding 39."""
-    for left in (".out.partial-1", ".out.old-7"):
+    (tmp_path / "..out.partial-1-0a1b2c3d.writer").touch()
+    for left in (".out.partial-1", ".out.partial-1-0a1b2c3d", ".out.old-7"):
         (tmp_path / left).mkdir()
         (tmp_path / left / "file").write_text(left)
     (tmp_path / ".out.partial-notes").mkdir()  # nobody's of ours
@@ -149,6 +150,21 @@ def test_an_export_killed_between_its_two_renames_is_put_back(tmp_path):
     with pytest.raises(InputError, match="out is not empty"), new_directory(tmp_path / "out"):
         pass
     assert (tmp_path / "out" / "file").read_text() == "old"
+
+
+@pytest.mark.parametrize("out", [".", "..", "checkpoints", "checkpoints/4", "checkpoints/new"])
+def test_no_directory_is_written_over_a_run(tmp_path, out):
+    """Finding 32: nor round one, nor among its checkpoints."""
+    run = tmp_path / "runs" / "run"
+    (run / "checkpoints" / "4").mkdir(parents=True)
+    (run / "config.json").write_text("{}")
+    with pytest.raises(InputError, match=r"has to do with the run .*/runs/run:"), new_directory(
+            run / out, overwrite=True):
+        pass
+    assert (run / "checkpoints" / "4").is_dir()
+    with new_directory(run / "exported"):
+        pass
+    assert (run / "exported").is_dir()
 
 
 @pytest.mark.parametrize("write", [write_whole, write_checked])
@@ -170,7 +186,8 @@ def test_a_write_that_is_killed_leaves_old_content_that_is_whole(tmp_path, monke
     with monkeypatch.context() as patch:
         patch.setattr(files, "write_whole", lambda place, content: (
             write_whole(place, content) if place.suffix == ".sum" else None))
-        write_checked(file, '{"a": 2}')
+        for content in ('{"a": 2}', '{"a": 4}'):  # killed twice
+            write_checked(file, content)
     assert files.read_json(file, "") == {"a": 1}
     write_checked(file, '{"a": 3}')
     assert files.read_json(file, "") == {"a": 3}
@@ -453,3 +470,16 @@ def test_tokenizing_in_parts_is_tokenizing_and_tells_how_far_it_is(tiny, monkeyp
         parts, again = tokenize(examples, tokenizers, **limits)
     assert list(parts) == list(whole) and cut == again and cut.queries
     assert "20 of 23 rows tokenized, " in caplog.text and "rows/s, 0 s left" in caplog.text
+
+
+def test_debug_inputs_that_another_process_made_meanwhile_are_taken(tmp_path):
+    """Finding 35."""
+    from jaxfusion.testing.debug import _make
+
+    def make(out):
+        for _ in range(2):
+            with new_directory(out) as partial:
+                (partial / "file").touch()
+
+    _make(tmp_path / "made", make)
+    assert (tmp_path / "made" / "file").is_file()

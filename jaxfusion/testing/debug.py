@@ -10,7 +10,7 @@ from jaxfusion.data.lexicon import VERSION as WORLD
 from jaxfusion.data.pocket import write_parallel, write_tasks, write_texts
 from jaxfusion.data.task import Task
 from jaxfusion.data.tasks import get_task
-from jaxfusion.errors import choose
+from jaxfusion.errors import InputError, choose
 from jaxfusion.fields import Job, LensRunConfig, PretrainConfig
 from jaxfusion.files import new_directory
 from jaxfusion.testing.checkpoints import SIZES, write_checkpoints
@@ -101,6 +101,6 @@ def _make(out: Path, make: Callable[[Path], None]) -> None:
     out.parent.mkdir(parents=True, exist_ok=True)
     try:
         make(out)
-    except OSError:
+    except (OSError, InputError):
         if not out.is_dir():  # another process may have made it meanwhile
             raise

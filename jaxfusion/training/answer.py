@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -21,7 +22,16 @@ from jaxfusion.data.tasks import get_task
 from jaxfusion.errors import InputError
 from jaxfusion.evaluation.scoring import Scored, Scorer, for_task, softmax
 from jaxfusion.fields import DECODING
-from jaxfusion.files import no_room, note_of, only_writer, read_json, write_checked
+from jaxfusion.files import (
+    is_as_written,
+    no_room,
+    note_of,
+    note_sums,
+    only_writer,
+    read_json,
+    sum_of,
+    write_checked,
+)
 from jaxfusion.sharding.mesh import make_mesh
 from jaxfusion.training.evaluate import load_config, load_trained
 from jaxfusion.training.state import merge
@@ -72,15 +82,21 @@ def answer_file(
             done = _begin(out, rows, {
                 "workdir": str(workdir.absolute()), "step": step, "llm_only": llm_only,
                 **{name: asdict(config.eval)[name] for name in DECODING}})
+            written = out.read_bytes()
+            length, digest = len(written), blake2b(written, digest_size=16)
             for numbers in _chunks(done, len(rows), BATCHES * config.eval.batch_size):
                 examples = [Example(queries[i], "", -1) for i in numbers]
                 scored = scorer(params, examples, task, numbers=numbers)
                 if scored.cut.any:
                     logger.warning("rows %d to %d, longer than the limits: %s", numbers[0] + 1,
                                    numbers[-1] + 1, scored.cut)
-                file.writelines(_lines(task, [rows[i][0] for i in numbers], scored))
+                lines = "".join(_lines(task, [rows[i][0] for i in numbers], scored))
+                file.write(lines)
                 file.flush()
                 os.fsync(file.fileno())
+                length += len(lines.encode())
+                digest.update(lines.encode())
+                note_sums(out, [[length, digest.hexdigest()]])
     return len(rows) - done
 
 
@@ -140,6 +156,7 @@ def _begin(out: Path, rows: list[Placed], about: dict[str, Any]) -> int:
     about_file = out.with_name(f"{out.name}.about.json")
     about = json.loads(json.dumps(about))
     if not out.stat().st_size:
+        sum_of(out).unlink(missing_ok=True)  # of a file that was removed
         write_checked(about_file, json.dumps(about, indent=2, ensure_ascii=False) + "\n")
         return 0
     anew = f"give another --output, or remove {out}"
@@ -151,6 +168,8 @@ def _begin(out: Path, rows: list[Placed], about: dict[str, Any]) -> int:
             raise InputError(f"{out} was begun with {name} {old.get(name)!r}, not "
                              f"{about[name]!r}; give another --output, or remove it")
     whole = out.read_bytes()
+    if not is_as_written(out, whole, grows=True):
+        raise InputError(f"{out} is damaged, it is not what was written: {anew}")
     whole = whole[: whole.rfind(b"\n") + 1]
     os.truncate(out, len(whole))
     try:

@@ -98,10 +98,13 @@ def only_run(config: Job, workdir: Path) -> Iterator[None]:
         def take() -> None:
             if not is_first():
                 return
-            made = [x for x in (workdir, *workdir.parents) if not x.exists()]
-            workdir.mkdir(parents=True, exist_ok=True)
-            stack.callback(_remove_empty, made)
-            stack.enter_context(only_writer(workdir / WRITER, workdir))
+            try:
+                made = [x for x in (workdir, *workdir.parents) if not x.exists()]
+                workdir.mkdir(parents=True, exist_ok=True)
+                stack.callback(_remove_empty, made)
+                stack.enter_context(only_writer(workdir / WRITER, workdir))
+            except OSError as error:  # all processes have to hear of it
+                raise InputError(f"{workdir} cannot be written: {error}") from None
 
         with_peers(take)
         with no_room(workdir):
