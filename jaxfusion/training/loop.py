@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxfusion import config as configs
+from jaxfusion.config import CONFIG_FILE
 from jaxfusion.data.pipeline import iterate
 from jaxfusion.data.seen import write_seen
 from jaxfusion.errors import InputError, Stopped
@@ -32,13 +33,13 @@ from jaxfusion.hf.hub import COMMIT
 from jaxfusion.sharding.hosts import check_peers, is_first, wait_for_peers, with_peers
 from jaxfusion.sharding.mesh import make_mesh, sharding
 from jaxfusion.training.checkpoint import Checkpoints, abstract_like, saved_steps
+from jaxfusion.training.frozen import write_frozen
 from jaxfusion.training.logs import Done, RunLog
 from jaxfusion.training.meter import Meter, Sigterm, Trace
 from jaxfusion.training.optimizer import make_optimizer, make_schedule
 from jaxfusion.training.state import Flat, State, count
 from jaxfusion.training.step import Loss, make_train_step
 
-CONFIG_FILE = "config.json"
 logger = logging.getLogger(__name__)
 
 
@@ -54,6 +55,7 @@ class Run:
       score: trained parameters -> development scores. best: the score that checkpoints are kept by.
       plain_loss: the loss in the form whose FLOPs are counted.
       seen: fingerprints of the texts that are trained on; kept in the workdir.
+      kept: frozen parameters that the workdir has to hold; None where it holds them already.
     """
 
     config: Job
@@ -67,6 +69,7 @@ class Run:
     best: str
     plain_loss: Loss
     seen: np.ndarray | None = None
+    kept: dict[str, np.ndarray] | None = None
 
 
 def run_to_end(
@@ -100,6 +103,8 @@ def run_to_end(
             configs.save(run.config, workdir / CONFIG_FILE)
             if run.seen is not None:
                 write_seen(workdir, run.seen)
+            if run.kept is not None:
+                write_frozen(workdir, run.kept)
         wait_for_peers("config")
         checkpoints = Checkpoints(workdir)
         try:
