@@ -98,6 +98,24 @@ def reference(model, file: Path) -> None:
     }), "utf-8")
 
 
+def client_reference(tiny: Path, out: Path) -> Path:
+    """Both exports of one bridge, and the file that check_clients.py reads."""
+    model = make_run(out / "run", tiny, "transformer_softmax", "ffn")
+    export(out / "run", out / "out")
+    export(out / "run", out / "merged", merge=True)
+    answers = [" yes", " no way", " a b"]
+    file = out / "clients.json"
+    reference(model, file)
+    tokenizers = model.tokenizers
+    targets = tokenizers.encode_answers([""] * len(answers), answers)
+    file.write_text(json.dumps({
+        **json.loads(file.read_text("utf-8")), "answers": answers, "out": str(out / "out"),
+        "merged": str(out / "merged"), "queries": tokenizers.encode_queries(TEXTS),
+        "targets": [[*ids, tokenizers.eos] for ids in targets],
+    }), "utf-8")
+    return file
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("out", type=Path)

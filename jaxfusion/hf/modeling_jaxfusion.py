@@ -61,21 +61,24 @@ class BridgeConfig(PretrainedConfig):
       query_offset, prompt_offset: the first ids of queries and of their prompts.
       query_end_id: the last id of every query; None where the encoder has none.
       query_pad_id: the id that fills rows.
+      unfrozen: names of the parameters of encoder and LLM that train.
     """
 
     model_type = "jaxfusion_bridge"
 
     def __init__(self, reader=None, writer=None, fusion=None, projector=None, start_ids=(),
                  after_ids=(), query_offset=0, prompt_offset=0, query_end_id=None,
-                 query_pad_id=None, vocab_size=0, **kwargs):
+                 query_pad_id=None, vocab_size=0, unfrozen=(), **kwargs):
         self.reader, self.writer = reader or {}, writer or {}
         self.fusion, self.projector = fusion or {}, projector or {}
         self.start_ids = list(start_ids)
         self.after_ids = after_ids if after_ids is None else list(after_ids)
         self.query_offset, self.prompt_offset = query_offset, prompt_offset
         self.query_end_id, self.query_pad_id = query_end_id, query_pad_id
-        self.vocab_size = vocab_size
+        self.unfrozen = list(unfrozen)
         super().__init__(**kwargs)
+        # Set last: transformers 5 checks above that ids lie below it, and those of queries do not.
+        self.vocab_size = vocab_size
 
 
 class Float32(nn.Module):
@@ -274,7 +277,7 @@ class BridgeForCausalLM(PreTrainedModel, GenerationMixin):
         self.projector = make_projector(config.projector, config.reader["width"],
                                         config.writer["width"])
         self.generation_config = GenerationConfig(
-            eos_token_id=config.eos_token_id, pad_token_id=config.eos_token_id,
+            eos_token_id=config.eos_token_id, pad_token_id=config.query_pad_id,
             bos_token_id=config.bos_token_id)
         self.all_tied_weights_keys = {}  # of this module; its two models tie their own
         self._read = {}  # what was read: fingerprints, the backbones' config.json, where from
@@ -354,7 +357,7 @@ class BridgeForCausalLM(PreTrainedModel, GenerationMixin):
             raise ValueError(f"{path}: missing {sorted(missing)}, "
                              f"unexpected {outcome.unexpected_keys}")
         for name, x in self._of_backbones():
-            x.requires_grad_(name in trained)
+            x.requires_grad_(name in self.config.unfrozen)
         device = self.decoder.get_input_embeddings().weight.device
         self.fusion.to(device)
         self.projector.to(device)
@@ -569,7 +572,8 @@ class BridgeForCausalLM(PreTrainedModel, GenerationMixin):
         try:
             found = self.decoder.generate(
                 inputs_embeds=embeds, attention_mask=real, generation_config=settings,
-                streamer=streamer, tokenizer=tokenizer, synced_gpus=synced_gpus, **more)
+                streamer=streamer,
+                tokenizer=getattr(tokenizer, "answers", tokenizer), synced_gpus=synced_gpus, **more)
         finally:
             self.decoder.generation_config = own
         new = found if isinstance(found, torch.Tensor) else found.sequences
@@ -615,6 +619,18 @@ class BridgeForCausalLM(PreTrainedModel, GenerationMixin):
     def prepare_inputs_for_generation(self, input_ids, attention_mask=None, **kwargs):
         """What `forward` takes."""
         return {"input_ids": input_ids, "attention_mask": attention_mask}
+
+    def _apply(self, fn, *args, **kwargs):
+        """As in torch, but that tables as the rotary frequencies keep their precision, as they do
+        where a model is loaded in another dtype."""
+        held = [(module, name, x) for module in self.modules()
+                for name, x in module.named_buffers(recurse=False)]
+        super()._apply(fn, *args, **kwargs)
+        for module, name, x in held:
+            now = getattr(module, name)
+            if now.dtype != x.dtype:
+                setattr(module, name, x.to(now.device))
+        return self
 
     def train(self, mode=True):
         """As in torch; the encoder has no dropout where it does not train."""
@@ -676,6 +692,7 @@ class BridgeForCausalLM(PreTrainedModel, GenerationMixin):
         self._keys_to_ignore_on_save = sorted(state.keys() - trained.keys())
         config = copy.deepcopy(self.config)
         config.auto_map, config.architectures = dict(AUTO_MAP), [type(self).__name__]
+        config.unfrozen = [name for name, x in self._of_backbones() if x.requires_grad]
         for role, part in ROLES.items():
             dtype = next(getattr(self, role).parameters()).dtype
             getattr(config, part)["dtype"] = str(dtype).removeprefix("torch.")

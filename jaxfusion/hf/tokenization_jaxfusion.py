@@ -128,13 +128,15 @@ class BridgeTokenizer(PreTrainedTokenizerBase):
 
         Args:
           text: one query, or a list: `input_ids` are its ids, and those of the text prompt.
+          add_special_tokens: False gives the LLM's ids of `text` (or of `text_target`), as an
+            answer has them: what stop strings and forbidden words are made of.
           text_target: answers. With `text` they follow the query, with the end token, and
             `labels` are -100 before them; alone they are `input_ids`.
           truncation, max_length: of a query, which keeps its end token, and of its prompt, which
             keeps its end.
 
         Raises:
-          ValueError: a pair, nothing at all, or a query without its end token.
+          ValueError: a pair, nothing at all, or both without special tokens.
           TypeError: an argument that is not one of a bridge.
         """
         if unknown := [name for name, x in others.items() if x]:
@@ -143,9 +145,11 @@ class BridgeTokenizer(PreTrainedTokenizerBase):
             raise ValueError("a bridge reads one text, got a pair: join the two")
         if text is None and text_target is None:
             raise ValueError("expected text, text_target or both, got none")
-        if text is not None and not add_special_tokens:
-            raise ValueError("a query ends in the encoder's end token: leave "
-                             "add_special_tokens=False out")
+        if not add_special_tokens:
+            if text is not None and text_target is not None:
+                raise ValueError("a query ends in the encoder's end token: leave "
+                                 "add_special_tokens=False out")
+            text, text_target = None, text if text is not None else text_target
         first = text if text is not None else text_target
         single = isinstance(first, str)
         texts, targets = (self._strings(x, single) for x in (text, text_target))
@@ -156,8 +160,9 @@ class BridgeTokenizer(PreTrainedTokenizerBase):
         rows = [[] for _ in targets] if texts is None else self._asked(texts, limit)
         labels = None
         if targets is not None:
-            ending = [self.settings["eos_token_id"]] if add_special_tokens else []
-            answers = [[*ids, *ending] for ids in self._answers(texts, targets)]
+            answers = ([[*ids, self.settings["eos_token_id"]]
+                        for ids in self._answers(texts, targets)]
+                       if add_special_tokens else self._llm(targets))
             labels = [[IGNORED] * len(row) + ids for row, ids in zip(rows, answers, strict=True)]
             rows = [row + ids for row, ids in zip(rows, answers, strict=True)]
         data = self._padded(rows, labels if texts is not None else None, strategy, max_length,

@@ -175,20 +175,21 @@ def export(
         raise InputError("--dtype is that of the backbones, which only --merge writes")
     bridge = _collect(workdir, out)
     config, tokenizers = bridge.config, bridge.tokenizers
-    described = _describe(bridge, merge, dtype)
+    replaced = {role: bridge.replaced(role) for role in ROLES}
+    described = {**_describe(bridge, merge, dtype),
+                 "unfrozen": [f"{role}.{name}" for role in ROLES for name in replaced[role]]}
     if not merge and any(Path(described[part]["checkpoint"]).is_absolute()
                          for part in ("reader", "writer")):
         logger.warning("%s names backbones on this machine; --merge makes one to give away", out)
     with new_directory(out, overwrite) as partial:
         tensors = bridge.own(bridge_table(config.fusion.name, config.projector.name))
         for role in ROLES:
-            replaced = bridge.replaced(role)
             if merge:
                 copy_tower(bridge.paths[role], partial / role, bridge.json(role),
-                           bridge.names(role), replaced, dtype)
+                           bridge.names(role), replaced[role], dtype)
                 write_tokenizer(partial / role, getattr(tokenizers, role))
             else:
-                tensors |= {f"{role}.{name}": x for name, x in replaced.items()}
+                tensors |= {f"{role}.{name}": x for name, x in replaced[role].items()}
         write_shards(partial, tensors.items())
         (partial / "config.json").write_text(json.dumps(described, indent=2) + "\n", "utf-8")
         for name in CODE:
@@ -217,8 +218,9 @@ def _write_tokenizers(out: Path, bridge: Trained, described: dict[str, Any]) -> 
                     model_max_length=config.eval.max_encoder_tokens).save_pretrained(out)
     ends = _end_tokens(bridge)
     GenerationConfig(
-        max_new_tokens=config.eval.max_new_tokens, do_sample=False, pad_token_id=ends[0],
-        eos_token_id=ends, bos_token_id=tokenizers.decoder.bos_token_id).save_pretrained(out)
+        max_new_tokens=config.eval.max_new_tokens, do_sample=False,
+        pad_token_id=described["pad_token_id"], eos_token_id=ends,
+        bos_token_id=tokenizers.decoder.bos_token_id).save_pretrained(out)
 
 
 def _end_tokens(bridge: Trained) -> list[int]:
@@ -351,10 +353,11 @@ def _ids(bridge: Trained) -> dict[str, Any]:
     # A tokenizer may name tokens behind its model's table.
     first = max(rows["decoder"], *(1 + i for i in decoder.get_vocab().values()))
     last = bridge.tokenizers.encode_queries(["a"])[0][-1]
+    pad = first + (encoder.pad_token_id or 0)
     return {
         "vocab_size": rows["decoder"], "query_offset": first,
         "prompt_offset": first + rows["encoder"],
-        "query_pad_id": first + (encoder.pad_token_id or 0),
+        "query_pad_id": pad, "pad_token_id": pad,
         "query_end_id": first + last if last == encoder.eos_token_id else None,
     }
 
