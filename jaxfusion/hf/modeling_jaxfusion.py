@@ -696,7 +696,7 @@ class BridgeForCausalLM(PreTrainedModel, GenerationMixin):
         for role, part in ROLES.items():
             dtype = next(getattr(self, role).parameters()).dtype
             getattr(config, part)["dtype"] = str(dtype).removeprefix("torch.")
-        config.save_pretrained(out)
+        config.to_json_file(os.path.join(out, "config.json"))
         self.generation_config.save_pretrained(out)
         for name in CODE:
             here = os.path.join(os.path.dirname(__file__), name)

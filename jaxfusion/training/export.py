@@ -232,12 +232,15 @@ def _end_tokens(bridge: Trained) -> list[int]:
 
 
 def export_langbridge(
-    workdir: Path, out: Path, *, dtype: str | None = None, overwrite: bool = False
+    workdir: Path, out: Path, *, dtype: str | None = None, overwrite: bool = False,
+    enc: str | None = None, lm: str | None = None,
 ) -> None:
     """Writes a bridge in the layout of github.com/kaistAI/LangBridge, backbones and all.
 
     Args:
       dtype: of all tensors; None keeps each one's.
+      enc, lm: how LangBridge is to name encoder and LLM; default to the run's names. It makes both
+        from the config of that name before it reads the weights.
 
     Raises:
       InputError: LangBridge has no such fusion or projector, or as in `export`.
@@ -255,8 +258,8 @@ def export_langbridge(
     kind = kinds[config.projector.name]
     described = {
         "architectures": ["LangBridgeModel"], "alignments": kind,
-        "num_latents": config.projector.latents, "enc": config.encoder.checkpoint,
-        "lm": config.decoder.checkpoint, "dim_enc": bridge.shapes["encoder"].d_model,
+        "num_latents": config.projector.latents, "enc": _langbridge_enc(bridge, enc),
+        "lm": _langbridge_lm(bridge, lm), "dim_enc": bridge.shapes["encoder"].d_model,
         "dim_lm": bridge.shapes["decoder"].d_model, "freeze_encoder": True,
         "freeze_language_model": True,
     }
@@ -280,6 +283,47 @@ def export_langbridge(
         (partial / "config.json").write_text(json.dumps(described, indent=2) + "\n", "utf-8")
         write_tokenizer(partial, tokenizers.decoder)
         write_tokenizer(partial / "encoder_tokenizer", tokenizers.encoder)
+
+
+# What LangBridge knows an LLM by: the beginnings of its names, by family (modeling_langbridge.py).
+LANGBRIDGE_LMS = {
+    "llama": ("EleutherAI/llemma", "codellama/CodeLlama", "microsoft/Orca-2", "meta-math/MetaMath",
+              "meta-llama/Llama-2-7b-hf"),
+    "mistral": ("mistralai/Mistral-7B-v0.1",),
+}
+
+
+def _langbridge_lm(bridge: Trained, name: str | None) -> str:
+    """The name of the LLM for LangBridge.
+
+    Raises:
+      InputError: LangBridge has no such family, or does not know it by this name.
+    """
+    family, name = bridge.shapes["decoder"].family, name or bridge.config.decoder.checkpoint
+    if family not in LANGBRIDGE_LMS:
+        raise InputError(f"LangBridge reads LLMs of {' and '.join(LANGBRIDGE_LMS)}, {name} is of "
+                         f"{family}: use --format jaxfusion")
+    if not name.startswith(LANGBRIDGE_LMS[family]):
+        raise InputError(f"LangBridge knows a {family} by a name that begins with "
+                         f"{', '.join(LANGBRIDGE_LMS[family])}, got {name}; give --lm the one "
+                         "whose config.json is this LLM's")
+    return name
+
+
+def _langbridge_enc(bridge: Trained, name: str | None) -> str:
+    """The name of the encoder for LangBridge, which takes its family from it.
+
+    Raises:
+      InputError: it would take it for another.
+    """
+    name, wanted = name or bridge.config.encoder.checkpoint, "mt5"
+    if bridge.shapes["encoder"].bias_per_layer:
+        wanted = "umt5"
+    found = next((x for x in ("umt5", "mt5") if x in name.lower()), "none")
+    if found != wanted:
+        raise InputError(f"LangBridge knows this encoder by a name with '{wanted}' in it, got "
+                         f"{name}; give --enc the one whose config.json is this encoder's")
+    return name
 
 
 def _check_trained(trained: Flat, own: Table, tables: dict[str, Table], workdir: Path) -> None:
