@@ -15,11 +15,11 @@ from transformers import AutoModelForCausalLM
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 
-import check_clients as clients  # noqa: E402
-from exports import client_reference  # noqa: E402
-from test_export import make_run, write_family  # noqa: E402
+import check_clients as clients
+from exports import client_reference
+from test_export import make_run, write_family
 
-from jaxfusion.training.export import export  # noqa: E402
+from jaxfusion.training.export import export
 
 SLOW = (clients.lm_eval_generation, clients.lm_eval_likelihood, clients.trainer, clients.peft_lora)
 REFUSED = {
@@ -145,10 +145,11 @@ def test_a_config_alone_makes_no_model(reference):
 
 def test_an_export_saved_by_transformers_is_taken_in_again(reference, tmp_path):
     """Finding 47: a Trainer's checkpoint is a directory like any export."""
+    from test_export import next_logits
+
     from jaxfusion.sharding.mesh import make_mesh
     from jaxfusion.training.adopt import adopt
     from jaxfusion.training.evaluate import load_config, load_trained
-    from test_export import next_logits
 
     for name in ("out", "merged"):
         model = clients.load(reference[name])

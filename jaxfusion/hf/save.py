@@ -122,7 +122,7 @@ def write_shards(
 
     def flush() -> None:
         # Contiguous on purpose: `save_file` writes a transposed array's buffer as it lies.
-        arrays = {name: np.ascontiguousarray(array) for name, array in held.items()}
+        arrays = {name: np.asarray(array, order="C") for name, array in held.items()}
         try:
             save_file(arrays, out / f"shard-{len(shards)}", metadata={"format": "pt"})
         except SafetensorError as error:  # a full disk, for one

@@ -39,7 +39,8 @@ def write_frozen(workdir: Path, kept: dict[str, np.ndarray]) -> None:
     file.unlink(missing_ok=True)
     if kept:
         partial = file.with_name(f".{file.name}.partial")
-        save_file({path: np.ascontiguousarray(x) for path, x in kept.items()}, partial)
+        # As C arrays: `save_file` writes the buffer as it lies.
+        save_file({path: np.asarray(x, order="C") for path, x in kept.items()}, partial)
         partial.rename(file)
 
 
