@@ -174,7 +174,7 @@ NAMES = {"enc": "google/mt5-large", "lm": "microsoft/Orca-2-7b"}
 
 
 def read_as_langbridge(out):
-    """What LangBridge makes of a directory's names, by its rules: the classes of encoder and LLM."""
+    """The classes that LangBridge makes of a directory's names, by its rules: encoder and LLM."""
     config = json.loads((out / "config.json").read_text())
     enc = next((x for x in ("umt5", "mt5") if x in config["enc"].lower()), "auto")
     lms = {"facebook/opt": "opt", "EleutherAI/llemma": "llama", "codellama/CodeLlama": "llama",
@@ -208,7 +208,7 @@ def test_langbridge_has_few_families(case, family, tiny, tmp_path):
         export_langbridge(tmp_path / "run", tmp_path / "out", **names)
         assert read_as_langbridge(tmp_path / "out") == ("mt5", "mistral")
         return
-    with pytest.raises(InputError, match="llama and mistral, .* is of qwen3: use --format jax"):
+    with pytest.raises(InputError, match=r"llama and mistral, .* is of qwen3: use --format jax"):
         export_langbridge(tmp_path / "run", tmp_path / "out", **NAMES)
 
 

@@ -327,6 +327,11 @@ class BridgeForCausalLM(PreTrainedModel, GenerationMixin):
         model._read = {"from": (path, {"revision": revision, **hub}), "bits": {
             name: None if x.is_meta else fingerprint(x) for name, x in model._of_backbones()}}
         model._load_trained(read_weights(path, revision, hub), path)
+        places = {role: getattr(getattr(model, role), "hf_device_map", None) for role in ROLES}
+        if all(places.values()):  # accelerate has placed them; nobody is to move them
+            model.hf_device_map = {f"{role}.{name}".rstrip("."): place
+                                   for role, found in places.items()
+                                   for name, place in found.items()}
         try:
             model.generation_config = GenerationConfig.from_pretrained(
                 path, revision=revision or "main", **hub)
