@@ -1,11 +1,11 @@
-"""One tokenizer of an exported bridge: ids of queries for its encoder, text of its answers.
+"""One tokenizer of an exported bridge: ids of queries for its encoder, text of its answers::
 
     tokenizer = AutoTokenizer.from_pretrained(DIR, trust_remote_code=True)
     inputs = tokenizer(texts, padding=True, return_tensors="pt")
     tokenizer.batch_decode(model.generate(**inputs), skip_special_tokens=True)
 
 Self-contained: needs transformers (4 or 5). What is asked and what is answered have ids of their
-own, so that ids of any other tokenizer are noticed:
+own, so that ids of any other tokenizer are noticed::
 
     0 … query_offset - 1               the LLM's ids: answers
     query_offset … prompt_offset - 1   the encoder's ids: queries
