@@ -20,12 +20,10 @@ def main(out: str, reference: str) -> None:
     with open(reference, encoding="utf-8") as file:
         wanted = json.load(file)
     model = AutoModelForCausalLM.from_pretrained(out, trust_remote_code=True)
-    queries = AutoTokenizer.from_pretrained(out, subfolder="encoder_tokenizer")
-    AutoTokenizer.from_pretrained(out, trust_remote_code=True)
+    tokenizer = AutoTokenizer.from_pretrained(out, trust_remote_code=True)
     logits, difference = torch.tensor(wanted["logits"]), 0.0
     for side in ("right", "left"):
-        queries.padding_side = side
-        inputs = queries(wanted["texts"], padding=True, return_tensors="pt")
+        inputs = tokenizer(wanted["texts"], padding=True, padding_side=side, return_tensors="pt")
         found = model(**inputs).logits[:, -1]
         assert found.isfinite().all()
         difference = max(difference, float((found - logits).abs().max() / logits.abs().max()))

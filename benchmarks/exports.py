@@ -3,11 +3,12 @@
     python benchmarks/exports.py runs/exports
 
 Makes runs/exports/transformers-4 and -5, virtual environments with the last release of each and
-nothing of this project, and in them opens what export.py wrote. Writes docs/checkpoints.md between
-its two marks, and benchmarks/results/exports.json.
+nothing of this project, and in them opens what export.py wrote, as its clients do. Writes
+docs/checkpoints.md between its marks, benchmarks/results/exports.json and clients.json.
 """
 
 import argparse
+import importlib
 import json
 import shutil
 import subprocess
@@ -21,7 +22,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT / "tests"))
+sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "benchmarks")]
 
 from conftest import relative  # noqa: E402
 from test_decoder import apply, plain  # noqa: E402
@@ -60,7 +61,7 @@ def environments(out: Path) -> dict[str, Path]:
         if not found[name].is_file():
             subprocess.run([sys.executable, "-m", "venv", str(out / name)], check=True)
             subprocess.run([found[name], "-m", "pip", "install", "-q", wanted, "torch==2.13.0",
-                            "sentencepiece"], check=True)
+                            "sentencepiece", "accelerate", "peft", "lm-eval"], check=True)
     return found
 
 
@@ -98,16 +99,86 @@ def reference(model, file: Path) -> None:
     }), "utf-8")
 
 
+def client_reference(tiny: Path, out: Path) -> Path:
+    """Both exports of one bridge, and the file that check_clients.py reads."""
+    model = make_run(out / "run", tiny, "transformer_softmax", "ffn")
+    export(out / "run", out / "out")
+    export(out / "run", out / "merged", merge=True)
+    answers = [" yes", " no way", " a b"]
+    file = out / "clients.json"
+    reference(model, file)
+    tokenizers = model.tokenizers
+    targets = tokenizers.encode_answers([""] * len(answers), answers)
+    file.write_text(json.dumps({
+        **json.loads(file.read_text("utf-8")), "answers": answers, "out": str(out / "out"),
+        "merged": str(out / "merged"), "queries": tokenizers.encode_queries(TEXTS),
+        "targets": [[*ids, tokenizers.eos] for ids in targets],
+    }), "utf-8")
+    return file
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("out", type=Path)
-    out = parser.parse_args().out
+    parser.add_argument("--clients", action="store_true", help="the clients alone")
+    args = parser.parse_args()
+    out = args.out
     out.mkdir(parents=True, exist_ok=True)
     pythons = environments(out)
     work = out / "work"
     shutil.rmtree(work, ignore_errors=True)
     tiny = work / "tiny"
     write_checkpoints(tiny, "tiny")
+    check_clients(tiny, work, pythons)
+    if not args.clients:
+        check_families(tiny, work, pythons)
+
+
+def check_clients(tiny: Path, work: Path, pythons: dict[str, Path]) -> None:
+    """What becomes of each client in each environment, into docs/checkpoints.md."""
+    file = client_reference(tiny, work / "clients")
+    found = {}
+    for release, python in pythons.items():
+        check = subprocess.run([python, ROOT / "benchmarks" / "check_clients.py", file],
+                               capture_output=True, text=True, check=True)
+        found[release] = json.loads(check.stdout.splitlines()[-1])
+        for client, outcome in found[release]["clients"].items():
+            found[release]["clients"][client] = outcome.replace(str(work / "clients"), "DIR")
+    results = ROOT / "benchmarks" / "results" / "clients.json"
+    results.write_text(json.dumps(found, indent=1) + "\n", "utf-8")
+    into_page("clients", client_table(found))
+    wrong = [f"{client} in {x['transformers']}" for x in found.values()
+             for client, outcome in x["clients"].items() if outcome.startswith("FAILS")]
+    if wrong:
+        sys.exit(f"clients fail: {', '.join(wrong)}")
+
+
+def client_table(found: dict[str, Any]) -> str:
+    """Markdown: a row for each client, and the lines that refuse."""
+    docs = {x.__name__: x.__doc__.splitlines()[0].rstrip(".")
+            for x in importlib.import_module("check_clients").CLIENTS}
+    releases = [x["transformers"] for x in found.values()]
+    rows, lines = [["what is written", *releases], ["---"] * (1 + len(releases))], []
+    for client, text in docs.items():
+        outcomes = [x["clients"][client] for x in found.values()]
+        rows.append([text, *(outcome.split(":")[0] for outcome in outcomes)])
+        lines += [f"- {text}: “{told.split(': ', 1)[1]}”"
+                  for told in dict.fromkeys(outcomes) if ": " in told]
+    table = "".join("| " + " | ".join(row) + " |\n" for row in rows)
+    return table + "\nWhat is refused, and the line that says why:\n\n" + "".join(
+        f"{line}\n" for line in lines)
+
+
+def into_page(mark: str, text: str) -> None:
+    """Puts text between two marks of docs/checkpoints.md."""
+    page = ROOT / "docs" / "checkpoints.md"
+    start, end = f"<!-- {mark} -->\n", f"<!-- /{mark} -->\n"
+    head, rest = page.read_text("utf-8").split(start)
+    page.write_text(head + start + text + end + rest.split(end)[1], "utf-8")
+
+
+def check_families(tiny: Path, work: Path, pythons: dict[str, Path]) -> None:
+    """Logits and tokens of every family in each environment, into docs/checkpoints.md."""
     results: dict[str, Any] = {}
     cases = [(case, "transformer_softmax") for case in NAMES]
     cases += [("llama31", fusion) for fusion in FUSIONS[:-1]]
@@ -128,10 +199,7 @@ def main() -> None:
         jax.clear_caches()
     file = ROOT / "benchmarks" / "results" / "exports.json"
     file.write_text(json.dumps(results, indent=1) + "\n", "utf-8")
-    page = ROOT / "docs" / "checkpoints.md"
-    start, end = "<!-- exports -->\n", "<!-- /exports -->\n"
-    head, rest = page.read_text("utf-8").split(start)
-    page.write_text(head + start + table(results) + end + rest.split(end)[1], "utf-8")
+    into_page("exports", table(results))
     if wrong := failed(results):
         sys.exit(f"not alike: {'; '.join(wrong)}")
 

@@ -28,6 +28,7 @@ from jaxfusion.fields import (
 )
 from jaxfusion.files import read_json, write_checked
 
+CONFIG_FILE = "config.json"  # of a workdir
 # May differ when a run is resumed, besides a larger number of steps.
 FREE_ON_RESUME = ("mesh", "encoder.dtype", "decoder.dtype", "encoder.remat", "decoder.remat",
                   "encoder.attention", "decoder.attention", "train.accumulate", "train.log_every")

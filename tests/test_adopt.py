@@ -10,7 +10,7 @@ import torch
 from conftest import relative
 from safetensors.numpy import load_file
 from safetensors.torch import save_file
-from test_export import make_run, next_logits
+from test_export import make_run, next_logits, write_family
 from torch import nn
 from transformers import AutoModelForCausalLM, MT5EncoderModel
 
@@ -170,16 +170,58 @@ def test_an_export_taken_in_again_is_the_same_bytes(fusion, projector, tiny, tmp
         assert (tmp_path / "out" / file).read_bytes() == (tmp_path / "twice" / file).read_bytes()
 
 
+NAMES = {"enc": "google/mt5-large", "lm": "microsoft/Orca-2-7b"}
+
+
+def read_as_langbridge(out):
+    """The classes that LangBridge makes of a directory's names, by its rules: encoder and LLM."""
+    config = json.loads((out / "config.json").read_text())
+    enc = next((x for x in ("umt5", "mt5") if x in config["enc"].lower()), "auto")
+    lms = {"facebook/opt": "opt", "EleutherAI/llemma": "llama", "codellama/CodeLlama": "llama",
+           "microsoft/Orca-2": "llama", "meta-math/MetaMath": "llama",
+           "meta-llama/Llama-2-7b-hf": "llama", "mistralai/Mistral-7B-v0.1": "mistral"}
+    return enc, next(kind for start, kind in lms.items() if config["lm"].startswith(start))
+
+
+def test_langbridge_knows_what_it_is_to_make(tiny, tmp_path):
+    """Finding 28: a name that LangBridge does not take is refused, with the way out."""
+    make_run(tmp_path / "run", tiny)
+    with pytest.raises(InputError, match=r"a name with 'mt5' in it, got .*; give --enc"):
+        export_langbridge(tmp_path / "run", tmp_path / "out", lm=NAMES["lm"])
+    with pytest.raises(InputError, match=r"microsoft/Orca-2, .*, got /.*decoder; give --lm"):
+        export_langbridge(tmp_path / "run", tmp_path / "out", enc=NAMES["enc"])
+    with pytest.raises(InputError, match=r"got mistralai/Mistral-7B-v0\.1; give --lm"):
+        export_langbridge(tmp_path / "run", tmp_path / "out", enc=NAMES["enc"],
+                          lm="mistralai/Mistral-7B-v0.1")
+    assert not (tmp_path / "out").exists()
+    export_langbridge(tmp_path / "run", tmp_path / "out", **NAMES)
+    assert read_as_langbridge(tmp_path / "out") == ("mt5", "llama")
+
+
+@pytest.mark.parametrize("case,family", [("qwen3", "qwen3"), ("mistral_v01", "mistral")])
+def test_langbridge_has_few_families(case, family, tiny, tmp_path):
+    """Finding 28: an LLM that LangBridge has no class for is refused."""
+    write_family(case, tiny, tmp_path / "llm")
+    make_run(tmp_path / "run", tiny, decoder=tmp_path / "llm")
+    if family == "mistral":
+        names = {**NAMES, "lm": "mistralai/Mistral-7B-v0.1"}
+        export_langbridge(tmp_path / "run", tmp_path / "out", **names)
+        assert read_as_langbridge(tmp_path / "out") == ("mt5", "mistral")
+        return
+    with pytest.raises(InputError, match=r"llama and mistral, .* is of qwen3: use --format jax"):
+        export_langbridge(tmp_path / "run", tmp_path / "out", **NAMES)
+
+
 @pytest.mark.parametrize("projector", ["linear", "ffn", "resampler"])
 def test_langbridges_layout_goes_out_and_in(projector, tiny, tmp_path):
     make_run(tmp_path / "run", tiny, "last", projector)
-    export_langbridge(tmp_path / "run", tmp_path / "out")
+    export_langbridge(tmp_path / "run", tmp_path / "out", **NAMES)
     tensors = load_file(tmp_path / "out" / "model.safetensors")
     assert {name.split(".")[1] for name in tensors} == {
         "enc", "lm", "lm_head", "embeddings", "alignment"}
-    adopt(str(tmp_path / "out"), tmp_path / "again")
+    adopt(str(tmp_path / "out"), tmp_path / "again", str(tiny / "encoder"), str(tiny / "decoder"))
     assert np.array_equal(logits_of(tmp_path / "again"), logits_of(tmp_path / "run"))
-    export_langbridge(tmp_path / "again", tmp_path / "twice")
+    export_langbridge(tmp_path / "again", tmp_path / "twice", **NAMES)
     twice = (tmp_path / "twice" / "model.safetensors").read_bytes()
     assert (tmp_path / "out" / "model.safetensors").read_bytes() == twice
 

@@ -40,8 +40,9 @@ from jaxfusion.nn.rope import LongScaling
 from jaxfusion.sharding.mesh import make_mesh
 from jaxfusion.testing.checkpoints import random_params
 from jaxfusion.training.adopt import adopt
-from jaxfusion.training.checkpoint import Checkpoints
-from jaxfusion.training.export import export
+from jaxfusion.training.checkpoint import Checkpoints, trained_part
+from jaxfusion.training.export import export, export_langbridge
+from jaxfusion.training.frozen import to_keep, write_frozen
 from jaxfusion.training.state import State, load_model, merge
 
 TEXTS = ["Premise: a b c Hypothesis: d", "e f", "the dog runs near the river and sings"]
@@ -72,13 +73,14 @@ def make_run(workdir, tiny, fusion="last", projector="linear", decoder=None, tra
     checkpoints = Checkpoints(workdir)
     checkpoints.save(State(jnp.array(3), trainable, ()), {}, None)
     checkpoints.close()
+    write_frozen(workdir, to_keep(model, ()))
     return replace(model, trainable=trainable)
 
 
 def theirs_of(out):
     model = AutoModelForCausalLM.from_pretrained(out, trust_remote_code=True)
-    queries = AutoTokenizer.from_pretrained(out, subfolder="encoder_tokenizer")
-    return model, queries(TEXTS, padding=True, return_tensors="pt")
+    tokenizer = AutoTokenizer.from_pretrained(out, trust_remote_code=True)
+    return model, tokenizer
 
 
 def next_logits(model, queries):
@@ -109,18 +111,15 @@ def extend(model, queries, tokens):
 
 
 def check(model, out):
-    theirs, inputs = theirs_of(out)
-    queries = [ids[mask.bool()].tolist()
-               for ids, mask in zip(inputs.input_ids, inputs.attention_mask, strict=True)]
+    theirs, tokenizer = theirs_of(out)
+    queries = model.tokenizers.encode_queries(TEXTS)
     ours = next_logits(model, queries)
-    with torch.no_grad():
-        assert relative(ours, theirs(**inputs).logits[:, -1].numpy()) < 1e-5
-        longest = inputs.input_ids.shape[1]
-        left = [[0] * (longest - len(ids)) for ids in queries]  # padding on the other side
-        ids = torch.tensor([pad + ids for pad, ids in zip(left, queries, strict=True)])
-        mask = torch.tensor([pad + [1] * len(ids) for pad, ids in zip(left, queries, strict=True)])
-        assert relative(ours, theirs(ids, mask).logits[:, -1].numpy()) < 1e-5
-        tokens = theirs.generate(**inputs, max_new_tokens=64, eos_token_id=None).numpy()
+    for side in ("right", "left"):
+        inputs = tokenizer(TEXTS, padding=True, padding_side=side, return_tensors="pt")
+        with torch.no_grad():
+            assert relative(ours, theirs(**inputs).logits[:, -1].numpy()) < 1e-5
+    found = theirs.generate(**inputs, max_new_tokens=64, eos_token_id=None).numpy()
+    tokens = found[:, inputs.input_ids.shape[1]:]
     assert tokens.shape == (len(TEXTS), 64)
     for row, logits in zip(tokens, extend(model, queries, tokens), strict=True):
         best = np.sort(logits, axis=-1)
@@ -194,11 +193,18 @@ def test_shards_of_the_trained_part_are_put_together(tiny, tmp_path, monkeypatch
 
 
 def test_nothing_that_is_read_is_written_over(tiny, tmp_path):
+    """Finding 32: no `--out` inside a workdir or round one, whatever --overwrite says."""
     make_run(tmp_path / "run", tiny)
-    for out in (tmp_path / "run", tmp_path):
-        with pytest.raises(InputError, match="which is read; give another directory"):
-            export(tmp_path / "run", out, overwrite=True)
+    make_run(tmp_path / "runs" / "other", tiny)
+    inside = [tmp_path / "run" / x for x in ("checkpoints", "exported", "eval/x")]
+    others = [tmp_path / "runs", tmp_path / "runs" / "other", tmp_path / "runs" / "other" / "new"]
+    for out in (tmp_path / "run", tmp_path, *inside, *others):
+        for overwrite in (True, False):
+            for write in (export, export_langbridge):
+                with pytest.raises(InputError, match=r"which is read; give a|the workdir"):
+                    write(tmp_path / "run", out, overwrite=overwrite)
     assert (tmp_path / "run" / "config.json").is_file()
+    assert trained_part(tmp_path / "runs" / "other")[0] == 3
 
 
 @pytest.mark.parametrize("merged", [False, True])
@@ -237,19 +243,30 @@ def test_a_chats_headers_and_prompt_go_along(prompt, tiny, tmp_path):
     if prompt != "{query}":
         check(model, tmp_path / "out")
         return
-    theirs, inputs = theirs_of(tmp_path / "out")
-    with pytest.raises(ValueError, match="decoder_input_ids are missing"):
-        theirs.generate(**inputs)
-    # What the model card says to run is what this project asks.
+    theirs, tokenizer = theirs_of(tmp_path / "out")
     texts = [*TEXTS, "e f Label: "]
+    start = theirs.config.prompt_offset
+    found = [[i - start for i in ids if i >= start] for ids in tokenizer(texts).input_ids]
+    assert model.tokenizers.encode_prompts(texts) == found
+    inputs = tokenizer(texts, padding=True, return_tensors="pt")
+    prompts = model.tokenizers.encode_prompts(texts)
+    rows = [TokenRow(query, prompt, []) for query, prompt in zip(
+        model.tokenizers.encode_queries(texts), prompts, strict=True)]
+    params = merge(model.trainable, model.frozen)
+    (numbers, batch), = in_order(rows, find_shapes(rows, (64,)), model.tokenizers, len(rows))
+    ours = prefill(model.bridge, params, batch, 1, False)[1]
+    with torch.no_grad():
+        assert relative(ours, theirs(**inputs).logits[:, -1].numpy()[numbers]) < 1e-5
+        bare = tokenizer.queries(texts, padding=True, return_tensors="pt").input_ids
+        with pytest.raises(ValueError, match="has no query"):
+            theirs(bare)
+        bare += theirs.config.query_offset
+        with pytest.raises(ValueError, match="no prompt after its query"):
+            theirs(bare)
+    # What the model card says to run is an answer.
     card = (tmp_path / "out" / "README.md").read_text()
     code = card.split("```python")[1].split("```")[0].replace('["..."]', repr(texts))
-    scope = {"DIR": tmp_path / "out"}
-    exec(code.split("tokens = ")[0], scope)
-    pairs = zip(scope["after"].input_ids, scope["after"].attention_mask, strict=True)
-    found = [ids[mask.bool()].tolist() for ids, mask in pairs]
-    assert model.tokenizers.encode_prompts(texts) == found
-    assert "model.generate(inputs.input_ids, inputs.attention_mask, after.input_ids" in code
+    exec(code, {"DIR": tmp_path / "out"})
 
 
 def test_a_merged_tower_is_what_it_was_byte_for_byte(tiny, tmp_path):

@@ -1,27 +1,30 @@
 """A bridge exported by jaxfusion, in PyTorch: multilingual encoder → fusion → projector → LLM.
 
     model = AutoModelForCausalLM.from_pretrained(DIR, trust_remote_code=True)
-    queries = AutoTokenizer.from_pretrained(DIR, subfolder="encoder_tokenizer")
-    answers = AutoTokenizer.from_pretrained(DIR, trust_remote_code=True)
-    tokens = model.generate(**queries(texts, padding=True, return_tensors="pt"), max_new_tokens=32)
-    answers.batch_decode(tokens, skip_special_tokens=True)
+    tokenizer = AutoTokenizer.from_pretrained(DIR, trust_remote_code=True)
+    inputs = tokenizer(texts, padding=True, return_tensors="pt")
+    tokenizer.batch_decode(model.generate(**inputs), skip_special_tokens=True)
 
-Self-contained: needs torch, transformers (4 or 5) and safetensors. Methods: LangBridge
-(arXiv:2401.10695), Global and Transformer Softmax (arXiv:2508.09091).
+Needs torch, transformers (4 or 5), safetensors and `tokenization_jaxfusion.py`, which says what the
+ids are. Methods: LangBridge (arXiv:2401.10695), Global and Transformer Softmax (arXiv:2508.09091).
 """
 
+import copy
 import inspect
 import json
+import logging
 import os
+import shutil
 
 import torch
 import transformers
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional
 from transformers import (
     AutoModelForCausalLM,
     GenerationConfig,
+    GenerationMixin,
     MT5EncoderModel,
     PretrainedConfig,
     PreTrainedModel,
@@ -30,7 +33,18 @@ from transformers import (
 from transformers.modeling_outputs import CausalLMOutput
 from transformers.utils import cached_file
 
+from .tokenization_jaxfusion import BridgeTokenizer, write_tokenizer
+
 WEIGHTS = "model.safetensors"
+CODE = ("modeling_jaxfusion.py", "tokenization_jaxfusion.py")
+AUTO_MAP = {"AutoConfig": "modeling_jaxfusion.BridgeConfig",
+            "AutoModelForCausalLM": "modeling_jaxfusion.BridgeForCausalLM"}
+ROLES = {"encoder": "reader", "decoder": "writer"}
+IGNORED = -100  # the label of a token that is not predicted
+# Of loading: 4.56 has renamed it.
+OLD = tuple(int(x) for x in transformers.__version__.split(".")[:2]) < (4, 56)
+DTYPE = "torch_dtype" if OLD else "dtype"
+logger = logging.getLogger(__name__)
 
 
 class BridgeConfig(PretrainedConfig):
@@ -43,28 +57,49 @@ class BridgeConfig(PretrainedConfig):
       fusion: `name`, `layer` and `d_ff`.
       projector: `name`, `d_ff` and `latents`.
       start_ids: what every row of the LLM starts with: BOS, or the header of a chat.
-      after_ids: what follows the prefix where no text is given; None where every input has its own.
+      after_ids: what follows the prefix; None where every query has a prompt of its own.
+      query_offset, prompt_offset: the first ids of queries and of their prompts.
+      query_end_id: the last id of every query; None where the encoder has none.
+      query_pad_id: the id that fills rows.
+      unfrozen: names of the parameters of encoder and LLM that train.
     """
 
     model_type = "jaxfusion_bridge"
 
     def __init__(self, reader=None, writer=None, fusion=None, projector=None, start_ids=(),
-                 after_ids=(), **kwargs):
+                 after_ids=(), query_offset=0, prompt_offset=0, query_end_id=None,
+                 query_pad_id=None, vocab_size=0, unfrozen=(), **kwargs):
         self.reader, self.writer = reader or {}, writer or {}
         self.fusion, self.projector = fusion or {}, projector or {}
         self.start_ids = list(start_ids)
         self.after_ids = after_ids if after_ids is None else list(after_ids)
+        self.query_offset, self.prompt_offset = query_offset, prompt_offset
+        self.query_end_id, self.query_pad_id = query_end_id, query_pad_id
+        self.unfrozen = list(unfrozen)
         super().__init__(**kwargs)
+        # Set last: transformers 5 checks above that ids lie below it, and those of queries do not.
+        self.vocab_size = vocab_size
 
 
-class Last(nn.Module):
+class Float32(nn.Module):
+    """A part that stays float32 when the model is cast: it is small, and its scales are large."""
+
+    def _apply(self, fn, *args, **kwargs):
+        def cast(x):
+            moved = fn(x)
+            return x.to(moved.device) if moved.is_floating_point() else moved
+
+        return super()._apply(cast, *args, **kwargs)
+
+
+class Last(Float32):
     """The last layer (LangBridge)."""
 
     def forward(self, states, mask):
         return states[-1]
 
 
-class Layer(nn.Module):
+class Layer(Float32):
     """One fixed layer, counted from 1."""
 
     def __init__(self, layer):
@@ -75,7 +110,7 @@ class Layer(nn.Module):
         return states[self.layer - 1]
 
 
-class GlobalSoftmax(nn.Module):
+class GlobalSoftmax(Float32):
     """One weight per layer: softmax((100 + 1e5·t)·w)."""
 
     def __init__(self, layers):
@@ -87,7 +122,7 @@ class GlobalSoftmax(nn.Module):
         return torch.einsum("l,lbsd->bsd", weights, states)
 
 
-class TransformerSoftmax(nn.Module):
+class TransformerSoftmax(Float32):
     """Weights of every token, by one post-norm transformer layer over `[cls, h_1+p_1, …]`.
 
     Only the cls row is read, and its query is the same for every token: so the layer collapses to
@@ -117,7 +152,7 @@ class TransformerSoftmax(nn.Module):
         return torch.einsum("bsl,lbsd->bsd", weights, states) * mask[:, :, None]
 
 
-class Projector(nn.Module):
+class Projector(Float32):
     """Encoder width → LLM width for each token, and the end vector after them.
 
     `linear`; `ffn` with exact GELU (LangBridge); `mapping` with ReLU (MindMerger).
@@ -137,7 +172,7 @@ class Projector(nn.Module):
         return prefix, mask, self.end
 
 
-class Resampler(nn.Module):
+class Resampler(Float32):
     """A fixed number of slots that attend to the features (LangBridge's `latent`)."""
 
     def __init__(self, width_in, width_out, latents, heads=8, head_dim=64):
@@ -199,11 +234,39 @@ def read_weights(path, revision, hub):
     return {key: x for name in sorted(names) for key, x in load_file(find(name)).items()}
 
 
-class BridgeForCausalLM(PreTrainedModel):
-    """Reads with the encoder, answers with the LLM; padding may lie on either side."""
+def fingerprint(x):
+    """The sum of a tensor's bits as numbers, to notice that it has changed."""
+    bits = x.detach().contiguous().flatten().view(torch.uint8)
+    wide = bits.view(torch.int32) if bits.numel() % 4 == 0 else bits
+    return x.dtype, wide.sum(dtype=torch.int64).item()
+
+
+class WithPrompt:
+    """A user's logits processor or stopping criterion, which counts on the ids of the prompt."""
+
+    def __init__(self, inner, prompt):
+        self.inner, self.prompt = inner, prompt
+
+    def __call__(self, input_ids, scores, **kwargs):
+        prompt = self.prompt.repeat_interleave(len(input_ids) // len(self.prompt), dim=0)
+        return self.inner(torch.cat([prompt, input_ids], dim=1), scores, **kwargs)
+
+
+class BridgeForCausalLM(PreTrainedModel, GenerationMixin):
+    """Reads with the encoder, answers with the LLM; padding may lie on either side.
+
+    A row of `input_ids` is a query, its prompt where the bridge has one for each query, and what
+    has been answered so far: see `tokenization_jaxfusion.py`. Encoder and LLM are frozen, but for
+    what was trained in them.
+    """
 
     config_class = BridgeConfig
     main_input_name = "input_ids"
+    base_model_prefix = ""
+    supports_gradient_checkpointing = True
+    accepts_loss_kwargs = True
+    _supports_sdpa = _supports_flash_attn = _supports_flash_attn_2 = _supports_flex_attn = True
+    _supports_attention_backend = True
 
     def __init__(self, config, encoder=None, decoder=None):
         super().__init__(config)
@@ -213,7 +276,11 @@ class BridgeForCausalLM(PreTrainedModel):
         self.fusion = make_fusion(config.fusion, config.reader)
         self.projector = make_projector(config.projector, config.reader["width"],
                                         config.writer["width"])
-        self.generation_config = decoder.generation_config
+        self.generation_config = GenerationConfig(
+            eos_token_id=config.eos_token_id, pad_token_id=config.query_pad_id,
+            bos_token_id=config.bos_token_id)
+        self.all_tied_weights_keys = {}  # of this module; its two models tie their own
+        self._read = {}  # what was read: fingerprints, the backbones' config.json, where from
 
     @classmethod
     def from_pretrained(cls, path, *args, config=None, **kwargs):
@@ -221,9 +288,16 @@ class BridgeForCausalLM(PreTrainedModel):
 
         Keyword arguments go to both backbones (device_map, token, …), `attn_implementation` to the
         LLM alone. `dtype` is that of the backbones; without it each has the one it was stored in.
+
+        Raises:
+          ValueError: an argument that a bridge does not take, or weights that do not fit.
         """
-        for name in ("trust_remote_code", "code_revision", "_from_auto", "adapter_kwargs",
-                     "subfolder"):
+        refused = [name for name in ("subfolder", "state_dict", "output_loading_info", "gguf_file",
+                                     "variant", "adapter_name") if kwargs.pop(name, None)]
+        if args or refused:
+            raise ValueError(f"a bridge is not loaded with {', '.join(refused) or args}; leave it "
+                             "out")
+        for name in ("trust_remote_code", "code_revision", "_from_auto", "adapter_kwargs"):
             kwargs.pop(name, None)
         revision = kwargs.pop("revision", None)
         hub = {key: kwargs[key] for key in ("cache_dir", "token", "local_files_only")
@@ -233,15 +307,13 @@ class BridgeForCausalLM(PreTrainedModel):
             config = BridgeConfig.from_pretrained(path, revision=revision, **hub)
         elif asked is None:  # where AutoModelForCausalLM leaves it
             asked = getattr(config, "_attn_implementation", None)
-        if asked is None and config.writer["capped"]:
-            asked = "eager"  # the faster kernels of some releases leave out the cap
-        attention = {} if asked is None else {"attn_implementation": asked}
+        attention = cls._attention(asked, config.writer["capped"])
         dtype = kwargs.pop("dtype", None) or kwargs.pop("torch_dtype", None)
-        dtype_field = "torch_dtype" if transformers.__version__.startswith("4.") else "dtype"
+        kwargs.pop("torch_dtype", None)
 
         def backbone(kind, part, **more):
-            stored = getattr(torch, part["dtype"])
-            settings = {**kwargs, dtype_field: dtype or stored, **more}
+            chosen = getattr(torch, part["dtype"]) if dtype in (None, "auto") else dtype
+            settings = {**kwargs, DTYPE: chosen, **more}
             if part["inside"]:
                 return kind.from_pretrained(path, subfolder=part["checkpoint"],
                                             revision=revision or "main", **settings)
@@ -252,17 +324,57 @@ class BridgeForCausalLM(PreTrainedModel):
         encoder = backbone(families[config.reader["family"]], config.reader)
         decoder = backbone(AutoModelForCausalLM, config.writer, **attention)
         model = cls(config, encoder, decoder)
-        trained = read_weights(path, revision, hub)
-        own = {name for name in model.state_dict() if name.startswith(("fusion.", "projector."))}
-        outcome = model.load_state_dict(trained, strict=False)
+        model._read = {"from": (path, {"revision": revision, **hub}), "bits": {
+            name: None if x.is_meta else fingerprint(x) for name, x in model._of_backbones()}}
+        model._load_trained(read_weights(path, revision, hub), path)
+        places = {role: getattr(getattr(model, role), "hf_device_map", None) for role in ROLES}
+        if all(places.values()):  # accelerate has placed them; nobody is to move them
+            model.hf_device_map = {f"{role}.{name}".rstrip("."): place
+                                   for role, found in places.items()
+                                   for name, place in found.items()}
+        try:
+            model.generation_config = GenerationConfig.from_pretrained(
+                path, revision=revision or "main", **hub)
+        except OSError:  # a directory that has none
+            logger.warning("%s has no generation_config.json: set max_new_tokens", path)
+        return model.eval()
+
+    @staticmethod
+    def _attention(asked, capped):
+        """The LLM's attention, as an argument.
+
+        Raises:
+          ValueError: one that leaves out the cap of the scores.
+        """
+        if capped and asked in (None, "eager"):
+            return {"attn_implementation": "eager"}  # faster kernels leave out the cap
+        if capped and asked == "sdpa":
+            raise ValueError("attn_implementation='sdpa' leaves out the cap of this LLM's "
+                             "attention scores; leave it out, or set it to 'eager'")
+        return {} if asked is None else {"attn_implementation": asked}
+
+    def _load_trained(self, trained, path):
+        """Puts the trained part in its place, and freezes the rest."""
+        own = {name for name in self.state_dict() if name.startswith(("fusion.", "projector."))}
+        outcome = self.load_state_dict(trained, strict=False)
         missing = own - trained.keys()
         if missing or outcome.unexpected_keys:
             raise ValueError(f"{path}: missing {sorted(missing)}, "
                              f"unexpected {outcome.unexpected_keys}")
-        device = decoder.get_input_embeddings().weight.device
-        model.fusion.to(device)
-        model.projector.to(device)
-        return model.eval()
+        for name, x in self._of_backbones():
+            x.requires_grad_(name in self.config.unfrozen)
+        device = self.decoder.get_input_embeddings().weight.device
+        self.fusion.to(device)
+        self.projector.to(device)
+        self._keys_to_ignore_on_save = sorted(self.state_dict().keys() - trained.keys())
+
+    def _of_backbones(self):
+        """The parameters of encoder and LLM by name, tied ones once."""
+        for role in ROLES:
+            for name, x in getattr(self, role).named_parameters():
+                yield f"{role}.{name}", x
+
+    # What is computed.
 
     def prefix(self, input_ids, attention_mask=None):
         """Encoder ids [B S] → the prefix [B P E], its mask [B P], and the end vector [E]."""
@@ -275,31 +387,82 @@ class BridgeForCausalLM(PreTrainedModel):
         mask = attention_mask.to(device)
         return self.projector(self.fusion(states, mask), mask)
 
-    def splice(self, input_ids, attention_mask=None, decoder_input_ids=None,
-               decoder_attention_mask=None):
-        """`start + prefix + end + text` of every row without gaps, padding on the left."""
-        prefix, mask, end = self.prefix(input_ids, attention_mask)
+    def _mask(self, input_ids, attention_mask):
+        """Where rows [B S] have tokens [B S].
+
+        Raises:
+          ValueError: rows that are not query, prompt, answer in this order.
+        """
+        c, real = self.config, input_ids != self.config.query_pad_id
+        if attention_mask is not None:
+            if attention_mask.shape != input_ids.shape:
+                raise ValueError(f"attention_mask is {list(attention_mask.shape)}, expected the "
+                                 f"{list(input_ids.shape)} of input_ids")
+            real &= attention_mask.bool()
+        for row, (ids, kept) in enumerate(zip(input_ids, real, strict=True)):
+            ids = ids[kept]
+            kinds = (ids < c.query_offset).int() + (ids < c.prompt_offset).int()
+            query = ids[kinds == 1]
+            if not len(query):
+                raise ValueError(
+                    f"row {row} of input_ids has no query: make it with "
+                    "AutoTokenizer.from_pretrained(DIR, trust_remote_code=True), not with the "
+                    "tokenizer of the LLM or of the encoder")
+            order = torch.tensor([1, 0, 2], device=ids.device)[kinds]  # query, prompt, answer
+            if (order.diff() < 0).any():
+                raise ValueError(f"row {row} of input_ids is not a query, its prompt and an answer "
+                                 "in this order")
+            if c.query_end_id is not None and query[-1] != c.query_end_id:
+                raise ValueError(
+                    f"the query in row {row} of input_ids does not end in the encoder's end token: "
+                    "it was cut, or an answer was given as a query (lm-eval's `--model hf` does; "
+                    "use `python -m jaxfusion.evaluation.lm_eval`)")
+            if (c.after_ids is None) != bool((kinds == 0).any()):
+                raise ValueError(f"row {row} of input_ids has "
+                                 f"{'no' if c.after_ids is None else 'a'} prompt after its query: "
+                                 "it is not of this bridge's tokenizer")
+        return real
+
+    def splice(self, input_ids, attention_mask=None):
+        """Every row as the LLM reads it: `start + prefix + end + prompt + answer` without gaps.
+
+        Returns:
+          Embeddings [B T E] with padding on the left, their mask [B T], and for every id the slot
+          whose logits say what follows it [B S]; -1 before the end of the query.
+
+        Raises:
+          ValueError: ids that are not of this bridge's tokenizer.
+        """
+        c, real = self.config, self._mask(input_ids, attention_mask)
+        queries = [ids[kept & (ids >= c.query_offset) & (ids < c.prompt_offset)] - c.query_offset
+                   for ids, kept in zip(input_ids, real, strict=True)]
+        enc_ids = nn.utils.rnn.pad_sequence(queries, batch_first=True)
+        enc_mask = nn.utils.rnn.pad_sequence([torch.ones_like(x) for x in queries],
+                                             batch_first=True)
+        device = self.encoder.get_input_embeddings().weight.device
+        prefix, mask, end = self.prefix(enc_ids.to(device), enc_mask.to(device))
         table = self.decoder.get_input_embeddings()
-        if decoder_input_ids is None:
-            if self.config.after_ids is None:
-                raise ValueError("decoder_input_ids are missing: this bridge was trained with a "
-                                 "text after the prefix; its README.md shows how to give it")
-            after = torch.tensor([self.config.after_ids], dtype=input_ids.dtype)
-            decoder_input_ids = after.to(input_ids.device).expand(len(input_ids), -1)
-        if decoder_attention_mask is None:
-            decoder_attention_mask = torch.ones_like(decoder_input_ids)
-        prefix, end = (x.to(table.weight.dtype) / self._scale(table)
-                       for x in (prefix, end))
-        start = table(torch.tensor(self.config.start_ids, dtype=torch.long, device=prefix.device))
-        rows = []
-        for i in range(len(prefix)):
-            text = decoder_input_ids[i][decoder_attention_mask[i].bool()].to(prefix.device)
-            rows.append(torch.cat([start, prefix[i][mask[i].bool()], end[None], table(text)]))
+        prefix, end = (x.to(table.weight.dtype) / self._scale(table) for x in (prefix, end))
+        start, after = (torch.tensor(ids or [], dtype=torch.long, device=prefix.device)
+                        for ids in (c.start_ids, c.after_ids))
+        rows, slots = [], []
+        for i, (ids, kept) in enumerate(zip(input_ids, real, strict=True)):
+            text = kept & ((ids < c.query_offset) | (ids >= c.prompt_offset))
+            tokens = torch.where(ids < c.query_offset, ids, ids - c.prompt_offset)[text]
+            before = torch.cat([table(start), prefix[i][mask[i].bool()], end[None], table(after)])
+            rows.append(torch.cat([before, table(tokens.to(prefix.device))]))
+            last = torch.where(kept & (ids >= c.query_offset) & (ids < c.prompt_offset))[0][-1]
+            told = len(before) - 1 + text.cumsum(0)
+            slots.append(torch.where(torch.arange(len(ids), device=ids.device) < last, -1, told))
         longest = max(map(len, rows))
-        embeds = torch.stack([functional.pad(row, (0, 0, longest - len(row), 0)) for row in rows])
-        real = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows],
+        left = [longest - len(row) for row in rows]
+        embeds = torch.stack([functional.pad(row, (0, 0, n, 0))
+                              for n, row in zip(left, rows, strict=True)])
+        real = torch.tensor([[0] * n + [1] * len(row) for n, row in zip(left, rows, strict=True)],
                             device=embeds.device)
-        return embeds, real
+        slots = torch.stack([torch.where(x < 0, x, x + n)
+                             for n, x in zip(left, slots, strict=True)])
+        return embeds, real, slots.to(embeds.device)
 
     def _scale(self, table):
         """What the LLM multiplies its inputs by, where its embedding table does not (Gemma 1 and 2
@@ -311,45 +474,281 @@ class BridgeForCausalLM(PreTrainedModel):
         width = torch.tensor(self.config.writer["width"] ** 0.5, dtype=table.weight.dtype)
         return width.item() if scales else 1.0
 
-    def forward(self, input_ids, attention_mask=None, decoder_input_ids=None,
-                decoder_attention_mask=None, labels=None, **kwargs):
-        """Logits after the prefix and after each decoder token: [B 1+T V], decoder ids unpadded or
-        padded on the left.
+    def forward(self, input_ids=None, attention_mask=None, labels=None, *, inputs_embeds=None,
+                position_ids=None, past_key_values=None, use_cache=None, output_attentions=None,
+                output_hidden_states=None, return_dict=None, num_items_in_batch=None):
+        """Logits [B S V] of what follows each id; 0 before the end of the query.
 
         Args:
-          input_ids, attention_mask: of the encoder. decoder_*: text that follows the prefix.
-          labels: [B 1+T] tokens wanted there, -100 where none is; gives a mean loss.
+          input_ids, attention_mask: [B S], as the tokenizer makes them.
+          labels: [B S], the answers' ids of `input_ids` where they are to be learned, -100
+            elsewhere; gives a mean loss, or the sum over `num_items_in_batch`.
+          output_hidden_states: also the LLM's states [B S E], in the places of the logits.
+
+        Raises:
+          ValueError: ids of another tokenizer, labels that `input_ids` does not have, or something
+            that a bridge has not.
         """
-        embeds, real = self.splice(input_ids, attention_mask, decoder_input_ids,
-                                   decoder_attention_mask)
+        given = {"inputs_embeds": inputs_embeds, "position_ids": position_ids,
+                 "past_key_values": past_key_values, "use_cache": use_cache,
+                 "output_attentions": output_attentions}
+        if refused := [name for name, x in given.items() if x is not None and x is not False]:
+            raise ValueError(f"a bridge's forward takes no {', '.join(refused)}: its rows are "
+                             "queries, which the encoder reads whole; generate keeps its own cache")
+        if input_ids is None:
+            raise ValueError("input_ids are missing")
+        if output_hidden_states is None:
+            output_hidden_states = bool(getattr(self.config, "output_hidden_states", False))
+        embeds, real, slots = self.splice(input_ids, attention_mask)
         positions = (real.cumsum(1) - 1).clamp(min=0)
-        logits = self.decoder(inputs_embeds=embeds, attention_mask=real, position_ids=positions,
-                              use_cache=False).logits
-        texts = 0 if decoder_input_ids is None else decoder_input_ids.shape[1]
-        logits, loss = logits[:, -1 - texts :], None
-        if labels is not None:
-            loss = functional.cross_entropy(logits.float().flatten(0, 1), labels.flatten())
-        return CausalLMOutput(loss=loss, logits=logits)
+        found = self.decoder(inputs_embeds=embeds, attention_mask=real, position_ids=positions,
+                             use_cache=False, output_hidden_states=output_hidden_states)
+
+        def placed(x):
+            taken = x[torch.arange(len(x), device=x.device)[:, None], slots.clamp(min=0)]
+            return taken * (slots >= 0)[..., None]
+
+        logits = placed(found.logits)
+        loss = None if labels is None else self._loss(logits, input_ids, labels,
+                                                      num_items_in_batch)
+        states = tuple(map(placed, found.hidden_states)) if output_hidden_states else None
+        output = CausalLMOutput(loss=loss, logits=logits, hidden_states=states)
+        if return_dict is None:
+            return_dict = getattr(self.config, "return_dict", True)
+        return output if return_dict else output.to_tuple()
+
+    def _loss(self, logits, input_ids, labels, count):
+        """Mean negative log-likelihood of the labels.
+
+        Raises:
+          ValueError: labels that are not answers of `input_ids`.
+        """
+        if labels.shape != input_ids.shape:
+            raise ValueError(f"labels are {list(labels.shape)}, expected the "
+                             f"{list(input_ids.shape)} of input_ids: make both at once with "
+                             "tokenizer(texts, text_target=answers)")
+        wanted = labels != IGNORED
+        if (wanted & ((labels != input_ids) | (labels >= self.config.query_offset))).any():
+            raise ValueError("labels are answers' ids of input_ids or -100, got others: make them "
+                             "with tokenizer(texts, text_target=answers)")
+        chosen = wanted[:, 1:].to(logits.device)
+        targets = labels[:, 1:].to(logits.device)[chosen]
+        total = functional.cross_entropy(logits[:, :-1][chosen].float(), targets, reduction="sum")
+        return total / (max(len(targets), 1) if count is None else count)
 
     @torch.no_grad()
-    def generate(self, input_ids, attention_mask=None, decoder_input_ids=None,
-                 decoder_attention_mask=None, **kwargs):
-        """The LLM's `generate`; returns the new tokens alone.
+    def generate(self, inputs=None, generation_config=None, *, input_ids=None,
+                 attention_mask=None, logits_processor=None, stopping_criteria=None,
+                 prefix_allowed_tokens_fn=None, streamer=None, tokenizer=None, synced_gpus=None,
+                 **kwargs):
+        """The LLM's `generate`; returns `input_ids` and the new tokens after them.
 
-        Greedy, and free of what the LLM's own `generation_config.json` asks for, unless arguments
-        say otherwise.
+        `generation_config` stands above this model's own, and arguments above both; the LLM's
+        `generation_config.json` counts for nothing.
+
+        Raises:
+          ValueError: ids that are not of this bridge's tokenizer.
+          TypeError: an argument that `generate` does not have.
         """
-        embeds, real = self.splice(input_ids, attention_mask, decoder_input_ids,
-                                   decoder_attention_mask)
-        if "generation_config" not in kwargs:
-            kwargs["generation_config"] = GenerationConfig(
-                eos_token_id=self.config.eos_token_id, pad_token_id=self.config.eos_token_id,
-                bos_token_id=self.config.bos_token_id,
-            )
+        ids = inputs if input_ids is None else input_ids
+        if ids is None or (inputs is not None and input_ids is not None):
+            raise ValueError("expected input_ids once")
+        if not isinstance(generation_config, (GenerationConfig, type(None))):
+            raise TypeError(f"generation_config is a {type(generation_config).__name__}, expected "
+                            "GenerationConfig; give attention_mask by its name")
+        settings, unknown = self._prepare_generation_config(generation_config, **kwargs)
+        states = ("output_attentions", "output_hidden_states")  # which the settings hold too
+        unknown = [name for name, x in unknown.items()
+                   if x is not None and x is not False and name not in states]
+        if unknown:
+            raise TypeError(f"a bridge's generate takes no {', '.join(unknown)}")
+        chosen = {} if generation_config is None else generation_config.to_diff_dict()
+        self._settle(settings, ids.shape[1], {**chosen, **kwargs})
+        embeds, real, _ = self.splice(ids, attention_mask)
+        prompt = ids.to(embeds.device)
+        more = {"logits_processor": logits_processor, "stopping_criteria": stopping_criteria}
+        more = {name: type(x)(WithPrompt(inner, prompt) for inner in x)
+                for name, x in more.items() if x}
+        if prefix_allowed_tokens_fn is not None:
+            more["prefix_allowed_tokens_fn"] = lambda i, new: prefix_allowed_tokens_fn(
+                i, torch.cat([prompt[i], new]))
         # What is not set there would be filled in from the LLM's own.
-        own, self.decoder.generation_config = (
-            self.decoder.generation_config, kwargs["generation_config"])
+        own, self.decoder.generation_config = self.decoder.generation_config, settings
         try:
-            return self.decoder.generate(inputs_embeds=embeds, attention_mask=real, **kwargs)
+            found = self.decoder.generate(
+                inputs_embeds=embeds, attention_mask=real, generation_config=settings,
+                streamer=streamer,
+                tokenizer=getattr(tokenizer, "answers", tokenizer), synced_gpus=synced_gpus, **more)
         finally:
             self.decoder.generation_config = own
+        new = found if isinstance(found, torch.Tensor) else found.sequences
+        whole = torch.cat([prompt.repeat_interleave(len(new) // len(prompt), dim=0), new], dim=1)
+        if isinstance(found, torch.Tensor):
+            return whole
+        found.sequences = whole
+        return found
+
+    def _settle(self, settings, asked, chosen):
+        """What the LLM counts otherwise than its users: lengths, and the token that fills rows.
+
+        Args:
+          settings: is changed. asked: ids of a row of input. chosen: what the call asks for.
+
+        Raises:
+          ValueError: a total length that the input has already.
+        """
+        unset = GenerationConfig()
+        for kind in ("max", "min"):
+            new, total = f"{kind}_new_tokens", f"{kind}_length"
+            length, usual = getattr(settings, total), getattr(unset, total)
+            if (chosen.get(total) or (getattr(settings, new) is None and length != usual)) and (
+                    chosen.get(new) is None):
+                setattr(settings, new, length - asked if kind == "max" else max(length - asked, 0))
+            setattr(settings, total, usual)
+        if settings.max_new_tokens is not None and settings.max_new_tokens < 1:
+            raise ValueError(f"max_length leaves nothing to generate after {asked} ids of input; "
+                             "set max_new_tokens")
+        ends = settings.eos_token_id
+        ends = ends if isinstance(ends, (list, tuple)) else [ends]
+        if settings.pad_token_id is None or settings.pad_token_id >= self.config.query_offset:
+            settings.pad_token_id = next((x for x in ends if x is not None), 0)
+
+    def _prepare_generation_config(self, generation_config, use_model_defaults=None, **kwargs):
+        """As in transformers; a pipeline's own defaults count for nothing."""
+        if use_model_defaults:
+            generation_config = None
+        return super()._prepare_generation_config(generation_config, **kwargs)
+
+    # What transformers, peft and others ask of a model.
+
+    def prepare_inputs_for_generation(self, input_ids, attention_mask=None, **kwargs):
+        """What `forward` takes."""
+        return {"input_ids": input_ids, "attention_mask": attention_mask}
+
+    def _apply(self, fn, *args, **kwargs):
+        """As in torch, but that tables as the rotary frequencies keep their precision, as they do
+        where a model is loaded in another dtype."""
+        held = [(module, name, x) for module in self.modules()
+                for name, x in module.named_buffers(recurse=False)]
+        super()._apply(fn, *args, **kwargs)
+        for module, name, x in held:
+            now = getattr(module, name)
+            if now.dtype != x.dtype:
+                setattr(module, name, x.to(now.device))
+        return self
+
+    def train(self, mode=True):
+        """As in torch; the encoder has no dropout where it does not train."""
+        super().train(mode)
+        if not any(x.requires_grad for x in self.encoder.parameters()):
+            self.encoder.eval()
+        return self
+
+    def get_input_embeddings(self):
+        """The LLM's table of input embeddings."""
+        return self.decoder.get_input_embeddings()
+
+    def set_input_embeddings(self, value):
+        """Sets it."""
+        self.decoder.set_input_embeddings(value)
+
+    def get_output_embeddings(self):
+        """The LLM's head."""
+        return self.decoder.get_output_embeddings()
+
+    def set_output_embeddings(self, value):
+        """Sets it."""
+        self.decoder.set_output_embeddings(value)
+
+    def tie_weights(self, *args, **kwargs):
+        """Each of the two models ties its own."""
+        for role in ROLES:
+            getattr(self, role).tie_weights(*args, **kwargs)
+
+    def resize_token_embeddings(self, *args, **kwargs):
+        """Raises ValueError: ids above the LLM's are the encoder's."""
+        raise ValueError("a bridge's tables are those of its two models: they cannot be resized")
+
+    def save_pretrained(self, save_directory, is_main_process=True, state_dict=None,
+                        push_to_hub=False, **kwargs):
+        """Writes a directory that loads again: backbones by name, or inside as they were read.
+
+        Of backbones by name, what has changed in them goes along. The tokenizers go along where
+        they can still be read.
+
+        Raises:
+          ValueError: adapters in it, or weights that are not in memory.
+        """
+        if not is_main_process:
+            return
+        out = os.fspath(save_directory)
+        state = {name: x for name, x in (state_dict or self.state_dict()).items()
+                 if not getattr(x, "is_meta", False)}
+        names = [*self._read["bits"], *(name for name, _ in self.named_parameters()
+                                        if name.startswith(("fusion.", "projector.")))]
+        if missing := [name for name in names if name not in state]:
+            raise ValueError(f"{', '.join(missing[:3])} … are not in memory under these names: "
+                             "merge adapters (merge_and_unload) or save them alone, and load "
+                             "without offloading")
+        trained = {name: x for name, x in state.items() if name in names and (
+            name not in self._read["bits"] or self._read["bits"][name] != fingerprint(x))}
+        os.makedirs(out, exist_ok=True)
+        _write(os.path.join(out, WEIGHTS), trained)
+        self._keys_to_ignore_on_save = sorted(state.keys() - trained.keys())
+        config = copy.deepcopy(self.config)
+        config.auto_map, config.architectures = dict(AUTO_MAP), [type(self).__name__]
+        config.unfrozen = [name for name, x in self._of_backbones() if x.requires_grad]
+        for role, part in ROLES.items():
+            dtype = next(getattr(self, role).parameters()).dtype
+            getattr(config, part)["dtype"] = str(dtype).removeprefix("torch.")
+        config.to_json_file(os.path.join(out, "config.json"))
+        self.generation_config.save_pretrained(out)
+        for name in CODE:
+            here = os.path.join(os.path.dirname(__file__), name)
+            if os.path.realpath(here) != os.path.realpath(os.path.join(out, name)):
+                shutil.copyfile(here, os.path.join(out, name))
+        for role, part in ROLES.items():
+            if getattr(config, part)["inside"]:
+                self._save_backbone(role, getattr(config, part), out, state)
+        self._save_tokenizers(config, out)
+        if push_to_hub:
+            self.push_to_hub(kwargs.pop("repo_id", os.path.basename(out)), **kwargs)
+
+    def _save_backbone(self, role, part, out, state):
+        """One model in a directory of its own, with the config.json that it was read with."""
+        path, hub = self._read["from"]
+        folder = os.path.join(out, part["checkpoint"])
+        os.makedirs(folder, exist_ok=True)
+        _write(os.path.join(folder, WEIGHTS), {
+            name.removeprefix(f"{role}."): state[name] for name, _ in self._of_backbones()
+            if name.startswith(f"{role}.")})
+        for name in ("config.json", "generation_config.json"):
+            file = cached_file(path, name, subfolder=part["checkpoint"],
+                               _raise_exceptions_for_missing_entries=False, **hub)
+            if file is not None:
+                with open(file, encoding="utf-8") as opened:
+                    held = json.load(opened)
+                if name == "config.json":
+                    held |= {"dtype": part["dtype"], "torch_dtype": part["dtype"]}
+                with open(os.path.join(folder, name), "w", encoding="utf-8") as opened:
+                    json.dump(held, opened, indent=2)
+
+    def _save_tokenizers(self, config, out):
+        path, hub = self._read["from"]
+        try:
+            tokenizer = BridgeTokenizer.from_pretrained(path, **hub)
+        except OSError as error:
+            logger.warning("the tokenizers are not written (%s): save them with "
+                           "tokenizer.save_pretrained", str(error).splitlines()[0])
+            return
+        tokenizer.save_pretrained(out)
+        for part, inner in ((config.reader, tokenizer.queries), (config.writer, tokenizer.answers)):
+            if part["inside"]:
+                write_tokenizer(os.path.join(out, part["checkpoint"]), inner)
+
+
+def _write(file, tensors):
+    """Writes tensors, whatever they share; what loads again from the same file can be written."""
+    tensors = {name: x.detach().to("cpu", copy=True).contiguous() for name, x in tensors.items()}
+    save_file(tensors, f"{file}.partial", metadata={"format": "pt"})
+    os.replace(f"{file}.partial", file)

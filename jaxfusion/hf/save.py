@@ -106,23 +106,10 @@ def copy_tower(
 
 
 def write_tokenizer(out: Path, tokenizer) -> None:
-    """Writes a tokenizer so that transformers 4 and 5 read the same `tokenizer.json`.
+    """Writes a tokenizer so that transformers 4 and 5 read the same; exports do it on their own."""
+    from jaxfusion.hf import tokenization_jaxfusion  # imports transformers, which takes seconds
 
-    5 writes a class that 4 does not know, and special tokens beyond the usual as a list under a
-    name that in 4 wants a dictionary.
-    """
-    tokenizer.save_pretrained(out)
-    file = out / "tokenizer_config.json"
-    if not (out / "tokenizer.json").is_file():
-        return  # a slow tokenizer has its own class in both
-    config = json.loads(file.read_text("utf-8"))
-    for name in ("backend", "is_local", "local_files_only"):  # how it was read just now
-        config.pop(name, None)
-    config["tokenizer_class"] = "PreTrainedTokenizerFast"
-    config["model_input_names"] = ["input_ids", "attention_mask"]  # 4 would add token types
-    if isinstance(config.get("extra_special_tokens"), list):
-        config["additional_special_tokens"] = config.pop("extra_special_tokens")
-    file.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", "utf-8")
+    tokenization_jaxfusion.write_tokenizer(out, tokenizer)
 
 
 def write_shards(
@@ -135,7 +122,7 @@ def write_shards(
 
     def flush() -> None:
         # Contiguous on purpose: `save_file` writes a transposed array's buffer as it lies.
-        arrays = {name: np.ascontiguousarray(array) for name, array in held.items()}
+        arrays = {name: np.asarray(array, order="C") for name, array in held.items()}
         try:
             save_file(arrays, out / f"shard-{len(shards)}", metadata={"format": "pt"})
         except SafetensorError as error:  # a full disk, for one

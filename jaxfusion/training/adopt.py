@@ -111,6 +111,8 @@ def _read(rows: Table, tensors: TensorFiles) -> Flat:
     for row in rows.rows:
         x = tensors.read(row.theirs)
         found[row.ours] = {"same": x, "linear_in": x.T, "vector": x.reshape(-1)}[row.transform]
+    if "fusion/t" in found:  # which earlier exports have as a vector of one
+        found["fusion/t"] = found["fusion/t"].reshape(())
     return found
 
 

@@ -4,7 +4,7 @@ import logging
 import time
 from concurrent.futures import Future
 from dataclasses import replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import islice
 from pathlib import Path
 
@@ -27,7 +27,7 @@ from jaxfusion.evaluation.scoring import Scorer, for_task
 from jaxfusion.fields import Config
 from jaxfusion.nn.bridge import Bridge
 from jaxfusion.sharding.mesh import sharding
-from jaxfusion.training.checkpoint import trained_part
+from jaxfusion.training.frozen import OWN, earlier_part, frozen_part, to_keep
 from jaxfusion.training.loop import CONFIG_FILE, Run, batch_shares, put_batch, run_to_end
 from jaxfusion.training.state import Flat, Model, State, load_model, merge, overlay, plain
 from jaxfusion.training.warm_start import warm_start
@@ -37,11 +37,15 @@ logger = logging.getLogger(__name__)
 
 def train(config: Config, workdir: Path, profile: tuple[int, int] | None = None) -> State:
     """Trains a bridge; see `run_to_end`."""
-    return run_to_end(config, workdir, prepare, profile)
+    return run_to_end(config, workdir, partial(prepare, workdir=workdir), profile)
 
 
-def prepare(config: Config, mesh, fresh: bool = True) -> Run:
-    """Loads data and model, and says what was found; only a fresh run starts from another."""
+def prepare(config: Config, mesh, fresh: bool = True, workdir: Path | None = None) -> Run:
+    """Loads data and model, and says what was found; only a fresh run starts from another.
+
+    Args:
+      workdir: of a run that is resumed, which holds what was frozen in it.
+    """
     shares = batch_shares(config.train, mesh)
     config, task, found, dev = read_data(config)
     waiting: list[Future] = []
@@ -51,9 +55,13 @@ def prepare(config: Config, mesh, fresh: bool = True) -> Run:
 
     model = load_model(config, mesh, start)
     rows = waiting[0].result()
-    if config.train.init_from is not None and fresh:
-        model = start_from(model, Path(config.train.init_from))
-    elif config.projector.warm_start and fresh:
+    earlier = {}
+    if not fresh:
+        complete = not any(path.startswith(OWN) for path in model.frozen)
+        model = overlay(model, frozen_part(workdir, config, complete), str(workdir))
+    elif config.train.init_from is not None:
+        model, earlier = start_from(model, Path(config.train.init_from))
+    elif config.projector.warm_start:
         model = warm_start(model, found)
     layout = _layout(config, rows, model, shares)
     steps = config.train.steps or config.train.epochs * steps_per_epoch(
@@ -70,6 +78,7 @@ def prepare(config: Config, mesh, fresh: bool = True) -> Run:
         model.config, model.bridge.loss, model.trainable, model.frozen, model.groups, batches,
         steps, score, "log_likelihood" if task.unlabelled else "exact_match",
         plain(model.bridge).loss, fingerprints(example.query for example in found),
+        to_keep(model, earlier) if fresh else None,
     )
 
 
@@ -134,16 +143,17 @@ def _layout(config: Config, rows: TokenRows | Continued, model: Model, shares: i
     return find_shapes(rows, c.buckets)
 
 
-def start_from(model: Model, workdir: Path) -> Model:
-    """The model with the trained part of another run (the second stage of a two-stage recipe)."""
+def start_from(model: Model, workdir: Path) -> tuple[Model, Flat]:
+    """The model with the own parameters of another run, trained and frozen (the second stage of a
+    two-stage recipe), and these."""
     if not (workdir / CONFIG_FILE).is_file():
         raise InputError(f"train.init_from: {workdir} is no workdir of a run")
-    step, trained = trained_part(workdir)
+    step, earlier = earlier_part(workdir)
     logger.info("starting from step %d of %s", step, workdir)
-    absent = sorted(set(model.trainable) - set(trained))
+    absent = sorted(set(model.trainable) - set(earlier))
     if absent:
         logger.warning("it has no %s: these start afresh", ", ".join(absent))
-    return overlay(model, trained, str(workdir))
+    return overlay(model, earlier, str(workdir)), earlier
 
 
 def _dev_scorer(model: Model, dev: list[Example], task: Task):

@@ -29,6 +29,7 @@ from jaxfusion.files import WRITER, only_writer
 from jaxfusion.sharding.hosts import check_peers, is_first
 from jaxfusion.sharding.mesh import make_mesh
 from jaxfusion.training.checkpoint import trained_part
+from jaxfusion.training.frozen import OWN, frozen_part
 from jaxfusion.training.loop import CONFIG_FILE
 from jaxfusion.training.state import Model, load_model, merge, overlay
 
@@ -134,7 +135,9 @@ def load_trained(
     if llm_only:
         return 0, load_model(config, mesh)
     step, trained = trained_part(workdir)
-    return step, overlay(load_model(config, mesh), trained, str(workdir))
+    model = load_model(config, mesh)
+    complete = not any(path.startswith(OWN) for path in model.frozen)
+    return step, overlay(model, frozen_part(workdir, config, complete) | trained, str(workdir))
 
 
 def read_rows(

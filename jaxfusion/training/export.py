@@ -1,5 +1,6 @@
 """What was trained as a Hugging Face directory that plain PyTorch loads."""
 
+import copy
 import json
 import logging
 import re
@@ -14,9 +15,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
+from jaxfusion.config import CONFIG_FILE
 from jaxfusion.data.tokenizers import Tokenizers
 from jaxfusion.errors import InputError, choose
-from jaxfusion.fields import DTYPES, ROLES, Config
+from jaxfusion.fields import DTYPES, JOBS, ROLES, Config
 from jaxfusion.files import new_directory
 from jaxfusion.hf.load import open_tensors, read_config
 from jaxfusion.hf.save import (
@@ -35,11 +37,20 @@ from jaxfusion.hf.tables import (
     langbridge_table,
     table,
 )
+from jaxfusion.sharding.mesh import make_mesh
 from jaxfusion.training.checkpoint import trained_part
 from jaxfusion.training.evaluate import load_config
-from jaxfusion.training.state import Flat, find_towers, load_tokenizers, read_shapes
+from jaxfusion.training.frozen import frozen_part
+from jaxfusion.training.state import (
+    Flat,
+    find_towers,
+    load_tokenizers,
+    plan_model,
+    read_shapes,
+    start_own,
+)
 
-MODELING = "modeling_jaxfusion.py"
+CODE = ("modeling_jaxfusion.py", "tokenization_jaxfusion.py")
 QUERY = "{query}"  # in a text prompt
 logger = logging.getLogger(__name__)
 
@@ -87,21 +98,54 @@ class Trained:
 def _collect(workdir: Path, out: Path) -> Trained:
     """Reads the workdir, and refuses to write over it or its backbones."""
     config = load_config(workdir)
+    check_out(out, workdir)
     step, trained = trained_part(workdir)
     paths, config = find_towers(config)
+    check_out(out, *paths.values())
     shapes = read_shapes(paths)
     own = bridge_table(config.fusion.name, config.projector.name)
+    trained = _with_frozen(config, workdir, trained, shapes, own)
     _check_trained(trained, own, {role: table(shapes[role]) for role in ROLES}, workdir)
-    check_out(out, workdir, *paths.values())
     tokenizers = load_tokenizers(config, paths, shapes)
     return Trained(workdir, step, config, trained, paths, shapes, tokenizers)
 
 
+def _with_frozen(
+    config: Config, workdir: Path, trained: Flat, shapes: dict[str, Any], own: Table
+) -> Flat:
+    """The trained parameters, and those that were frozen but are not the backbones' own."""
+    wanted = {row.ours for row in own.rows}
+    found = frozen_part(workdir, config, complete=wanted <= set(trained)) | trained
+    if wanted <= set(found):
+        return found
+    # A run of an earlier release, whose workdir does not hold them: they are the seed's start.
+    fresh = start_own(plan_model(config, shapes, make_mesh()), config.train.seed)
+    return {path: np.asarray(fresh[path]) for path in wanted & set(fresh)} | found
+
+
 def check_out(out: Path, *kept: Path) -> None:
-    """Raises InputError where writing to `out` would remove what is read."""
+    """Raises InputError where writing to `out` would change what is read, or any workdir."""
+    place = out.resolve()
     for path in kept:
-        if path.resolve().is_relative_to(out.resolve()):
+        if path.resolve().is_relative_to(place):
             raise InputError(f"{out} holds {path}, which is read; give another directory")
+        if place.is_relative_to(path.resolve()):
+            raise InputError(f"{out} lies inside {path}, which is read; give a directory outside")
+    for path in place.parents:
+        if _is_workdir(path):
+            raise InputError(f"{out} lies inside the workdir {path}; give a directory outside")
+    for file in [place / CONFIG_FILE, *place.rglob(f"*/{CONFIG_FILE}")]:
+        if _is_workdir(file.parent):
+            raise InputError(f"{out} holds the workdir {file.parent}; give another directory")
+
+
+def _is_workdir(path: Path) -> bool:
+    """Whether a run of train.py was started there."""
+    try:
+        found = json.loads((path / CONFIG_FILE).read_text("utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(found, dict) and found.get("job") in JOBS
 
 
 def check_dtype(dtype: str | None) -> None:
@@ -131,36 +175,72 @@ def export(
         raise InputError("--dtype is that of the backbones, which only --merge writes")
     bridge = _collect(workdir, out)
     config, tokenizers = bridge.config, bridge.tokenizers
-    described = _describe(bridge, merge, dtype)
+    replaced = {role: bridge.replaced(role) for role in ROLES}
+    described = {**_describe(bridge, merge, dtype),
+                 "unfrozen": [f"{role}.{name}" for role in ROLES for name in replaced[role]]}
     if not merge and any(Path(described[part]["checkpoint"]).is_absolute()
                          for part in ("reader", "writer")):
         logger.warning("%s names backbones on this machine; --merge makes one to give away", out)
     with new_directory(out, overwrite) as partial:
         tensors = bridge.own(bridge_table(config.fusion.name, config.projector.name))
         for role in ROLES:
-            replaced = bridge.replaced(role)
             if merge:
                 copy_tower(bridge.paths[role], partial / role, bridge.json(role),
-                           bridge.names(role), replaced, dtype)
+                           bridge.names(role), replaced[role], dtype)
                 write_tokenizer(partial / role, getattr(tokenizers, role))
             else:
-                tensors |= {f"{role}.{name}": x for name, x in replaced.items()}
+                tensors |= {f"{role}.{name}": x for name, x in replaced[role].items()}
         write_shards(partial, tensors.items())
         (partial / "config.json").write_text(json.dumps(described, indent=2) + "\n", "utf-8")
-        source = resources.files("jaxfusion.hf").joinpath(MODELING)
-        (partial / MODELING).write_text(source.read_text("utf-8"), "utf-8")
-        write_tokenizer(partial, tokenizers.decoder)
-        write_tokenizer(partial / "encoder_tokenizer", tokenizers.encoder)
+        for name in CODE:
+            source = resources.files("jaxfusion.hf").joinpath(name)
+            (partial / name).write_text(source.read_text("utf-8"), "utf-8")
+        _write_tokenizers(partial, bridge, described)
         (partial / "README.md").write_text(_card(bridge, described), "utf-8")
 
 
+def _write_tokenizers(out: Path, bridge: Trained, described: dict[str, Any]) -> None:
+    """Both tokenizers as one, in an export; and how answers are generated."""
+    from transformers import GenerationConfig
+
+    from jaxfusion.hf.tokenization_jaxfusion import BridgeTokenizer
+
+    config, tokenizers = bridge.config, bridge.tokenizers
+    answers = copy.deepcopy(tokenizers.decoder)
+    if answers.pad_token is None:
+        answers.pad_token = answers.eos_token
+    turn = tokenizers.turn and {"after": tokenizers.turn.after, "lead": tokenizers.turn.lead}
+    settings = {
+        "query_offset": described["query_offset"], "prompt_offset": described["prompt_offset"],
+        "eos_token_id": tokenizers.eos, "text_prompt": config.data.text_prompt, "turn": turn,
+    }
+    BridgeTokenizer(tokenizers.encoder, answers, settings,
+                    model_max_length=config.eval.max_encoder_tokens).save_pretrained(out)
+    ends = _end_tokens(bridge)
+    GenerationConfig(
+        max_new_tokens=config.eval.max_new_tokens, do_sample=False,
+        pad_token_id=described["pad_token_id"], eos_token_id=ends,
+        bos_token_id=tokenizers.decoder.bos_token_id).save_pretrained(out)
+
+
+def _end_tokens(bridge: Trained) -> list[int]:
+    """What ends an answer: the tokenizer's end token, and those that the LLM itself names."""
+    file = bridge.paths["decoder"] / "generation_config.json"
+    named = json.loads(file.read_text("utf-8")).get("eos_token_id") if file.is_file() else None
+    named = named if isinstance(named, list) else [] if named is None else [named]
+    return list(dict.fromkeys([bridge.tokenizers.eos, *named]))
+
+
 def export_langbridge(
-    workdir: Path, out: Path, *, dtype: str | None = None, overwrite: bool = False
+    workdir: Path, out: Path, *, dtype: str | None = None, overwrite: bool = False,
+    enc: str | None = None, lm: str | None = None,
 ) -> None:
     """Writes a bridge in the layout of github.com/kaistAI/LangBridge, backbones and all.
 
     Args:
       dtype: of all tensors; None keeps each one's.
+      enc, lm: how LangBridge is to name encoder and LLM; default to the run's names. It makes both
+        from the config of that name before it reads the weights.
 
     Raises:
       InputError: LangBridge has no such fusion or projector, or as in `export`.
@@ -178,8 +258,8 @@ def export_langbridge(
     kind = kinds[config.projector.name]
     described = {
         "architectures": ["LangBridgeModel"], "alignments": kind,
-        "num_latents": config.projector.latents, "enc": config.encoder.checkpoint,
-        "lm": config.decoder.checkpoint, "dim_enc": bridge.shapes["encoder"].d_model,
+        "num_latents": config.projector.latents, "enc": _langbridge_enc(bridge, enc),
+        "lm": _langbridge_lm(bridge, lm), "dim_enc": bridge.shapes["encoder"].d_model,
         "dim_lm": bridge.shapes["decoder"].d_model, "freeze_encoder": True,
         "freeze_language_model": True,
     }
@@ -203,6 +283,47 @@ def export_langbridge(
         (partial / "config.json").write_text(json.dumps(described, indent=2) + "\n", "utf-8")
         write_tokenizer(partial, tokenizers.decoder)
         write_tokenizer(partial / "encoder_tokenizer", tokenizers.encoder)
+
+
+# What LangBridge knows an LLM by: the beginnings of its names, by family (modeling_langbridge.py).
+LANGBRIDGE_LMS = {
+    "llama": ("EleutherAI/llemma", "codellama/CodeLlama", "microsoft/Orca-2", "meta-math/MetaMath",
+              "meta-llama/Llama-2-7b-hf"),
+    "mistral": ("mistralai/Mistral-7B-v0.1",),
+}
+
+
+def _langbridge_lm(bridge: Trained, name: str | None) -> str:
+    """The name of the LLM for LangBridge.
+
+    Raises:
+      InputError: LangBridge has no such family, or does not know it by this name.
+    """
+    family, name = bridge.shapes["decoder"].family, name or bridge.config.decoder.checkpoint
+    if family not in LANGBRIDGE_LMS:
+        raise InputError(f"LangBridge reads LLMs of {' and '.join(LANGBRIDGE_LMS)}, {name} is of "
+                         f"{family}: use --format jaxfusion")
+    if not name.startswith(LANGBRIDGE_LMS[family]):
+        raise InputError(f"LangBridge knows a {family} by a name that begins with "
+                         f"{', '.join(LANGBRIDGE_LMS[family])}, got {name}; give --lm the one "
+                         "whose config.json is this LLM's")
+    return name
+
+
+def _langbridge_enc(bridge: Trained, name: str | None) -> str:
+    """The name of the encoder for LangBridge, which takes its family from it.
+
+    Raises:
+      InputError: it would take it for another.
+    """
+    name, wanted = name or bridge.config.encoder.checkpoint, "mt5"
+    if bridge.shapes["encoder"].bias_per_layer:
+        wanted = "umt5"
+    found = next((x for x in ("umt5", "mt5") if x in name.lower()), "none")
+    if found != wanted:
+        raise InputError(f"LangBridge knows this encoder by a name with '{wanted}' in it, got "
+                         f"{name}; give --enc the one whose config.json is this encoder's")
+    return name
 
 
 def _check_trained(trained: Flat, own: Table, tables: dict[str, Table], workdir: Path) -> None:
@@ -251,6 +372,7 @@ def _describe(bridge: Trained, merge: bool, dtype: str | None) -> dict[str, Any]
         "model_type": "jaxfusion_bridge", "architectures": ["BridgeForCausalLM"],
         "auto_map": {"AutoConfig": "modeling_jaxfusion.BridgeConfig",
                      "AutoModelForCausalLM": "modeling_jaxfusion.BridgeForCausalLM"},
+        **_ids(bridge),
         "reader": {**backbone("encoder"), "layers": encoder.num_layers, "family": family},
         "writer": {**backbone("decoder"), "capped": shapes["decoder"].attn_cap is not None},
         "fusion": {"name": config.fusion.name, "layer": config.fusion.layer,
@@ -265,6 +387,22 @@ def _describe(bridge: Trained, merge: bool, dtype: str | None) -> dict[str, Any]
         "text_prompt": config.data.text_prompt,
         "chat_template": config.data.chat_template,
         "jaxfusion_version": version("jaxfusion"),
+    }
+
+
+def _ids(bridge: Trained) -> dict[str, Any]:
+    """Where the ids of answers, queries and prompts lie; see `tokenization_jaxfusion.py`."""
+    encoder, decoder = bridge.tokenizers.encoder, bridge.tokenizers.decoder
+    rows = {role: bridge.shapes[role].vocab_size for role in ROLES}
+    # A tokenizer may name tokens behind its model's table.
+    first = max(rows["decoder"], *(1 + i for i in decoder.get_vocab().values()))
+    last = bridge.tokenizers.encode_queries(["a"])[0][-1]
+    pad = first + (encoder.pad_token_id or 0)
+    return {
+        "vocab_size": rows["decoder"], "query_offset": first,
+        "prompt_offset": first + rows["encoder"],
+        "query_pad_id": pad, "pad_token_id": pad,
+        "query_end_id": first + last if last == encoder.eos_token_id else None,
     }
 
 
@@ -285,25 +423,10 @@ def _card(bridge: Trained, described: dict[str, Any]) -> str:
              f"licence: {licence_of(bridge.paths[role])}" for role in ROLES]
     return CARD.format(
         fusion=config.fusion.name, projector=config.projector.name, task=config.data.task,
-        language=config.data.language, step=bridge.step, **_asking(bridge),
+        language=config.data.language, step=bridge.step,
         parts="\n".join(parts), scores="\n".join(scores),
         config=json.dumps(described, indent=2),
     )
-
-
-def _asking(bridge: Trained) -> dict[str, str]:
-    """Lines of the card's example that give the text after the prefix, where inputs have it."""
-    prompt, tokenizers = bridge.config.data.text_prompt, bridge.tokenizers
-    if QUERY not in prompt:
-        return {"prompt": "", "more": ""}
-    close = f"strip() + {tokenizers.turn.after!r}" if tokenizers.turn else "rstrip()"
-    lines = f"""\
-answers.pad_token = answers.pad_token or answers.eos_token
-prompts = [{prompt!r}.replace("{QUERY}", text).{close} for text in texts]
-after = answers(prompts, add_special_tokens=False, padding=True, padding_side="left",
-                return_tensors="pt")
-"""
-    return {"prompt": lines, "more": "after.input_ids, after.attention_mask, "}
 
 
 def licence_of(path: Path) -> str:
@@ -330,13 +453,16 @@ A frozen multilingual encoder in front of a frozen LLM, joined by a small part (
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 model = AutoModelForCausalLM.from_pretrained(DIR, trust_remote_code=True)
-queries = AutoTokenizer.from_pretrained(DIR, subfolder="encoder_tokenizer")
-answers = AutoTokenizer.from_pretrained(DIR, trust_remote_code=True)
+tokenizer = AutoTokenizer.from_pretrained(DIR, trust_remote_code=True)
 texts = ["..."]
-inputs = queries(texts, padding=True, return_tensors="pt")
-{prompt}tokens = model.generate(inputs.input_ids, inputs.attention_mask, {more}max_new_tokens=32)
-print(answers.batch_decode(tokens, skip_special_tokens=True))
+inputs = tokenizer(texts, padding=True, return_tensors="pt")
+tokens = model.generate(**inputs, max_new_tokens=32)
+print(tokenizer.batch_decode(tokens, skip_special_tokens=True))
 ```
+
+`pipeline("text-generation", model=DIR, trust_remote_code=True)`, `Trainer`, peft and
+`save_pretrained` work as with any causal LM. `tokenizer(texts, text_target=answers)` makes the
+`input_ids` and `labels` of training; encoder and LLM are frozen until you unfreeze them.
 
 ## Parts
 

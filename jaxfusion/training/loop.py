@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxfusion import config as configs
+from jaxfusion.config import CONFIG_FILE
 from jaxfusion.data.pipeline import iterate
 from jaxfusion.data.seen import SEEN, write_seen
 from jaxfusion.errors import InputError, Stopped
@@ -34,18 +35,19 @@ from jaxfusion.hf.hub import COMMIT
 from jaxfusion.sharding.hosts import check_peers, is_first, wait_for_peers, with_peers
 from jaxfusion.sharding.mesh import make_mesh, sharding
 from jaxfusion.training.checkpoint import Checkpoints, abstract_like
+from jaxfusion.training.frozen import FROZEN_FILE, write_frozen
 from jaxfusion.training.logs import METRICS, TENSORBOARD, Done, RunLog
 from jaxfusion.training.meter import PROFILE, Meter, Signals, Trace
 from jaxfusion.training.optimizer import make_optimizer, make_schedule
 from jaxfusion.training.state import Flat, State, count
 from jaxfusion.training.step import Loss, make_train_step
 
-CONFIG_FILE = "config.json"
 TEMPORARY = ".orbax-checkpoint-tmp"  # in the name of what is being written
 # What a start leaves that came to no step, and one that has saved none.
 OF_NO_START = {WRITER, *(f".{CONFIG_FILE}{end}" for end in (".partial", ".sum", ".sum.partial"))}
-OF_A_START = OF_NO_START | {CONFIG_FILE, SEEN, METRICS, TENSORBOARD, PROFILE, *(
-    f".{file}{end}" for file in (SEEN, METRICS) for end in (".partial", ".sum", ".sum.partial"))}
+OF_A_START = OF_NO_START | {CONFIG_FILE, SEEN, FROZEN_FILE, METRICS, TENSORBOARD, PROFILE, *(
+    f".{file}{end}" for file in (SEEN, FROZEN_FILE, METRICS)
+    for end in (".partial", ".sum", ".sum.partial"))}
 logger = logging.getLogger(__name__)
 
 
@@ -61,6 +63,7 @@ class Run:
       score: trained parameters -> development scores. best: the score that checkpoints are kept by.
       plain_loss: the loss in the form whose FLOPs are counted.
       seen: fingerprints of the texts that are trained on; kept in the workdir.
+      kept: frozen parameters that the workdir has to hold; None where it holds them already.
     """
 
     config: Job
@@ -74,6 +77,7 @@ class Run:
     best: str
     plain_loss: Loss
     seen: np.ndarray | None = None
+    kept: dict[str, np.ndarray] | None = None
 
 
 def run_to_end(
@@ -290,6 +294,8 @@ def _write_config(run: Run, workdir: Path) -> None:
         configs.save(run.config, workdir / CONFIG_FILE)
         if run.seen is not None:
             write_seen(workdir, run.seen)
+        if run.kept is not None:
+            write_frozen(workdir, run.kept)
     wait_for_peers("config")
 
 

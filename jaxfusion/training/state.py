@@ -169,7 +169,7 @@ def load_model(
     tokenizers = load_tokenizers(config, paths, shapes)
     plan = plan_model(config, shapes, mesh)
     begin(plan.bridge, tokenizers)
-    flat = start(lambda: plan.bridge.init(jax.random.key(config.train.seed)), plan.params)
+    flat = start_own(plan, config.train.seed)
     for role in ROLES:
         prefix = f"{role}/"
         wanted = {name.removeprefix(prefix): leaf for name, leaf in plan.params.items()
@@ -354,6 +354,11 @@ def describe(init: Callable[[], Params], mesh: Mesh) -> dict[str, jax.ShapeDtype
                                    sharding=NamedSharding(mesh, specs[path]))
         for path, box in flat.items()
     }
+
+
+def start_own(plan: Plan, seed: int) -> Flat:
+    """Fusion and projector as a run of this seed starts them."""
+    return start(lambda: plan.bridge.init(jax.random.key(seed)), plan.params)
 
 
 def start(init: Callable[[], Params], places: dict[str, jax.ShapeDtypeStruct]) -> Flat:

@@ -1,7 +1,6 @@
 """A start for the projector that the papers do not have: where the LLM already is at home."""
 
 from collections.abc import Sequence
-from dataclasses import replace
 from functools import partial
 
 import jax
@@ -17,7 +16,7 @@ from jaxfusion.errors import InputError
 from jaxfusion.nn.bridge import Params
 from jaxfusion.nn.projector import Projector
 from jaxfusion.sharding.hosts import fetch
-from jaxfusion.training.state import Model, merge
+from jaxfusion.training.state import Model, merge, overlay
 
 ROWS = 1024  # training texts that are looked at
 BATCH = 64  # of texts, through the encoder
@@ -51,11 +50,7 @@ def warm_start(model: Model, examples: Sequence[Example]) -> Model:
     first["kernel"] = first["kernel"] / spread
     first["bias"] = first["bias"] - mean @ first["kernel"]
     flat = traverse_util.flatten_dict({"projector": {**start, "end": jnp.asarray(end)}}, sep="/")
-    placed = {
-        path: jax.device_put(flat[path].astype(x.dtype), x.sharding)
-        for path, x in model.trainable.items() if path in flat
-    }
-    return replace(model, trainable=model.trainable | placed)
+    return overlay(model, {path: np.asarray(x) for path, x in flat.items()}, "the warm start")
 
 
 def _pairs(model: Model, params: Params, texts: list[str]):

@@ -1,0 +1,363 @@
+"""One tokenizer of an exported bridge: ids of queries for its encoder, text of its answers::
+
+    tokenizer = AutoTokenizer.from_pretrained(DIR, trust_remote_code=True)
+    inputs = tokenizer(texts, padding=True, return_tensors="pt")
+    tokenizer.batch_decode(model.generate(**inputs), skip_special_tokens=True)
+
+Self-contained: needs transformers (4 or 5). What is asked and what is answered have ids of their
+own, so that ids of any other tokenizer are noticed::
+
+    0 … query_offset - 1               the LLM's ids: answers
+    query_offset … prompt_offset - 1   the encoder's ids: queries
+    prompt_offset …                    the LLM's ids again: the text prompt of a query
+"""
+
+import json
+import os
+import shutil
+from itertools import groupby
+
+from transformers import AutoTokenizer, BatchEncoding, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerFast as FastTokenizer
+from transformers.utils import PaddingStrategy, cached_file
+
+QUERIES, ANSWERS = "encoder_tokenizer", "decoder_tokenizer"
+CONFIG = "tokenizer_config.json"
+QUERY, PROMPT = "query:", "prompt:"  # begin the names of tokens that are asked
+IGNORED = -100  # the label of a token that is not predicted
+HUB = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "token")
+SETTINGS = ("query_offset", "prompt_offset", "eos_token_id", "text_prompt", "turn")
+WORDS = "the user's words"
+
+
+def write_tokenizer(out, tokenizer):
+    """Writes a tokenizer so that transformers 4 and 5 read the same `tokenizer.json`.
+
+    5 writes a class that 4 does not know, and special tokens beyond the usual as a list under a
+    name that in 4 wants a dictionary.
+    """
+    tokenizer.save_pretrained(out)
+    if not os.path.isfile(os.path.join(out, "tokenizer.json")):
+        return  # a slow tokenizer has its own class in both
+    file = os.path.join(out, CONFIG)
+    with open(file, encoding="utf-8") as opened:
+        config = json.load(opened)
+    for name in ("backend", "is_local", "local_files_only"):  # how it was read just now
+        config.pop(name, None)
+    config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    config["model_input_names"] = ["input_ids", "attention_mask"]  # 4 would add token types
+    if isinstance(config.get("extra_special_tokens"), list):
+        config["additional_special_tokens"] = config.pop("extra_special_tokens")
+    with open(file, "w", encoding="utf-8") as opened:
+        opened.write(json.dumps(config, indent=2, ensure_ascii=False) + "\n")
+
+
+def _read_tokenizer(path, subfolder, hub):
+    fast = cached_file(path, "tokenizer.json", subfolder=subfolder,
+                       _raise_exceptions_for_missing_entries=False, **hub)
+    kind = AutoTokenizer if fast is None else FastTokenizer
+    return kind.from_pretrained(path, subfolder=subfolder, **hub)
+
+
+class BridgeTokenizer(PreTrainedTokenizerBase):
+    """The tokenizers of encoder and LLM as one.
+
+    Attributes:
+      queries, answers: the tokenizers of encoder and LLM.
+
+    Args:
+      settings: `query_offset` and `prompt_offset`; `eos_token_id`, which ends an answer;
+        `text_prompt`, the text after the prefix, with `{query}` where the query stands again;
+        `turn`: `after` and `lead` of the chat template that the bridge was trained with, or None.
+    """
+
+    model_input_names = ("input_ids", "attention_mask")
+    padding_side = "left"
+    is_fast = False
+
+    def __init__(self, queries, answers, settings, **kwargs):
+        self.queries, self.answers, self.settings = queries, answers, settings
+        pad = queries.convert_ids_to_tokens(queries.pad_token_id or 0)
+        super().__init__(
+            bos_token=answers.bos_token, pad_token=QUERY + pad,
+            eos_token=answers.convert_ids_to_tokens(settings["eos_token_id"]), **kwargs)
+
+    @classmethod
+    def from_pretrained(cls, path, *inputs, **kwargs):
+        """As in transformers; `subfolder` and special tokens of one's own are refused."""
+        refused = [name for name, x in kwargs.items()
+                   if x and (name == "subfolder" or "_token" in name)]
+        if inputs or refused:
+            raise TypeError(f"BridgeTokenizer takes no {', '.join(refused) or 'more arguments'}: "
+                            "its tokens are those of the two models")
+        hub = {name: kwargs[name] for name in HUB if kwargs.get(name) is not None}
+        with open(cached_file(path, CONFIG, **hub), encoding="utf-8") as file:
+            config = json.load(file)
+        chosen = ("model_max_length", "padding_side", "truncation_side")
+        kept = {name: x for name, x in {**config, **kwargs}.items() if name in chosen}
+        return cls(_read_tokenizer(path, QUERIES, hub), _read_tokenizer(path, ANSWERS, hub),
+                   {name: config[name] for name in SETTINGS}, name_or_path=str(path), **kept)
+
+    def save_pretrained(self, save_directory, push_to_hub=False, **kwargs):
+        """Writes a directory that `AutoTokenizer` reads; returns its files."""
+        out = os.fspath(save_directory)
+        for name, tokenizer in ((QUERIES, self.queries), (ANSWERS, self.answers)):
+            write_tokenizer(os.path.join(out, name), tokenizer)
+        config = {
+            "tokenizer_class": "BridgeTokenizer",
+            "auto_map": {"AutoTokenizer": ["tokenization_jaxfusion.BridgeTokenizer", None]},
+            "padding_side": self.padding_side, "truncation_side": self.truncation_side,
+            "model_max_length": self.model_max_length, **self.settings,
+        }
+        with open(os.path.join(out, CONFIG), "w", encoding="utf-8") as file:
+            file.write(json.dumps(config, indent=2, ensure_ascii=False) + "\n")
+        code = os.path.join(out, "tokenization_jaxfusion.py")
+        if os.path.realpath(code) != os.path.realpath(__file__):
+            shutil.copyfile(__file__, code)
+        if push_to_hub:
+            self.push_to_hub(kwargs.pop("repo_id", os.path.basename(out)), **kwargs)
+        return tuple(os.path.join(out, name) for name in (CONFIG, QUERIES, ANSWERS))
+
+    # What is asked and answered, as ids.
+
+    def __call__(self, text=None, text_pair=None, *, text_target=None, add_special_tokens=True,
+                 padding=False, truncation=None, max_length=None, pad_to_multiple_of=None,
+                 padding_side=None, return_tensors=None, return_attention_mask=True,
+                 verbose=True, **others):
+        """Ids of queries, of answers, or of both.
+
+        Args:
+          text: one query, or a list: `input_ids` are its ids, and those of the text prompt.
+          add_special_tokens: False gives the LLM's ids of `text` (or of `text_target`), as an
+            answer has them: what stop strings and forbidden words are made of.
+          text_target: answers. With `text` they follow the query, with the end token, and
+            `labels` are -100 before them; alone they are `input_ids`.
+          truncation, max_length: of a query, which keeps its end token, and of its prompt, which
+            keeps its end.
+
+        Raises:
+          ValueError: a pair, nothing at all, or both without special tokens.
+          TypeError: an argument that is not one of a bridge.
+        """
+        if unknown := [name for name, x in others.items() if x]:
+            raise TypeError(f"BridgeTokenizer takes no {', '.join(unknown)}")
+        if text_pair is not None:
+            raise ValueError("a bridge reads one text, got a pair: join the two")
+        if text is None and text_target is None:
+            raise ValueError("expected text, text_target or both, got none")
+        if not add_special_tokens:
+            if text is not None and text_target is not None:
+                raise ValueError("a query ends in the encoder's end token: leave "
+                                 "add_special_tokens=False out")
+            text, text_target = None, text if text is not None else text_target
+        first = text if text is not None else text_target
+        single = isinstance(first, str)
+        texts, targets = (self._strings(x, single) for x in (text, text_target))
+        strategy, cut, max_length, _ = self._get_padding_truncation_strategies(
+            padding=padding, truncation=truncation, max_length=max_length,
+            pad_to_multiple_of=pad_to_multiple_of, verbose=verbose)
+        limit = max_length if cut.value != "do_not_truncate" else None
+        rows = [[] for _ in targets] if texts is None else self._asked(texts, limit)
+        labels = None
+        if targets is not None:
+            answers = ([[*ids, self.settings["eos_token_id"]]
+                        for ids in self._answers(texts, targets)]
+                       if add_special_tokens else self._llm(targets))
+            labels = [[IGNORED] * len(row) + ids for row, ids in zip(rows, answers, strict=True)]
+            rows = [row + ids for row, ids in zip(rows, answers, strict=True)]
+        data = self._padded(rows, labels if texts is not None else None, strategy, max_length,
+                            pad_to_multiple_of, padding_side or self.padding_side)
+        if not return_attention_mask:
+            data.pop("attention_mask")
+        if single and return_tensors is None:
+            data = {name: x[0] for name, x in data.items()}
+        return BatchEncoding(data, tensor_type=return_tensors)
+
+    def encode(self, text, text_pair=None, **kwargs):
+        """The `input_ids` alone."""
+        return self(text, text_pair, **kwargs)["input_ids"]
+
+    def tokenize(self, text, pair=None, **kwargs):
+        """The names of the tokens of a query."""
+        return self.convert_ids_to_tokens(self.encode(text, pair))
+
+    def apply_chat_template(self, conversation, tokenize=True, return_dict=True, **kwargs):
+        """The ids of one message of a user: round it stands what the bridge was trained with.
+
+        Raises:
+          ValueError: any other conversation; the encoder reads one text.
+        """
+        for name in ("add_generation_prompt", "tools", "documents", "continue_final_message"):
+            given = kwargs.pop(name, None)
+            if given and name != "add_generation_prompt":
+                raise ValueError(f"a bridge takes no {name}")
+        batched = bool(conversation) and isinstance(conversation[0], (list, tuple))
+        chats = conversation if batched else [conversation]
+        if any(len(chat) != 1 or chat[0]["role"] != "user" for chat in chats):
+            raise ValueError("a bridge reads one text: expected one message of the user, got "
+                             + ", ".join(message["role"] for chat in chats for message in chat))
+        texts = [chat[0]["content"] for chat in chats]
+        found = texts if batched else texts[0]
+        if not tokenize:
+            return found
+        encoded = self(found, **kwargs)
+        return encoded if return_dict else encoded["input_ids"]
+
+    def _strings(self, texts, single):
+        if texts is None:
+            return None
+        texts = [texts] if isinstance(texts, str) and single else texts
+        if isinstance(texts, str) or not all(isinstance(x, str) for x in texts):
+            raise ValueError("expected a text or a list of texts, got something else")
+        return list(texts)
+
+    def _asked(self, texts, limit):
+        """Ids of every query and its prompt."""
+        rows = self.queries(texts)["input_ids"] if texts else []
+        if limit is not None:
+            rows = [ids if len(ids) <= limit else [*ids[: limit - 1], ids[-1]] for ids in rows]
+        prompts = self._prompts(texts) if "{query}" in self.settings["text_prompt"] else None
+        if prompts is None:
+            prompts = [[] for _ in rows]
+        start, prompt = self.settings["query_offset"], self.settings["prompt_offset"]
+        return [[start + x for x in row] + [prompt + x for x in (ids if limit is None
+                                                                 else ids[-limit:])]
+                for row, ids in zip(rows, prompts, strict=True)]
+
+    def _llm(self, texts):
+        return self.answers(texts, add_special_tokens=False)["input_ids"] if texts else []
+
+    def _filled(self, texts):
+        prompt = self.settings["text_prompt"]
+        return [prompt.replace("{query}", text) for text in texts]
+
+    def _context(self, prompt):
+        turn = self.settings["turn"]
+        return prompt.rstrip() if turn is None else prompt.strip() + turn["after"]
+
+    def _prompts(self, texts):
+        """Ids of the LLM's prompts as the bridge was trained with them."""
+        prompts = self._filled(texts)
+        if self.settings["turn"] is None:
+            return self._llm([self._context(prompt) for prompt in prompts])
+        # Where there is no text, the header follows the prefix as it follows words.
+        lead = [WORDS if not prompt.strip() else "" for prompt in prompts]
+        wholes = [words + self._context(x) for words, x in zip(lead, prompts, strict=True)]
+        return _following(self._llm(lead), self._llm(wholes))
+
+    def _answers(self, texts, targets):
+        """Ids of answers as they continue their prompts.
+
+        Raises:
+          ValueError: the prompt holds the query, which is not given; or not as many of each.
+        """
+        if texts is None:
+            if "{query}" in self.settings["text_prompt"]:
+                raise ValueError("the query is part of this bridge's prompt, and an answer "
+                                 "continues it: give text beside text_target")
+            texts = [""] * len(targets)
+        if len(texts) != len(targets):
+            raise ValueError(f"got {len(texts)} texts and {len(targets)} of text_target")
+        prompts, turn = self._filled(texts), self.settings["turn"]
+        contexts = [self._context(prompt) for prompt in prompts]
+        leads = [turn["lead"] if turn else prompt[len(prompt.rstrip()):] for prompt in prompts]
+        wholes = ["".join(x) for x in zip(contexts, leads, targets, strict=True)]
+        return _following(self._llm(contexts), self._llm(wholes))
+
+    def _padded(self, rows, labels, strategy, max_length, multiple, side):
+        data = {"input_ids": rows, "attention_mask": [[1] * len(row) for row in rows]}
+        if strategy != PaddingStrategy.DO_NOT_PAD and rows:
+            data = dict(self.pad(data, padding=strategy, max_length=max_length,
+                                 pad_to_multiple_of=multiple, padding_side=side))
+        if labels is not None:
+            width = [len(row) for row in data["input_ids"]]
+            fill = [[IGNORED] * (n - len(row)) for n, row in zip(width, labels, strict=True)]
+            data["labels"] = [pad + row if side == "left" else row + pad
+                              for pad, row in zip(fill, labels, strict=True)]
+        return data
+
+    # Ids as text.
+
+    def _decode(self, token_ids, skip_special_tokens=False, clean_up_tokenization_spaces=None,
+                **kwargs):
+        """The text of ids; without special tokens that of the answer alone."""
+        ids = [token_ids] if isinstance(token_ids, int) else list(token_ids)
+        text = ""
+        for kind, run in groupby(ids, self._kind):
+            if kind and skip_special_tokens:
+                continue
+            tokenizer, offset, _ = self._part(kind)
+            text += tokenizer.decode(
+                [i - offset for i in run], skip_special_tokens=skip_special_tokens,
+                clean_up_tokenization_spaces=clean_up_tokenization_spaces, **kwargs)
+        return text
+
+    def _kind(self, token):
+        """0 of an answer's token, 1 of a query's, 2 of a prompt's."""
+        return (token >= self.settings["query_offset"]) + (token >= self.settings["prompt_offset"])
+
+    def _part(self, kind):
+        """The tokenizer of a kind, its first id, and what its tokens' names begin with."""
+        return ((self.answers, 0, ""), (self.queries, self.settings["query_offset"], QUERY),
+                (self.answers, self.settings["prompt_offset"], PROMPT))[kind]
+
+    def convert_ids_to_tokens(self, ids, skip_special_tokens=False):
+        """Names of tokens; those that are asked begin with `query:` or `prompt:`."""
+        if isinstance(ids, int):
+            tokenizer, offset, start = self._part(self._kind(ids))
+            return start + tokenizer.convert_ids_to_tokens(ids - offset)
+        special = set(self.answers.all_special_ids) if skip_special_tokens else ()
+        return [self.convert_ids_to_tokens(int(i)) for i in ids
+                if not skip_special_tokens or not (self._kind(i) or i in special)]
+
+    def convert_tokens_to_ids(self, tokens):
+        """Ids of tokens by name; a name without `query:` or `prompt:` is the LLM's."""
+        if tokens is None:
+            return None
+        if not isinstance(tokens, str):
+            return [self.convert_tokens_to_ids(token) for token in tokens]
+        for kind in (1, 2):
+            tokenizer, offset, start = self._part(kind)
+            name = tokens.removeprefix(start)
+            if name != tokens and name in tokenizer.get_vocab():
+                return offset + tokenizer.convert_tokens_to_ids(name)
+        return self.answers.convert_tokens_to_ids(tokens)
+
+    def convert_tokens_to_string(self, tokens):
+        """The text of tokens by name."""
+        return self.decode(self.convert_tokens_to_ids(tokens))
+
+    def get_vocab(self):
+        """Every token's id by name."""
+        return {start + name: offset + i for tokenizer, offset, start in map(self._part, (2, 1, 0))
+                for name, i in tokenizer.get_vocab().items()}
+
+    @property
+    def vocab_size(self):
+        """So many ids there are; an answer's lie below the LLM's own number."""
+        return self.settings["prompt_offset"] + len(self.answers)
+
+    def __len__(self):
+        return self.vocab_size
+
+    @property
+    def added_tokens_decoder(self):
+        """The LLM's added tokens by id."""
+        return self.answers.added_tokens_decoder
+
+    def add_tokens(self, new_tokens, special_tokens=False):
+        """Raises ValueError: the tables of the two models are what they are."""
+        raise ValueError("a bridge's tokens are those of its two models: none can be added")
+
+    def add_special_tokens(self, special_tokens_dict, *args, **kwargs):
+        """Raises ValueError, as `add_tokens`."""
+        return self.add_tokens(list(special_tokens_dict))
+
+    def num_special_tokens_to_add(self, pair=False):
+        """What a query gets beside its words."""
+        return self.queries.num_special_tokens_to_add(pair)
+
+
+def _following(contexts, wholes):
+    """Ids of what follows each context in its whole: a token may span a space."""
+    return [whole[len(context):] for context, whole in zip(contexts, wholes, strict=True)]
