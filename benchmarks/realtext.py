@@ -25,7 +25,7 @@ TASK = TASKS["sib200"]
 def sentences(folder: Path, language: str, split: str) -> list[dict[str, str]]:
     """Rows of a split of SIB-200."""
     with (folder / "data" / "annotated" / language / f"{split}.tsv").open(encoding="utf-8") as file:
-        return list(csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE))
+        return list(csv.DictReader(file, delimiter="\t"))  # quoted, as pandas writes
 
 
 def ntrex(folder: Path, name: str) -> list[str]:

@@ -128,11 +128,15 @@ def check(model, out):
         assert upto > 8 and np.array_equal(np.argmax(logits, -1)[:upto], row[:upto])
 
 
-@pytest.mark.parametrize("fusion,projector", [
-    ("last", "ffn"), ("layer", "linear"), ("global_softmax", "linear"),
-    ("transformer_softmax", "ffn"), ("last", "mapping"), ("last", "resampler"),
+SLOW = pytest.mark.slow  # another of a kind that is tested in every run
+
+
+@pytest.mark.parametrize("fusion,projector,merged", [
+    ("transformer_softmax", "ffn", True), ("last", "resampler", True),
+    ("global_softmax", "linear", False), ("layer", "mapping", False),
+    *(pytest.param(*x, merged, marks=SLOW) for merged in (False, True) for x in (
+        ("last", "ffn"), ("layer", "linear"), ("global_softmax", "ffn"), ("last", "mapping"))),
 ])
-@pytest.mark.parametrize("merged", [False, True])
 def test_torch_gives_what_we_give(fusion, projector, merged, tiny, tmp_path):
     model = make_run(tmp_path / "run", tiny, fusion, projector)
     export(tmp_path / "run", tmp_path / "out", merge=merged)
@@ -163,7 +167,9 @@ def write_family(case, tiny, path):
     return config
 
 
-@pytest.mark.parametrize("case", FAMILIES)
+@pytest.mark.parametrize("case", [
+    x if x in ("gemma2", "qwen25_window", "phi3") else pytest.param(x, marks=SLOW)
+    for x in FAMILIES])
 def test_every_family_is_answered_alike(case, tiny, tmp_path):
     path = tmp_path / "decoder"
     config = write_family(case, tiny, path)
@@ -207,14 +213,15 @@ def test_nothing_that_is_read_is_written_over(tiny, tmp_path):
     assert trained_part(tmp_path / "runs" / "other")[0] == 3
 
 
-@pytest.mark.parametrize("merged", [False, True])
+@pytest.mark.parametrize("merged", [False, pytest.param(True, marks=SLOW)])
 def test_what_was_trained_in_a_tower_goes_along(merged, tiny, tmp_path):
     model = make_run(tmp_path / "run", tiny, trained=("encoder/embed/.*", "decoder/.*/mlp/.*"))
     export(tmp_path / "run", tmp_path / "out", merge=merged)
     check(model, tmp_path / "out")
 
 
-@pytest.mark.parametrize("case", ["qwen25_window", "phi3", "gemma3"])
+@pytest.mark.parametrize("case", ["phi3", pytest.param("qwen25_window", marks=SLOW),
+                                  pytest.param("gemma3", marks=SLOW)])
 def test_trained_parts_of_a_tower_come_in_again(case, tiny, tmp_path):
     """Without `--merge`, whose files name the backbones and hold what was trained in them."""
     write_family(case, tiny, tmp_path / "llm")
@@ -230,7 +237,8 @@ CHAT = ("{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}lala {{ 
         "{% else %} {{ m.content }} ;{% endif %}{% endfor %}")
 
 
-@pytest.mark.parametrize("prompt", ["", "answer :", "{query}"])
+@pytest.mark.parametrize("prompt", [pytest.param("", marks=SLOW),
+                                    pytest.param("answer :", marks=SLOW), "{query}"])
 def test_a_chats_headers_and_prompt_go_along(prompt, tiny, tmp_path):
     llm = shutil.copytree(tiny / "decoder", tmp_path / "llm")
     (llm / "chat_template.jinja").write_text(CHAT)

@@ -114,7 +114,7 @@ def test_a_warm_start_that_does_not_train_is_kept(cache_dir, tmp_path):
 def test_damage_of_what_was_frozen_is_told(cache_dir, tmp_path):
     train(config_of(cache_dir, "projector/.*", fusion="global_softmax"), tmp_path / "run")
     (tmp_path / "run" / FROZEN_FILE).write_bytes(b"no tensors")
-    with pytest.raises(InputError, match=r"frozen\.safetensors cannot be read"):
+    with pytest.raises(InputError, match=r"frozen\.safetensors is damaged"):
         params_of(tmp_path / "run")
-    with pytest.raises(InputError, match=r"frozen\.safetensors cannot be read"):
+    with pytest.raises(InputError, match=r"frozen\.safetensors is damaged"):
         export(tmp_path / "run", tmp_path / "out")

@@ -380,7 +380,7 @@ def test_a_second_stage_starts_from_the_first(undisturbed, cache_dir, tmp_path):
 
 
 @pytest.mark.parametrize("fusion,steps", [
-    ("transformer_softmax", 130),
+    pytest.param("transformer_softmax", 130, marks=pytest.mark.slow),
     pytest.param("last", 400, marks=pytest.mark.slow),
     pytest.param("global_softmax", 400, marks=pytest.mark.slow),
 ])

@@ -90,6 +90,7 @@ def test_two_processes_score_as_one_does(undisturbed):
     assert not list(file.parent.glob("*step*"))  # nothing was written twice
 
 
+@pytest.mark.slow
 def test_two_processes_move_languages_as_one_does(cache_dir, tmp_path):
     """A Lens run: what is kept, what trains without the LLM, and what is scored with it again."""
     script = ["train.py", "--config=configs/lens_quickstart.py:debug", "--config.sweep=()",
@@ -105,6 +106,7 @@ def test_two_processes_move_languages_as_one_does(cache_dir, tmp_path):
     assert alone.pop("seconds").keys() == both.pop("seconds").keys() and alone == both
 
 
+@pytest.mark.slow
 def test_one_is_killed_and_both_start_again(undisturbed, tmp_path):
     """The one that is left ends too; on another mesh, the two go on to the same end."""
     workdir, port = tmp_path / "run", free_port()

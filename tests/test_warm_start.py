@@ -62,6 +62,7 @@ def test_a_linear_start_is_near_the_best_under_noise(model):
     assert jax.tree.map(np.shape, start) == jax.tree.map(np.shape, model.trainable)
 
 
+@pytest.mark.slow
 def test_a_feed_forward_start_leaves_little_of_the_error(tiny):
     config = finish(default_config(), "last,debug").unlock()
     config.encoder.checkpoint, config.decoder.checkpoint = (

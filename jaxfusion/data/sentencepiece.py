@@ -5,8 +5,6 @@ model by id and not by score, leaves out the space before the first word, and ta
 special tokens for granted. The backend here is made from the file, and compared with SentencePiece.
 """
 
-import json
-import re
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +22,9 @@ from transformers import PreTrainedTokenizerFast
 
 from jaxfusion.errors import InputError, first_line
 from jaxfusion.files import read_object
+from jaxfusion.hf.tokenization_jaxfusion import SPACE, SentencePieceTokenizer
 
 FILES = ("tokenizer.model", "spiece.model")
-# In tokenizer_config.json: the model file beside it that normalizes texts first.
-NORMALIZER = "sentencepiece_normalizer"
-SPACE = "▁"
 PROBES = ("Is this  a test? Yes: 12 ñ 中文 සිංහල", " one", "  two\nthree  ", "(un)known: 1,234.5",
           "Ａ① ﬁne e\u0301", "ক\u09c7\u09be \u1112\u1161\u11ab ක\u0dd9\u0dcf \u06cc\u0654\u064e")
 
@@ -51,42 +47,6 @@ def read_model(file: Path):
     except (RuntimeError, OSError) as error:
         raise InputError(f"{file} is not a SentencePiece model ({first_line(error)}); put the "
                          "model's own tokenizer.json beside it") from None
-
-
-class SentencePieceTokenizer(PreTrainedTokenizerFast):
-    """A tokenizer whose texts SentencePiece normalizes before its backend reads them.
-
-    The backend's own copy of the normalizer takes a text apart into graphemes first, and so leaves
-    decomposed characters decomposed (github.com/huggingface/tokenizers, issue 2116).
-    """
-
-    spm = None  # SentencePieceProcessor; a model whose normalizer is not the identity
-
-    def __call__(self, text, *args, **kwargs):
-        """As in transformers, of one text or a list of texts."""
-        one = isinstance(text, str)
-        texts = self._normalize([text] if one else list(text))
-        return super().__call__(texts[0] if one else texts, *args, **kwargs)
-
-    def save_pretrained(self, save_directory, **kwargs):
-        """As in transformers, with the model that normalizes beside it."""
-        written = super().save_pretrained(save_directory, **kwargs)
-        file = Path(save_directory) / "tokenizer_config.json"
-        file.with_name(FILES[1]).write_bytes(self.spm.serialized_model_proto())
-        config = {**read_object(file), NORMALIZER: FILES[1]}
-        file.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", "utf-8")
-        return written
-
-    def _normalize(self, texts: list[str]) -> list[str]:
-        """Between added tokens, which are cut out of the text as it is."""
-        added = sorted(self.get_added_vocab(), key=len, reverse=True)
-        parts = [re.split(f"({'|'.join(map(re.escape, added))})", text) if added else [text]
-                 for text in texts]
-        plain = [part for text in parts for part in text[::2]]
-        # The space before the first word is the backend's to add.
-        normal = iter(self.spm.normalize(plain))
-        return ["".join(part if i % 2 else next(normal).removeprefix(SPACE).replace(SPACE, " ")
-                        for i, part in enumerate(text)) for text in parts]
 
 
 def read_sentencepiece(file: Path, role: str, vocab_size: int) -> SentencePieceTokenizer:

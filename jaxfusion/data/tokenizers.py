@@ -7,13 +7,6 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from jaxfusion.data.sentencepiece import (
-    NORMALIZER,
-    SentencePieceTokenizer,
-    find_model,
-    read_model,
-    read_sentencepiece,
-)
 from jaxfusion.errors import InputError, first_line
 from jaxfusion.files import read_object
 
@@ -248,6 +241,8 @@ def _read(path: Path, role: str, vocab_size: int):
     """
     if (path / "tokenizer.json").is_file():
         return _from_json(path, role, vocab_size)
+    from jaxfusion.data.sentencepiece import find_model, read_sentencepiece
+
     if model := find_model(path):
         return read_sentencepiece(model, role, vocab_size)
     from transformers import AutoTokenizer
@@ -264,6 +259,9 @@ def _from_json(path: Path, role: str, vocab_size: int):
     from tokenizers import Tokenizer
     from tokenizers.processors import TemplateProcessing
     from transformers import PreTrainedTokenizerFast
+
+    from jaxfusion.data.sentencepiece import read_model
+    from jaxfusion.hf.tokenization_jaxfusion import NORMALIZER, SentencePieceTokenizer
 
     source = read_object(path / "tokenizer.json")
     beyond = [x["content"] for x in source.get("added_tokens", []) if x["id"] >= vocab_size]

@@ -14,6 +14,7 @@ own, so that ids of any other tokenizer are noticed::
 
 import json
 import os
+import re
 import shutil
 from itertools import groupby
 
@@ -23,10 +24,14 @@ from transformers.utils import PaddingStrategy, cached_file
 
 QUERIES, ANSWERS = "encoder_tokenizer", "decoder_tokenizer"
 CONFIG = "tokenizer_config.json"
+# In a tokenizer's config: the SentencePiece model beside it, which normalizes texts first.
+NORMALIZER, SPM = "sentencepiece_normalizer", "spiece.model"
+SPACE = "▁"
 QUERY, PROMPT = "query:", "prompt:"  # begin the names of tokens that are asked
 IGNORED = -100  # the label of a token that is not predicted
 HUB = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "token")
-SETTINGS = ("query_offset", "prompt_offset", "eos_token_id", "text_prompt", "turn")
+SETTINGS = ("query_offset", "prompt_offset", "eos_token_id", "target_eos", "text_prompt",
+            "turn")
 WORDS = "the user's words"
 
 
@@ -39,24 +44,74 @@ def write_tokenizer(out, tokenizer):
     tokenizer.save_pretrained(out)
     if not os.path.isfile(os.path.join(out, "tokenizer.json")):
         return  # a slow tokenizer has its own class in both
-    file = os.path.join(out, CONFIG)
+    def change(config):
+        for name in ("backend", "is_local", "local_files_only"):  # how it was read just now
+            config.pop(name, None)
+        config["tokenizer_class"] = "PreTrainedTokenizerFast"
+        config["model_input_names"] = ["input_ids", "attention_mask"]  # 4 would add token types
+        if isinstance(config.get("extra_special_tokens"), list):
+            config["additional_special_tokens"] = config.pop("extra_special_tokens")
+        return config
+
+    _change_config(out, change)
+
+
+def _change_config(folder, change):
+    file = os.path.join(folder, CONFIG)
     with open(file, encoding="utf-8") as opened:
         config = json.load(opened)
-    for name in ("backend", "is_local", "local_files_only"):  # how it was read just now
-        config.pop(name, None)
-    config["tokenizer_class"] = "PreTrainedTokenizerFast"
-    config["model_input_names"] = ["input_ids", "attention_mask"]  # 4 would add token types
-    if isinstance(config.get("extra_special_tokens"), list):
-        config["additional_special_tokens"] = config.pop("extra_special_tokens")
     with open(file, "w", encoding="utf-8") as opened:
-        opened.write(json.dumps(config, indent=2, ensure_ascii=False) + "\n")
+        opened.write(json.dumps(change(config), indent=2, ensure_ascii=False) + "\n")
 
 
 def _read_tokenizer(path, subfolder, hub):
-    fast = cached_file(path, "tokenizer.json", subfolder=subfolder,
-                       _raise_exceptions_for_missing_entries=False, **hub)
-    kind = AutoTokenizer if fast is None else FastTokenizer
-    return kind.from_pretrained(path, subfolder=subfolder, **hub)
+    found = {name: cached_file(path, name, subfolder=subfolder,
+                               _raise_exceptions_for_missing_entries=False, **hub)
+             for name in ("tokenizer.json", SPM)}
+    if found["tokenizer.json"] is None:
+        return AutoTokenizer.from_pretrained(path, subfolder=subfolder, **hub)
+    if found[SPM] is None:
+        return FastTokenizer.from_pretrained(path, subfolder=subfolder, **hub)
+    from sentencepiece import SentencePieceProcessor
+
+    tokenizer = SentencePieceTokenizer.from_pretrained(path, subfolder=subfolder, **hub)
+    tokenizer.spm = SentencePieceProcessor(model_file=found[SPM])
+    return tokenizer
+
+
+class SentencePieceTokenizer(FastTokenizer):
+    """A tokenizer whose texts SentencePiece normalizes before its backend reads them.
+
+    The backend's own copy of the normalizer takes a text apart into graphemes first, and so leaves
+    decomposed characters decomposed (github.com/huggingface/tokenizers, issue 2116).
+    """
+
+    spm = None  # SentencePieceProcessor; a model whose normalizer is not the identity
+
+    def __call__(self, text, *args, **kwargs):
+        """As in transformers, of one text or a list of texts."""
+        one = isinstance(text, str)
+        texts = self._normalize([text] if one else list(text))
+        return super().__call__(texts[0] if one else texts, *args, **kwargs)
+
+    def save_pretrained(self, save_directory, **kwargs):
+        """As in transformers, with the model that normalizes beside it."""
+        written = super().save_pretrained(save_directory, **kwargs)
+        with open(os.path.join(save_directory, SPM), "wb") as file:
+            file.write(self.spm.serialized_model_proto())
+        _change_config(save_directory, lambda config: {**config, NORMALIZER: SPM})
+        return written
+
+    def _normalize(self, texts):
+        """Between added tokens, which are cut out of the text as it is."""
+        added = sorted(self.get_added_vocab(), key=len, reverse=True)
+        parts = [re.split(f"({'|'.join(map(re.escape, added))})", text) if added else [text]
+                 for text in texts]
+        plain = [part for text in parts for part in text[::2]]
+        # The space before the first word is the backend's to add.
+        normal = iter(self.spm.normalize(plain))
+        return ["".join(part if i % 2 else next(normal).removeprefix(SPACE).replace(SPACE, " ")
+                        for i, part in enumerate(text)) for text in parts]
 
 
 class BridgeTokenizer(PreTrainedTokenizerBase):
@@ -66,7 +121,8 @@ class BridgeTokenizer(PreTrainedTokenizerBase):
       queries, answers: the tokenizers of encoder and LLM.
 
     Args:
-      settings: `query_offset` and `prompt_offset`; `eos_token_id`, which ends an answer;
+      settings: `query_offset` and `prompt_offset`; `eos_token_id`, which ends an answer, and
+        `target_eos`, whether it is trained on behind one;
         `text_prompt`, the text after the prefix, with `{query}` where the query stands again;
         `turn`: `after` and `lead` of the chat template that the bridge was trained with, or None.
     """
@@ -160,8 +216,8 @@ class BridgeTokenizer(PreTrainedTokenizerBase):
         rows = [[] for _ in targets] if texts is None else self._asked(texts, limit)
         labels = None
         if targets is not None:
-            answers = ([[*ids, self.settings["eos_token_id"]]
-                        for ids in self._answers(texts, targets)]
+            ending = [self.settings["eos_token_id"]] if self.settings["target_eos"] else []
+            answers = ([[*ids, *ending] for ids in self._answers(texts, targets)]
                        if add_special_tokens else self._llm(targets))
             labels = [[IGNORED] * len(row) + ids for row, ids in zip(rows, answers, strict=True)]
             rows = [row + ids for row, ids in zip(rows, answers, strict=True)]
@@ -243,7 +299,7 @@ class BridgeTokenizer(PreTrainedTokenizerBase):
         # Where there is no text, the header follows the prefix as it follows words.
         lead = [WORDS if not prompt.strip() else "" for prompt in prompts]
         wholes = [words + self._context(x) for words, x in zip(lead, prompts, strict=True)]
-        return _following(self._llm(lead), self._llm(wholes))
+        return self._following(lead, wholes)
 
     def _answers(self, texts, targets):
         """Ids of answers as they continue their prompts.
@@ -262,7 +318,23 @@ class BridgeTokenizer(PreTrainedTokenizerBase):
         contexts = [self._context(prompt) for prompt in prompts]
         leads = [turn["lead"] if turn else prompt[len(prompt.rstrip()):] for prompt in prompts]
         wholes = ["".join(x) for x in zip(contexts, leads, targets, strict=True)]
-        return _following(self._llm(contexts), self._llm(wholes))
+        return self._following(contexts, wholes)
+
+    def _following(self, contexts, wholes):
+        """Ids of what follows each context in its whole. A token may span a space; where one spans
+        the seam itself, what follows is encoded alone."""
+        return [whole[len(context):] if whole[: len(context)] == context
+                else self._alone(text[len(start):])
+                for context, whole, start, text in zip(
+                    self._llm(contexts), self._llm(wholes), contexts, wholes, strict=True)]
+
+    def _alone(self, text):
+        """Ids of a text as they are inside another."""
+        for before in ("\n", "|", "\u2603"):
+            start, whole = self._llm([before, before + text])
+            if whole[: len(start)] == start:
+                return whole[len(start):]
+        raise ValueError(f"the LLM's tokenizer joins {text!r} to whatever is before it")
 
     def _padded(self, rows, labels, strategy, max_length, multiple, side):
         data = {"input_ids": rows, "attention_mask": [[1] * len(row) for row in rows]}
@@ -356,8 +428,3 @@ class BridgeTokenizer(PreTrainedTokenizerBase):
     def num_special_tokens_to_add(self, pair=False):
         """What a query gets beside its words."""
         return self.queries.num_special_tokens_to_add(pair)
-
-
-def _following(contexts, wholes):
-    """Ids of what follows each context in its whole: a token may span a space."""
-    return [whole[len(context):] for context, whole in zip(contexts, wholes, strict=True)]

@@ -16,8 +16,10 @@ import numpy as np
 from flax import traverse_util
 
 from jaxfusion.config import CONFIG_FILE
+from jaxfusion.data.tasks import get_task
 from jaxfusion.data.tokenizers import Tokenizers
 from jaxfusion.errors import InputError, choose
+from jaxfusion.evaluation.scoring import for_task
 from jaxfusion.fields import DTYPES, JOBS, ROLES, Config
 from jaxfusion.files import new_directory
 from jaxfusion.hf.load import open_tensors, read_config
@@ -212,23 +214,17 @@ def _write_tokenizers(out: Path, bridge: Trained, described: dict[str, Any]) -> 
     turn = tokenizers.turn and {"after": tokenizers.turn.after, "lead": tokenizers.turn.lead}
     settings = {
         "query_offset": described["query_offset"], "prompt_offset": described["prompt_offset"],
-        "eos_token_id": tokenizers.eos, "text_prompt": config.data.text_prompt, "turn": turn,
+        "eos_token_id": tokenizers.eos, "target_eos": tokenizers.ends_targets,
+        "text_prompt": config.data.text_prompt, "turn": turn,
     }
     BridgeTokenizer(tokenizers.encoder, answers, settings,
                     model_max_length=config.eval.max_encoder_tokens).save_pretrained(out)
-    ends = _end_tokens(bridge)
+    settings = for_task(config.eval, get_task(config.data.task, config.tasks))
+    ends = [tokenizers.eos, *(x for x in tokenizers.ends if x != tokenizers.eos)]
     GenerationConfig(
-        max_new_tokens=config.eval.max_new_tokens, do_sample=False,
+        max_new_tokens=settings.max_new_tokens, do_sample=False,
         pad_token_id=described["pad_token_id"], eos_token_id=ends,
         bos_token_id=tokenizers.decoder.bos_token_id).save_pretrained(out)
-
-
-def _end_tokens(bridge: Trained) -> list[int]:
-    """What ends an answer: the tokenizer's end token, and those that the LLM itself names."""
-    file = bridge.paths["decoder"] / "generation_config.json"
-    named = json.loads(file.read_text("utf-8")).get("eos_token_id") if file.is_file() else None
-    named = named if isinstance(named, list) else [] if named is None else [named]
-    return list(dict.fromkeys([bridge.tokenizers.eos, *named]))
 
 
 def export_langbridge(
