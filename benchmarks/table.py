@@ -4,6 +4,7 @@
     python benchmarks/train_step.py --size pocket --out benchmarks/results/train_step_pocket.json
     python benchmarks/train_step.py --size small --out benchmarks/results/train_step_small.json
     python benchmarks/load.py --out benchmarks/results/load.json
+    bash benchmarks/gpu.sh                                     # on a machine with a GPU
     python benchmarks/lens.py --size full --rounds 2 --json benchmarks/results/lens.json
 """
 
@@ -141,6 +142,31 @@ def _lens_targets(result: dict[str, Any]) -> list[list[str]]:
     return rows
 
 
+def gpu(results: list[dict[str, Any]]) -> list[str]:
+    """Full-size steps on one GPU, beside the papers' pipeline."""
+    towers = {"xnli": "mT5-large, Llama-3.2-1B, Transformer Softmax, 128 + 8 tokens",
+              "langbridge": "mT5-XL, Llama-2-7B, Global Softmax, 1,024 + 128 tokens"}
+    parts = ["## Full-size steps on one GPU", "",
+             "`bash benchmarks/gpu.sh`: random weights, bfloat16 towers, a trained part in "
+             "float32, every row as long as the limits allow; each contender in a process of its "
+             "own (those of the first table shared one). "
+             "`torch` is the papers' pipeline with transformers; `-full` computes the LLM's blocks "
+             "again in the backward pass. The share is that of the rate of a large matrix product "
+             "in the same run, FLOPs of the model alone.", ""]
+    for r in results:
+        rows = [[f"`{name}`", f"{1e3 * x['seconds']:.0f} ms", f"{x['examples_per_second']:.1f}",
+                 f"{x['memory_gib']:.1f} GiB", f"{x['share_of_matmul_rate']:.0%}"]
+                for name, x in r["contenders"].items()]
+        parts += [f"{towers[r['size']]}, {r['rows']} rows:", "",
+                  *table(["", "step", "examples/s", "memory", "of the matrix product's rate"],
+                         rows), "",
+                  f"The fastest of ours takes {1 / r['times_faster_than_torch']:.0%} of `torch`'s "
+                  f"time: **{r['times_faster_than_torch']:.2f}×**. {r['device']}; Python "
+                  f"{r['python']}, jax {r['jax']}, torch {r['torch']}, transformers "
+                  f"{r['transformers']}.", ""]
+    return parts
+
+
 NOTES = """\
 `torch` is the papers' pipeline (fusion as written, full-vocabulary logits, padding to the longest
 row); `plain_jax` the same compiled by XLA, so what lies between them is the compiler's;
@@ -155,6 +181,7 @@ def main() -> None:
     parts = [
         HEAD, *fusion(read("fusion")), *train_step(read("train_step_pocket")),
         *train_step(read("train_step_small")), NOTES, *load(read("load")), *lens(read("lens")),
+        *gpu([read(f"gpu_{size}") for size in ("xnli", "langbridge", "langbridge_4")]),
     ]
     (ROOT / "docs" / "benchmarks.md").write_text("\n".join(parts), "utf-8")
 
