@@ -3,7 +3,7 @@
     python benchmarks/realtext.py runs/realtext_data --ntrex PATH/TO/ntrex --sib200 PATH/TO/sib200
     python train.py --config configs/realtext_decoder.py
 
-Writes runs/realtext_decoder/hf, which configs/sib200.py takes (see docs/results.md).
+Writes runs/realtext_decoder/hf, which configs/sib200.py takes.
 
 Needs: two CPU cores. The text is tiny, so the LLM knows little English; the labelled rows are those
 of SIB-200's English training split alone.

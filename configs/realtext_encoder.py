@@ -3,7 +3,7 @@
     python benchmarks/realtext.py runs/realtext_data --ntrex PATH/TO/ntrex --sib200 PATH/TO/sib200
     python train.py --config configs/realtext_encoder.py
 
-Writes runs/realtext_encoder/hf, which configs/sib200.py takes (see docs/results.md).
+Writes runs/realtext_encoder/hf, which configs/sib200.py takes.
 
 Needs: two CPU cores. Two thousand sentence pairs in eight languages are no pretraining: this shows
 that the job runs on real text, and how far so little of it goes.
