@@ -31,6 +31,17 @@ def leaves(tree, path=()):
             yield (*path, name)
 
 
+def with_value(job, path, value):
+    """The default config of a job as JSON has it, with one field changed."""
+    values = json.loads(json.dumps(dataclasses.asdict(JOBS[job]())))
+    *outer, name = path
+    place = values
+    for part in outer:
+        place = place[part]
+    place[name] = value
+    return values
+
+
 CASES = [(job, path, value) for job, kind in JOBS.items()
          for path in leaves(json.loads(json.dumps(dataclasses.asdict(kind()))))
          for value in BAD]
@@ -42,12 +53,7 @@ def test_every_field_takes_a_value_or_says_in_one_line_why_not():
     assert len(CASES) >= 1000
     refused = 0
     for job, path, value in CASES:
-        values = json.loads(json.dumps(dataclasses.asdict(JOBS[job]())))
-        *outer, name = path
-        place = values
-        for part in outer:
-            place = place[part]
-        place[name] = value
+        values, name = with_value(job, path, value), path[-1]
         try:
             config = from_json(values)
         except InputError as error:
@@ -83,14 +89,8 @@ def test_every_field_takes_a_value_or_says_in_one_line_why_not():
 ])
 def test_values_that_no_run_can_have(job, path, value, said):
     """Finding 43."""
-    values = json.loads(json.dumps(dataclasses.asdict(JOBS[job]())))
-    *outer, name = path.split(".")
-    place = values
-    for part in outer:
-        place = place[part]
-    place[name] = value
     with pytest.raises(InputError, match=said):
-        from_json(values)
+        from_json(with_value(job, path.split("."), value))
 
 
 JSON = st.recursive(
@@ -105,15 +105,8 @@ PATHS = list(itertools.chain.from_iterable(
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.sampled_from(PATHS), JSON)
 def test_whatever_is_in_a_field_ends_in_one_line(where, value):
-    job, path = where
-    values = json.loads(json.dumps(dataclasses.asdict(JOBS[job]())))
-    *outer, name = path
-    place = values
-    for part in outer:
-        place = place[part]
-    place[name] = value
     try:
-        check(from_json(values))
+        check(from_json(with_value(*where, value)))
     except InputError as error:
         assert "\n" not in str(error)
 
