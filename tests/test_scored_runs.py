@@ -1,6 +1,5 @@
 """What is done with a trained run: scored, compared, reported, given a user's own file."""
 
-import fcntl
 import json
 import os
 import re
@@ -20,6 +19,7 @@ from jaxfusion.data.seen import fingerprints, read_seen, write_seen
 from jaxfusion.errors import InputError
 from jaxfusion.evaluation.page import _inline
 from jaxfusion.evaluation.runs import compare_runs, read_models
+from jaxfusion.files import note_of, only_writer, write_checked
 from jaxfusion.testing.debug import make_inputs
 from jaxfusion.training import answer as answering
 from jaxfusion.training.answer import answer_file
@@ -88,16 +88,16 @@ def test_runs_are_compared_on_the_same_rows_or_refused(run, bridge, tmp_path):
     shutil.copytree(bridge / "eval", copy / "eval")
     details = json.loads((copy / "eval" / "details.json").read_text())
     details["xnli"]["ar"]["queries"][3] += " indeed"
-    (copy / "eval" / "details.json").write_text(json.dumps(details))
+    write_checked(copy / "eval" / "details.json", json.dumps(details))
     with pytest.raises(InputError, match=r"xnli ar: row 4 is another in .*seed_0 than in .*copy"):
         compare_runs(read_models([str(bridge), str(copy)]))
     for part in details["xnli"]["en"].values():
         if isinstance(part, list):
             del part[4:]
-    (copy / "eval" / "details.json").write_text(json.dumps(details))
+    write_checked(copy / "eval" / "details.json", json.dumps(details))
     with pytest.raises(InputError, match=r"xnli en: .* was scored on 6 rows, .*copy on 4"):
         compare_runs(read_models([str(bridge), str(copy)]))
-    (copy / "eval" / "details.json").write_text(json.dumps({"sib200": {}}))
+    write_checked(copy / "eval" / "details.json", json.dumps({"sib200": {}}))
     with pytest.raises(InputError, match="no task and language in common"):
         compare_runs(read_models([str(bridge), str(copy)]))
     with pytest.raises(InputError, match=r"no scores yet .*: python eval\.py --workdir"):
@@ -171,10 +171,9 @@ def test_answers_are_written_by_one_and_never_over_the_input(bridge, tmp_path):
     lines = [json.loads(line) for line in out.read_text().split("\n")[:-1]]
     assert [line["note"] for line in lines] == [None, None]
     assert answer_file(bridge, source, out) == 0
-    with out.open("a") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        with pytest.raises(InputError, match="being written by another process"):
-            answer_file(bridge, source, out)
+    with only_writer(note_of(out), out), pytest.raises(
+            InputError, match=rf"out\.jsonl is being written by process {os.getpid()} on .* since"):
+        answer_file(bridge, source, out)
     with pytest.raises(InputError, match="is the input"):
         answer_file(bridge, source, source)
     with pytest.raises(InputError, match=r"wanted the name of a \.jsonl file"):
@@ -194,7 +193,7 @@ def test_what_differs_between_runs_is_said_or_left_out(bridge, tmp_path, caplog)
     assert "LLM alone" not in report([copy]).read_text()
     details = json.loads((copy / "eval" / "details.json").read_text())
     del details["xnli"]["ar"]["labels"]
-    (copy / "eval" / "details.json").write_text(json.dumps(details))
+    write_checked(copy / "eval" / "details.json", json.dumps(details))
     with pytest.raises(InputError, match="by an earlier version, which kept no labels; score it"):
         compare_runs(read_models([str(bridge), str(copy)]))
 
@@ -248,9 +247,9 @@ def test_a_page_shows_each_script_its_own_way(bridge, tmp_path):
     arabic = details["xnli"]["ar"]
     arabic["queries"][0] = "Premise: <b>هذا نص عربي للاختبار</b>"
     arabic["correct"]["likelihood"][0] ^= 1
-    file.write_text(json.dumps(details))
+    write_checked(file, json.dumps(details))
     alone = copy / "eval" / "llm_only_details.json"
-    alone.write_text(json.dumps({**details, "xnli": {**details["xnli"], "ar": {
+    write_checked(alone, json.dumps({**details, "xnli": {**details["xnli"], "ar": {
         **arabic, "correct": {**arabic["correct"], "likelihood": [
             1 - x for x in arabic["correct"]["likelihood"]]}}}}))
     page = report([copy])
