@@ -29,6 +29,8 @@ from jaxfusion.fields import (
 from jaxfusion.files import read_json, write_checked
 
 CONFIG_FILE = "config.json"  # of a workdir
+# Fields that a run resolves, or that had a number where they are open now.
+OPEN = ("data.bos", "eval.max_new_tokens")
 # May differ when a run is resumed, besides a larger number of steps.
 FREE_ON_RESUME = ("mesh", "encoder.dtype", "decoder.dtype", "encoder.remat", "decoder.remat",
                   "encoder.attention", "decoder.attention", "train.accumulate", "train.log_every")
@@ -176,7 +178,7 @@ def from_json(values: dict[str, Any]) -> Job:
       InputError: an unknown field, or a value of the wrong type or out of range.
     """
     job = values.get("job", "bridge")
-    return _validated(JOBS[choose("job", str(job), JOBS)], values, "")
+    return _validated(JOBS[choose("job", str(job), JOBS)], {**values, "job": str(job)}, "")
 
 
 def _validated(kind: type, values: Any, where: str) -> Any:
@@ -298,6 +300,10 @@ def check(config: Job) -> None:
     if isinstance(config, CompareConfig):
         variants(config)  # checks each of them
         return
+    total, query = (getattr(config.data, f"max_{x}_tokens", None) for x in ("total", "encoder"))
+    if total is not None and total <= query + 1:
+        raise InputError(f"data.max_total_tokens is {total}, expected more than "
+                         f"data.max_encoder_tokens = {query} and BOS: no room is left for a target")
     for name in ("balanced", "streaming"):
         if getattr(config.data, name, False) and config.data.train_rows is None:
             raise InputError(f"data.{name} needs data.train_rows: how many rows to draw")
@@ -315,14 +321,24 @@ def load(file: Path) -> Job:
       InputError: there is none, it is damaged, or it has fields that this version does not know.
     """
     if not file.is_file():
-        raise InputError(f"{file.parent} is no workdir of a run: {file.name} is missing")
-    values = read_json(file, "put back a copy of it, or start anew with another --workdir")
+        raise InputError(f"{file.parent} is not a workdir of a run: {file.name} is missing")
+    values = read_json(file, "put back a copy of it, or start again with another --workdir")
     try:
-        return from_json(values)
+        return from_json(_with_bos(values))
     except InputError as error:
         raise InputError(f"{file}: {error}") from None
     except (TypeError, AttributeError, ValueError, KeyError, IndexError) as error:
-        raise InputError(f"{file} is no config of a run: {first_line(error)}") from None
+        raise InputError(f"{file} is not a config of a run: {first_line(error)}") from None
+
+
+def _with_bos(values: dict[str, Any]) -> dict[str, Any]:
+    """A run's config with what was so before the field `data.bos` was there: BOS wherever the
+    tokenizer names one."""
+    for part in (values, values.get("base")):
+        if isinstance(part, dict) and isinstance(part.get("data"), dict) and (
+                part.get("job", "bridge") in ("bridge", "lens")):
+            part["data"].setdefault("bos", True)
+    return values
 
 
 def changed(old: Job, new: Job) -> list[str]:
@@ -338,6 +354,8 @@ def changed(old: Job, new: Job) -> list[str]:
 def _may_change(name: str, before: dict[str, Any], after: dict[str, Any]) -> bool:
     old, new = before.get(name), after.get(name)
     name = name.removeprefix("base.")
+    if name in OPEN:  # left open now, it is what it was
+        return new is None
     if name in ("train.steps", "train.epochs"):  # a larger one, counted the same way
         return None not in (old, new) and new > old
     return any(name == free or name.startswith(f"{free}.") for free in FREE_ON_RESUME)

@@ -184,6 +184,8 @@ class DataConfig(Schema):
     # Of query and target together: a target may then be so long as its query leaves room, as
     # LangBridge cuts them. None: max_decoder_tokens is a target's limit.
     max_total_tokens: Count | None = None
+    # Begin every row of the LLM with BOS. None: where its tokenizer does; a run keeps which it was.
+    bos: bool | None = None
     target_eos: bool = True  # put the LLM's end token behind every target (LangBridge puts none)
     buckets: Lengths = (32, 64, 96, 128, 160, 200)  # encoder lengths that get compiled
     pack: bool = False  # several short examples in a row, told apart by masks and positions
@@ -356,6 +358,7 @@ class ParallelConfig(Schema):
     columns: dict[str, str] = field(default_factory=dict)  # of languages that are named otherwise
     answer: str | None = None  # column of answers, for supervised tuning
     probe_rows: Count | None = None  # the first so many rows are probed; none: all
+    bos: bool | None = None  # begin every prompt with BOS; none: where the tokenizer does
     probe_path: str | None = None  # prompts to probe, where not those of path; written alike
     rows: Count = 200  # the first so many are trained on
     chat_template: bool = True  # the LLM's own, in probing and training

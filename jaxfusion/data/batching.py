@@ -110,13 +110,15 @@ class Cut:
     targets: int
     max_encoder_tokens: int
     max_decoder_tokens: int
+    max_total_tokens: int | None = None
 
     def __str__(self) -> str:
-        return (
-            f"cut: {self.queries} queries at {self.max_encoder_tokens} encoder tokens, "
-            f"{self.texts} prompts and {self.targets} targets at "
-            f"{self.max_decoder_tokens} decoder tokens"
-        )
+        queries = f"cut: {self.queries} queries at {self.max_encoder_tokens} encoder tokens, "
+        if self.max_total_tokens is not None:
+            return (f"{queries}{self.texts} prompts at {self.max_decoder_tokens} decoder tokens, "
+                    f"{self.targets} targets at {self.max_total_tokens} tokens with their queries")
+        return (f"{queries}{self.texts} prompts and {self.targets} targets at "
+                f"{self.max_decoder_tokens} decoder tokens")
 
     @property
     def any(self) -> bool:
@@ -163,11 +165,11 @@ def tokenize(
                 query = (query[-max_encoder_tokens:] if keeps_end
                          else [*query[: max_encoder_tokens - 1], query[-1]])
             limit = (max_decoder_tokens if max_total_tokens is None
-                     else max_total_tokens - len(query) - len(tokenizers.start))
+                     else max(0, max_total_tokens - len(query) - len(tokenizers.start)))
             cut += (whole > max_encoder_tokens, len(text) > max_decoder_tokens,
                     len(target) > limit)
             rows.append(query, text[-max_decoder_tokens:], target[:limit])
-    return rows, Cut(*cut.tolist(), max_encoder_tokens, max_decoder_tokens)
+    return rows, Cut(*cut.tolist(), max_encoder_tokens, max_decoder_tokens, max_total_tokens)
 
 
 def in_parts(examples: Sequence[Example]) -> Iterator[Sequence[Example]]:

@@ -143,7 +143,7 @@ def _read_csv(file: Path, columns, quoted: bool) -> Iterator[Placed]:
 
 def _quoted(file: Path, delimiter: str) -> Iterator[tuple[int, list[str]]]:
     """Numbered records whose fields may be in quotes."""
-    return _without_blank_end(_records(file, delimiter), lambda fields: not any(fields))
+    return _without_blank_end(_records(file, delimiter), lambda fields: not "".join(fields).strip())
 
 
 def _records(file: Path, delimiter: str) -> Iterator[tuple[int, list[str]]]:
@@ -241,9 +241,9 @@ def _class_names(schema) -> dict[str, list[str]]:
     try:
         info = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
         features = info.get("info", {}).get("features", {})
-        return {column: feature["names"] for column, feature in features.items()
+        return {column: list(map(str, feature["names"])) for column, feature in features.items()
                 if isinstance(feature, dict) and feature.get("_type") == "ClassLabel"}
-    except (ValueError, AttributeError, KeyError):
+    except (ValueError, AttributeError, KeyError, TypeError):
         return {}
 
 

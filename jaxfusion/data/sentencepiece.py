@@ -26,7 +26,8 @@ from jaxfusion.hf.tokenization_jaxfusion import SPACE, SentencePieceTokenizer
 
 FILES = ("tokenizer.model", "spiece.model")
 PROBES = ("Is this  a test? Yes: 12 ñ 中文 සිංහල", " one", "  two\nthree  ", "(un)known: 1,234.5",
-          "Ａ① ﬁne e\u0301", "ক\u09c7\u09be \u1112\u1161\u11ab ක\u0dd9\u0dcf \u06cc\u0654\u064e")
+          "Ａ① ﬁne e\u0301", "\x85one\x85",
+          "ক\u09c7\u09be \u1112\u1161\u11ab ක\u0dd9\u0dcf \u06cc\u0654\u064e")
 
 
 def find_model(path: Path) -> Path | None:
@@ -163,7 +164,9 @@ def _make_backend(spm, proto) -> Tokenizer:
     if rules.precompiled_charsmap:
         steps = [normalizers.Precompiled(rules.precompiled_charsmap)]
     if rules.remove_extra_whitespaces:
-        steps += [normalizers.Strip(), normalizers.Replace(Regex(" {2,}"), " ")]
+        # Spaces alone: `Strip` takes other white space, too.
+        steps += [normalizers.Replace(Regex("^ +| +$"), ""),
+                  normalizers.Replace(Regex(" {2,}"), " ")]
     if rules.add_dummy_prefix:
         tail = [decoders.Strip(" ", 1, 0)]
     if isinstance(backend.model, models.BPE):  # whose pieces may span words

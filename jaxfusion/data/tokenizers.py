@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from jaxfusion.errors import InputError, first_line
 from jaxfusion.files import read_object
@@ -43,6 +44,7 @@ class Tokenizers:
       turn: of the decoder's chats; None where there is no chat.
       end_tokens: of the LLM's own files: an answer ends at any of them.
       ends_targets: whether `eos` is trained on behind every answer.
+      bos: whether rows begin with BOS; None is where the tokenizer's own texts do.
     """
 
     encoder: object
@@ -50,6 +52,7 @@ class Tokenizers:
     turn: Turn | None = None
     end_tokens: tuple[int, ...] = ()
     ends_targets: bool = True
+    bos: bool | None = None
 
     @cached_property
     def start(self) -> list[int]:
@@ -57,7 +60,9 @@ class Tokenizers:
         begins a text with it."""
         if self.turn is not None:
             return self.encode_texts([self._header])[0]
-        return [self.decoder.bos_token_id] if adds_bos(self.decoder) else []
+        bos = self.decoder.bos_token_id
+        begins = adds_bos(self.decoder) if self.bos is None else self.bos
+        return [bos] if begins and bos is not None else []
 
     @property
     def _header(self) -> str:
@@ -211,6 +216,7 @@ def load_tokenizer(
     """
     try:
         tokenizer = _read(path, role, vocab_size)
+        tokenizer(["a"])  # what its files hold wrong shows here
     except InputError:
         raise
     except Exception as error:  # whatever transformers and tokenizers raise
@@ -275,9 +281,13 @@ def _from_json(path: Path, role: str, vocab_size: int):
         tokenizer.spm = read_model(path / model)
     else:
         tokenizer = PreTrainedTokenizerFast.from_pretrained(path)
-    for token_id, token in sorted(tokenizer.added_tokens_decoder.items()):
+    for token_id, token in sorted(_configured(config).items()):
         if backend.token_to_id(token.content) is None and token_id < vocab_size:
             backend.add_tokens([token])
+            if backend.token_to_id(token.content) != token_id:
+                raise InputError(f"{file}: token {token.content!r} has id {token_id} there, but "
+                                 f"comes out as {backend.token_to_id(token.content)}; put it into "
+                                 "tokenizer.json")
     if role == "decoder" and isinstance(begins := config.get("add_bos_token"), bool
                                          ) and tokenizer.bos_token is not None:
         # It decides, as in transformers, whatever tokenizer.json does.
@@ -290,10 +300,23 @@ def _from_json(path: Path, role: str, vocab_size: int):
     if lost := [x for x in beyond if x in needed or x in template]:
         raise InputError(f"the tokenizer in {path} does not belong to the model: its token "
                          f"{lost[0]!r} is beyond the model's table of {vocab_size} rows")
+    for name in ("bos_token", "eos_token", "unk_token", "pad_token"):
+        token = getattr(tokenizer, name)
+        if token is not None and backend.token_to_id(token) is None:
+            raise InputError(f"{path}: {name} {token!r} is missing from tokenizer.json; one of "
+                             "both files is of another model")
     if beyond:
         logger.warning("%s: tokens beyond the model's table of %d rows are left out: %s", path,
                        vocab_size, ", ".join(beyond))
     return tokenizer
+
+
+def _configured(config: dict[str, Any]) -> dict[int, Any]:
+    """Added tokens of a `tokenizer_config.json`, by id."""
+    from tokenizers import AddedToken
+
+    return {int(i): AddedToken(**{name: x for name, x in token.items() if name != "__type"})
+            for i, token in config.get("added_tokens_decoder", {}).items()}
 
 
 def read_end_tokens(path: Path, vocab_size: int) -> tuple[int, ...]:

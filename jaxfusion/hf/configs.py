@@ -48,13 +48,22 @@ def decoder_config(json: dict[str, Any], where: str) -> DecoderConfig:
     return _checked(lambda: _decoder_config(json, where), where)
 
 
+def _buckets(json: dict[str, Any], where: str) -> int:
+    """T5's relative positions: half of them for each direction, half of these by logarithm."""
+    name = "relative_attention_num_buckets"
+    buckets = _count(json, name, 32, where)
+    if buckets % 4:
+        raise InputError(f"{where}: {name} is {buckets}, expected a multiple of 4")
+    return buckets
+
+
 def _checked(read: Callable[[], MT5Config | DecoderConfig], where: str):
     """The shape that `read` makes, if a model can have it."""
     try:
         shape = read()
     except InputError:
         raise
-    except (TypeError, ValueError, KeyError, AttributeError, OverflowError) as error:
+    except (TypeError, ValueError, KeyError, AttributeError, ArithmeticError) as error:
         raise InputError(f"{where}: a field has the wrong type ({first_line(error)}); get the "
                          "file again") from None
     heads, kv_heads = shape.num_heads, getattr(shape, "num_kv_heads", shape.num_heads)
@@ -85,7 +94,7 @@ def _encoder_config(json: dict[str, Any], where: str) -> MT5Config:
         num_layers=_field(json, "num_layers", where),
         num_heads=_field(json, "num_heads", where),
         head_dim=_field(json, "d_kv", where),
-        num_buckets=_count(json, "relative_attention_num_buckets", 32, where),
+        num_buckets=_buckets(json, where),
         max_distance=_count(json, "relative_attention_max_distance", 128, where),
         norm_eps=_number(json, "layer_norm_epsilon", where, 1e-6),
         bias_per_layer=json["model_type"] == "umt5",
@@ -95,7 +104,7 @@ def _encoder_config(json: dict[str, Any], where: str) -> MT5Config:
 def _decoder_config(json: dict[str, Any], where: str) -> DecoderConfig:
     family = json["model_type"]
     for feature in ("attention_bias", "mlp_bias", "use_bidirectional_attention"):
-        if json.get(feature):
+        if _flag(json, feature, where):
             raise InputError(f"{where}: {feature} is true, which is not supported for {family}")
     heads, width = _field(json, "num_attention_heads", where), _field(json, "hidden_size", where)
     layers = _field(json, "num_hidden_layers", where)
@@ -112,7 +121,7 @@ def _decoder_config(json: dict[str, Any], where: str) -> DecoderConfig:
         head_dim=_count(json, "head_dim", HEAD_DIMS.get(family), where) or width // heads,
         norm_eps=_number(json, "rms_norm_eps", where, 1e-5 if family == "phi3" else 1e-6),
         rope=rope,
-        tie_embeddings=json.get("tie_word_embeddings", gemma),
+        tie_embeddings=_flag(json, "tie_word_embeddings", where, gemma),
         family=family,
         max_length=_count(json, "max_position_embeddings", 131_072, where),
         activation=_activation(json, where),
@@ -120,7 +129,7 @@ def _decoder_config(json: dict[str, Any], where: str) -> DecoderConfig:
         qk_norm=family in ("qwen3", "gemma3_text"),
         windows=_windows(json, layers, where),
         local_rope=local_rope,
-        **(_gemma_features(json, family, width) if gemma else {}),
+        **(_gemma_features(json, family, width, where) if gemma else {}),
     )
 
 
@@ -139,23 +148,32 @@ def _activation(json: dict[str, Any], where: str) -> str:
     return names[name]
 
 
-def _gemma_features(json: dict[str, Any], family: str, width: int) -> dict[str, Any]:
+def _cap(json: dict[str, Any], name: str, default: float, where: str) -> float | None:
+    """A bound of logits: Gemma 2 has one by default, Gemma 3 none."""
+    if name not in json and json["model_type"] == "gemma2":
+        return default
+    return None if json.get(name) is None else _number(json, name, where)
+
+
+def _gemma_features(json: dict[str, Any], family: str, width: int, where: str) -> dict[str, Any]:
     features = {"embed_scale": width**0.5, "norm_offset": 1.0}
     if family == "gemma":
         return features
     return {
         **features, "post_norms": True,
-        "attn_scale": json.get("query_pre_attn_scalar", 256) ** -0.5,
-        "attn_cap": json.get("attn_logit_softcapping", 50.0 if family == "gemma2" else None),
-        "logit_cap": json.get("final_logit_softcapping", 30.0 if family == "gemma2" else None),
+        "attn_scale": _number(json, "query_pre_attn_scalar", where, 256) ** -0.5,
+        "attn_cap": _cap(json, "attn_logit_softcapping", 50.0, where),
+        "logit_cap": _cap(json, "final_logit_softcapping", 30.0, where),
     }
 
 
 def _windows(json: dict[str, Any], layers: int, where: str) -> tuple[int | None, ...]:
     """How far back each layer looks; empty if no layer has a window."""
     family = json["model_type"]
-    window = json.get("sliding_window", WINDOWS.get(family))
-    if family in ("qwen2", "qwen3") and not json.get("use_sliding_window", False):
+    window = _count(json, "sliding_window", None if "sliding_window" in json
+                    else WINDOWS.get(family), where)
+    if family in ("qwen2", "qwen3") and not _flag(
+            json, "use_sliding_window", where):
         window = None
     if window is None or family not in ("mistral", "phi3", *PERIODS, "qwen2", "qwen3"):
         return ()
@@ -269,8 +287,12 @@ def _ropes(json: dict[str, Any], where: str) -> tuple[Rope, Rope | None]:
 
 def _rope(json: dict[str, Any], rope: dict[str, Any], where: str) -> Rope:
     default = 1_000_000.0 if json["model_type"] == "gemma3_text" else 10_000.0
-    theta = float(rope.get("rope_theta") or json.get("rope_theta") or default)
-    partial = float(rope.get("partial_rotary_factor") or json.get("partial_rotary_factor") or 1.0)
+    theta = _number({"rope_theta": rope.get("rope_theta") or json.get("rope_theta")},
+                    "rope_theta", where, default)
+    name = "partial_rotary_factor"
+    partial = _number({name: rope.get(name) or json.get(name)}, name, where, 1.0)
+    if partial > 1:
+        raise InputError(f"{where}: {name} is {partial}, expected at most 1")
     kind = rope.get("rope_type", rope.get("type", "default"))
     number = functools.partial(_number, rope, where=f"{where}, rotary embedding")
     if kind == "default":
@@ -282,6 +304,9 @@ def _rope(json: dict[str, Any], rope: dict[str, Any], where: str) -> Rope:
             number("factor"), number("low_freq_factor"), number("high_freq_factor"),
             int(number("original_max_position_embeddings")),
         )
+        if scaling.low_freq_factor >= scaling.high_freq_factor:
+            raise InputError(f"{where}: low_freq_factor {scaling.low_freq_factor} is not below "
+                             f"high_freq_factor {scaling.high_freq_factor}")
     elif kind in ("longrope", "su"):
         length = rope.get("original_max_position_embeddings") or _field(
             json, "original_max_position_embeddings", where)
@@ -339,9 +364,19 @@ def _check_family(json, families, role, where) -> None:
 
 def _field(json: dict[str, Any], name: str, where: str) -> int:
     """A count that has to be there."""
-    if name not in json:
+    if json.get(name) is None:
         raise InputError(f"{where}: field '{name}' is missing")
     return _count(json, name, None, where)
+
+
+def _flag(json: dict[str, Any], name: str, where: str, default: bool = False) -> bool:
+    """True or false, or the default where there is neither."""
+    value = json.get(name)
+    if value is None:
+        return default
+    if not isinstance(value, bool):
+        raise InputError(f"{where}: {name} is {value!r}, expected true or false")
+    return value
 
 
 def _count(json: dict[str, Any], name: str, default: int | None, where: str) -> int | None:

@@ -119,8 +119,10 @@ def open_tensors(path: Path) -> TensorFiles:
         raise InputError(convert_hint(str(path), "holds a pickle checkpoint", path.name))
     else:
         raise InputError(f"{path} is half a checkpoint: {SINGLE} (or {INDEX}) is missing")
-    for file in sorted(set(files.values())):
-        _keys(path / file)
+    held = {file: set(_keys(path / file)) for file in sorted(set(files.values()))}
+    if absent := [name for name, file in files.items() if name not in held[file]]:
+        raise InputError(f"{path / INDEX} is damaged: {absent[0]} is missing from "
+                         f"{files[absent[0]]}")
     return TensorFiles(path, files)
 
 

@@ -68,7 +68,8 @@ def _alone(config: LensRunConfig, mesh) -> tuple[Model, LensRunConfig]:
     tokenizer = load_tokenizer(path, shape.vocab_size, "decoder")
     turn = chat_turn(tokenizer) if config.data.chat_template else None
     model = Model(Bridge(None, decoder, None, "last"), {"decoder": params},
-                  Tokenizers(None, tokenizer, turn, read_end_tokens(path, shape.vocab_size)), "",
+                  Tokenizers(None, tokenizer, turn, read_end_tokens(path, shape.vocab_size),
+                             bos=config.data.bos), "",
                   {"model": digest(path), "tokenizer": digest_tokenizer(tokenizer)})
     return model, replace(config, decoder=replace(tower, revision=commit or tower.revision))
 

@@ -152,7 +152,7 @@ def side_by_side(
     found = next((c for c in compare_runs(models, scoring) if c.task == name), None)
     if found is None:
         raise InputError(f"task '{name}' is not counted by '{scoring}'; leave --scoring out")
-    return replace(found, reference=next(iter(runs)), notes=(*found.notes, *notes),
+    return replace(found, reference=next(iter(runs)), notes=(*notes, *found.notes),
                    baselines=baselines)
 
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
+from glob import has_magic
 from pathlib import Path
 from typing import Any
 
@@ -206,6 +207,9 @@ def check_workdir(config: Job, workdir: Path) -> Job:
       InputError: the workdir holds another run, or is none.
     """
     file = workdir / CONFIG_FILE
+    if has_magic(str(workdir.absolute())):
+        raise InputError(f"{workdir.absolute()} has one of * ? [ in it, which the library that "
+                         "writes checkpoints takes for a pattern; choose another --workdir")
     if workdir.exists() and not workdir.is_dir():
         raise InputError(f"{workdir} is a file, expected a directory; choose another --workdir")
     if not file.is_file():
@@ -230,6 +234,8 @@ def check_workdir(config: Job, workdir: Path) -> Job:
             config = replace(config, **{role: replace(now, revision=was.revision)})
     if isinstance(config, Config):
         config = replace(config, data=_same_rows(old.data, config.data))
+    if from_hub and config.data.bos is None:
+        config = replace(config, data=replace(config.data, bos=old.data.bos))
     differences = configs.changed(old, config)
     if differences:
         raise InputError(

@@ -19,6 +19,7 @@ from jaxtyping import Array, Int
 from jaxfusion.data.lexicon import check_version
 from jaxfusion.data.tokenizers import (
     Tokenizers,
+    adds_bos,
     chat_turn,
     load_tokenizer,
     read_end_tokens,
@@ -167,6 +168,8 @@ def load_model(
     paths, config = find_towers(config)
     shapes = read_shapes(paths)
     tokenizers = load_tokenizers(config, paths, shapes)
+    if config.data.bos is None:  # which it is now, it stays
+        config = replace(config, data=replace(config.data, bos=adds_bos(tokenizers.decoder)))
     plan = plan_model(config, shapes, mesh)
     begin(plan.bridge, tokenizers)
     flat = start_own(plan, config.train.seed)
@@ -327,7 +330,7 @@ def load_tokenizers(config: Config, paths: dict[str, Path], shapes) -> Tokenizer
     )
     turn = chat_turn(decoder) if config.data.chat_template else None
     ends = read_end_tokens(paths["decoder"], shapes["decoder"].vocab_size)
-    return Tokenizers(encoder, decoder, turn, ends, config.data.target_eos)
+    return Tokenizers(encoder, decoder, turn, ends, config.data.target_eos, config.data.bos)
 
 
 def describe(init: Callable[[], Params], mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
