@@ -155,6 +155,11 @@ def test_a_target_takes_the_room_that_its_query_leaves(tokenizers):
         assert row.target == whole[: 50 - len(row.query) - start]
     assert cut.targets == 2 and tokenizers.eos not in rows[0].target
     assert tokenizers.ending == [tokenizers.eos] and langbridge.ending == []
+    assert "targets at 50 tokens with their queries" in str(cut)
+    full = [Example("la " * 100, "bako", 0)]
+    rows, _ = tokenize(full, tokenizers, text_prompt="", with_target=True, max_encoder_tokens=40,
+                       max_decoder_tokens=5, max_total_tokens=20)
+    assert rows[0].target == []  # and no end of the target, counted from behind
 
 
 def test_a_batch_holds_its_rows(tokenizers):

@@ -382,6 +382,14 @@ def test_defaults_are_those_of_transformers(checkpoint):
     ({"head_dim": 7}, "head_dim is 7, expected an even number"),
     ({"vocab_size": "many"}, "vocab_size is 'many', expected"),
     ({"rms_norm_eps": "small"}, "rms_norm_eps is 'small', expected"),
+    ({"rope_theta": -1.0}, "rope_theta is -1.0, expected a number above 0"),
+    ({"tie_word_embeddings": "false"}, "tie_word_embeddings is 'false', expected true or false"),
+    ({"partial_rotary_factor": 7.0}, "partial_rotary_factor is 7.0, expected at most 1"),
+    ({"model_type": "mistral", "sliding_window": -5}, "sliding_window is -5, expected a whole"),
+    ({"model_type": "gemma2", "hidden_activation": "gelu_pytorch_tanh",
+      "query_pre_attn_scalar": 0}, "query_pre_attn_scalar is 0, expected a number above 0"),
+    ({"model_type": "gemma2", "hidden_activation": "gelu_pytorch_tanh",
+      "attn_logit_softcapping": "x"}, "attn_logit_softcapping is 'x', expected"),
 ])
 def test_a_config_that_no_model_has_is_one_line(checkpoint, change, message):
     """Finding 42."""
@@ -400,6 +408,17 @@ def test_a_damaged_index_is_one_line(checkpoint, text):
     (checkpoint / "decoder" / INDEX).write_text(text)
     with pytest.raises(InputError, match=r"index\.json is (not|damaged)"):
         open_tensors(checkpoint / "decoder")
+
+
+def test_an_index_names_what_its_shards_hold(checkpoint):
+    """Finding 42: a tensor that is missing from its shard was a traceback."""
+    path = checkpoint / "decoder"
+    names = [*load_file(path / SINGLE), "model.none.weight"]
+    (path / SINGLE).rename(path / "model-00001-of-00001.safetensors")
+    (path / INDEX).write_text(json.dumps(
+        {"weight_map": dict.fromkeys(names, "model-00001-of-00001.safetensors")}))
+    with pytest.raises(InputError, match=r"model\.none\.weight is missing from model-00001"):
+        open_tensors(path)
 
 
 def test_what_training_saved_is_converted(tiny, tmp_path):

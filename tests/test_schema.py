@@ -13,7 +13,14 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from jaxfusion.config import check, default_config, from_config_dict, from_json
+from jaxfusion.config import (
+    changed,
+    check,
+    default_config,
+    from_config_dict,
+    from_json,
+    load,
+)
 from jaxfusion.errors import InputError
 from jaxfusion.fields import JOBS
 
@@ -91,6 +98,30 @@ def test_values_that_no_run_can_have(job, path, value, said):
     """Finding 43."""
     with pytest.raises(InputError, match=said):
         from_json(with_value(job, path.split("."), value))
+
+
+def test_a_target_must_have_room():
+    values = with_value("bridge", ("data", "max_total_tokens"), 100)
+    with pytest.raises(InputError, match=r"max_total_tokens is 100, expected more than .* 200"):
+        check(from_json(values))
+
+
+def test_a_run_made_before_a_field_goes_on_as_it_was(tmp_path):
+    """BOS was before every row whose tokenizer names one, and an answer had 16 tokens."""
+    old = json.loads(json.dumps(dataclasses.asdict(JOBS["bridge"]())))
+    del old["data"]["bos"]
+    old["eval"]["max_new_tokens"] = 16
+    (tmp_path / "config.json").write_text(json.dumps(old))
+    assert load(tmp_path / "config.json").data.bos is True
+    assert changed(load(tmp_path / "config.json"), JOBS["bridge"]()) == []
+
+
+def test_a_workdir_named_like_a_pattern_is_refused(tmp_path):
+    """Orbax took it for one, and no checkpoint could be read again."""
+    from jaxfusion.training.loop import check_workdir
+
+    with pytest.raises(InputError, match="takes for a pattern; choose another --workdir"):
+        check_workdir(JOBS["bridge"](), tmp_path / "a[b]")
 
 
 JSON = st.recursive(

@@ -221,6 +221,18 @@ def test_an_added_token_beyond_the_table_is_left_out(tiny, tmp_path, caplog):
         load_tokenizer(tmp_path / "llm", rows, "decoder")
 
 
+@pytest.mark.parametrize("change, said", [
+    ({"eos_token": "<zzz>"}, "eos_token '<zzz>' is missing from tokenizer.json"),
+    ({"added_tokens_decoder": {"500": {"content": "<x>"}}}, "token '<x>' has id 500 there, but"),
+])
+def test_tokens_that_a_tokenizer_json_lacks_are_named(change, said, tiny, tmp_path):
+    shutil.copytree(tiny / "decoder", tmp_path / "llm")
+    file = tmp_path / "llm" / "tokenizer_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **change}))
+    with pytest.raises(InputError, match=said):
+        load_tokenizer(tmp_path / "llm", 512, "decoder")
+
+
 @pytest.mark.parametrize("settings, begins", [
     ({}, True), ({"add_bos_token": False}, False), ({"add_bos_token": True}, True)])
 def test_bos_is_put_where_the_tokenizer_puts_it(settings, begins, tiny, tmp_path):
@@ -230,6 +242,9 @@ def test_bos_is_put_where_the_tokenizer_puts_it(settings, begins, tiny, tmp_path
     file.write_text(json.dumps({**json.loads(file.read_text()), **settings}))
     ours = Tokenizers(None, load_tokenizer(tmp_path / "llm", 512, "decoder"))
     assert ours.start == ([ours.decoder.bos_token_id] if begins else [])
+    # A run keeps which it was.
+    assert Tokenizers(None, ours.decoder, bos=False).start == []
+    assert Tokenizers(None, ours.decoder, bos=True).start == [ours.decoder.bos_token_id]
     config = json.loads((tmp_path / "llm" / "tokenizer.json").read_text())
     if not settings:
         config["post_processor"] = None
