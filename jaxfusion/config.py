@@ -200,7 +200,7 @@ def _said(kind: type, error: dict[str, Any], where: str) -> str:
     if error["type"] == "unexpected_keyword_argument":
         hints = typing.get_type_hints(kind)
         for part in outer:
-            hints = _inner(hints.get(part))
+            hints = _inner(hints[part])
         return (f"unknown config field '{path}'{near_match(name, hints)}; "
                 f"known: {', '.join(hints)}")
     if error["type"] == "value_error":  # one of this project's own words

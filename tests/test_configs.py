@@ -126,5 +126,5 @@ def test_train_refuses_in_one_line(words, message, cache_dir, tmp_path):
 
 def test_eval_refuses_in_one_line(tmp_path):
     done = run_script("eval.py", f"--workdir={tmp_path}")
-    assert done.returncode == 1 and "is no workdir of a run" in done.stderr
+    assert done.returncode == 1 and "is not a workdir of a run" in done.stderr
     assert "Traceback" not in done.stderr

@@ -82,6 +82,7 @@ def test_a_pattern_reads_all_its_files_in_the_order_of_their_names(tmp_path):
     assert texts(read(tmp_path / "{split}-*")) == ["a", "b", "c"]
     with pytest.raises(InputError, match=r"dev-\* matches no file: task 'mine' reads split 'dev'"):
         read(tmp_path / "{split}-*", split="dev")
+    write(tmp_path / "rows.jsonl", [{"text": "a", "label": "good"}])
     with pytest.raises(InputError, match=r"rows\.jsonl names no {split}, so that what is trained"):
         read(tmp_path / "rows.jsonl")
 

@@ -147,7 +147,7 @@ def start_from(model: Model, workdir: Path) -> tuple[Model, Flat]:
     """The model with the own parameters of another run, trained and frozen (the second stage of a
     two-stage recipe), and these."""
     if not (workdir / CONFIG_FILE).is_file():
-        raise InputError(f"train.init_from: {workdir} is no workdir of a run")
+        raise InputError(f"train.init_from: {workdir} is not a workdir of a run")
     step, earlier = earlier_part(workdir)
     logger.info("starting from step %d of %s", step, workdir)
     absent = sorted(set(model.trainable) - set(earlier))

@@ -132,10 +132,10 @@ def check_out(out: Path, *kept: Path) -> None:
         if path.resolve().is_relative_to(place):
             raise InputError(f"{out} holds {path}, which is read; give another directory")
         if place.is_relative_to(path.resolve()):
-            raise InputError(f"{out} lies inside {path}, which is read; give a directory outside")
+            raise InputError(f"{out} is inside {path}, which is read; give a directory outside")
     for path in place.parents:
         if _is_workdir(path):
-            raise InputError(f"{out} lies inside the workdir {path}; give a directory outside")
+            raise InputError(f"{out} is inside the workdir {path}; give a directory outside")
     for file in [place / CONFIG_FILE, *place.rglob(f"*/{CONFIG_FILE}")]:
         if _is_workdir(file.parent):
             raise InputError(f"{out} holds the workdir {file.parent}; give another directory")
