@@ -272,6 +272,7 @@ def test_a_dataset_is_pinned_to_its_commit(monkeypatch, tmp_path):
     config = from_config_dict(default_config())
     saved = replace(config, data=replace(c, revision=hub.hash))
     configs.save(saved, tmp_path / CONFIG_FILE)
+    (tmp_path / "checkpoints" / "1").mkdir(parents=True)  # a step was saved
     assert check_workdir(replace(config, data=c), tmp_path) == saved
     with pytest.raises(InputError, match=r"data\.revision: 'c+' -> 'd+'"):
         check_workdir(replace(config, data=replace(c, revision="d" * 40)), tmp_path)
