@@ -10,6 +10,7 @@ import json
 import re
 import typing
 from collections import defaultdict
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -188,9 +189,14 @@ def _validated(kind: type, values: Any, where: str) -> Any:
     except (TypeError, ValueError) as error:
         raise InputError(f"config{where and f' {where}'}: {first_line(error)}") from None
     try:
-        return TypeAdapter(kind).validate_json(text)
+        return _adapter(kind).validate_json(text)
     except ValidationError as error:
         raise InputError(_said(kind, error.errors()[0], where)) from None
+
+
+@lru_cache
+def _adapter(kind: type) -> TypeAdapter:
+    return TypeAdapter(kind)
 
 
 def _said(kind: type, error: dict[str, Any], where: str) -> str:

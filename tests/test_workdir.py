@@ -84,7 +84,7 @@ def test_readers_of_a_run_that_is_written_are_let_in(cache_dir, tmp_path):
     assert not (workdir / WRITER).exists()
     with only_writer(workdir / WRITER, workdir):
         assert checkpoint.trained_part(workdir)[0] == 2
-        assert loop.check_workdir(config, workdir) == config
+        assert loop.check_workdir(config, workdir) == configs.load(workdir / "config.json")
 
 
 def test_a_file_system_without_locks_is_said(tmp_path, monkeypatch, caplog):

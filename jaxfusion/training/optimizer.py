@@ -42,7 +42,8 @@ def make_schedule(
     Raises:
       InputError: unknown schedule.
     """
-    warmup = math.ceil(config.warmup_fraction * steps)  # as in transformers
+    # As in transformers; a single step has no warm-up, in which it would learn nothing.
+    warmup = min(math.ceil(config.warmup_fraction * steps), steps - 1)
     if choose("schedule", config.schedule, SCHEDULES) == "cosine":
         return optax.warmup_cosine_decay_schedule(0.0, learning_rate, warmup, max(steps, 1))
     return optax.join_schedules(
