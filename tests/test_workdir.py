@@ -21,6 +21,7 @@ import orbax.checkpoint as ocp
 import pytest
 from test_training import interrupt_at, make_config, records
 
+from jaxfusion import config as configs
 from jaxfusion import files
 from jaxfusion.data.batching import Ragged, TokenRow, TokenRows, find_shapes, lengths_of, tokenize
 from jaxfusion.errors import InputError, Stopped
