@@ -17,6 +17,8 @@ def set_up_logging() -> None:
     """This project's messages as plain lines on stderr; what fails in a library is raised, and said
     once."""
     absl_logging.set_verbosity(absl_logging.FATAL)
+    # That PyTorch is missing: nothing here needs it.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     sys.unraisablehook = _say_unraisable
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("%(message)s"))
