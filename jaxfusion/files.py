@@ -120,7 +120,7 @@ def read_checked(file: Path, mend: str) -> bytes:
     """
     data = file.read_bytes()
     if not is_as_written(file, data):
-        raise InputError(f"{file} is damaged, it is not what was written: {mend} (if it was "
+        raise InputError(f"{file} is damaged: it is not what was written; {mend} (if it was "
                          f"changed on purpose, remove {sum_of(file).name} beside it)")
     return data
 

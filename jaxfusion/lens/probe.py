@@ -154,7 +154,7 @@ def load(file: Path, languages: tuple[str, ...], identity: dict[str, str]) -> Pr
         is damaged.
     """
     try:
-        read_checked(file, "remove it to probe anew")
+        read_checked(file, "remove it to probe again")
     except OSError as error:
         raise InputError(f"{file} is no probe of a Lens run: {first_line(error)}") from None
     try:
@@ -167,7 +167,7 @@ def load(file: Path, languages: tuple[str, ...], identity: dict[str, str]) -> Pr
         raise InputError(f"{file} is no probe of a Lens run: {first_line(error)}") from None
     for part in [name for name in identity if was.get(name) != identity[name]]:
         raise InputError(f"{file} was made with another {part} than this config's; leave "
-                         "data.probe out to probe anew")
+                         "data.probe out to probe again")
     if found.languages != languages:
         raise InputError(f"{file} is of {', '.join(found.languages)}, wanted "
                          f"{', '.join(languages)}, the central language first")

@@ -62,7 +62,7 @@ def train_all(
     again = with_peers(lambda: load_model(config, mesh)[0])
     if again.identity != model.identity:
         raise InputError(f"{config.bridge or config.decoder.checkpoint} was changed while the top "
-                         "blocks trained; start anew with another --workdir")
+                         "blocks trained; start again with another --workdir")
     return again, seconds
 
 

@@ -169,7 +169,7 @@ def _begin(out: Path, rows: list[Placed], about: dict[str, Any]) -> int:
                              f"{about[name]!r}; give another --output, or remove it")
     whole = out.read_bytes()
     if not is_as_written(out, whole, grows=True):
-        raise InputError(f"{out} is damaged, it is not what was written: {anew}")
+        raise InputError(f"{out} is damaged: it is not what was written; {anew}")
     whole = whole[: whole.rfind(b"\n") + 1]
     os.truncate(out, len(whole))
     try:

@@ -166,7 +166,7 @@ class Checkpoints:
     def _none_readable(self, error: Exception) -> InputError:
         return InputError(
             f"no checkpoint in {self.path} can be read ({first_line(error)}); nothing was changed; "
-            "mend the cause, or start anew with another --workdir"
+            "repair the cause, or start again with another --workdir"
         )
 
     def _set_aside(self, step: int, error: Exception, newer: bool) -> None:
