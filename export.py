@@ -26,7 +26,8 @@ def main(argv: list[str]) -> None:
     set_up_logging()
     from jaxfusion import config
     from jaxfusion.fields import LensRunConfig, PretrainConfig
-    from jaxfusion.training.export import export, export_langbridge
+    from jaxfusion.training.export import export
+    from jaxfusion.training.export_langbridge import export_langbridge
     from jaxfusion.training.export_tower import export_lens, export_tower
     from jaxfusion.training.loop import CONFIG_FILE
 

@@ -25,7 +25,7 @@ NEW = 8  # tokens
 
 
 class Case:
-    """One export, loaded anew for each client."""
+    """One export, loaded for each client."""
 
     def __init__(self, reference: dict, merged: bool = False, **kwargs):
         self.reference, self.path = reference, reference["merged" if merged else "out"]

@@ -166,7 +166,7 @@ CLAIMS = """\
 with seeds on which nothing was chosen. Mean over seeds and languages in %, its 95% interval with
 seeds and rows both drawn anew (pigeonhole bootstrap: Owen, 2007), and the standard deviation
 between seeds. Chance is 33.3. These runs were made when the warm start drew alike for every seed;
-it draws by the run's seed since, so that the spread between seeds is larger than shown here.
+it draws by the run's seed since, and the spread between seeds leaves out what that adds.
 
 Noise came in as a control. A fusion of our own, which weighed layers by their agreement and
 trained under that noise, was chosen on the development languages; on these rows it did no better

@@ -3,14 +3,28 @@
 Dataclasses alone; `config.py` makes them from files in `configs/` and the command line.
 """
 
-import re
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, ConfigDict, Field
+from pydantic import Field
 
-from jaxfusion.errors import InputError, choose
+from jaxfusion.schema import (
+    Above0,
+    Axis,
+    Count,
+    Lengths,
+    Number,
+    Patterns,
+    Probability,
+    Rows,
+    Schema,
+    Seed,
+    Seeds,
+    Share,
+    Text,
+    Weight,
+    one_of,
+)
 
 FUSIONS = ("last", "layer", "global_softmax", "transformer_softmax")
 BACKWARDS = ("stack", "second_pass")
@@ -27,70 +41,18 @@ PLACES = ("memory", "disk")
 DECODING = ("max_new_tokens", "temperature", "top_p", "seed", "stop")
 OBJECTIVES = ("causal_lm", "masked_lm", "code_switch")
 
-MOST = 10**9  # of any count: what is larger is a slip
-
-
-def _one_of(what: str, options: tuple[str, ...]) -> AfterValidator:
-    return AfterValidator(lambda name: choose(what, name, options))
-
-
-def _axis(size: int) -> int:
-    if size != -1 and not 1 <= size <= MOST:
-        raise InputError("expected 1 or more, or -1 for what is left")
-    return size
-
-
-def _pattern(text: str) -> str:
-    try:
-        re.compile(text)
-    except re.error as error:
-        raise InputError(f"not a regular expression: {error}") from None
-    return text
-
-
-def _distinct(what: str) -> Callable[[tuple], tuple]:
-    def check(values: tuple) -> tuple:
-        if len(set(values)) < len(values):
-            raise InputError(f"has a {what} twice")
-        return values
-
-    return check
-
-
-# What a field may hold; `config.check` says what it does not.
-Count = Annotated[int, Field(ge=1, le=MOST)]
-Rows = Annotated[int, Field(ge=0, le=MOST)]
-Seed = Annotated[int, Field(ge=0, lt=2**32)]
-Share = Annotated[float, Field(ge=0, lt=1)]
-Probability = Annotated[float, Field(ge=0, le=1)]
-Weight = Annotated[float, Field(ge=0, le=1e9)]
-Above0 = Annotated[float, Field(gt=0, le=1e9)]
-Axis = Annotated[int, AfterValidator(_axis)]
-Text = Annotated[str, Field(min_length=1)]
-Pattern = Annotated[str, AfterValidator(_pattern)]
-Lengths = Annotated[tuple[Count, ...], Field(min_length=1)]
-Patterns = Annotated[tuple[Pattern, ...], Field(min_length=1)]
-Number = Annotated[float, Field(ge=-1e9, le=1e9)]
-Seeds = Annotated[tuple[Seed, ...], AfterValidator(_distinct("seed"))]
-Dtype = Annotated[str, _one_of("dtype", DTYPES)]
-Remat = Annotated[str, _one_of("remat", REMATS)]
-Attention = Annotated[str, _one_of("attention", ATTENTIONS)]
-Backward = Annotated[str, _one_of("fusion.backward", BACKWARDS)]
-FusionName = Annotated[str, _one_of("fusion", FUSIONS)]
-ProjectorName = Annotated[str, _one_of("projector", PROJECTORS)]
-Schedule = Annotated[str, _one_of("schedule", SCHEDULES)]
-Method = Annotated[str, _one_of("lens.method", METHODS)]
-Recipe = Annotated[str, _one_of("lens.recipe", RECIPES)]
-Place = Annotated[str, _one_of("lens.keep", PLACES)]
-Objective = Annotated[str, _one_of("objective", OBJECTIVES)]
-Role = Annotated[str, _one_of("role", ROLES)]
-
-
-class Schema:
-    """What all groups of fields share: no other fields, no text in the place of a number."""
-
-    __pydantic_config__ = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
-
+Dtype = Annotated[str, one_of("dtype", DTYPES)]
+Remat = Annotated[str, one_of("remat", REMATS)]
+Attention = Annotated[str, one_of("attention", ATTENTIONS)]
+Backward = Annotated[str, one_of("fusion.backward", BACKWARDS)]
+FusionName = Annotated[str, one_of("fusion", FUSIONS)]
+ProjectorName = Annotated[str, one_of("projector", PROJECTORS)]
+Schedule = Annotated[str, one_of("schedule", SCHEDULES)]
+Method = Annotated[str, one_of("lens.method", METHODS)]
+Recipe = Annotated[str, one_of("lens.recipe", RECIPES)]
+Place = Annotated[str, one_of("lens.keep", PLACES)]
+Objective = Annotated[str, one_of("objective", OBJECTIVES)]
+Role = Annotated[str, one_of("role", ROLES)]
 
 
 @dataclass(frozen=True)
@@ -191,7 +153,7 @@ class DataConfig(Schema):
     pack: bool = False  # several short examples in a row, told apart by masks and positions
     train_rows: Count | None = None  # a seeded subset of the training rows
     balanced: bool = False  # draw that subset with the same number from every class
-    dev_rows: Count | None = None  # the first so many development rows
+    dev_rows: Count | None = None  # at most; the first ones
 
 
 @dataclass(frozen=True)
@@ -357,10 +319,10 @@ class ParallelConfig(Schema):
     targets: tuple[str, ...] = ()
     columns: dict[str, str] = field(default_factory=dict)  # of languages that are named otherwise
     answer: str | None = None  # column of answers, for supervised tuning
-    probe_rows: Count | None = None  # the first so many rows are probed; none: all
+    probe_rows: Count | None = None  # rows that are probed, the first ones; none: all
     bos: bool | None = None  # begin every prompt with BOS; none: where the tokenizer does
     probe_path: str | None = None  # prompts to probe, where not those of path; written alike
-    rows: Count = 200  # the first so many are trained on
+    rows: Count = 200  # rows that are trained on, the first ones
     chat_template: bool = True  # the LLM's own, in probing and training
     max_tokens: Count = 128  # longer prompts lose their beginning, counted and reported
     buckets: Lengths = (32, 64, 128)  # lengths that get compiled

@@ -61,7 +61,7 @@ def write_whole(file: Path, content: str | bytes) -> None:
 
 
 def sum_of(file: Path) -> Path:
-    """Where it stands what was written to a file: its length and digest."""
+    """The file beside another that holds the length and digest of what was written there."""
     return file.with_name(f".{file.name}.sum")
 
 
@@ -109,36 +109,36 @@ def is_as_written(file: Path, data: bytes, grows: bool = False) -> bool:
         and length_and_digest(data[:size])[1] == digest for size, digest in sums)
 
 
-def read_checked(file: Path, mend: str) -> bytes:
+def read_checked(file: Path, repair: str) -> bytes:
     """What `write_checked` wrote, or a file of others.
 
     Args:
-      mend: what to do where it is damaged.
+      repair: what to do where it is damaged.
 
     Raises:
       InputError: it is not what was written.
     """
     data = file.read_bytes()
     if not is_as_written(file, data):
-        raise InputError(f"{file} is damaged: it is not what was written; {mend} (if it was "
+        raise InputError(f"{file} is damaged: it is not what was written; {repair} (if it was "
                          f"changed on purpose, remove {sum_of(file).name} beside it)")
     return data
 
 
-def read_json(file: Path, mend: str) -> dict[str, Any]:
+def read_json(file: Path, repair: str) -> dict[str, Any]:
     """The JSON object that `write_checked` wrote, or one of others.
 
     Raises:
       InputError: it is damaged.
     """
     try:
-        found = json.loads(read_checked(file, mend))
+        found = json.loads(read_checked(file, repair))
     except InputError:
         raise
     except (ValueError, RecursionError) as error:
-        raise InputError(f"{file} is damaged ({first_line(error)}): {mend}") from None
+        raise InputError(f"{file} is damaged ({first_line(error)}): {repair}") from None
     if not isinstance(found, dict):
-        raise InputError(f"{file} is damaged, expected a JSON object: {mend}")
+        raise InputError(f"{file} is damaged, expected a JSON object: {repair}")
     return found
 
 
@@ -178,7 +178,7 @@ def _room(place: Path) -> str:
 def only_writer(note: Path, what: Path, wait: bool = False) -> Iterator[bool]:
     """Keeps other processes from writing to the same place while the block runs.
 
-    Who writes stands in a note, a file that is locked and goes at the end. A process that is killed
+    The note names who writes; it is locked, and removed at the end. A process that is killed
     holds no lock. Locks of NFS reach other hosts; on a file system without locks there is a
     warning, and none is held.
 
@@ -254,7 +254,7 @@ def _holder(file: Path) -> str:
 
 
 def note_of(file: Path) -> Path:
-    """Where it stands who writes a file or directory: beside it."""
+    """The note beside a file or directory that names who writes it."""
     return file.with_name(f".{file.name}{WRITER}")
 
 

@@ -20,7 +20,8 @@ from jaxfusion.hf.convert import convert
 from jaxfusion.sharding.mesh import make_mesh
 from jaxfusion.training.adopt import adopt
 from jaxfusion.training.evaluate import load_config, load_trained
-from jaxfusion.training.export import export, export_langbridge
+from jaxfusion.training.export import export
+from jaxfusion.training.export_langbridge import export_langbridge
 
 QUERIES = [[5, 9, 11, 30, 1], [8, 4, 1], [7, 12, 40, 2, 9, 3, 1]]
 BOS = 1

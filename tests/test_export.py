@@ -41,7 +41,8 @@ from jaxfusion.sharding.mesh import make_mesh
 from jaxfusion.testing.checkpoints import random_params
 from jaxfusion.training.adopt import adopt
 from jaxfusion.training.checkpoint import Checkpoints, trained_part
-from jaxfusion.training.export import export, export_langbridge
+from jaxfusion.training.export import export
+from jaxfusion.training.export_langbridge import export_langbridge
 from jaxfusion.training.frozen import to_keep, write_frozen
 from jaxfusion.training.state import State, load_model, merge
 

@@ -4,7 +4,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from jaxfusion.data.remote import label_names, named
+from jaxfusion.data.readers import named
+from jaxfusion.data.remote import label_names
 from jaxfusion.data.task import Placed, Source
 from jaxfusion.errors import InputError, first_line
 

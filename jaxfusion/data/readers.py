@@ -18,7 +18,7 @@ from jaxfusion.data.task import Placed, Row
 from jaxfusion.errors import InputError, first_line
 
 SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")  # escapes of half a character
-PARQUET_ROWS = 4096  # that are read at a time
+PARQUET_ROWS, OBJECTS = 4096, 64  # rows that are read, and made Python's objects, at a time
 UNPACKED_BYTES, UNPACKED_TIMES = 1 << 30, 1000  # a Parquet file of more is damage, or an attack
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
@@ -59,7 +59,7 @@ def is_blank(value: Any) -> bool:
 
 
 def _lines(file: Path) -> Iterator[str]:
-    """The lines with their ends; a byte-order mark is no part of the first.
+    """The lines with their ends; a byte-order mark is left out.
 
     A file without a line feed has lines that end in carriage returns.
     """
@@ -221,14 +221,13 @@ def _read_parquet(file: Path, columns, quoted: bool) -> Iterator[Placed]:
         classes = _class_names(schema)
         with parquet.ParquetFile(file, read_dictionary=texts) as table:
             for batch in table.iter_batches(PARQUET_ROWS):
-                for start in range(batch.num_rows):
-                    (row,) = batch.slice(start, 1).to_pylist()
+                for row in _as_objects(batch):
                     number += 1
                     limit -= sum(len(x) for x in row.values() if isinstance(x, str))
                     if limit < 0:
                         raise InputError(f"{file} unpacks to more than {UNPACKED_TIMES:,} times "
                                          f"its {size:,} bytes; it is not read past row {number}")
-                    yield _with_names(row, classes), f"{file} row {number}"
+                    yield named(row, classes), f"{file} row {number}"
     except InputError:
         raise
     except (pyarrow.ArrowException, OSError, ValueError) as error:
@@ -247,10 +246,16 @@ def _class_names(schema) -> dict[str, list[str]]:
         return {}
 
 
-def _with_names(row: Row, classes: dict[str, list[str]]) -> Row:
-    """The row with the names of its classes; an unknown class (-1) stays what it is."""
-    return row | {column: names[row[column]] for column, names in classes.items()
-                  if isinstance(row.get(column), int) and 0 <= row[column] < len(names)}
+def _as_objects(batch) -> Iterator[Row]:
+    """Rows of a batch; of texts that it holds once, few are made at a time."""
+    for start in range(0, batch.num_rows, OBJECTS):
+        yield from batch.slice(start, OBJECTS).to_pylist()
+
+
+def named(row: Row, names: dict[str, list[str]]) -> Row:
+    """The row with the names of its classes by column; an unknown class (-1) stays what it is."""
+    return row | {column: known[row[column]] for column, known in names.items()
+                  if isinstance(row.get(column), int) and 0 <= row[column] < len(known)}
 
 
 READERS = {".jsonl": _read_jsonl, ".json": _read_json, ".csv": _read_csv, ".tsv": _read_tsv,

@@ -6,6 +6,7 @@ from functools import lru_cache
 from itertools import islice
 from typing import Any
 
+from jaxfusion.data.readers import named
 from jaxfusion.data.task import Placed, Source
 from jaxfusion.errors import InputError, first_line
 from jaxfusion.hf.hub import COMMIT, hub_in_reach
@@ -119,9 +120,3 @@ def label_names(features: Any, labels: Sequence[str]) -> dict[str, list[str]]:
         if names and {str(name).casefold() for name in names} == wanted:
             found[column] = list(names)
     return found
-
-
-def named(row: dict[str, Any], names: dict[str, list[str]]) -> dict[str, Any]:
-    """The row with the names of its classes; an unknown class (-1) stays what it is."""
-    return {**row, **{column: known[row[column]] for column, known in names.items()
-                      if isinstance(row[column], int) and 0 <= row[column] < len(known)}}

@@ -38,14 +38,14 @@ def read_seen(workdir: Path) -> np.ndarray | None:
     file = workdir / SEEN
     if not file.is_file():
         return None
-    mend = ("start train.py once more, which writes it anew; or remove it, and test rows are not "
-            "compared with training rows")
+    repair = ("start train.py once more, which writes it again; or remove it, and test rows are "
+              "not compared with training rows")
     try:
-        found = np.load(BytesIO(read_checked(file, mend)))
+        found = np.load(BytesIO(read_checked(file, repair)))
         if found.dtype != np.uint64 or found.ndim != 1:
             raise ValueError(f"{found.dtype}{list(found.shape)}, expected fingerprints")
     except InputError:
         raise
     except (ValueError, EOFError, SyntaxError, AttributeError) as error:
-        raise InputError(f"{file} is damaged ({first_line(error)}): {mend}") from None
+        raise InputError(f"{file} is damaged ({first_line(error)}): {repair}") from None
     return found

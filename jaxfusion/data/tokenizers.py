@@ -269,11 +269,15 @@ def _from_json(path: Path, role: str, vocab_size: int):
     from jaxfusion.data.sentencepiece import read_model
     from jaxfusion.hf.tokenization_jaxfusion import NORMALIZER, SentencePieceTokenizer
 
-    source = read_object(path / "tokenizer.json")
-    beyond = [x["content"] for x in source.get("added_tokens", []) if x["id"] >= vocab_size]
-    source["added_tokens"] = [x for x in source.get("added_tokens", [])
-                              if x["content"] not in beyond]
-    backend = Tokenizer.from_str(json.dumps(source))
+    source = path / "tokenizer.json"
+    backend = Tokenizer.from_file(str(source))
+    beyond = [token.content for i, token in backend.get_added_tokens_decoder().items()
+              if i >= vocab_size]
+    if beyond:
+        content = read_object(source)
+        content["added_tokens"] = [x for x in content["added_tokens"]
+                                   if x["content"] not in beyond]
+        backend = Tokenizer.from_str(json.dumps(content))
     file = path / "tokenizer_config.json"
     config = read_object(file) if file.is_file() else {}
     if model := config.get(NORMALIZER):
@@ -321,7 +325,7 @@ def _configured(config: dict[str, Any]) -> dict[int, Any]:
 
 def read_end_tokens(path: Path, vocab_size: int) -> tuple[int, ...]:
     """Ids at which an LLM's answers end, as transformers takes them: `eos_token_id`, one or a list,
-    of `generation_config.json`, and of `config.json` where there is no such file.
+    of `generation_config.json`, or of `config.json` where that file is missing.
 
     Raises:
       InputError: not ids of the model's table.

@@ -40,7 +40,7 @@ def merge_results(
         if tag is not None:
             kept = _free_name(file, tag)
             if tag == DAMAGED:
-                logger.warning("%s or %s is damaged: kept as %s, and begun anew", file,
+                logger.warning("%s or %s is damaged: kept as %s, and a new one begins", file,
                                about_file.name, kept.name)
             _move(file, kept)
             _move(about_file, kept.with_suffix(".about.json"))
