@@ -22,6 +22,7 @@ from jaxfusion.training import answer, digest
 from jaxfusion.training.bridge import train
 from jaxfusion.training.checkpoint import Checkpoints, abstract_like, trained_part
 from jaxfusion.training.evaluate import evaluate
+from jaxfusion.training.export import export
 from jaxfusion.training.logs import RunLog
 
 
@@ -119,6 +120,34 @@ def test_damage_beside_the_arrays_falls_back_too(scored, copy, file, content, ca
         assert checkpoints.manager.all_steps() == [2]
         checkpoints.close()
     assert int(found.step) == 2 and "4.damaged" in caplog.text
+
+
+def test_reading_goes_on_while_training_removes_checkpoints(scored, copy, monkeypatch, caplog):
+    """The best one is gone after it was listed: what is saved by now is read."""
+    read = Checkpoints._trained
+
+    def remove_first(self, step, notes):
+        if step == 4:
+            shutil.rmtree(copy / "checkpoints" / "4")
+        return read(self, step, notes)
+
+    monkeypatch.setattr(Checkpoints, "_trained", remove_first)
+    shutil.rmtree(copy / "checkpoints" / "2" / "metrics")  # not the best one
+    shutil.rmtree(copy / "checkpoints" / "2" / "digests")
+    notes = copy / "checkpoints" / "2" / "_CHECKPOINT_METADATA"
+    about = json.loads(notes.read_text())
+    about["item_handlers"].pop("metrics")
+    about["item_handlers"].pop("digests")
+    notes.write_text(json.dumps(about))
+    assert trained_part(copy)[0] == 2
+    assert "cannot be read" not in caplog.text
+
+
+def test_damaged_scores_do_not_get_into_a_model_card(scored, copy, tmp_path):
+    file = copy / "eval" / "results.json"
+    file.write_text(file.read_text().replace("0.", "1.", 1))
+    with pytest.raises(InputError, match="results.json is damaged"):
+        export(copy, tmp_path / "out")
 
 
 def test_an_older_damaged_score_does_not_stop_a_run(scored, copy, caplog):

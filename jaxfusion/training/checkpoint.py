@@ -196,6 +196,8 @@ class Checkpoints:
             try:
                 notes[step] = read_notes(self.path / str(step))
             except Exception as error:
+                if self._is_gone(step):
+                    return self.restore_trained()
                 first = first or self._pass_over(step, error)
         scored = [step for step in notes if notes[step].score is not None]
         best = [max(scored, key=lambda step: (notes[step].score, step))] if scored else []
@@ -203,8 +205,14 @@ class Checkpoints:
             try:
                 return step, self._trained(step, notes[step])
             except Exception as error:
+                if self._is_gone(step):
+                    return self.restore_trained()
                 first = first or self._pass_over(step, error)
         raise self._none_readable(first)
+
+    def _is_gone(self, step: int) -> bool:
+        """Whether a run that is still training has removed a checkpoint since it was listed."""
+        return not (self.path / str(step)).is_dir()
 
     def _pass_over(self, step: int, error: Exception) -> Exception:
         logger.warning("checkpoint %s cannot be read and is passed over (%s)",

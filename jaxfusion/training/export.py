@@ -20,7 +20,7 @@ from jaxfusion.data.tokenizers import Tokenizers
 from jaxfusion.errors import InputError, choose
 from jaxfusion.evaluation.scoring import for_task
 from jaxfusion.fields import DTYPES, JOBS, ROLES, Config
-from jaxfusion.files import new_directory
+from jaxfusion.files import new_directory, read_json
 from jaxfusion.hf.load import open_tensors, read_config
 from jaxfusion.hf.save import (
     copy_tower,
@@ -309,7 +309,7 @@ def _card(bridge: Trained, described: dict[str, Any]) -> str:
     if results.is_file():
         scores = ["| task | language | scoring | accuracy | 95% interval | rows |",
                   "|---|---|---|---|---|---|"]
-        for task, languages in json.loads(results.read_text("utf-8")).items():
+        for task, languages in read_json(results, "score the run once more, or remove it").items():
             scores += [
                 f"| {task} | {language} | {scoring} | {100 * x['accuracy']:.1f} | "
                 f"{100 * x['ci95'][0]:.1f} to {100 * x['ci95'][1]:.1f} | {x['n']} |"
