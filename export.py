@@ -29,11 +29,10 @@ def main(argv: list[str]) -> None:
     from jaxfusion.training.export import export
     from jaxfusion.training.export_langbridge import export_langbridge
     from jaxfusion.training.export_tower import export_lens, export_tower
-    from jaxfusion.training.loop import CONFIG_FILE
 
     workdir, out = local_path(WORKDIR.value), local_path(OUT.value)
     common = {"dtype": DTYPE.value, "overwrite": OVERWRITE.value}
-    job = config.load(workdir / CONFIG_FILE)
+    job = config.load(workdir / config.CONFIG_FILE)
     if (ENC.value or LM.value) and FORMAT.value != "langbridge":
         raise InputError("--enc and --lm are for --format langbridge")
     if isinstance(job, PretrainConfig | LensRunConfig):

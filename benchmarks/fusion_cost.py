@@ -17,9 +17,9 @@ from jaxfusion.sharding.mesh import make_mesh
 from jaxfusion.testing.debug import make_inputs
 from jaxfusion.training.bridge import prepare
 from jaxfusion.training.flops import count_flops
-from jaxfusion.training.loop import put_batch
 from jaxfusion.training.state import count
 from jaxfusion.training.step import gradient
+from jaxfusion.training.trainer import put_batch
 
 
 def make_step(config: Config, mesh) -> tuple[Callable, tuple]:

@@ -17,7 +17,7 @@ from jaxfusion.evaluation.runs import compare_runs, read_models
 from jaxfusion.testing.debug import make_inputs
 from jaxfusion.training.ask import ask, fill, unknown_words
 from jaxfusion.training.compare import compare
-from jaxfusion.training.loop import check_workdir
+from jaxfusion.training.workdir import check_workdir
 
 QUICKSTART, = COMPARISONS
 

@@ -146,7 +146,7 @@ def test_reading_goes_on_while_training_removes_checkpoints(scored, copy, monkey
 def test_damaged_scores_do_not_get_into_a_model_card(scored, copy, tmp_path):
     file = copy / "eval" / "results.json"
     file.write_text(file.read_text().replace("0.", "1.", 1))
-    with pytest.raises(InputError, match="results.json is damaged"):
+    with pytest.raises(InputError, match=r"results\.json is damaged"):
         export(copy, tmp_path / "out")
 
 

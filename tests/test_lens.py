@@ -45,7 +45,7 @@ from jaxfusion.testing.debug import make_inputs
 from jaxfusion.training.bridge import train
 from jaxfusion.training.checkpoint import saved_steps, trained_part
 from jaxfusion.training.export_tower import export_lens
-from jaxfusion.training.loop import train_step
+from jaxfusion.training.trainer import compiled_step
 
 K, E = 5, 48
 
@@ -480,9 +480,9 @@ def test_runs_of_a_sweep_keep_prompts_of_their_own(cache_dir, tmp_path):
 def test_the_settings_of_a_sweep_compile_once(cache_dir, tmp_path):
     config = debug_config(sweep=({"name": "a"}, {"name": "b", "lens": {
         "align": 0.5, "separate": 2.0, "weights": {"deva": 3.0}}}))
-    train_step.cache_clear()
+    compiled_step.cache_clear()
     job.lens(config, tmp_path / "run")
-    found = train_step.cache_info()
+    found = compiled_step.cache_info()
     assert (found.misses, found.hits) == (1, 1)
     losses = [json.loads((tmp_path / "run" / name / "metrics.jsonl").read_text().split("\n")[0])
               for name in "ab"]

@@ -128,17 +128,16 @@ def test_a_stopped_pretraining_goes_on_bit_for_bit(cache_dir, tmp_path, monkeypa
     config = make_inputs(from_config_dict(get_config(CONFIGS["pocket_encoder"], "debug")))
     whole = pretrain(config, tmp_path / "whole")
     # The schedule is that of all steps, so a run is stopped, not shortened.
-    from jaxfusion.training import loop
-
+    from jaxfusion.training import logs
     class Stop(Exception):
         pass
 
     def stop(*args):
         raise Stop
 
-    said = loop.RunLog.say
+    said = logs.RunLog.say
     with monkeypatch.context() as patched, pytest.raises(Stop):
-        patched.setattr(loop.RunLog, "say", lambda self, line: (
+        patched.setattr(logs.RunLog, "say", lambda self, line: (
             stop() if line.startswith("step 20") else said(self, line)))
         pretrain(config, tmp_path / "halves")
     assert not (tmp_path / "halves" / "hf").exists()

@@ -118,7 +118,7 @@ def test_a_run_made_before_a_field_goes_on_as_it_was(tmp_path):
 
 def test_a_workdir_named_like_a_pattern_is_refused(tmp_path):
     """Orbax took it for one, and no checkpoint could be read again."""
-    from jaxfusion.training.loop import check_workdir
+    from jaxfusion.training.workdir import check_workdir
 
     with pytest.raises(InputError, match="takes for a pattern; choose another --workdir"):
         check_workdir(JOBS["bridge"](), tmp_path / "a[b]")

@@ -20,7 +20,7 @@ from pyarrow import parquet
 from test_tasks import Hub
 
 from jaxfusion import config as configs
-from jaxfusion.config import default_config, from_config_dict
+from jaxfusion.config import CONFIG_FILE, default_config, from_config_dict
 from jaxfusion.data import readers, remote
 from jaxfusion.data.sources import at_hand, examples, find_source, read_examples
 from jaxfusion.data.task import SAME, Source, Task
@@ -28,7 +28,7 @@ from jaxfusion.data.tasks import TASKS, check_languages, configured, get_task
 from jaxfusion.errors import InputError
 from jaxfusion.fields import DataConfig, TaskConfig
 from jaxfusion.hf import hub as hf_hub
-from jaxfusion.training.loop import CONFIG_FILE, check_workdir
+from jaxfusion.training.workdir import check_workdir
 
 TASK = Task("Text: {text} Label: ", ("good", "bad"), ("en", "si"))
 ROWS = [{"text": 'He said "go, now', "label": "bad"}, {"text": "සිංහල", "label": "good"},

@@ -36,10 +36,12 @@ from jaxfusion.training import loop
 from jaxfusion.training.bridge import prepare, train
 from jaxfusion.training.checkpoint import Checkpoints
 from jaxfusion.training.logs import RunLog
-from jaxfusion.training.loop import put_batch, run_to_end
+from jaxfusion.training.loop import fit
 from jaxfusion.training.optimizer import group_of_each, make_optimizer
 from jaxfusion.training.state import State, load_model, merge
 from jaxfusion.training.step import gradient, make_train_step
+from jaxfusion.training.trainer import Trainer, compiled_step, put_batch
+from jaxfusion.training.workdir import begin
 
 ROOT = Path(__file__).parent.parent
 
@@ -157,22 +159,19 @@ def _twin_losses(run, model):
 
 
 def test_frozen_weights_stay_and_buckets_compile_once(cache_dir, tmp_path, monkeypatch):
-    steps = []
-
-    def spy(*args):
-        steps.append(make_train_step(*args))
-        return steps[-1]
-
-    monkeypatch.setattr(loop, "make_train_step", spy)
     config = make_config(cache_dir, data__buckets=(48, 60, 128), train__steps=15)
     mesh = make_mesh()
     run = prepare(config, mesh)
-    state = run_to_end(config, tmp_path / "run", lambda *args, **kwargs: run)
+    compiled_step.cache_clear()
+    with begin(config, tmp_path / "run") as start:
+        trainers = []
+        monkeypatch.setattr(loop, "Trainer", lambda *x: trainers.append(Trainer(*x)) or trainers[0])
+        state = fit(run, start)
     # What was handed to the steps, against the files; and a checkpoint holds nothing else.
     assert equal(load_model(config, mesh).frozen, run.frozen)
     assert set(state.trainable) == {"projector/out/kernel", "projector/out/bias", "projector/end"}
     seen = {run.batches[i].enc_tokens.shape for i in range(15)}
-    assert len(seen) >= 3 and steps[0]._cache_size() == len(seen)
+    assert len(seen) >= 3 and trainers[0].step._cache_size() == len(seen)
     fresh = load_model(config, mesh).trainable
     assert all(not equal(fresh[path], state.trainable[path]) for path in fresh)
 

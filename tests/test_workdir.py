@@ -27,11 +27,13 @@ from jaxfusion.data.batching import Ragged, TokenRow, TokenRows, find_shapes, le
 from jaxfusion.errors import InputError, Stopped
 from jaxfusion.files import WRITER, new_directory, only_writer, write_checked, write_whole
 from jaxfusion.hf import hub
-from jaxfusion.training import checkpoint, loop, state, warm_start
+from jaxfusion.training import checkpoint, state, warm_start
+from jaxfusion.training import workdir as workdirs
 from jaxfusion.training.bridge import train
 from jaxfusion.training.checkpoint import Checkpoints
+from jaxfusion.training.hooks import Signals
 from jaxfusion.training.logs import RunLog
-from jaxfusion.training.meter import Signals, count_examples
+from jaxfusion.training.meter import count_examples
 
 ROOT = Path(__file__).parent.parent
 
@@ -85,7 +87,7 @@ def test_readers_of_a_run_that_is_written_are_let_in(cache_dir, tmp_path):
     assert not (workdir / WRITER).exists()
     with only_writer(workdir / WRITER, workdir):
         assert checkpoint.trained_part(workdir)[0] == 2
-        assert loop.check_workdir(config, workdir) == configs.load(workdir / "config.json")
+        assert workdirs.check_workdir(config, workdir) == configs.load(workdir / "config.json")
 
 
 def test_a_file_system_without_locks_is_said(tmp_path, monkeypatch, caplog):

@@ -70,8 +70,7 @@ class JaxFusion(LM):
         given = {"batch_size": int(batch_size)} if str(batch_size or "").isdigit() else {}
         self.config = load_config(Path(workdir), given)
         self.bare, self.end, self.workdir = llm_only, end and not llm_only, workdir
-        mesh = self.config.mesh
-        self.mesh = make_mesh(mesh.data, mesh.fsdp, mesh.tensor)
+        self.mesh = make_mesh(**vars(self.config.mesh))
         with jax.set_mesh(self.mesh):
             _, self.model = load_trained(self.config, Path(workdir), self.mesh, llm_only)
         self.params = merge(self.model.trainable, self.model.frozen)

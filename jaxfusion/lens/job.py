@@ -3,6 +3,8 @@
 import json
 import logging
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -14,6 +16,7 @@ import numpy as np
 from flax import traverse_util
 
 from jaxfusion import config as configs
+from jaxfusion.config import CONFIG_FILE
 from jaxfusion.data.parallel import read_parallel
 from jaxfusion.errors import InputError, choose
 from jaxfusion.evaluation.comparison import Comparison
@@ -27,12 +30,13 @@ from jaxfusion.lens.scores import UNTOUCHED, measure, read_questions, report
 from jaxfusion.lens.train import KEPT, folder_of, train_all
 from jaxfusion.nn.bridge import Params
 from jaxfusion.nn.decoder import make_edits
-from jaxfusion.sharding.hosts import check_peers, is_first, with_peers
+from jaxfusion.sharding.hosts import all_or_none, check_peers, is_first
 from jaxfusion.sharding.mesh import make_mesh
 from jaxfusion.training.checkpoint import trained_part
 from jaxfusion.training.evaluate import load_config
-from jaxfusion.training.loop import CONFIG_FILE, batch_shares, check_workdir, only_run
 from jaxfusion.training.state import Flat
+from jaxfusion.training.trainer import batch_shares
+from jaxfusion.training.workdir import check_workdir, only_run
 
 PROBE_FILE = "probe.safetensors"
 TRAINING = ("lens", "supervised")
@@ -52,7 +56,8 @@ def lens(config: LensRunConfig, workdir: Path) -> Comparison | None:
     Raises:
       InputError: whatever is wrong with the config, data, checkpoint or workdir.
     """
-    config = with_peers(lambda: _with_llm(config))
+    with all_or_none():
+        config = _with_llm(config)
     with only_run(config, workdir):
         return _lens(config, workdir)
 
@@ -65,14 +70,15 @@ def _with_llm(config: LensRunConfig) -> LensRunConfig:
 
 
 def _lens(config: LensRunConfig, workdir: Path) -> Comparison | None:
-    mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+    mesh = make_mesh(**vars(config.mesh))
     with jax.set_mesh(mesh):
-        config, runs, texts, answers, questions, model = with_peers(
-            lambda: prepare(config, workdir, mesh))
+        with all_or_none():
+            config, runs, texts, answers, questions, model = prepare(config, workdir, mesh)
         check_peers(config=json.dumps(asdict(config), sort_keys=True),
                     prompts=json.dumps([texts, answers]), checkpoint=str(model.identity))
-        probed = with_peers(lambda: probe_texts(config.data, texts))
-        rows = with_peers(lambda: prompt_rows(config, model, probed))
+        with all_or_none():
+            probed = probe_texts(config.data, texts)
+            rows = prompt_rows(config, model, probed)
         if is_first():
             configs.save(config, workdir / CONFIG_FILE)
             for left in workdir.glob(f"{KEPT}*"):  # by a run that was killed
@@ -90,11 +96,11 @@ def _lens(config: LensRunConfig, workdir: Path) -> Comparison | None:
                 scores[name] = measure(config, model, questions, edits)
         model, seconds = train_all(config, training, texts, answers, model, found, workdir, mesh)
         for name in training:
-            part = with_peers(lambda name=name: trained_part(folder_of(name, workdir)))[1]
-            was = swap_top(model.params, part)
-            moved[name] = _read(config, model, rows)
-            scores[name] = measure(config, model, questions)
-            swap_top(model.params, was)
+            with all_or_none():
+                _, part = trained_part(folder_of(name, workdir))
+            with top_blocks(model.params, part):
+                moved[name] = _read(config, model, rows)
+                scores[name] = measure(config, model, questions)
         scores = {name: scores[name] for name in (UNTOUCHED, *runs)}
     if not is_first():
         return None
@@ -235,6 +241,16 @@ def say_probe(found: Probe) -> None:
                 found.rows, found.languages[0],
                 ", ".join(f"{name} {d / spread:.2f}" for name, d in zip(
                     found.languages[1:], distances[1:], strict=True)))
+
+
+@contextmanager
+def top_blocks(params: Params, part: Flat) -> Iterator[None]:
+    """Other top blocks in the LLM while the block runs; see `swap_top`."""
+    own = swap_top(params, part)
+    try:
+        yield
+    finally:
+        swap_top(params, own)
 
 
 def swap_top(params: Params, part: Flat) -> Flat:

@@ -21,13 +21,15 @@ from jaxfusion.lens.model import Model, load_model
 from jaxfusion.lens.probe import Probe
 from jaxfusion.lens.prompts import training_rows
 from jaxfusion.nn.decoder import Decoder
-from jaxfusion.sharding.hosts import check_peers, with_peers
+from jaxfusion.sharding.hosts import all_or_none, check_peers
 from jaxfusion.sharding.mesh import sharding
 from jaxfusion.training.checkpoint import saved_steps, trained_part
-from jaxfusion.training.loop import Run, check_workdir, run_to_end
+from jaxfusion.training.loop import fit
 from jaxfusion.training.optimizer import group_of_each
 from jaxfusion.training.state import Flat
 from jaxfusion.training.step import Loss
+from jaxfusion.training.trainer import Run
+from jaxfusion.training.workdir import begin, check_workdir
 
 KEPT = ".kept-"  # how directories of activations on disk begin
 logger = logging.getLogger(__name__)
@@ -53,13 +55,15 @@ def train_all(
     """
     prompts = {name: min(run.data.rows, len(texts[config.data.central]))
                for name, run in runs.items()}
-    due = with_peers(lambda: {name: run for name, run in runs.items()
-                              if not at_end(run, folder_of(name, workdir), prompts[name])})
+    with all_or_none():
+        due = {name: run for name, run in runs.items()
+               if not at_end(run, folder_of(name, workdir), prompts[name])}
     check_peers(due=str(list(due)))
     if not due:
         return model, {}
     seconds = _keep_and_train(config, due, prompts, texts, answers, model, found, workdir)
-    again = with_peers(lambda: load_model(config, mesh)[0])
+    with all_or_none():
+        again, _ = load_model(config, mesh)
     if again.identity != model.identity:
         raise InputError(f"{config.bridge or config.decoder.checkpoint} was changed while the top "
                          "blocks trained; start again with another --workdir")
@@ -82,9 +86,10 @@ def _keep_and_train(
     unread = () if any(supervised for supervised, _ in kinds) else ("embed", "head")
     with ExitStack() as stack:
         for (supervised, blocks), most in kinds.items():
-            rows, tokenizers = with_peers(lambda most=most, supervised=supervised: training_rows(
-                config, model, {language: x[:most] for language, x in texts.items()},
-                answers[:most] if supervised else None))
+            with all_or_none():
+                rows, tokenizers = training_rows(
+                    config, model, {language: x[:most] for language, x in texts.items()},
+                    answers[:most] if supervised else None)
             disk = None if config.lens.keep == "memory" else Path(stack.enter_context(
                 tempfile.TemporaryDirectory(dir=workdir, prefix=KEPT)))
             kept[supervised, blocks] = keep(
@@ -170,21 +175,18 @@ def loss_of(upper: Decoder, layers: tuple[int, ...] | None) -> Loss:
 
 
 def train_top(run: LensRunConfig, workdir: Path, job: TopJob, params, kept: Kept) -> None:
-    """Trains the top blocks on what was kept, as `run_to_end` does.
+    """Trains the top blocks on what was kept, from where the workdir is to the last step.
 
     Args:
       params: of the top blocks, and what is read besides; they stay as they are.
     """
     part = traverse_util.flatten_dict({"decoder": params}, sep="/")
-
-    def start(config, mesh, fresh):
-        steps = steps_of(config, len(kept.last))
-        batches = KeptBatches(kept, config.train.batch_size, config.train.seed, steps,
-                              sharding(mesh, "batch"))
-        # Copies: the steps take them, and other runs start with the same blocks.
-        trainable = {name: jnp.array(part[name], jnp.float32) for name in job.groups}
-        frozen = {name: x for name, x in part.items() if name not in job.groups} | job.aims
-        return Run(config, job.loss, trainable, frozen, job.groups, batches, steps,
-                   lambda _: {"none": 0.0}, "none", job.loss)
-
-    run_to_end(run, workdir, start)
+    steps = steps_of(run, len(kept.last))
+    # Copies: the steps take them, and other runs start with the same blocks.
+    trainable = {name: jnp.array(part[name], jnp.float32) for name in job.groups}
+    frozen = {name: x for name, x in part.items() if name not in job.groups} | job.aims
+    with begin(run, workdir) as start:
+        batches = KeptBatches(kept, run.train.batch_size, run.train.seed, steps,
+                              sharding(start.mesh, "batch"))
+        fit(Run(start.config, job.loss, trainable, frozen, job.groups, batches, steps,
+                lambda _: {"none": 0.0}, "none", job.loss), start)

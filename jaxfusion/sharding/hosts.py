@@ -1,10 +1,11 @@
-"""Several processes as one program: joining them, and that they are of one mind."""
+"""Several processes as one program: how they start, and checks that they agree."""
 
 import hashlib
 import os
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import jax
 import numpy as np
@@ -13,7 +14,6 @@ from jax.experimental import multihost_utils
 import jaxfusion
 from jaxfusion.errors import InputError, first_line
 
-T = TypeVar("T")
 HEARTBEAT_SECONDS = 30  # a peer that is gone for so long ends the others
 
 
@@ -67,25 +67,27 @@ def check_peers(**texts: str) -> None:
                              f"with the same command on the same files")
 
 
-def with_peers(start: Callable[[], T]) -> T:
-    """What `start` gives, if it does so in all processes.
+@contextmanager
+def all_or_none() -> Iterator[None]:
+    """A block that ends well in all processes, or raises in all.
 
     Raises:
-      InputError: the one of this process; or that of another one, which would else be waited for.
+      InputError: the one of this process; or that of another one, for which this one would wait.
     """
-    if jax.process_count() == 1:
-        return start()
-    error, found = None, None
+    error = None
     try:
-        found = start()
+        yield
     except InputError as raised:
+        if jax.process_count() == 1:
+            raise
         error = raised
+    if jax.process_count() == 1:
+        return
     failed = np.flatnonzero(multihost_utils.process_allgather(np.array(error is not None)))
     if error is not None:
         raise error
     if len(failed):
         raise InputError(f"process {failed[0]} could not start; its own message says why")
-    return found
 
 
 def in_any(true: bool) -> bool:

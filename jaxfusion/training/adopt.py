@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxfusion import config as configs
+from jaxfusion.config import CONFIG_FILE
 from jaxfusion.data.tokenizers import LANGBRIDGE_WHITESPACE, load_tokenizer
 from jaxfusion.errors import InputError
 from jaxfusion.fields import (
@@ -49,7 +50,6 @@ from jaxfusion.nn.decoder import DecoderConfig as LLMConfig
 from jaxfusion.nn.mt5 import MT5Config
 from jaxfusion.sharding.mesh import make_mesh
 from jaxfusion.training.checkpoint import Checkpoints
-from jaxfusion.training.loop import CONFIG_FILE
 from jaxfusion.training.state import Flat, State, describe, make_bridge, read_shapes
 
 

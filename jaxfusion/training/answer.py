@@ -72,7 +72,7 @@ def answer_file(
     if not rows:
         raise InputError(f"{source} has no rows")
     queries = [query_of(task, row, where) for row, where in rows]
-    mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+    mesh = make_mesh(**vars(config.mesh))
     with jax.set_mesh(mesh):
         step, model = load_trained(config, workdir, mesh, llm_only)
         scorer = Scorer(model.bridge, model.tokenizers, for_task(config.eval, task),

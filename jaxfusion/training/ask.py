@@ -38,7 +38,7 @@ def ask(
     config = load_config(workdir, decoding)
     task = get_task(config.data.task, config.tasks)
     query = fill(task, text)
-    mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+    mesh = make_mesh(**vars(config.mesh))
     with jax.set_mesh(mesh):
         _, model = load_trained(config, workdir, mesh, llm_only)
         if not llm_only and (strange := unknown_words(model.tokenizers.encoder, text)):

@@ -4,13 +4,14 @@ import logging
 import time
 from concurrent.futures import Future
 from dataclasses import replace
-from functools import lru_cache, partial
+from functools import lru_cache
 from itertools import islice
 from pathlib import Path
 
 import jax
 
 from jaxfusion.background import in_background
+from jaxfusion.config import CONFIG_FILE
 from jaxfusion.data.batching import Cut, TokenRows, find_shapes, tokenize
 from jaxfusion.data.continued import Continued, tokenize_texts
 from jaxfusion.data.packing import find_packing
@@ -26,18 +27,32 @@ from jaxfusion.evaluation.metrics import accuracy
 from jaxfusion.evaluation.scoring import Scorer, for_task
 from jaxfusion.fields import Config
 from jaxfusion.nn.bridge import Bridge
+from jaxfusion.sharding.hosts import all_or_none
 from jaxfusion.sharding.mesh import sharding
 from jaxfusion.training.frozen import OWN, earlier_part, frozen_part, to_keep
-from jaxfusion.training.loop import CONFIG_FILE, Run, batch_shares, put_batch, run_to_end
+from jaxfusion.training.loop import fit
 from jaxfusion.training.state import Flat, Model, State, load_model, merge, overlay, plain
+from jaxfusion.training.trainer import Run, batch_shares, put_batch
 from jaxfusion.training.warm_start import warm_start
+from jaxfusion.training.workdir import begin
 
 logger = logging.getLogger(__name__)
 
 
 def train(config: Config, workdir: Path, profile: tuple[int, int] | None = None) -> State:
-    """Trains a bridge; see `run_to_end`."""
-    return run_to_end(config, workdir, partial(prepare, workdir=workdir), profile)
+    """Trains a bridge in a workdir, from where it is to its last step.
+
+    Args:
+      profile: first and last step of a trace in `WORKDIR/profile`.
+
+    Raises:
+      InputError: whatever is wrong with the config, data, checkpoints, workdir or other processes.
+      Stopped: SIGTERM came; the state is saved.
+    """
+    with begin(config, workdir) as start:
+        with all_or_none():
+            run = prepare(start.config, start.mesh, start.fresh, workdir)
+        return fit(run, start, profile)
 
 
 def prepare(config: Config, mesh, fresh: bool = True, workdir: Path | None = None) -> Run:

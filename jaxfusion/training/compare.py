@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxfusion import config as configs
-from jaxfusion.config import variants
+from jaxfusion.config import CONFIG_FILE, variants
 from jaxfusion.data.seen import fingerprints
 from jaxfusion.data.sources import Example
 from jaxfusion.data.task import Task
@@ -25,7 +25,7 @@ from jaxfusion.files import read_json, sum_of, write_checked
 from jaxfusion.training.bridge import read_data, train
 from jaxfusion.training.checkpoint import saved_steps
 from jaxfusion.training.evaluate import evaluate, places, read_rows, unseen
-from jaxfusion.training.loop import CONFIG_FILE, check_workdir, only_run
+from jaxfusion.training.workdir import check_workdir, only_run
 
 REPORT = "report.json"
 logger = logging.getLogger(__name__)

@@ -25,10 +25,10 @@ from jaxfusion.sharding.chips import GIB, Chip, chip_of, topology_devices
 from jaxfusion.sharding.hlo import Cost, program_cost
 from jaxfusion.sharding.mesh import make_mesh, sharding
 from jaxfusion.training.flops import count_flops
-from jaxfusion.training.loop import batch_shares
-from jaxfusion.training.optimizer import make_optimizer, make_schedule
+from jaxfusion.training.optimizer import make_optimizer, make_schedules
 from jaxfusion.training.state import Plan, State, plain, plan_model
 from jaxfusion.training.step import gradient, make_train_step
+from jaxfusion.training.trainer import batch_shares
 
 STEPS = 1000  # of the schedule; any number gives the same program
 
@@ -102,7 +102,7 @@ def measure(config: Config, devices: list[jax.Device]) -> Needs:
       TooLarge: the program does not fit.
       InputError: the mesh or the batch does not divide.
     """
-    mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor, devices)
+    mesh = make_mesh(**vars(config.mesh), devices=devices)
     shapes = {role: backbone_shape(role, getattr(config, role).checkpoint,
                                    getattr(config, role).revision) for role in ROLES}
     batch_shares(config.train, mesh)
@@ -190,10 +190,9 @@ def _batch(config: Config, plan: Plan, mesh) -> Batch:
 
 
 def _step(config: Config, plan: Plan, state: State):
-    """The step as `run_to_end` makes it."""
+    """The step as `Trainer` makes it."""
     optimizer = make_optimizer(config.optimizer, plan.groups, STEPS)
-    schedules = {name: make_schedule(config.optimizer, group.learning_rate, STEPS)
-                 for name, group in config.optimizer.groups.items()}
+    schedules = make_schedules(config.optimizer, STEPS)
     shardings = jax.tree.map(lambda x: x.sharding, state)
     return make_train_step(plan.bridge.loss, optimizer, schedules, shardings,
                            config.train.accumulate)

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from jaxfusion import config as configs
-from jaxfusion.config import directory_name
+from jaxfusion.config import CONFIG_FILE, directory_name
 from jaxfusion.data.seen import fingerprints, read_seen
 from jaxfusion.data.sources import Example, at_hand, read_examples
 from jaxfusion.data.task import Task
@@ -30,7 +30,6 @@ from jaxfusion.sharding.hosts import check_peers, is_first
 from jaxfusion.sharding.mesh import make_mesh
 from jaxfusion.training.checkpoint import trained_part
 from jaxfusion.training.frozen import OWN, frozen_part
-from jaxfusion.training.loop import CONFIG_FILE
 from jaxfusion.training.state import Model, load_model, merge, overlay
 
 logger = logging.getLogger(__name__)
@@ -73,7 +72,7 @@ def evaluate(
     rows = read_rows(config, tasks, languages, limit, data_path)
     drop_seen = drop_seen or config.eval.drop_seen
     rows = unseen(rows, seen_by(config, workdir), drop_seen, config.tasks)
-    mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+    mesh = make_mesh(**vars(config.mesh))
     with jax.set_mesh(mesh):
         step, model = load_trained(config, workdir, mesh, llm_only)
         new, details = _score(model, rows, llm_only)

@@ -60,7 +60,7 @@ def open_bridge(workdir: Path) -> Opened:
       InputError: no such run, or no checkpoint in it.
     """
     config = load_config(workdir)
-    mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+    mesh = make_mesh(**vars(config.mesh))
     with jax.set_mesh(mesh):
         _, model = load_trained(config, workdir, mesh)
     return Opened(model, merge(model.trainable, model.frozen), mesh)

@@ -41,10 +41,10 @@ from jaxfusion.training.frozen import frozen_part
 from jaxfusion.training.state import (
     Flat,
     find_towers,
+    initialise_own,
     load_tokenizers,
     plan_model,
     read_shapes,
-    start_own,
 )
 
 CODE = ("modeling_jaxfusion.py", "tokenization_jaxfusion.py")
@@ -116,7 +116,7 @@ def _with_frozen(
     if wanted <= set(found):
         return found
     # A run of an earlier release, whose workdir does not hold them: they are the seed's start.
-    fresh = start_own(plan_model(config, shapes, make_mesh()), config.train.seed)
+    fresh = initialise_own(plan_model(config, shapes, make_mesh()), config.train.seed)
     return {path: np.asarray(fresh[path]) for path in wanted & set(fresh)} | found
 
 

@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 
 from jaxfusion import config as configs
+from jaxfusion.config import CONFIG_FILE
 from jaxfusion.data.lexicon import ABOUT_FILE
 from jaxfusion.data.tokenizers import load_tokenizer
 from jaxfusion.errors import InputError
@@ -15,7 +16,6 @@ from jaxfusion.hf.save import copy_tower, tower_names, write_tokenizer
 from jaxfusion.hf.tables import table
 from jaxfusion.training.checkpoint import trained_part
 from jaxfusion.training.export import check_dtype, check_out, licence_of, trained_tensors
-from jaxfusion.training.loop import CONFIG_FILE
 from jaxfusion.training.pretrain import CHECKPOINT
 
 

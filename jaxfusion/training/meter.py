@@ -1,23 +1,14 @@
-"""Around the steps of a run: how fast they are, a trace of some of them, and signals."""
+"""How much goes through the steps of a run."""
 
-import logging
-import signal
-from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 
 from jaxfusion.sharding.chips import chip_of
-from jaxfusion.sharding.hosts import is_first
 from jaxfusion.training.flops import count_flops
 from jaxfusion.training.logs import Done
 from jaxfusion.training.step import Loss, gradient
-
-PROFILE = "profile"  # in a workdir
-logger = logging.getLogger(__name__)
 
 
 class Meter:
@@ -80,78 +71,3 @@ def count_examples(segments: list[np.ndarray]) -> int:
     """
     return int(np.max([x.reshape(len(x), -1).max(axis=1, initial=0) for x in segments],
                       axis=0).sum())
-
-
-class Trace:
-    """A profile of some steps in `WORKDIR/profile`, for TensorBoard and Perfetto."""
-
-    def __init__(self, workdir: Path, steps: tuple[int, int] | None):
-        self.out, self.steps, self.running = workdir / PROFILE, steps, False
-
-    def before(self, step: int) -> None:
-        """Starts at the first of the steps, or where a resumed run finds itself among them."""
-        if self.steps and is_first() and not self.running and (
-            self.steps[0] <= step <= self.steps[1]
-        ):
-            jax.profiler.start_trace(self.out, create_perfetto_trace=True)
-            self.running = True
-
-    def after(self, step: int, metrics: Any) -> None:
-        """Stops after the last of them, once the device is through with it."""
-        if self.running and step >= self.steps[1]:
-            jax.block_until_ready(metrics)
-            self.stop()
-
-    def stop(self) -> None:
-        """Ends the trace, if one is running, and writes it."""
-        if self.running:
-            jax.profiler.stop_trace()
-            self.running = False
-
-    def __enter__(self) -> "Trace":
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        self.stop()
-        if self.steps and is_first() and not self.out.is_dir():
-            logger.warning("no trace was written: steps %d to %d are not among those of this run",
-                           *self.steps)
-
-
-class Signals:
-    """SIGTERM is kept for the end of a step, where all processes hear of it at once. Ctrl-C ends
-    the run at once, or at the end of the step where a callback swallows it."""
-
-    def __enter__(self) -> "Signals":
-        self.heard = self.interrupted = False
-        self.before = {}
-        # Of several processes jax's coordination service is told of SIGTERM, and tells all.
-        with suppress(ValueError):  # not in the main thread: whoever has it decides
-            if jax.process_count() == 1:
-                self.before[signal.SIGTERM] = signal.signal(signal.SIGTERM, self._hear)
-            if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-                self.before[signal.SIGINT] = signal.signal(signal.SIGINT, self._interrupt)
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        for number, handler in self.before.items():
-            signal.signal(number, signal.SIG_DFL if handler is None else handler)
-
-    def _hear(self, *_: Any) -> None:
-        self.heard = True
-
-    def _interrupt(self, *_: Any) -> None:
-        self.interrupted = True
-        raise KeyboardInterrupt
-
-    def stop(self, step: int) -> bool:
-        """True at the step after which to stop.
-
-        Raises:
-          KeyboardInterrupt: Ctrl-C was pressed, and nobody has heard of it.
-        """
-        if self.interrupted:
-            raise KeyboardInterrupt
-        if jax.process_count() > 1:
-            return multihost_utils.reached_preemption_sync_point(step)
-        return self.heard

@@ -34,6 +34,12 @@ def group_of_each(paths: Iterable[str], groups: dict[str, GroupConfig]) -> dict[
     return owner
 
 
+def make_schedules(config: OptimizerConfig, steps: int) -> dict[str, optax.Schedule]:
+    """The learning rate of each group by step."""
+    return {name: make_schedule(config, group.learning_rate, steps)
+            for name, group in config.groups.items()}
+
+
 def make_schedule(
     config: OptimizerConfig, learning_rate: float, steps: int
 ) -> Callable[[Any], Any]:
@@ -61,10 +67,10 @@ def make_optimizer(
       owner: the group of every trained parameter, by path.
       steps: length of the schedule.
     """
+    schedules = make_schedules(config, steps)
     adamw = {
         name: optax.adamw(
-            make_schedule(config, group.learning_rate, steps), config.b1, config.b2, config.eps,
-            weight_decay=group.weight_decay,
+            schedules[name], config.b1, config.b2, config.eps, weight_decay=group.weight_decay,
         )
         for name, group in config.groups.items()
     }

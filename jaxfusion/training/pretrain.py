@@ -25,13 +25,15 @@ from jaxfusion.nn.bridge import Params
 from jaxfusion.nn.decoder import Decoder, DecoderConfig
 from jaxfusion.nn.mt5 import MT5Config, MT5Encoder
 from jaxfusion.nn.text_lm import TextLM
-from jaxfusion.sharding.hosts import fetch, is_first
+from jaxfusion.sharding.hosts import all_or_none, fetch, is_first
 from jaxfusion.sharding.mesh import sharding
 from jaxfusion.sharding.rules import replicated
 from jaxfusion.training.checkpoint import trained_part
-from jaxfusion.training.loop import Run, batch_shares, go_on, only_run, put_batch
+from jaxfusion.training.loop import fit
 from jaxfusion.training.optimizer import group_of_each
-from jaxfusion.training.state import Flat, State, describe, merge, replaced, start
+from jaxfusion.training.state import Flat, State, describe, initialise, merge, replaced
+from jaxfusion.training.trainer import Run, batch_shares, put_batch
+from jaxfusion.training.workdir import begin
 
 CHECKPOINT = "hf"  # below the workdir
 logger = logging.getLogger(__name__)
@@ -43,39 +45,30 @@ def pretrain(
     """Trains a tower and writes `WORKDIR/hf`, an ordinary Hugging Face directory.
 
     Raises:
-      InputError: see `go_on`.
+      InputError: whatever is wrong with the config, text, checkpoints, workdir or other processes.
+      Stopped: SIGTERM came; the state is saved.
     """
-    with only_run(config, workdir):
-        return _pretrain(config, workdir, profile)
-
-
-def _pretrain(
-    config: PretrainConfig, workdir: Path, profile: tuple[int, int] | None
-) -> State:
-    made = {}
-
-    def prepare_and_keep(config, mesh, fresh) -> Run:
-        made["mesh"] = mesh
-        made["run"], made["tower"], made["tokenizer"] = prepare(config, mesh, fresh)
-        return made["run"]
-
-    state = go_on(config, workdir, prepare_and_keep, profile)
-    out = workdir / CHECKPOINT
-    if not _is_of(out, config):
-        if is_first():
-            shutil.rmtree(out, ignore_errors=True)  # of fewer steps
-        world = Path(config.data.path) / WORLD_FILE
-        with jax.set_mesh(made["mesh"]):
-            dev = made["run"].score(state.trainable)
-        about = {
-            "world": json.loads(world.read_text("utf-8")) if world.is_file() else None,
-            "dev": dev, "config": dataclasses.asdict(config),
-        }
-        about["config"]["data"]["path"] = Path(config.data.path).name
-        whole = fetch(state.trainable)
-        if is_first():
-            write_checkpoint(out, made["tower"], made["tokenizer"], whole, about)
+    with begin(config, workdir) as start:
+        with all_or_none():
+            run, tower, tokenizer = prepare(start.config, start.mesh, start.fresh)
+        state = fit(run, start, profile)
+        out = workdir / CHECKPOINT
+        if not _is_of(out, config):
+            about = _about(config, run.score(state.trainable))
+            params = fetch(state.trainable)
+            if is_first():
+                shutil.rmtree(out, ignore_errors=True)  # of fewer steps
+                write_checkpoint(out, tower, tokenizer, params, about)
     return state
+
+
+def _about(config: PretrainConfig, dev: dict[str, float]) -> dict[str, Any]:
+    """What made a tower: the config, the pocket world's version if it learned from one, scores."""
+    world = Path(config.data.path) / WORLD_FILE
+    fields = dataclasses.asdict(config)
+    fields["data"]["path"] = Path(config.data.path).name
+    return {"world": json.loads(world.read_text("utf-8")) if world.is_file() else None,
+            "dev": dev, "config": fields}
 
 
 def _is_of(out: Path, config: PretrainConfig) -> bool:
@@ -141,7 +134,7 @@ def prepare(config: PretrainConfig, mesh, fresh: bool = True):
     def init() -> Params:
         return model.init(jax.random.key(config.train.seed))
 
-    trainable = start(init, describe(init, mesh))
+    trainable = initialise(init, describe(init, mesh))
     if config.train.init_from is not None and fresh:
         source = Path(config.train.init_from)
         trainable = replaced(trainable, trained_part(source)[1], str(source))

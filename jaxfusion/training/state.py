@@ -172,7 +172,7 @@ def load_model(
         config = replace(config, data=replace(config.data, bos=adds_bos(tokenizers.decoder)))
     plan = plan_model(config, shapes, mesh)
     begin(plan.bridge, tokenizers)
-    flat = start_own(plan, config.train.seed)
+    flat = initialise_own(plan, config.train.seed)
     for role in ROLES:
         prefix = f"{role}/"
         wanted = {name.removeprefix(prefix): leaf for name, leaf in plan.params.items()
@@ -359,12 +359,12 @@ def describe(init: Callable[[], Params], mesh: Mesh) -> dict[str, jax.ShapeDtype
     }
 
 
-def start_own(plan: Plan, seed: int) -> Flat:
+def initialise_own(plan: Plan, seed: int) -> Flat:
     """Fusion and projector as a run of this seed starts them."""
-    return start(lambda: plan.bridge.init(jax.random.key(seed)), plan.params)
+    return initialise(lambda: plan.bridge.init(jax.random.key(seed)), plan.params)
 
 
-def start(init: Callable[[], Params], places: dict[str, jax.ShapeDtypeStruct]) -> Flat:
+def initialise(init: Callable[[], Params], places: dict[str, jax.ShapeDtypeStruct]) -> Flat:
     """Fresh parameters by path, made where they belong."""
 
     def flat():

@@ -16,7 +16,8 @@ from jaxfusion.hf.backbones import backbone_shape
 from jaxfusion.sharding.mesh import make_mesh
 from jaxfusion.testing.checkpoints import SIZES, write_checkpoints
 from jaxfusion.testing.debug import make_inputs
-from jaxfusion.training import bridge, digest, loop, meter
+from jaxfusion.training import bridge, digest, hooks
+from jaxfusion.training import workdir as workdirs
 from jaxfusion.training.bridge import train
 from jaxfusion.training.evaluate import evaluate
 from jaxfusion.training.state import plan_model
@@ -93,7 +94,7 @@ def losses(config, workdir, sizes, monkeypatch):
     """The loss of every step on a mesh of the first so many devices."""
     devices = jax.devices()[: math.prod(sizes)]
     monkeypatch.setattr(bridge, "_dev_scorer", lambda *_: lambda _: {"exact_match": 0.0})
-    monkeypatch.setattr(loop, "make_mesh", lambda *_: make_mesh(*sizes, devices=devices))
+    monkeypatch.setattr(workdirs, "make_mesh", lambda **_: make_mesh(*sizes, devices=devices))
     train(config, workdir)
     lines = [json.loads(x) for x in (workdir / "metrics.jsonl").read_text().splitlines()]
     return {x["step"]: x["loss"] for x in lines if "loss" in x}
@@ -113,7 +114,7 @@ def test_a_run_goes_on_elsewhere(towers, cache_dir, tmp_path, monkeypatch):
     """Another mesh, in parts, half the precision of what is frozen: the same batches."""
     whole = losses(make_config(towers, "last"), tmp_path / "whole", (1, 1, 1), monkeypatch)
     with monkeypatch.context() as patch:
-        patch.setattr(meter.Signals, "stop", lambda self, step: step == 10)
+        patch.setattr(hooks.Signals, "stop", lambda self, step: step == 10)
         with pytest.raises(Stopped):
             losses(make_config(towers, "last"), tmp_path / "run", (2, 2, 2), patch)
     config = make_config(towers, "last", accumulate=2)
@@ -146,7 +147,7 @@ def test_scores_do_not_depend_on_the_mesh(towers, cache_dir, tmp_path, monkeypat
     with pytest.MonkeyPatch.context() as patch:
         from jaxfusion.training import evaluate as module
 
-        patch.setattr(module, "make_mesh", lambda *_: make_mesh(devices=jax.devices()[:1]))
+        patch.setattr(module, "make_mesh", lambda **_: make_mesh(devices=jax.devices()[:1]))
         alone, same = evaluate(tmp_path / "run", limit=12, decoding=drawn)
     assert {name: alone[name] for name in results} == results
     for part in ("correct", "answers"):

@@ -1,0 +1,177 @@
+"""The trainer of any job: its state, its step, its batches."""
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any
+
+import grain
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh
+
+from jaxfusion.data.pipeline import iterate
+from jaxfusion.errors import InputError
+from jaxfusion.fields import Job, OptimizerConfig, TrainConfig
+from jaxfusion.sharding.mesh import sharding
+from jaxfusion.training.checkpoint import Checkpoints, abstract_like
+from jaxfusion.training.optimizer import make_optimizer, make_schedules
+from jaxfusion.training.state import Flat, State, count
+from jaxfusion.training.step import Loss, Metrics, make_train_step
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Run:
+    """Everything that a run needs, loaded.
+
+    Attributes:
+      config: as resolved; it is saved in the workdir.
+      loss: of a batch.
+      trainable, frozen: parameters by path. groups: the optimiser group of each trained one.
+      batches: training batches by step number. steps: their number.
+      score: trained parameters -> development scores. best: the score that checkpoints are kept by.
+      plain_loss: the loss in the form whose FLOPs are counted.
+      seen: fingerprints of the texts that are trained on; kept in the workdir.
+      kept: frozen parameters that the workdir has to hold; None where it holds them already.
+    """
+
+    config: Job
+    loss: Loss
+    trainable: Flat
+    frozen: Flat
+    groups: dict[str, str]
+    batches: grain.sources.RandomAccessDataSource
+    steps: int
+    score: Callable[[Flat], dict[str, float]]
+    best: str
+    plain_loss: Loss
+    seen: np.ndarray | None = None
+    kept: dict[str, np.ndarray] | None = None
+
+
+@dataclass(frozen=True)
+class Due:
+    """What is to be done after a step.
+
+    Attributes:
+      stop: the run ends here, before its last step.
+    """
+
+    log: bool
+    score: bool
+    save: bool
+    stop: bool
+
+
+class Trainer:
+    """The state of a run, the step that changes it, and the batches that it reads.
+
+    Attributes:
+      state: on the mesh. done: the steps behind it. data: batches, of this host and on the mesh.
+    """
+
+    def __init__(self, run: Run, mesh: Mesh):
+        c = run.config.optimizer
+        optimizer = make_optimizer(c, run.groups, run.steps)
+        state = State(jnp.zeros((), jnp.int32), run.trainable, optimizer.init(run.trainable))
+        self.run, self.mesh, self.done = run, mesh, 0
+        self.state = jax.tree.map(lambda x: _on_mesh(x, mesh), state)
+        self.data = iterate(run.batches, lambda rows: (rows, put_batch(rows, mesh)))
+        self.key = jax.random.key(run.config.train.seed)
+        self.step = compiled_step(Step(
+            run.loss, run.config.train.accumulate, run.steps, c, run.groups,
+            jax.tree.map(lambda x: x.sharding, self.state), optimizer))
+        logger.info("%s parameters train, %s are frozen; %s steps",
+                    *(f"{n:,}" for n in (count(run.trainable), count(run.frozen), run.steps)))
+
+    def restore(self, checkpoints: Checkpoints) -> None:
+        """Goes to the newest checkpoint, if there is one.
+
+        Raises:
+          InputError: there are checkpoints, but none can be read.
+        """
+        restored = checkpoints.restore_newest(abstract_like(self.state))
+        if restored is None:
+            return
+        self.state, position = restored
+        if position:  # a bridge of others has none
+            self.data.set_state(position)
+        self.done = int(self.state.step)
+        logger.info("%s %s at step %d", "resuming" if self.done < self.run.steps else "finished:",
+                    checkpoints.path.parent, self.done)
+
+    def do_step(self, batch: Any) -> Metrics:
+        """One step; returns before the device is through with it."""
+        self.state, metrics = self.step(self.state, self.run.frozen, batch, self.key)
+        self.done += 1
+        return metrics
+
+    def due(self, stop: bool) -> Due:
+        """What is to be done after the step that was done last.
+
+        Args:
+          stop: the run is asked to end here.
+        """
+        c, step = self.run.config.train, self.done
+        last = step == self.run.steps
+        stop = stop and not last
+        score = last or (step % c.eval_every == 0 and not stop)
+        save = score or stop or step % c.checkpoint_every == 0
+        return Due(log=save or step % c.log_every == 0, score=score, save=save, stop=stop)
+
+
+@dataclass(frozen=True)
+class Step:
+    """What a training step is compiled from; equal ones are the same program.
+
+    Attributes:
+      loss, groups: as of `Run`. accumulate: parts of a batch. steps: of the schedule.
+      shardings: of the state.
+      update: what the fields above make; they tell whether it is the same.
+    """
+
+    loss: Loss
+    accumulate: int
+    steps: int
+    optimizer: OptimizerConfig = field(hash=False)
+    groups: dict[str, str] = field(hash=False)
+    shardings: State = field(hash=False)
+    update: optax.GradientTransformation = field(compare=False)
+
+
+@lru_cache(2)  # the runs of a sweep compile once
+def compiled_step(step: Step):
+    """The jitted step; see `make_train_step`."""
+    schedules = make_schedules(step.optimizer, step.steps)
+    return make_train_step(step.loss, step.update, schedules, step.shardings, step.accumulate)
+
+
+def batch_shares(train: TrainConfig, mesh) -> int:
+    """Into how many equal parts the rows of a batch go: of the mesh, and one after the other.
+
+    Raises:
+      InputError: the batch does not divide.
+    """
+    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    if train.batch_size % (shards * train.accumulate):
+        raise InputError(f"train.batch_size {train.batch_size} does not divide by mesh data×fsdp "
+                         f"= {shards} times train.accumulate = {train.accumulate}")
+    return shards * train.accumulate
+
+
+def put_batch(batch: Any, mesh) -> Any:
+    """A host's rows of a batch, as its part of the global arrays on the mesh."""
+    place = sharding(mesh, "batch")
+    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(place, x), batch)
+
+
+def _on_mesh(x: jax.Array, mesh) -> jax.Array:
+    """Arrays made off the mesh (counters) go on every device; the others stay where they are."""
+    if isinstance(x.sharding, jax.sharding.NamedSharding):
+        return x
+    return jax.device_put(x, sharding(mesh))
