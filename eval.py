@@ -62,11 +62,11 @@ def main(argv: list[str]) -> None:
     if COMPARE.value is not None:
         _compare([COMPARE.value, *words])
     elif ASK.value is not None:
-        from jaxfusion.training.ask import ask
+        from jaxfusion.runs.ask import ask
 
         ask(workdirs[0], ASK.value, llm_only=LLM_ONLY.value, decoding=_decoding())
     elif INPUT.value is not None:
-        from jaxfusion.training.answer import answer_file
+        from jaxfusion.runs.answer_file import answer_file
 
         count = answer_file(workdirs[0], local_path(INPUT.value), local_path(OUTPUT.value),
                             llm_only=LLM_ONLY.value, decoding=_decoding())
@@ -109,8 +109,8 @@ def _decoding() -> dict[str, Any]:
 
 def _score(workdirs: list[Path]) -> None:
     from jaxfusion.evaluation.report import print_comparison, print_table
+    from jaxfusion.runs.score import evaluate
     from jaxfusion.sharding.hosts import is_first
-    from jaxfusion.training.evaluate import evaluate
 
     for workdir in workdirs:
         results, _ = evaluate(

@@ -23,9 +23,9 @@ from jaxfusion.config import directory_name, from_config_dict, variants
 from jaxfusion.data.lexicon import LANGUAGES
 from jaxfusion.evaluation.metrics import holm, sign_flip
 from jaxfusion.fields import Config
+from jaxfusion.runs.score import evaluate
 from jaxfusion.testing.debug import make_inputs
 from jaxfusion.training.bridge import train
-from jaxfusion.training.evaluate import evaluate
 
 ROOT = Path(__file__).parent.parent
 REPORTED = tuple(name for name, x in LANGUAGES.items() if x.reported and name != "en")

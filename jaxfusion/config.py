@@ -252,6 +252,13 @@ def variants(config: CompareConfig) -> dict[str, Config]:
     return _each("variants", config.variants, dataclasses.asdict(config.base), Config)
 
 
+def run_folders(config: CompareConfig) -> dict[str, list[Path]]:
+    """Where below its workdir a comparison keeps the runs of each variant, seed by seed."""
+    seeds = [(f"seed_{seed}",) for seed in config.seeds] or [()]
+    return {str(fields["name"]): [Path(directory_name(fields["name"]), *seed) for seed in seeds]
+            for fields in config.variants}
+
+
 def one_by_seeds(config: Config) -> CompareConfig:
     """A bridge that is trained with several seeds, as a comparison of one variant."""
     return CompareConfig(base=dataclasses.replace(config, seeds=()), seeds=config.seeds,

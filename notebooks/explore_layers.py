@@ -103,9 +103,10 @@ from pathlib import Path
 
 from jaxfusion.config import default_config, from_config_dict
 from jaxfusion.notebook import BRIDGES, converted, pick_models, pocket_model
+from jaxfusion.runs.open_run import open_run
+from jaxfusion.runs.score import read_rows
 from jaxfusion.testing.debug import make_inputs
 from jaxfusion.training.bridge import train
-from jaxfusion.training.evaluate import load_config, read_rows
 
 config = default_config()
 config.fusion.name = "transformer_softmax"
@@ -136,7 +137,7 @@ if BRIDGE is None:
     config.encoder.checkpoint, config.decoder.checkpoint = encoder, llm
     train(make_inputs(from_config_dict(config)), WORK / "bridge")
 else:
-    converted(load_config(Path(BRIDGE)).encoder.checkpoint)  # if this session lacks it
+    converted(open_run(Path(BRIDGE)).config.encoder.checkpoint)  # if this session lacks it
 
 # %% [markdown]
 # ## Which layers the fusion takes of each token
@@ -149,9 +150,9 @@ from html import escape
 from IPython.display import HTML, Image, Markdown, display
 
 from jaxfusion.evaluation.page import token_table
-from jaxfusion.training.explore import open_bridge
+from jaxfusion.runs.open_run import open_run
 
-bridge = open_bridge(Path(BRIDGE or WORK / "bridge"))
+bridge = open_run(Path(BRIDGE or WORK / "bridge"))
 for language, sentence in SENTENCES.items():
     display(HTML(f"<h4>{language}: <span dir='auto'>{escape(sentence)}</span></h4>"
                  + token_table(bridge.layers_of(sentence))))

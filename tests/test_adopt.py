@@ -17,9 +17,8 @@ from transformers import AutoModelForCausalLM, MT5EncoderModel
 from jaxfusion.data.tokenizers import LANGBRIDGE_WHITESPACE
 from jaxfusion.errors import InputError
 from jaxfusion.hf.convert import convert
-from jaxfusion.sharding.mesh import make_mesh
+from jaxfusion.runs.open_run import open_run
 from jaxfusion.training.adopt import adopt
-from jaxfusion.training.evaluate import load_config, load_trained
 from jaxfusion.training.export import export
 from jaxfusion.training.export_langbridge import export_langbridge
 
@@ -126,7 +125,7 @@ def write_langbridge(out, towers, alignment, kind, tiny, pickled):
 
 
 def logits_of(workdir):
-    _, model = load_trained(load_config(workdir), workdir, make_mesh())
+    model = open_run(workdir).model
     return next_logits(model, QUERIES)
 
 

@@ -25,7 +25,7 @@ SLOW = (clients.lm_eval_generation, clients.lm_eval_likelihood, clients.trainer,
 REFUSED = {
     "tokenizer_without_trust": "contains custom code which must be executed",
     "foreign_ids": "row 0 of input_ids has no query: make it with AutoTokenizer",
-    "lm_eval_likelihood": "use `python -m jaxfusion.evaluation.lm_eval`",
+    "lm_eval_likelihood": "use `python -m jaxfusion.runs.lm_harness`",
     "unknown_arguments": "a bridge's forward takes no inputs_embeds",
 }
 
@@ -147,16 +147,13 @@ def test_an_export_saved_by_transformers_is_taken_in_again(reference, tmp_path):
     """Finding 47: a Trainer's checkpoint is a directory like any export."""
     from test_export import next_logits
 
-    from jaxfusion.sharding.mesh import make_mesh
+    from jaxfusion.runs.open_run import open_run
     from jaxfusion.training.adopt import adopt
-    from jaxfusion.training.evaluate import load_config, load_trained
 
     for name in ("out", "merged"):
         model = clients.load(reference[name])
         model.save_pretrained(tmp_path / name)
         adopt(str(tmp_path / name), tmp_path / f"{name}-run")
-        _, found = load_trained(load_config(tmp_path / f"{name}-run"), tmp_path / f"{name}-run",
-                                make_mesh())
-        ours = next_logits(found, reference["queries"])
+        ours = next_logits(open_run(tmp_path / f"{name}-run").model, reference["queries"])
         wanted = np.array(reference["logits"])
         assert np.abs(ours - wanted).max() < 1e-5 * np.abs(wanted).max()

@@ -14,8 +14,8 @@ from jaxfusion.evaluation.comparison import Comparison, as_json, differences, ma
 from jaxfusion.evaluation.groups import standard_groups
 from jaxfusion.evaluation.metrics import bootstrap_mean
 from jaxfusion.evaluation.runs import compare_runs, read_models
+from jaxfusion.runs.ask import ask, fill, unknown_words
 from jaxfusion.testing.debug import make_inputs
-from jaxfusion.training.ask import ask, fill, unknown_words
 from jaxfusion.training.compare import compare
 from jaxfusion.training.workdir import check_workdir
 

@@ -13,9 +13,9 @@ from jaxfusion import config as configs
 from jaxfusion.config import default_config, finish, from_config_dict
 from jaxfusion.errors import InputError
 from jaxfusion.fields import JOBS, GroupConfig
+from jaxfusion.runs.score import evaluate
 from jaxfusion.testing.debug import make_inputs
 from jaxfusion.training.bridge import train
-from jaxfusion.training.evaluate import evaluate
 
 ROOT = Path(__file__).parent.parent
 FILES = sorted((ROOT / "configs").glob("*.py"))

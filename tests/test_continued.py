@@ -18,10 +18,10 @@ from jaxfusion.data.sources import Example
 from jaxfusion.data.tokenizers import Tokenizers, load_tokenizer
 from jaxfusion.errors import InputError
 from jaxfusion.fields import CompareConfig
+from jaxfusion.runs.score import evaluate
 from jaxfusion.testing.debug import make_inputs
 from jaxfusion.training.bridge import train
 from jaxfusion.training.compare import check
-from jaxfusion.training.evaluate import evaluate
 
 
 @pytest.fixture(scope="module")

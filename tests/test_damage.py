@@ -18,10 +18,10 @@ from jaxfusion.errors import InputError
 from jaxfusion.evaluation.report import merge_results
 from jaxfusion.evaluation.runs import read_run
 from jaxfusion.files import length_and_digest, note_sums, sum_of
+from jaxfusion.runs.score import evaluate
 from jaxfusion.training import answer, digest
 from jaxfusion.training.bridge import train
 from jaxfusion.training.checkpoint import Checkpoints, abstract_like, trained_part
-from jaxfusion.training.evaluate import evaluate
 from jaxfusion.training.export import export
 from jaxfusion.training.logs import RunLog
 

@@ -16,10 +16,10 @@ from test_training import equal, make_config
 from jaxfusion.errors import InputError
 from jaxfusion.fields import GroupConfig
 from jaxfusion.hf.load import SINGLE
+from jaxfusion.runs.open_run import open_run
 from jaxfusion.sharding.mesh import make_mesh
 from jaxfusion.training.adopt import adopt
 from jaxfusion.training.bridge import prepare, train
-from jaxfusion.training.evaluate import load_config, load_trained
 from jaxfusion.training.export import export
 from jaxfusion.training.frozen import FROZEN_FILE
 from jaxfusion.training.state import load_model
@@ -35,7 +35,7 @@ def config_of(cache_dir, *patterns, fusion="global_softmax", **fields):
 
 def params_of(workdir):
     """All parameters of a workdir's model, by path, and the model."""
-    model = load_trained(load_config(workdir), workdir, make_mesh())[1]
+    model = open_run(workdir).model
     return jax.device_get(model.frozen | model.trainable), model
 
 

@@ -11,10 +11,10 @@ from test_configs import FILES, get_config
 
 from jaxfusion.config import from_config_dict
 from jaxfusion.errors import InputError
-from jaxfusion.evaluation.lm_eval import JaxFusion, _at_seam, _decoding
+from jaxfusion.runs.lm_harness import JaxFusion, _at_seam, _decoding
+from jaxfusion.runs.score import evaluate
 from jaxfusion.testing.debug import make_inputs
 from jaxfusion.training.bridge import train
-from jaxfusion.training.evaluate import evaluate
 
 ROOT = Path(__file__).parent.parent
 XNLI = next(file for file in FILES if file.stem == "xnli_paper")
@@ -94,7 +94,7 @@ def test_the_harness_runs_its_own_task(workdir, tmp_path):
     (tmp_path / "xcopa").symlink_to(shipped)
     (tmp_path / "utils.py").symlink_to(shipped / "utils.py")
     done = subprocess.run(
-        [sys.executable, "-m", "jaxfusion.evaluation.lm_eval", "--model", "jaxfusion",
+        [sys.executable, "-m", "jaxfusion.runs.lm_harness", "--model", "jaxfusion",
          "--model_args", f"workdir={workdir}", "--tasks", "xcopa_local",
          "--include_path", str(tmp_path), "--output_path", str(tmp_path / "out")],
         cwd=ROOT, capture_output=True, text=True)

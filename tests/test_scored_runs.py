@@ -13,19 +13,20 @@ import numpy as np
 import pytest
 from test_configs import FILES, get_config
 
-from jaxfusion.config import from_config_dict, one_by_seeds
+from jaxfusion.config import from_config_dict, one_by_seeds, run_folders
 from jaxfusion.data.readers import read_file
 from jaxfusion.data.seen import fingerprints, read_seen, write_seen
 from jaxfusion.errors import InputError
 from jaxfusion.evaluation.page import _inline
 from jaxfusion.evaluation.runs import compare_runs, read_models
 from jaxfusion.files import note_of, only_writer, write_checked
+from jaxfusion.runs.answer_file import answer_file
+from jaxfusion.runs.open_run import open_run
+from jaxfusion.runs.score import evaluate, seen_by
 from jaxfusion.testing.debug import make_inputs
 from jaxfusion.training import answer as answering
-from jaxfusion.training.answer import answer_file
 from jaxfusion.training.bridge import read_data
 from jaxfusion.training.compare import check_unseen, compare, report
-from jaxfusion.training.evaluate import evaluate, load_config, places, seen_by
 
 ROOT = Path(__file__).parent.parent
 XNLI = next(file for file in FILES if file.stem == "xnli_paper")
@@ -48,7 +49,7 @@ def run(cache_dir, tmp_path_factory):
 @pytest.fixture
 def bridge(run):
     """The first seed's workdir."""
-    return run[1] / places(run[0])["transformer_softmax"][0]
+    return run[1] / run_folders(run[0])["transformer_softmax"][0]
 
 
 def test_seeds_are_trained_side_by_side(run):
@@ -57,12 +58,12 @@ def test_seeds_are_trained_side_by_side(run):
     assert comparison.seeds("LLM alone") == 1
     assert "transformer_softmax: 2" in (workdir / "report.md").read_text()
     seeds = [json.loads((workdir / place / "config.json").read_text())["train"]["seed"]
-             for place in places(config)["transformer_softmax"]]
+             for place in run_folders(config)["transformer_softmax"]]
     assert seeds == [0, 1]
     with pytest.raises(InputError, match="has one twice"):
         compare(replace(config, seeds=(1, 1)), workdir.parent / "other")
     with pytest.raises(InputError, match=r"give one of its bridges: .*seed_0, .*seed_1"):
-        load_config(workdir)
+        open_run(workdir)
 
 
 def test_details_hold_every_row(bridge):
@@ -79,7 +80,7 @@ def test_details_hold_every_row(bridge):
 
 
 def test_runs_are_compared_on_the_same_rows_or_refused(run, bridge, tmp_path):
-    other = str(run[1] / places(run[0])["transformer_softmax"][1])
+    other = str(run[1] / run_folders(run[0])["transformer_softmax"][1])
     c, = compare_runs(read_models([str(bridge), other]))
     assert list(c.correct) == ["seed_0", "seed_1"] and c.reference == "seed_0"
     both, = compare_runs(read_models([f"{bridge},{other}"]), "exact_match")
@@ -113,7 +114,7 @@ def test_runs_are_compared_on_the_same_rows_or_refused(run, bridge, tmp_path):
 def test_a_row_that_was_trained_on_is_named(bridge, tmp_path, caplog):
     copy = tmp_path / "copy"
     shutil.copytree(bridge, copy)
-    config = load_config(copy)
+    config = open_run(copy).config
     test_row = list(read_file(Path(config.data.path) / "test-en.jsonl"))[2][0]
     query = f"Premise: {test_row['premise']}  Hypothesis: {test_row['hypothesis'].upper()} Label: "
     write_seen(copy, np.concatenate([read_seen(bridge), fingerprints([query])]))
@@ -220,7 +221,7 @@ def test_decoding_that_chooses_nothing_is_refused(bridge):
     for fields, said in (({"top_p": 0.0}, "top_p"), ({"temperature": -1.0}, "temperature"),
                          ({"stop": ("",)}, "stop")):
         with pytest.raises(InputError, match=f"eval.{said}"):
-            load_config(bridge, fields)
+            open_run(bridge, fields)
 
 
 def test_a_page_holds_what_a_reader_asks_for(run, bridge):

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from jaxfusion.errors import Stopped
+from jaxfusion.runs.score import evaluate
 from jaxfusion.training.checkpoint import saved_steps
-from jaxfusion.training.evaluate import evaluate
 
 ROOT = Path(__file__).parent.parent
 FLAGS = ["--config.train.steps=8", "--config.train.log_every=1", "--config.train.eval_every=4",

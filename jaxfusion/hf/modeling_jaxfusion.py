@@ -416,7 +416,7 @@ class BridgeForCausalLM(PreTrainedModel, GenerationMixin):
                 raise ValueError(
                     f"the query in row {row} of input_ids does not end in the encoder's end token: "
                     "it was cut, or an answer was given as a query (lm-eval's `--model hf` does; "
-                    "use `python -m jaxfusion.evaluation.lm_eval`)")
+                    "use `python -m jaxfusion.runs.lm_harness`)")
             if (c.after_ids is None) != bool((kinds == 0).any()):
                 raise ValueError(f"row {row} of input_ids has "
                                  f"{'no' if c.after_ids is None else 'a'} prompt after its query: "

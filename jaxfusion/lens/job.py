@@ -30,10 +30,10 @@ from jaxfusion.lens.scores import UNTOUCHED, measure, read_questions, report
 from jaxfusion.lens.train import KEPT, folder_of, train_all
 from jaxfusion.nn.bridge import Params
 from jaxfusion.nn.decoder import make_edits
+from jaxfusion.runs.open_run import open_run
 from jaxfusion.sharding.hosts import all_or_none, check_peers, is_first
 from jaxfusion.sharding.mesh import make_mesh
 from jaxfusion.training.checkpoint import trained_part
-from jaxfusion.training.evaluate import load_config
 from jaxfusion.training.state import Flat
 from jaxfusion.training.trainer import batch_shares
 from jaxfusion.training.workdir import check_workdir, only_run
@@ -66,7 +66,7 @@ def _with_llm(config: LensRunConfig) -> LensRunConfig:
     """The config with its bridge's LLM, where it has a bridge."""
     if not config.bridge:
         return config
-    return replace(config, decoder=load_config(Path(config.bridge)).decoder)
+    return replace(config, decoder=open_run(Path(config.bridge)).config.decoder)
 
 
 def _lens(config: LensRunConfig, workdir: Path) -> Comparison | None:

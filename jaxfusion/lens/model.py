@@ -18,8 +18,8 @@ from jaxfusion.hf.load import load_params, open_tensors, read_shape
 from jaxfusion.hf.tables import table
 from jaxfusion.nn.bridge import Bridge, Params
 from jaxfusion.nn.decoder import Decoder
+from jaxfusion.runs.open_run import open_run
 from jaxfusion.sharding.hosts import fetch
-from jaxfusion.training.evaluate import load_config, load_trained
 from jaxfusion.training.state import describe, kernel_for, merge
 
 
@@ -51,7 +51,7 @@ def load_model(config: LensRunConfig, mesh) -> tuple[Model, LensRunConfig]:
     Raises:
       InputError: whatever is wrong with the checkpoint or the bridge's workdir.
     """
-    return _behind_bridge(config, mesh) if config.bridge else _alone(config, mesh)
+    return _behind_bridge(config) if config.bridge else _alone(config, mesh)
 
 
 def _alone(config: LensRunConfig, mesh) -> tuple[Model, LensRunConfig]:
@@ -74,10 +74,10 @@ def _alone(config: LensRunConfig, mesh) -> tuple[Model, LensRunConfig]:
     return model, replace(config, decoder=replace(tower, revision=commit or tower.revision))
 
 
-def _behind_bridge(config: LensRunConfig, mesh) -> tuple[Model, LensRunConfig]:
+def _behind_bridge(config: LensRunConfig) -> tuple[Model, LensRunConfig]:
     workdir = Path(config.bridge)
-    of_bridge = load_config(workdir)
-    _, found = load_trained(of_bridge, workdir, mesh)
+    run = open_run(workdir)
+    found = replace(run, config=replace(run.config, mesh=config.mesh)).model
     if own := [path for path in found.groups if path.startswith("decoder/")]:
         raise InputError(f"{workdir} trained {own[0]}, too: wanted a bridge whose LLM stayed as it "
                          "was, so that what Lens makes of it can be exported")
@@ -88,7 +88,7 @@ def _behind_bridge(config: LensRunConfig, mesh) -> tuple[Model, LensRunConfig]:
         trained.update(name.encode() + np.asarray(fetch(x)).tobytes())
     both = digest_tokenizer(tokenizers.encoder) + digest_tokenizer(tokenizers.decoder)
     model = Model(found.bridge, merge(found.trainable, found.frozen), tokenizers,
-                  of_bridge.data.text_prompt,
+                  run.config.data.text_prompt,
                   {"model": trained.hexdigest(), "tokenizer": both})
     return model, config
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxfusion import config as configs
-from jaxfusion.config import CONFIG_FILE, variants
+from jaxfusion.config import CONFIG_FILE, run_folders, variants
 from jaxfusion.data.seen import fingerprints
 from jaxfusion.data.sources import Example
 from jaxfusion.data.task import Task
@@ -22,9 +22,9 @@ from jaxfusion.evaluation.runs import ALONE, LLM_ALONE, Models, compare_runs, re
 from jaxfusion.evaluation.shortcuts import lookup_correct, surface
 from jaxfusion.fields import CompareConfig, Config
 from jaxfusion.files import read_json, sum_of, write_checked
+from jaxfusion.runs.score import evaluate, read_rows, unseen
 from jaxfusion.training.bridge import read_data, train
 from jaxfusion.training.checkpoint import saved_steps
-from jaxfusion.training.evaluate import evaluate, places, read_rows, unseen
 from jaxfusion.training.workdir import check_workdir, only_run
 
 REPORT = "report.json"
@@ -58,7 +58,7 @@ def _compare(config: CompareConfig, runs: dict[str, Config], workdir: Path) -> C
     for name, run in runs.items():
         seconds[name] = {}
         seeds = config.seeds or (run.train.seed,)
-        for seed, where in zip(seeds, places(config)[name], strict=True):
+        for seed, where in zip(seeds, run_folders(config)[name], strict=True):
             logger.info("\n%s%s", name, f", seed {seed}" if config.seeds else "")
             run = replace(run, train=replace(run.train, seed=seed))
             _train_and_score(config, run, workdir / where, workdir, seconds[name])
@@ -102,7 +102,7 @@ def read_variants(config: CompareConfig, workdir: Path) -> Models:
     Raises:
       InputError: one has not been scored.
     """
-    of = {name: [workdir / where for where in runs] for name, runs in places(config).items()}
+    of = {name: [workdir / where for where in runs] for name, runs in run_folders(config).items()}
     last = list(of.values())[-1][-1]
     return {LLM_ALONE: [read_run(last, alone=True)],
             **{name: [read_run(where) for where in runs] for name, runs in of.items()}}

@@ -34,9 +34,9 @@ from jaxfusion.hf.tables import (
     bridge_table,
     table,
 )
+from jaxfusion.runs.open_run import open_run
 from jaxfusion.sharding.mesh import make_mesh
 from jaxfusion.training.checkpoint import trained_part
-from jaxfusion.training.evaluate import load_config
 from jaxfusion.training.frozen import frozen_part
 from jaxfusion.training.state import (
     Flat,
@@ -94,7 +94,7 @@ class Trained:
 
 def collect(workdir: Path, out: Path) -> Trained:
     """Reads the workdir, and refuses to write over it or its backbones."""
-    config = load_config(workdir)
+    config = open_run(workdir).config
     check_out(out, workdir)
     step, trained = trained_part(workdir)
     paths, config = find_towers(config)

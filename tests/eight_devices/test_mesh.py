@@ -13,13 +13,13 @@ from jaxfusion.config import default_config, finish, from_config_dict
 from jaxfusion.errors import InputError, Stopped
 from jaxfusion.fields import ROLES
 from jaxfusion.hf.backbones import backbone_shape
+from jaxfusion.runs.score import evaluate
 from jaxfusion.sharding.mesh import make_mesh
 from jaxfusion.testing.checkpoints import SIZES, write_checkpoints
 from jaxfusion.testing.debug import make_inputs
 from jaxfusion.training import bridge, digest, hooks
 from jaxfusion.training import workdir as workdirs
 from jaxfusion.training.bridge import train
-from jaxfusion.training.evaluate import evaluate
 from jaxfusion.training.state import plan_model
 
 GOLDEN = Path(__file__).with_name("specs.json")

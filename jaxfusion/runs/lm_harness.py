@@ -1,6 +1,6 @@
 """EleutherAI's lm-evaluation-harness with a bridge as its model: needs the extra `lm_eval`.
 
-    python -m jaxfusion.evaluation.lm_eval --model jaxfusion \
+    python -m jaxfusion.runs.lm_harness --model jaxfusion \
         --model_args workdir=runs/xnli_paper --tasks xcopa,xstorycloze
 
 Registers the model `jaxfusion`; all else is the harness' own command line. The encoder reads the
@@ -30,7 +30,8 @@ from jaxfusion.data.batching import TokenRow, in_order
 from jaxfusion.data.sources import Example
 from jaxfusion.data.task import Task
 from jaxfusion.errors import InputError
-from jaxfusion.evaluation.scoring import Scorer, for_task, pad_options
+from jaxfusion.evaluation.scoring import pad_options
+from jaxfusion.runs.open_run import open_run
 
 logger = logging.getLogger(__name__)
 # No labels of its own; few-shot examples come first, so that the end is the question.
@@ -62,23 +63,14 @@ class JaxFusion(LM):
         super().__init__()
         if workdir is None:
             raise InputError("no run is named; give --model_args workdir=DIR")
-        # Like the scripts, this stands on training, which stands on evaluation.
-        from jaxfusion.sharding.mesh import make_mesh
-        from jaxfusion.training.evaluate import load_config, load_trained
-        from jaxfusion.training.state import merge
-
         given = {"batch_size": int(batch_size)} if str(batch_size or "").isdigit() else {}
-        self.config = load_config(Path(workdir), given)
+        self.run = open_run(Path(workdir), given, llm_only)
         self.bare, self.end, self.workdir = llm_only, end and not llm_only, workdir
-        self.mesh = make_mesh(**vars(self.config.mesh))
-        with jax.set_mesh(self.mesh):
-            _, self.model = load_trained(self.config, Path(workdir), self.mesh, llm_only)
-        self.params = merge(self.model.trainable, self.model.frozen)
 
     @property
     def tokenizer_name(self) -> str:
         """What the harness files cached requests under."""
-        return self.config.decoder.checkpoint
+        return self.run.config.decoder.checkpoint
 
     def loglikelihood(
         self, requests: list[Instance], disable_tqdm: bool = False
@@ -98,10 +90,10 @@ class JaxFusion(LM):
         for i, (context, _) in enumerate(asked):
             places[context].append(i)
         prompts = [self._prompt(context) for context, _ in asked]
-        ids = self.model.tokenizers.encode_answers(prompts, [answer for _, answer in asked])
-        ending = self.model.tokenizers.ending if self.end else []
+        ids = self.run.tokenizers.encode_answers(prompts, [answer for _, answer in asked])
+        ending = self.run.tokenizers.ending if self.end else []
         ids = [[*answer, *ending] for answer in ids]
-        rows, cut = self._scorer().rows(
+        rows, cut = self.run.scorer(FREE).rows(
             [Example(context, "", -1) for context in contexts], FREE.keeps_end)
         if cut.any:
             logger.warning("contexts longer than the limits: %s", cut)
@@ -121,7 +113,7 @@ class JaxFusion(LM):
         if not self.bare:
             raise InputError("a bridge's encoder reads its text and foretells none of it; give "
                              "--model_args llm_only=True for tasks of perplexity")
-        tokenizers, limit = self.model.tokenizers, self.config.eval.max_decoder_tokens
+        tokenizers, limit = self.run.tokenizers, self.run.config.eval.max_decoder_tokens
         rows, options, counts = [], [], []
         for ids in tokenizers.encode_texts([request.args[0] for request in requests]):
             windows = [make_disjoint_window(x)
@@ -143,39 +135,36 @@ class JaxFusion(LM):
             groups[repr(sorted(request.args[1].items()))].append(i)
         answers = [""] * len(requests)
         for places in groups.values():
-            scorer = self._scorer(**_decoding(requests[places[0]].args[1]))
+            scorer = self.run.scorer(FREE, **_decoding(requests[places[0]].args[1]))
             examples = [Example(requests[i].args[0], "", -1) for i in places]
-            with jax.set_mesh(self.mesh):
-                for i, answer in zip(places, scorer(self.params, examples, FREE).answers,
+            with self.run.on_mesh():
+                for i, answer in zip(places, scorer(self.run.params, examples, FREE).answers,
                                      strict=True):
                     answers[i] = answer
         return answers
 
     def _prompt(self, context: str) -> str:
         """What stands before the answer in the LLM's own tokens."""
-        return context if self.bare else self.config.data.text_prompt.replace("{query}", context)
-
-    def _scorer(self, **fields) -> Scorer:
-        config = for_task(replace(self.config.eval, **fields), FREE)
-        return Scorer(self.model.bridge, self.model.tokenizers, config,
-                      self.config.data.text_prompt, self.bare)
+        if self.bare:
+            return context
+        return self.run.config.data.text_prompt.replace("{query}", context)
 
     def _score(
         self, rows: Sequence[TokenRow], options: Sequence[list[list[int]]]
     ) -> list[Scored]:
         """Every option's log-likelihood after its row, and whether it is greedy."""
-        scorer, size, tokenizers = (self._scorer(max_new_tokens=0), self.config.eval.batch_size,
-                                    self.model.tokenizers)
+        scorer = self.run.scorer(FREE, max_new_tokens=0)
+        size, tokenizers = self.run.config.eval.batch_size, self.run.tokenizers
         # An LLM without BOS starts a text with nothing before it as others do, at its end token.
         rows = [row if row.query or row.text or tokenizers.start
                 else replace(row, text=[tokenizers.eos]) for row in rows]
         most, found = max(map(len, options), default=0), [[] for _ in rows]
-        with jax.set_mesh(self.mesh):
+        with self.run.on_mesh():
             for numbers, batch in in_order(rows, scorer.shapes(rows), tokenizers, size):
                 ids = [[options[i][c] if c < len(options[i]) else [] for i in numbers]
                        for c in range(most)]
                 _, scores, greedy = jax.device_get(
-                    scorer.score(self.params, batch, *pad_options(ids, size)))
+                    scorer.score(self.run.params, batch, *pad_options(ids, size)))
                 for row, i in enumerate(numbers):
                     found[i] = [(float(scores[c, row]), bool(greedy[c, row]))
                                 for c in range(len(options[i]))]

@@ -3,34 +3,27 @@
 import json
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 from rich.console import Console
 from rich.progress import Progress
 
-from jaxfusion import config as configs
-from jaxfusion.config import CONFIG_FILE, directory_name
+from jaxfusion.config import CONFIG_FILE
 from jaxfusion.data.seen import fingerprints, read_seen
 from jaxfusion.data.sources import Example, at_hand, read_examples
 from jaxfusion.data.task import Task
 from jaxfusion.data.tasks import check_languages, configured, get_task
 from jaxfusion.errors import InputError
-from jaxfusion.evaluation.layers import layer_weigher, token_weights
 from jaxfusion.evaluation.metrics import accuracy
 from jaxfusion.evaluation.report import Results, merge_results
 from jaxfusion.evaluation.runs import ALONE, DETAILS, Details
-from jaxfusion.evaluation.scoring import Scored, Scorer, for_task
-from jaxfusion.fields import DECODING, CompareConfig, Config, TaskConfig
+from jaxfusion.evaluation.scoring import Scored
+from jaxfusion.fields import DECODING, Config, TaskConfig
 from jaxfusion.files import WRITER, only_writer
+from jaxfusion.runs.open_run import OpenRun, open_run
 from jaxfusion.sharding.hosts import check_peers, is_first
-from jaxfusion.sharding.mesh import make_mesh
-from jaxfusion.training.checkpoint import trained_part
-from jaxfusion.training.frozen import OWN, frozen_part
-from jaxfusion.training.state import Model, load_model, merge, overlay
 
 logger = logging.getLogger(__name__)
 Rows = dict[str, dict[str, list[Example]]]  # by task and language
@@ -66,20 +59,19 @@ def evaluate(
     Raises:
       InputError: no such run, task, language or data; or a test row that was trained on.
     """
-    config = load_config(workdir, decoding)
+    run = open_run(workdir, decoding, llm_only)
+    config = run.config
     check_peers(workdir=str(workdir), asked=str((tasks, languages, limit, llm_only, data_path,
                                                  drop_seen, decoding)))
     rows = read_rows(config, tasks, languages, limit, data_path)
     drop_seen = drop_seen or config.eval.drop_seen
     rows = unseen(rows, seen_by(config, workdir), drop_seen, config.tasks)
-    mesh = make_mesh(**vars(config.mesh))
-    with jax.set_mesh(mesh):
-        step, model = load_trained(config, workdir, mesh, llm_only)
-        new, details = _score(model, rows, llm_only)
+    with run.on_mesh():
+        new, details = _score(run, rows)
     if not is_first():
         return new, details
     name, more = ("llm_only.json", ALONE) if llm_only else ("results.json", DETAILS)
-    about = {"step": step, "limit": limit, "encoder": config.encoder.checkpoint,
+    about = {"step": run.step, "limit": limit, "encoder": config.encoder.checkpoint,
              "decoder": config.decoder.checkpoint, "drop_seen": drop_seen, "data_path": data_path,
              "decoding": {name: getattr(config.eval, name) for name in DECODING}}
     about = json.loads(json.dumps(about))
@@ -89,54 +81,6 @@ def evaluate(
     with only_writer(folder / WRITER, folder, wait=True):
         merge_results(folder / more, details, about, indent=None)
         return merge_results(folder / name, new, about), details
-
-
-def load_config(workdir: Path, decoding: dict[str, Any] | None = None) -> Config:
-    """The config of a bridge's workdir.
-
-    Args:
-      decoding: fields of `eval` in place of its own.
-
-    Raises:
-      InputError: it is none, or that of another job.
-    """
-    config = configs.load(workdir / CONFIG_FILE)
-    if isinstance(config, CompareConfig):
-        inside = ", ".join(str(workdir / x) for runs in places(config).values() for x in runs)
-        raise InputError(f"{workdir} is a comparison; give one of its bridges: {inside}")
-    if not isinstance(config, Config):
-        raise InputError(f"{workdir} holds no bridge but a run of job '{config.job}'")
-    config = replace(config, eval=replace(config.eval, **decoding or {}))
-    configs.check(config)
-    return config
-
-
-def places(config: CompareConfig) -> dict[str, list[Path]]:
-    """Where below its workdir a comparison keeps the runs of each variant, seed by seed."""
-    return {
-        str(fields["name"]): [Path(directory_name(fields["name"]), *inside) for inside in (
-            [(f"seed_{seed}",) for seed in config.seeds] or [()])]
-        for fields in config.variants
-    }
-
-
-def load_trained(
-    config: Config, workdir: Path, mesh, llm_only: bool = False
-) -> tuple[int, Model]:
-    """The step of a workdir's best checkpoint, and the model with it.
-
-    Args:
-      llm_only: the towers alone, as at step 0: no checkpoint is needed.
-
-    Raises:
-      InputError: there is none, or it does not fit.
-    """
-    if llm_only:
-        return 0, load_model(config, mesh)
-    step, trained = trained_part(workdir)
-    model = load_model(config, mesh)
-    complete = not any(path.startswith(OWN) for path in model.frozen)
-    return step, overlay(model, frozen_part(workdir, config, complete) | trained, str(workdir))
 
 
 def read_rows(
@@ -170,7 +114,7 @@ def seen_by(config: Config, workdir: Path) -> np.ndarray:
         logger.warning("%s started from %s, which is not there: test rows are not compared with "
                        "what that was trained on", workdir, before)
         return found
-    return np.union1d(found, seen_by(load_config(before), before))
+    return np.union1d(found, seen_by(open_run(before).config, before))
 
 
 def unseen(
@@ -215,18 +159,16 @@ def unseen(
     return kept
 
 
-def _score(model: Model, rows: Rows, llm_only: bool) -> tuple[Results, Details]:
-    config, results, details = model.config, {}, {}
-    params = merge(model.trainable, model.frozen)
+def _score(run: OpenRun, rows: Rows) -> tuple[Results, Details]:
+    results, details = {}, {}
     console = Console(stderr=True)
     with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
         bar = progress.add_task("scoring", total=sum(
             len(x) for by_language in rows.values() for x in by_language.values()))
         for name, by_language in rows.items():
             progress.update(bar, description=name)
-            task = get_task(name, config.tasks)
-            found = _score_task(model, params, name, task, by_language, llm_only,
-                                lambda n: progress.advance(bar, n))
+            task = get_task(name, run.config.tasks)
+            found = _score_task(run, name, task, by_language, lambda n: progress.advance(bar, n))
             for language, part in by_language.items():
                 scored = found[language]
                 results.setdefault(name, {})[language] = {
@@ -234,31 +176,30 @@ def _score(model: Model, rows: Rows, llm_only: bool) -> tuple[Results, Details]:
                 results[name][language]["exact_match"]["unfinished"] = sum(scored.unfinished)
                 details.setdefault(name, {})[language] = {
                     **_detail(part, scored), "labels": task.labels}
-                if not llm_only:
-                    details[name][language] |= _layers(model, params, part)
+                if not run.llm_only:
+                    details[name][language] |= _layers(run, part)
     return results, details
 
 
 def _score_task(
-    model: Model, params, name: str, task: Task, by_language: dict[str, list[Example]],
-    llm_only: bool, progress: Callable[[int], None],
+    run: OpenRun, name: str, task: Task, by_language: dict[str, list[Example]],
+    progress: Callable[[int], None],
 ) -> dict[str, Scored]:
     """What came out for each language; those whose answers end alike share batches."""
-    config, found = model.config, {}
+    found = {}
     together = [[x] for x in by_language] if task.stop else [list(by_language)]
     for languages in together:
-        settings = for_task(config.eval, task, languages[0])
-        scorer = Scorer(model.bridge, model.tokenizers, settings, config.data.text_prompt, llm_only)
+        scorer = run.scorer(task, languages[0])
         examples = [x for language in languages for x in by_language[language]]
         numbers = [i for language in languages for i in range(len(by_language[language]))]
-        scored = scorer(params, examples, task, progress, numbers)
+        scored = scorer(run.params, examples, task, progress, numbers)
         if scored.cut.any:
             logger.warning("%s, longer than the limits: %s", name, scored.cut)
         if any(scored.unfinished) and not task.labels:
             logger.warning("%s %s: %d of %d answers were cut at %d new tokens before their end; "
                            "raise eval.max_new_tokens (--max_new_tokens)", name,
                            ", ".join(languages), sum(scored.unfinished), len(examples),
-                           settings.max_new_tokens)
+                           scorer.config.max_new_tokens)
         start = 0
         for language in languages:
             end = start + len(by_language[language])
@@ -275,9 +216,7 @@ def _detail(examples: list[Example], scored: Scored) -> dict[str, Any]:
     }
 
 
-def _layers(model: Model, params, examples: list[Example]) -> dict[str, Any]:
+def _layers(run: OpenRun, examples: list[Example]) -> dict[str, Any]:
     """What the fusion takes: on average, and for the first row's tokens."""
-    inside = model.bridge, model.tokenizers, model.config.eval
-    weigh = layer_weigher(*inside)
-    return {"layer_weights": weigh and weigh(params, examples),
-            "tokens": token_weights(*inside, params, examples[0])}
+    texts = [x.query for x in examples]
+    return {"layer_weights": run.weights_of(texts), "tokens": run.layers_of(texts[0])}

@@ -11,16 +11,14 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any, TextIO
 
-import jax
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
 from jaxfusion.data.readers import is_blank, read_file
 from jaxfusion.data.sources import Example
 from jaxfusion.data.task import Placed, Task
-from jaxfusion.data.tasks import get_task
 from jaxfusion.errors import InputError
-from jaxfusion.evaluation.scoring import Scored, Scorer, for_task, softmax
+from jaxfusion.evaluation.scoring import Scored, softmax
 from jaxfusion.fields import DECODING
 from jaxfusion.files import (
     is_as_written,
@@ -32,9 +30,7 @@ from jaxfusion.files import (
     sum_of,
     write_checked,
 )
-from jaxfusion.sharding.mesh import make_mesh
-from jaxfusion.training.evaluate import load_config, load_trained
-from jaxfusion.training.state import merge
+from jaxfusion.runs.open_run import open_run
 
 logger = logging.getLogger(__name__)
 BATCHES = 8  # are sorted by length together, and written together
@@ -67,36 +63,31 @@ def answer_file(
         raise InputError(f"the output is {out}, wanted the name of a .jsonl file")
     if out.exists() and source.exists() and out.samefile(source):
         raise InputError(f"{out} is the input; give another file for the output")
-    config = load_config(workdir, decoding)
-    task, rows = get_task(config.data.task, config.tasks), list(read_file(source))
+    run = open_run(workdir, decoding, llm_only)
+    task, config, rows = run.task, run.config.eval, list(read_file(source))
     if not rows:
         raise InputError(f"{source} has no rows")
     queries = [query_of(task, row, where) for row, where in rows]
-    mesh = make_mesh(**vars(config.mesh))
-    with jax.set_mesh(mesh):
-        step, model = load_trained(config, workdir, mesh, llm_only)
-        scorer = Scorer(model.bridge, model.tokenizers, for_task(config.eval, task),
-                        config.data.text_prompt, llm_only)
-        params = merge(model.trainable, model.frozen)
-        with _alone(out) as file:
-            done = _begin(out, rows, {
-                "workdir": str(workdir.absolute()), "step": step, "llm_only": llm_only,
-                **{name: asdict(config.eval)[name] for name in DECODING}})
-            written = out.read_bytes()
-            length, digest = len(written), blake2b(written, digest_size=16)
-            for numbers in _chunks(done, len(rows), BATCHES * config.eval.batch_size):
-                examples = [Example(queries[i], "", -1) for i in numbers]
-                scored = scorer(params, examples, task, numbers=numbers)
-                if scored.cut.any:
-                    logger.warning("rows %d to %d, longer than the limits: %s", numbers[0] + 1,
-                                   numbers[-1] + 1, scored.cut)
-                lines = "".join(_lines(task, [rows[i][0] for i in numbers], scored))
-                file.write(lines)
-                file.flush()
-                os.fsync(file.fileno())
-                length += len(lines.encode())
-                digest.update(lines.encode())
-                note_sums(out, [[length, digest.hexdigest()]])
+    scorer = run.scorer(task)
+    with run.on_mesh(), _alone(out) as file:
+        done = _begin(out, rows, {
+            "workdir": str(workdir.absolute()), "step": run.step, "llm_only": llm_only,
+            **{name: asdict(config)[name] for name in DECODING}})
+        written = out.read_bytes()
+        length, digest = len(written), blake2b(written, digest_size=16)
+        for numbers in _chunks(done, len(rows), BATCHES * config.batch_size):
+            examples = [Example(queries[i], "", -1) for i in numbers]
+            scored = scorer(run.params, examples, task, numbers=numbers)
+            if scored.cut.any:
+                logger.warning("rows %d to %d, longer than the limits: %s", numbers[0] + 1,
+                               numbers[-1] + 1, scored.cut)
+            lines = "".join(_lines(task, [rows[i][0] for i in numbers], scored))
+            file.write(lines)
+            file.flush()
+            os.fsync(file.fileno())
+            length += len(lines.encode())
+            digest.update(lines.encode())
+            note_sums(out, [[length, digest.hexdigest()]])
     return len(rows) - done
 
 

@@ -4,20 +4,15 @@ import re
 from pathlib import Path
 from typing import Any
 
-import jax
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from jaxfusion.data.sources import Example
 from jaxfusion.data.task import Task
-from jaxfusion.data.tasks import get_task
 from jaxfusion.errors import InputError
-from jaxfusion.evaluation.layers import token_weights
-from jaxfusion.evaluation.scoring import Scorer, for_task, softmax
-from jaxfusion.sharding.mesh import make_mesh
-from jaxfusion.training.evaluate import load_config, load_trained
-from jaxfusion.training.state import Model, merge
+from jaxfusion.evaluation.scoring import softmax
+from jaxfusion.runs.open_run import OpenRun, open_run
 
 SHADES = " ░▒▓█"
 
@@ -35,25 +30,18 @@ def ask(
     Raises:
       InputError: no such run, or another number of columns.
     """
-    config = load_config(workdir, decoding)
-    task = get_task(config.data.task, config.tasks)
-    query = fill(task, text)
-    mesh = make_mesh(**vars(config.mesh))
-    with jax.set_mesh(mesh):
-        _, model = load_trained(config, workdir, mesh, llm_only)
-        if not llm_only and (strange := unknown_words(model.tokenizers.encoder, text)):
-            print(f"not in the encoder's vocabulary, so spelled or skipped: {', '.join(strange)}")
-        params = merge(model.trainable, model.frozen)
-        example = Example(query, "", -1)
-        scorer = Scorer(model.bridge, model.tokenizers, for_task(config.eval, task),
-                        config.data.text_prompt, llm_only)
-        scored = scorer(params, [example], task)
-        console = Console(highlight=False)
-        console.print(f"answer: [bold]{escape(scored.answers[0])}[/bold]")
-        for label, chance in zip(task.labels, softmax(scored.likelihoods[0]), strict=True):
-            console.print(f"  {100 * chance:5.1f} %  {escape(label)}")
-        if not llm_only:
-            _print_weights(console, model, params, example)
+    run = open_run(workdir, decoding, llm_only)
+    query = fill(run.task, text)
+    if not llm_only and (strange := unknown_words(run.tokenizers.encoder, text)):
+        print(f"not in the encoder's vocabulary, so spelled or skipped: {', '.join(strange)}")
+    with run.on_mesh():
+        scored = run.scorer(run.task)(run.params, [Example(query, "", -1)], run.task)
+    console = Console(highlight=False)
+    console.print(f"answer: [bold]{escape(scored.answers[0])}[/bold]")
+    for label, chance in zip(run.task.labels, softmax(scored.likelihoods[0]), strict=True):
+        console.print(f"  {100 * chance:5.1f} %  {escape(label)}")
+    if not llm_only:
+        _print_weights(console, run, query)
     return scored.answers[0]
 
 
@@ -84,11 +72,11 @@ def unknown_words(tokenizer, text: str) -> list[str]:
     return found
 
 
-def _print_weights(console: Console, model: Model, params, example: Example) -> None:
+def _print_weights(console: Console, run: OpenRun, query: str) -> None:
     """A row per encoder token with the weight of each layer, for fusions that have weights."""
-    found = token_weights(model.bridge, model.tokenizers, model.config.eval, params, example)
+    found = run.layers_of(query)
     if found is None:
-        console.print(f"fusion '{model.bridge.fusion}' takes one layer alone")
+        console.print(f"fusion '{run.config.fusion.name}' takes one layer alone")
         return
     layers = range(1, len(found["weights"][0]) + 1)
     table = Table("token", *(f"layer {i}" for i in layers), title="weight of each layer, in %")

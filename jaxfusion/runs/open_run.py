@@ -1,0 +1,148 @@
+"""A finished run, opened: its config at once, its model when it is first used."""
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Float
+
+from jaxfusion import config as configs
+from jaxfusion.config import CONFIG_FILE, run_folders
+from jaxfusion.data.sources import Example
+from jaxfusion.data.task import Task
+from jaxfusion.data.tasks import get_task
+from jaxfusion.data.tokenizers import Tokenizers
+from jaxfusion.errors import InputError
+from jaxfusion.evaluation.layers import layer_weigher, mean_states, token_weights
+from jaxfusion.evaluation.scoring import Scorer, for_task
+from jaxfusion.fields import CompareConfig, Config
+from jaxfusion.nn.bridge import Params
+from jaxfusion.sharding.mesh import make_mesh
+from jaxfusion.training.checkpoint import trained_part
+from jaxfusion.training.frozen import OWN, frozen_part
+from jaxfusion.training.state import Model, load_model, merge, overlay
+
+
+def open_run(
+    workdir: Path, decoding: dict[str, Any] | None = None, llm_only: bool = False
+) -> "OpenRun":
+    """The run of a bridge's workdir; its weights are read when they are first used.
+
+    Args:
+      decoding: fields of `EvalConfig` in place of the run's own.
+      llm_only: the bare LLM, for which no checkpoint is needed.
+
+    Raises:
+      InputError: it is not the workdir of a bridge.
+    """
+    config = configs.load(workdir / CONFIG_FILE)
+    if isinstance(config, CompareConfig):
+        inside = ", ".join(str(workdir / x) for runs in run_folders(config).values() for x in runs)
+        raise InputError(f"{workdir} is a comparison; give one of its bridges: {inside}")
+    if not isinstance(config, Config):
+        raise InputError(f"{workdir} is a run of job '{config.job}', expected a bridge")
+    config = replace(config, eval=replace(config.eval, **decoding or {}))
+    configs.check(config)
+    return OpenRun(workdir, config, llm_only)
+
+
+@dataclass(frozen=True)
+class OpenRun:
+    """The best checkpoint of a bridge, or its bare LLM.
+
+    Attributes:
+      config: the run's; `model.config` also has the commits that hub ids resolve to.
+    """
+
+    workdir: Path
+    config: Config
+    llm_only: bool = False
+
+    @cached_property
+    def trained(self) -> tuple[int, dict[str, np.ndarray]]:
+        """The best checkpoint's step and trained parameters by path; of the bare LLM 0 and none.
+
+        Raises:
+          InputError: there is no checkpoint, or none that can be read.
+        """
+        return (0, {}) if self.llm_only else trained_part(self.workdir)
+
+    @property
+    def step(self) -> int:
+        """The best checkpoint's step."""
+        return self.trained[0]
+
+    @cached_property
+    def mesh(self) -> Mesh:
+        """The mesh of the run's config, over all devices."""
+        return make_mesh(**vars(self.config.mesh))
+
+    def on_mesh(self) -> AbstractContextManager:
+        """Puts the mesh in place, for whatever computes."""
+        return jax.set_mesh(self.mesh)
+
+    @cached_property
+    def model(self) -> Model:
+        """The bridge and its parameters, on the mesh.
+
+        Raises:
+          InputError: towers or checkpoint cannot be read, or do not fit each other.
+        """
+        trained = self.trained[1]  # before the towers, which take longer
+        with self.on_mesh():
+            model = load_model(self.config, self.mesh)
+            if self.llm_only:
+                return model
+            complete = not any(path.startswith(OWN) for path in model.frozen)
+            frozen = frozen_part(self.workdir, self.config, complete)
+            return overlay(model, frozen | trained, str(self.workdir))
+
+    @cached_property
+    def params(self) -> Params:
+        """All parameters, as the bridge takes them."""
+        return merge(self.model.trainable, self.model.frozen)
+
+    @property
+    def tokenizers(self) -> Tokenizers:
+        """Both towers'."""
+        return self.model.tokenizers
+
+    @property
+    def task(self) -> Task:
+        """What the run was trained on."""
+        return get_task(self.config.data.task, self.config.tasks)
+
+    def scorer(self, task: Task, language: str | None = None, **decoding: Any) -> Scorer:
+        """What answers and scores rows of a task; to be called on the mesh.
+
+        Args:
+          language: of the rows, where that decides how answers end.
+          decoding: fields of `EvalConfig` in place of the run's own.
+        """
+        settings = for_task(replace(self.config.eval, **decoding), task, language)
+        return Scorer(self.model.bridge, self.tokenizers, settings, self.config.data.text_prompt,
+                      self.llm_only)
+
+    def layers_of(self, text: str) -> dict[str, Any] | None:
+        """`tokens` of a text and their `weights`; see `token_weights`."""
+        return self._read(token_weights, Example(text, "", -1))
+
+    def weights_of(self, texts: Sequence[str]) -> list[float] | None:
+        """The mean weight of each layer over the texts' tokens; see `layer_weigher`."""
+        weights = layer_weigher(self.model.bridge, self.tokenizers, self.config.eval)
+        with self.on_mesh():
+            return weights and weights(self.params, [Example(x, "", -1) for x in texts])
+
+    def states_of(self, texts: Sequence[str]) -> Float[np.ndarray, "L N D"]:
+        """Every text's mean state in each layer of the encoder; see `mean_states`."""
+        return self._read(mean_states, [Example(x, "", -1) for x in texts])
+
+    def _read(self, read, examples):
+        with self.on_mesh():
+            return read(self.model.bridge, self.tokenizers, self.config.eval, self.params, examples)
