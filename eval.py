@@ -15,13 +15,7 @@ from typing import Any
 
 from absl import flags
 
-from jaxfusion.cli import (
-    local_path,
-    refuse_words,
-    run_main,
-    set_up_logging,
-    take_device_memory,
-)
+from jaxfusion.cli import local_path, refuse_words, run_main, set_up_logging, take_device_memory
 from jaxfusion.errors import InputError
 
 WORKDIR = flags.DEFINE_list("workdir", [], "workdir of a run of train.py, or of several seeds")
@@ -72,7 +66,7 @@ def main(argv: list[str]) -> None:
                             llm_only=LLM_ONLY.value, decoding=_decoding())
         print(f"{count} rows answered; all are in {OUTPUT.value}")
     elif REPORT.value:
-        from jaxfusion.training.compare import report
+        from jaxfusion.bridge.compare import report
 
         print(report(workdirs, SCORING.value))
     else:
@@ -108,7 +102,7 @@ def _decoding() -> dict[str, Any]:
 
 
 def _score(workdirs: list[Path]) -> None:
-    from jaxfusion.evaluation.report import print_comparison, print_table
+    from jaxfusion.reports.terminal import print_comparison, print_table
     from jaxfusion.runs.score import evaluate
     from jaxfusion.sharding.hosts import is_first
 
@@ -122,7 +116,7 @@ def _score(workdirs: list[Path]) -> None:
             print_table(results, "LLM alone" if LLM_ONLY.value else str(workdir))
             print(workdir / "eval" / ("llm_only.json" if LLM_ONLY.value else "results.json"))
     if len(workdirs) > 1 and is_first():
-        from jaxfusion.evaluation.runs import compare_runs, read_run
+        from jaxfusion.reports.scored_runs import compare_runs, read_run
 
         for comparison in compare_runs(
             {f"{len(workdirs)} runs": [read_run(x, LLM_ONLY.value) for x in workdirs]},
@@ -132,9 +126,9 @@ def _score(workdirs: list[Path]) -> None:
 
 
 def _compare(asked: list[str]) -> None:
-    from jaxfusion.evaluation.page import write_page
-    from jaxfusion.evaluation.report import print_comparison, print_differences
-    from jaxfusion.evaluation.runs import compare_runs, read_models
+    from jaxfusion.reports.page import write_page
+    from jaxfusion.reports.scored_runs import compare_runs, read_models
+    from jaxfusion.reports.terminal import print_comparison, print_differences
 
     if len(asked) < 2:
         raise InputError(f"--compare takes two runs or more, got {asked[0]} alone")

@@ -26,9 +26,9 @@ def main(argv: list[str]) -> None:
     set_up_logging()
     from jaxfusion import config
     from jaxfusion.fields import LensRunConfig, PretrainConfig
-    from jaxfusion.training.export import export
-    from jaxfusion.training.export_langbridge import export_langbridge
-    from jaxfusion.training.export_tower import export_lens, export_tower
+    from jaxfusion.runs.export.bridge import export
+    from jaxfusion.runs.export.langbridge import export_langbridge
+    from jaxfusion.runs.export.tower import export_lens, export_tower
 
     workdir, out = local_path(WORKDIR.value), local_path(OUT.value)
     common = {"dtype": DTYPE.value, "overwrite": OVERWRITE.value}

@@ -59,7 +59,7 @@ def main(argv: list[str]) -> None:
     take_device_memory()
     # jax, and all that stands on it, is imported only once the config is known to be right, and of
     # the jobs only the one that runs.
-    from jaxfusion.testing.debug import make_inputs
+    from jaxfusion.miniatures.inputs import make_inputs
 
     if DISTRIBUTED.value:
         from jaxfusion.sharding.hosts import join
@@ -68,12 +68,12 @@ def main(argv: list[str]) -> None:
     if COMPILE_ONLY.value:
         _compile(config)
     elif config.job == "compare":
-        from jaxfusion.training.compare import compare
+        from jaxfusion.bridge.compare import compare
 
         compare(replace(config, base=make_inputs(config.base)), workdir)
         print(f"done: {workdir / 'report.html'}, and the same as report.md")
     elif config.job == "pretrain":
-        from jaxfusion.training.pretrain import CHECKPOINT, pretrain
+        from jaxfusion.pretraining.job import CHECKPOINT, pretrain
 
         pretrain(make_inputs(config), workdir, _steps(PROFILE.value))
         print(f"done: {workdir / CHECKPOINT} is a Hugging Face directory")
@@ -83,7 +83,7 @@ def main(argv: list[str]) -> None:
         lens(make_inputs(config), workdir)
         print(f"done: {workdir}")
     else:
-        from jaxfusion.training.bridge import train
+        from jaxfusion.bridge.job import train
 
         train(make_inputs(config), workdir, _steps(PROFILE.value))
         print(f"done: {workdir}; score it with: python eval.py --workdir {workdir}")
@@ -102,8 +102,8 @@ def _steps(text: str | None) -> tuple[int, int] | None:
 def _compile(config) -> None:
     import jax
 
-    from jaxfusion.testing.debug import make_inputs
-    from jaxfusion.training.compile_only import compile_only
+    from jaxfusion.bridge.compile_only import compile_only
+    from jaxfusion.miniatures.inputs import make_inputs
 
     if config.job != "bridge":
         raise InputError(f"--compile_only is for bridges, this config's job is '{config.job}'")

@@ -6,8 +6,8 @@ No weight is read and nothing is computed but sums: it is the same on every mach
 from pathlib import Path
 
 from jaxfusion.config import default_config, from_config_dict
-from jaxfusion.hf.backbones import BACKBONES, backbone_shape
-from jaxfusion.sharding.chips import GIB
+from jaxfusion.costs.chips import GIB
+from jaxfusion.hf.known_shapes import BACKBONES, backbone_shape
 from jaxfusion.sharding.mesh import make_mesh
 from jaxfusion.training.state import plan_model
 

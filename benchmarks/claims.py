@@ -19,13 +19,13 @@ import numpy as np
 from scipy.stats import ttest_1samp
 from timing import machine
 
+from jaxfusion.bridge.job import train
 from jaxfusion.config import directory_name, from_config_dict, variants
-from jaxfusion.data.lexicon import LANGUAGES
-from jaxfusion.evaluation.metrics import holm, sign_flip
+from jaxfusion.data.pocket.lexicon import LANGUAGES
 from jaxfusion.fields import Config
+from jaxfusion.miniatures.inputs import make_inputs
+from jaxfusion.reports.statistics import holm, sign_flip
 from jaxfusion.runs.score import evaluate
-from jaxfusion.testing.debug import make_inputs
-from jaxfusion.training.bridge import train
 
 ROOT = Path(__file__).parent.parent
 REPORTED = tuple(name for name, x in LANGUAGES.items() if x.reported and name != "en")

@@ -15,7 +15,7 @@ from typing import Any
 from claims import GROUPS, REPORTED, Rows, bridges, mean_over, over_seeds
 from timing import machine
 
-from jaxfusion.evaluation.metrics import bootstrap_mean
+from jaxfusion.reports.statistics import bootstrap_mean
 
 SEEDS, ROWS = 5, 300
 

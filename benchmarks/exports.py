@@ -38,8 +38,8 @@ from test_export import (  # noqa: E402
 from jaxfusion.data.batching import TokenRow, find_shapes, in_order  # noqa: E402
 from jaxfusion.evaluation.generate import Decoding, make_scorer  # noqa: E402
 from jaxfusion.hf.save import write_tower  # noqa: E402
-from jaxfusion.testing.checkpoints import random_params, write_checkpoints  # noqa: E402
-from jaxfusion.training.export import export  # noqa: E402
+from jaxfusion.miniatures.checkpoints import random_params, write_checkpoints  # noqa: E402
+from jaxfusion.runs.export.bridge import export  # noqa: E402
 from jaxfusion.training.state import merge  # noqa: E402
 
 RELEASES = {"transformers-4": "transformers<5", "transformers-5": "transformers>=5"}

@@ -19,8 +19,8 @@ import torch
 from flax import linen as nn
 from timing import alternate, compiled, machine, medians, parser, report, show, speedup
 
+from jaxfusion.miniatures import torch_reference
 from jaxfusion.nn.fusion import TransformerSoftmax
-from jaxfusion.testing import torch_reference
 
 BATCH = 4
 

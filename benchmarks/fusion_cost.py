@@ -12,11 +12,11 @@ import jax
 from claims import FUSION_NOISE, NOISY, bridges, with_noise
 from timing import alternate, compiled, machine, medians, parser, report
 
+from jaxfusion.bridge.job import prepare
+from jaxfusion.costs.flops import count_flops
 from jaxfusion.fields import Config
+from jaxfusion.miniatures.inputs import make_inputs
 from jaxfusion.sharding.mesh import make_mesh
-from jaxfusion.testing.debug import make_inputs
-from jaxfusion.training.bridge import prepare
-from jaxfusion.training.flops import count_flops
 from jaxfusion.training.state import count
 from jaxfusion.training.step import gradient
 from jaxfusion.training.trainer import put_batch

@@ -30,12 +30,12 @@ import torch
 import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, MT5EncoderModel
 
+from jaxfusion.costs.flops import count_flops
 from jaxfusion.fields import Config, DecoderConfig, EncoderConfig, FusionConfig
-from jaxfusion.hf.backbones import BACKBONES, backbone_shape
+from jaxfusion.hf.known_shapes import BACKBONES, backbone_shape
+from jaxfusion.miniatures import torch_reference
 from jaxfusion.nn.bridge import Batch
 from jaxfusion.sharding.mesh import make_mesh
-from jaxfusion.testing import torch_reference
-from jaxfusion.training.flops import count_flops
 from jaxfusion.training.optimizer import make_optimizer
 from jaxfusion.training.state import State, plain, plan_model, start
 from jaxfusion.training.step import gradient, make_train_step

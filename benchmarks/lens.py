@@ -53,12 +53,12 @@ from jaxfusion.fields import GroupConfig, LensConfig, OptimizerConfig
 from jaxfusion.hf.load import load_params
 from jaxfusion.hf.tables import table as names_of
 from jaxfusion.lens import probe as probing
-from jaxfusion.lens.keep import Kept, KeptBatches, cut, keep, last_and_mean, split
-from jaxfusion.lens.manipulate import Manipulation, aims, make_goals
+from jaxfusion.lens.activations import Kept, KeptBatches, cut, keep, last_and_mean, split
+from jaxfusion.lens.objective import Manipulation, aims, make_goals
 from jaxfusion.lens.probe import Probe
+from jaxfusion.miniatures.checkpoints import random_params, write_random_tower
 from jaxfusion.nn.bridge import Bridge
 from jaxfusion.nn.decoder import Decoder, DecoderConfig
-from jaxfusion.testing.checkpoints import random_params, write_random_tower
 from jaxfusion.training.optimizer import group_of_each, make_optimizer
 from jaxfusion.training.state import Flat, State
 from jaxfusion.training.step import make_train_step

@@ -19,16 +19,16 @@ import libtpu
 from flax import traverse_util
 from table import table
 
+from jaxfusion.bridge.compile_only import STEPS, peak_bytes
 from jaxfusion.config import from_config_dict
+from jaxfusion.costs.chips import GIB, topology_devices
 from jaxfusion.fields import LensRunConfig
-from jaxfusion.hf.backbones import backbone_shape
-from jaxfusion.lens.keep import Kept, cut, reader, top
-from jaxfusion.lens.manipulate import Manipulation
+from jaxfusion.hf.known_shapes import backbone_shape
+from jaxfusion.lens.activations import Kept, cut, reader, top
+from jaxfusion.lens.objective import Manipulation
 from jaxfusion.nn.bridge import Batch, Bridge
 from jaxfusion.nn.decoder import Decoder
-from jaxfusion.sharding.chips import GIB, topology_devices
 from jaxfusion.sharding.mesh import make_mesh, sharding
-from jaxfusion.training.compile_only import STEPS, peak_bytes
 from jaxfusion.training.optimizer import group_of_each, make_optimizer
 from jaxfusion.training.state import State, describe, kernel_for
 from jaxfusion.training.step import make_train_step

@@ -19,11 +19,11 @@ import numpy as np
 from timing import machine
 
 from jaxfusion.config import from_config_dict
-from jaxfusion.data.pocket import write_parallel
-from jaxfusion.evaluation.metrics import bootstrap_mean
+from jaxfusion.data.pocket.world import write_parallel
 from jaxfusion.files import new_directory
 from jaxfusion.lens.job import lens
-from jaxfusion.testing.debug import make_inputs
+from jaxfusion.miniatures.inputs import make_inputs
+from jaxfusion.reports.statistics import bootstrap_mean
 
 ROOT = Path(__file__).parent.parent
 ROWS = 600  # of each language's test split

@@ -11,7 +11,7 @@ import csv
 import sys
 from pathlib import Path
 
-from jaxfusion.data.tasks import TASKS
+from jaxfusion.data.tasks.catalogue import TASKS
 from jaxfusion.files import new_directory
 
 # NTREX-128's file of each language of SIB-200 that it has.

@@ -24,7 +24,7 @@ LABELS = ("Entailment", "Neutral", "Contradiction")
 
 def write(folder: Path, rows: int) -> None:
     """Made-up rows of inference, of about 250 bytes each."""
-    from jaxfusion.testing.text import word
+    from jaxfusion.miniatures.text import word
 
     rng = random.Random(0)
     for split, count in (("train", rows), ("dev", 8)):
@@ -39,11 +39,11 @@ def measure(folder: Path) -> None:
     """Prepares a run in this process and prints what it took, as JSON."""
     from resource import RUSAGE_SELF, getrusage
 
+    from jaxfusion.bridge.job import prepare
     from jaxfusion.cli import set_up_logging
     from jaxfusion.config import default_config, finish, from_config_dict
+    from jaxfusion.miniatures.inputs import make_inputs
     from jaxfusion.sharding.mesh import make_mesh
-    from jaxfusion.testing.debug import make_inputs
-    from jaxfusion.training.bridge import prepare
 
     set_up_logging()
     config = finish(default_config(), "last,debug").unlock()

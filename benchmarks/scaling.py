@@ -15,7 +15,7 @@ from pathlib import Path
 import jax
 import libtpu
 
-from jaxfusion.sharding.chips import GIB
+from jaxfusion.costs.chips import GIB
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "scaling.json"

@@ -37,12 +37,12 @@ from jaxfusion.data.batching import Shapes, TokenRow, collate, find_shapes
 from jaxfusion.data.packing import find_packing, stratified_plan
 from jaxfusion.data.tokenizers import Tokenizers
 from jaxfusion.fields import DataConfig, GroupConfig, OptimizerConfig
+from jaxfusion.miniatures import torch_reference
+from jaxfusion.miniatures.checkpoints import SIZES, random_params, write_random_tower
 from jaxfusion.nn.bridge import Batch, Bridge, Params
 from jaxfusion.nn.decoder import Decoder, DecoderConfig
 from jaxfusion.nn.mt5 import MT5Config, MT5Encoder
 from jaxfusion.nn.projector import Projector
-from jaxfusion.testing import torch_reference
-from jaxfusion.testing.checkpoints import SIZES, random_params, write_random_tower
 from jaxfusion.training.optimizer import group_of_each, make_optimizer
 from jaxfusion.training.state import State
 from jaxfusion.training.step import make_train_step

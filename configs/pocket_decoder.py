@@ -13,9 +13,8 @@ makes runs/pocket_decoder_lens/hf, kept as pocket/lens_decoder: an LLM that has 
 in English and little in two other languages, for configs/lens_quickstart.py.
 
 Needs: two CPU cores; about half an hour for the first two, 50 minutes for the third.
-Learns from English text of the pocket world
-(jaxfusion/data/pocket.py), some of it solved tasks; no frame of a development or test row is among
-it.
+Learns from English text of the pocket world (jaxfusion/data/pocket/world.py), some of it solved
+tasks; no frame of a development or test row is among it.
 """
 
 from jaxfusion.config import default_config, finish

@@ -4,9 +4,9 @@
 
 Writes runs/pocket_encoder/hf, kept in the repository as pocket/encoder (see pocket/README.md).
 
-Needs: two CPU cores. Learns from unlabelled text of the pocket world (jaxfusion/data/pocket.py) and
-from sentence pairs with English, out of which it takes its translations; no frame of a development
-or test row is among it.
+Needs: two CPU cores. Learns from unlabelled text of the pocket world
+(jaxfusion/data/pocket/world.py) and from sentence pairs with English, out of which it takes its
+translations; no frame of a development or test row is among it.
 """
 
 from jaxfusion.config import default_config, finish

@@ -14,7 +14,7 @@ random.
 from pathlib import Path
 
 from jaxfusion.config import default_config, finish
-from jaxfusion.data.lexicon import LANGUAGES
+from jaxfusion.data.pocket.lexicon import LANGUAGES
 
 POCKET = Path(__file__).resolve().parents[1] / "pocket"  # from wherever the command is given
 

@@ -1,6 +1,6 @@
 r"""Topic classification on SIB-200 (arXiv:2309.07445): English training, 20 languages tested.
 
-    python -m jaxfusion.testing.checkpoints checkpoints/pocket --size pocket \
+    python -m jaxfusion.miniatures.checkpoints checkpoints/pocket --size pocket \
         --encoder_tokenizer PATH/TO/T5.model --decoder_tokenizer PATH/TO/LLM.model
     python train.py --config configs/sib200.py --config.data.path=PATH/TO/sib200
     python eval.py --workdir runs/sib200

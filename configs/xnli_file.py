@@ -1,6 +1,6 @@
 r"""Inference on XNLI's own TSV files (`dev-LANGUAGE.tsv`), split by premise into train, dev, test.
 
-    python -m jaxfusion.testing.checkpoints checkpoints/pocket --size pocket \
+    python -m jaxfusion.miniatures.checkpoints checkpoints/pocket --size pocket \
         --encoder_tokenizer PATH/TO/T5.model --decoder_tokenizer PATH/TO/LLM.model
     python train.py --config configs/xnli_file.py --config.data.path=PATH/TO/xnli
     python eval.py --workdir runs/xnli_file

@@ -19,14 +19,7 @@ from ml_collections import config_dict
 from pydantic import TypeAdapter, ValidationError
 
 from jaxfusion.errors import InputError, choose, first_line, near_match
-from jaxfusion.fields import (
-    FUSIONS,
-    JOBS,
-    CompareConfig,
-    Config,
-    Job,
-    LensRunConfig,
-)
+from jaxfusion.fields import FUSIONS, JOBS, CompareConfig, Config, Job, LensRunConfig
 from jaxfusion.files import read_json, write_checked
 
 CONFIG_FILE = "config.json"  # of a workdir

@@ -105,7 +105,7 @@ def find_device(pocket: bool) -> Device:
     """
     import jax
 
-    from jaxfusion.sharding.chips import chip_of
+    from jaxfusion.costs.chips import chip_of
 
     try:
         devices = jax.devices()
@@ -129,7 +129,7 @@ def weights(encoder: str | None, llm: str) -> float:
     Raises:
       InputError: the shape of one is neither known nor to be had from the hub.
     """
-    from jaxfusion.hf.backbones import backbone_size
+    from jaxfusion.hf.known_shapes import backbone_size
 
     return 2.0 * (backbone_size("decoder", llm) + (
         backbone_size("encoder", encoder) if encoder else 0))

@@ -148,8 +148,8 @@ base.optimizer.groups = {
 # %%
 from dataclasses import replace
 
-from jaxfusion.testing.debug import make_inputs
-from jaxfusion.training.compare import compare
+from jaxfusion.bridge.compare import compare
+from jaxfusion.miniatures.inputs import make_inputs
 
 run = from_config_dict(config)
 comparison = compare(replace(run, base=make_inputs(run.base)), WORK)
@@ -164,7 +164,7 @@ comparison = compare(replace(run, base=make_inputs(run.base)), WORK)
 import pandas as pd
 from IPython.display import Image, Markdown, display
 
-from jaxfusion.evaluation.comparison import markdown, table
+from jaxfusion.reports.comparison import markdown, table
 
 header, *rows = table(comparison)
 latex = pd.DataFrame(rows, columns=header).to_latex(index=False, escape=True)
@@ -187,7 +187,7 @@ display(Image(WORK / "layers.png")) if comparison.layer_weights else print("none
 # %%
 from pathlib import Path
 
-from jaxfusion.training.export import export
+from jaxfusion.runs.export.bridge import export
 
 CHOSEN = FUSIONS[-1]
 EXPORTED = Path("exported_bridge")

@@ -101,12 +101,12 @@ if POCKET:
 # %%
 from pathlib import Path
 
+from jaxfusion.bridge.job import train
 from jaxfusion.config import default_config, from_config_dict
+from jaxfusion.miniatures.inputs import make_inputs
 from jaxfusion.notebook import BRIDGES, converted, pick_models, pocket_model
 from jaxfusion.runs.open_run import open_run
 from jaxfusion.runs.score import read_rows
-from jaxfusion.testing.debug import make_inputs
-from jaxfusion.training.bridge import train
 
 config = default_config()
 config.fusion.name = "transformer_softmax"
@@ -149,7 +149,7 @@ from html import escape
 
 from IPython.display import HTML, Image, Markdown, display
 
-from jaxfusion.evaluation.page import token_table
+from jaxfusion.reports.page import token_table
 from jaxfusion.runs.open_run import open_run
 
 bridge = open_run(Path(BRIDGE or WORK / "bridge"))
@@ -167,7 +167,7 @@ for language, sentence in SENTENCES.items():
 
 # %%
 from jaxfusion.evaluation.layers import found_translations
-from jaxfusion.evaluation.pictures import draw_by_layer, draw_sentences
+from jaxfusion.reports.pictures import draw_by_layer, draw_sentences
 
 rows = read_rows(bridge.model.config, (), LANGUAGES, ROWS, None)[TASK]
 texts = {language: [row.query for row in found] for language, found in rows.items()}
@@ -215,7 +215,7 @@ display(Image(WORK / "sentences.png"))
 # Mean over languages of the rows found, in %.
 
 # %%
-from jaxfusion.evaluation.comparison import as_markdown
+from jaxfusion.reports.comparison import as_markdown
 
 lines = [["layer", *found, "weight in the fusion"]]
 for i in range(len(centred)):

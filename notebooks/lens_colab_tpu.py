@@ -111,7 +111,7 @@ else:
 # %%
 from jaxfusion.config import default_config, from_config_dict
 from jaxfusion.lens.job import lens
-from jaxfusion.testing.debug import make_inputs
+from jaxfusion.miniatures.inputs import make_inputs
 
 config = default_config("lens")
 config.decoder.checkpoint = LLM
@@ -171,7 +171,7 @@ comparison = lens(make_inputs(from_config_dict(config)), WORK / "moved")
 # %%
 import pandas as pd
 
-from jaxfusion.evaluation.comparison import table
+from jaxfusion.reports.comparison import table
 
 header, *rows = table(comparison)
 latex = pd.DataFrame(rows, columns=header).to_latex(index=False, escape=True)
@@ -188,7 +188,7 @@ display(Image(WORK / "moved" / "accuracy.png"), Image(WORK / "moved" / "language
 # %%
 from pathlib import Path
 
-from jaxfusion.training.export_tower import export_lens
+from jaxfusion.runs.export.tower import export_lens
 
 EXPORTED = Path("exported_lens")
 export_lens(WORK / "moved" / "Lens", EXPORTED, overwrite=True)

@@ -19,7 +19,7 @@ os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = "1"
 import numpy as np
 import pytest
 
-from jaxfusion.testing.checkpoints import write_checkpoints
+from jaxfusion.miniatures.checkpoints import write_checkpoints
 
 
 def relative(ours, theirs) -> float:

@@ -17,10 +17,10 @@ from transformers import AutoModelForCausalLM, MT5EncoderModel
 from jaxfusion.data.tokenizers import LANGBRIDGE_WHITESPACE
 from jaxfusion.errors import InputError
 from jaxfusion.hf.convert import convert
+from jaxfusion.runs.adopt import adopt
+from jaxfusion.runs.export.bridge import export
+from jaxfusion.runs.export.langbridge import export_langbridge
 from jaxfusion.runs.open_run import open_run
-from jaxfusion.training.adopt import adopt
-from jaxfusion.training.export import export
-from jaxfusion.training.export_langbridge import export_langbridge
 
 QUERIES = [[5, 9, 11, 30, 1], [8, 4, 1], [7, 12, 40, 2, 9, 3, 1]]
 BOS = 1

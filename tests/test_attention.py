@@ -12,11 +12,11 @@ from conftest import relative
 from jax.experimental.pallas.tpu import force_tpu_interpret_mode
 from test_decoder import CASES, apply
 
+from jaxfusion.miniatures.checkpoints import SIZES, random_params
 from jaxfusion.nn import attention
 from jaxfusion.nn.attention import Pattern, cudnn_attention, pallas_attention, plain_attention
 from jaxfusion.nn.decoder import Decoder
 from jaxfusion.nn.mt5 import MT5Encoder
-from jaxfusion.testing.checkpoints import SIZES, random_params
 
 ROWS, LENGTH, HEADS, WIDTH = 2, 200, 4, 64
 PATTERNS = {

@@ -19,7 +19,7 @@ import check_clients as clients
 from exports import client_reference
 from test_export import make_run, write_family
 
-from jaxfusion.training.export import export
+from jaxfusion.runs.export.bridge import export
 
 SLOW = (clients.lm_eval_generation, clients.lm_eval_likelihood, clients.trainer, clients.peft_lora)
 REFUSED = {
@@ -147,8 +147,8 @@ def test_an_export_saved_by_transformers_is_taken_in_again(reference, tmp_path):
     """Finding 47: a Trainer's checkpoint is a directory like any export."""
     from test_export import next_logits
 
+    from jaxfusion.runs.adopt import adopt
     from jaxfusion.runs.open_run import open_run
-    from jaxfusion.training.adopt import adopt
 
     for name in ("out", "merged"):
         model = clients.load(reference[name])

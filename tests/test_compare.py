@@ -7,16 +7,16 @@ import numpy as np
 import pytest
 from test_configs import COMPARISONS, FILES, get_config
 
+from jaxfusion.bridge.compare import compare
 from jaxfusion.config import default_config, finish, from_config_dict, variants
-from jaxfusion.data.tasks import TASKS
+from jaxfusion.data.tasks.catalogue import TASKS
 from jaxfusion.errors import InputError
-from jaxfusion.evaluation.comparison import Comparison, as_json, differences, markdown, table
-from jaxfusion.evaluation.groups import standard_groups
-from jaxfusion.evaluation.metrics import bootstrap_mean
-from jaxfusion.evaluation.runs import compare_runs, read_models
+from jaxfusion.miniatures.inputs import make_inputs
+from jaxfusion.reports.comparison import Comparison, as_json, differences, markdown, table
+from jaxfusion.reports.language_groups import standard_groups
+from jaxfusion.reports.scored_runs import compare_runs, read_models
+from jaxfusion.reports.statistics import bootstrap_mean
 from jaxfusion.runs.ask import ask, fill, unknown_words
-from jaxfusion.testing.debug import make_inputs
-from jaxfusion.training.compare import compare
 from jaxfusion.training.workdir import check_workdir
 
 QUICKSTART, = COMPARISONS

@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 
 from jaxfusion import config as configs
+from jaxfusion.bridge.job import train
 from jaxfusion.config import default_config, finish, from_config_dict
 from jaxfusion.errors import InputError
 from jaxfusion.fields import JOBS, GroupConfig
+from jaxfusion.miniatures.inputs import make_inputs
 from jaxfusion.runs.score import evaluate
-from jaxfusion.testing.debug import make_inputs
-from jaxfusion.training.bridge import train
 
 ROOT = Path(__file__).parent.parent
 FILES = sorted((ROOT / "configs").glob("*.py"))

@@ -10,18 +10,18 @@ import ml_collections
 import numpy as np
 import pytest
 
+from jaxfusion.bridge.compare import check
+from jaxfusion.bridge.job import train
 from jaxfusion.config import default_config, finish, from_config_dict
 from jaxfusion.data.batching import Ragged
-from jaxfusion.data.continued import tokenize_texts
 from jaxfusion.data.pipeline import Batches, iterate
-from jaxfusion.data.sources import Example
+from jaxfusion.data.rows.examples import Example
+from jaxfusion.data.split_text import tokenize_texts
 from jaxfusion.data.tokenizers import Tokenizers, load_tokenizer
 from jaxfusion.errors import InputError
 from jaxfusion.fields import CompareConfig
+from jaxfusion.miniatures.inputs import make_inputs
 from jaxfusion.runs.score import evaluate
-from jaxfusion.testing.debug import make_inputs
-from jaxfusion.training.bridge import train
-from jaxfusion.training.compare import check
 
 
 @pytest.fixture(scope="module")

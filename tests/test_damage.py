@@ -13,16 +13,17 @@ import pytest
 from test_training import equal, make_config
 
 from jaxfusion import config as configs
-from jaxfusion.data.seen import read_seen
+from jaxfusion.bridge.job import train
+from jaxfusion.data.contamination import read_seen
 from jaxfusion.errors import InputError
-from jaxfusion.evaluation.report import merge_results
-from jaxfusion.evaluation.runs import read_run
 from jaxfusion.files import length_and_digest, note_sums, sum_of
+from jaxfusion.reports.scored_runs import read_run
+from jaxfusion.reports.terminal import merge_results
+from jaxfusion.runs import answer_file as answer
+from jaxfusion.runs.export.bridge import export
 from jaxfusion.runs.score import evaluate
-from jaxfusion.training import answer, digest
-from jaxfusion.training.bridge import train
+from jaxfusion.training import digest
 from jaxfusion.training.checkpoint import Checkpoints, abstract_like, trained_part
-from jaxfusion.training.export import export
 from jaxfusion.training.logs import RunLog
 
 

@@ -22,8 +22,8 @@ from jaxfusion.data.batching import (
 )
 from jaxfusion.data.packing import find_packing, sizes, stratified_plan
 from jaxfusion.data.pipeline import Batches, first_rows, iterate, subset
-from jaxfusion.data.sources import Example, read_examples
-from jaxfusion.data.tasks import TASKS, check_languages, get_task
+from jaxfusion.data.rows.examples import Example, read_examples
+from jaxfusion.data.tasks.catalogue import TASKS, check_languages, get_task
 from jaxfusion.data.tokenizers import Tokenizers, load_tokenizer
 from jaxfusion.errors import InputError
 

@@ -12,12 +12,12 @@ import torch
 from conftest import relative
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from jaxfusion.hf.configs import DECODER_FAMILIES, decoder_config, decoder_json
+from jaxfusion.hf.config_json import DECODER_FAMILIES, decoder_config, decoder_json
 from jaxfusion.hf.load import read_config
 from jaxfusion.hf.save import write_tower
+from jaxfusion.miniatures.checkpoints import random_params
 from jaxfusion.nn.decoder import Decoder, DecoderConfig, init_cache
 from jaxfusion.nn.rope import LinearScaling, Llama3Scaling, LongScaling, Rope
-from jaxfusion.testing.checkpoints import random_params
 
 BASE = DecoderConfig(
     vocab_size=101, d_model=48, d_ff=80, num_layers=3, num_heads=6, num_kv_heads=2, head_dim=12,

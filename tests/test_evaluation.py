@@ -13,13 +13,13 @@ from hypothesis import strategies as st
 
 from jaxfusion.config import default_config, finish, from_config_dict
 from jaxfusion.data.batching import collate, find_shapes, tokenize
-from jaxfusion.data.sources import Example
-from jaxfusion.data.task import Task, last_number
+from jaxfusion.data.rows.examples import Example
+from jaxfusion.data.tasks.spec import Task, last_number
 from jaxfusion.evaluation.generate import Decoding, choose_tokens, make_scorer
-from jaxfusion.evaluation.metrics import accuracy, holm, mcnemar, sign_flip, wilson_interval
-from jaxfusion.evaluation.report import merge_results
 from jaxfusion.evaluation.scoring import Scorer, _correct
 from jaxfusion.fields import EvalConfig
+from jaxfusion.reports.statistics import accuracy, holm, mcnemar, sign_flip, wilson_interval
+from jaxfusion.reports.terminal import merge_results
 from jaxfusion.sharding.mesh import make_mesh
 from jaxfusion.training.state import load_model, merge
 

@@ -32,17 +32,17 @@ from jaxfusion.fields import (
     OptimizerConfig,
     ProjectorConfig,
 )
-from jaxfusion.hf import configs as configs_of_family
+from jaxfusion.hf import config_json as configs_of_family
 from jaxfusion.hf import save
 from jaxfusion.hf.load import SINGLE
 from jaxfusion.hf.save import write_tower
+from jaxfusion.miniatures.checkpoints import random_params
 from jaxfusion.nn.rope import LongScaling
+from jaxfusion.runs.adopt import adopt
+from jaxfusion.runs.export.bridge import export
+from jaxfusion.runs.export.langbridge import export_langbridge
 from jaxfusion.sharding.mesh import make_mesh
-from jaxfusion.testing.checkpoints import random_params
-from jaxfusion.training.adopt import adopt
 from jaxfusion.training.checkpoint import Checkpoints, trained_part
-from jaxfusion.training.export import export
-from jaxfusion.training.export_langbridge import export_langbridge
 from jaxfusion.training.frozen import to_keep, write_frozen
 from jaxfusion.training.state import State, load_model, merge
 

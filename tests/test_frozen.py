@@ -13,14 +13,14 @@ from safetensors.numpy import load_file
 from test_export import TEXTS, next_logits, theirs_of
 from test_training import equal, make_config
 
+from jaxfusion.bridge.job import prepare, train
 from jaxfusion.errors import InputError
 from jaxfusion.fields import GroupConfig
 from jaxfusion.hf.load import SINGLE
+from jaxfusion.runs.adopt import adopt
+from jaxfusion.runs.export.bridge import export
 from jaxfusion.runs.open_run import open_run
 from jaxfusion.sharding.mesh import make_mesh
-from jaxfusion.training.adopt import adopt
-from jaxfusion.training.bridge import prepare, train
-from jaxfusion.training.export import export
 from jaxfusion.training.frozen import FROZEN_FILE
 from jaxfusion.training.state import load_model
 

@@ -8,9 +8,9 @@ import torch
 from conftest import relative
 from flax import linen as nn
 
+from jaxfusion.miniatures import torch_reference as reference
 from jaxfusion.nn import fusion
 from jaxfusion.nn.fusion import GlobalSoftmax, TransformerSoftmax
-from jaxfusion.testing import torch_reference as reference
 
 L, B, S, D, F = 5, 2, 7, 16, 24
 

@@ -16,12 +16,12 @@ from safetensors.numpy import load_file, save_file
 
 from jaxfusion.errors import InputError
 from jaxfusion.hf import hub
-from jaxfusion.hf.configs import decoder_config, encoder_config
+from jaxfusion.hf.config_json import decoder_config, encoder_config
 from jaxfusion.hf.convert import convert
 from jaxfusion.hf.load import INDEX, SINGLE, load_params, open_tensors, read_config, read_shape
 from jaxfusion.hf.save import to_tensors, write_shards
 from jaxfusion.hf.tables import table
-from jaxfusion.testing.checkpoints import random_params
+from jaxfusion.miniatures.checkpoints import random_params
 
 
 def config_of(path):

@@ -18,33 +18,33 @@ from test_configs import ROOT, get_config
 from test_decoder import CASES
 from tokenizers.processors import TemplateProcessing
 
+from jaxfusion.bridge.job import train
 from jaxfusion.config import from_config_dict
 from jaxfusion.data.batching import TokenRow
-from jaxfusion.data.parallel import read_parallel
 from jaxfusion.data.tokenizers import Tokenizers, load_tokenizer
 from jaxfusion.errors import InputError
-from jaxfusion.evaluation.text import fidelity, load_identifier, perplexity
+from jaxfusion.evaluation.perplexity import fidelity, load_identifier, perplexity
 from jaxfusion.fields import LensConfig, ParallelConfig
-from jaxfusion.hf.configs import decoder_config
+from jaxfusion.hf.config_json import decoder_config
 from jaxfusion.hf.load import read_config
 from jaxfusion.hf.save import write_tower
 from jaxfusion.lens import job
-from jaxfusion.lens import train as lens_train
-from jaxfusion.lens.keep import KeptBatches, cut, keep, top
+from jaxfusion.lens import sweep as lens_train
+from jaxfusion.lens.activations import KeptBatches, cut, keep, top
 from jaxfusion.lens.losses import Goal, align, retain, separate
-from jaxfusion.lens.manipulate import Manipulation, Supervised, aims, make_goals
 from jaxfusion.lens.model import Model, load_model
+from jaxfusion.lens.objective import Manipulation, Supervised, aims, make_goals
+from jaxfusion.lens.parallel_text import read_parallel
 from jaxfusion.lens.probe import load, probe, save
 from jaxfusion.lens.prompts import AUTHORS_SYSTEM, probe_as_authors, prompt_rows, training_rows
 from jaxfusion.lens.subspace import displacements, factorise
+from jaxfusion.miniatures.checkpoints import random_params
+from jaxfusion.miniatures.inputs import make_inputs
 from jaxfusion.nn.bridge import Bridge
 from jaxfusion.nn.decoder import Decoder, make_edits
+from jaxfusion.runs.export.tower import export_lens
 from jaxfusion.sharding.mesh import make_mesh
-from jaxfusion.testing.checkpoints import random_params
-from jaxfusion.testing.debug import make_inputs
-from jaxfusion.training.bridge import train
 from jaxfusion.training.checkpoint import saved_steps, trained_part
-from jaxfusion.training.export_tower import export_lens
 from jaxfusion.training.trainer import compiled_step
 
 K, E = 5, 48

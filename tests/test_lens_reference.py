@@ -25,16 +25,16 @@ from jaxfusion.hf.load import open_tensors
 from jaxfusion.hf.save import to_tensors, write_tower
 from jaxfusion.hf.tables import table
 from jaxfusion.lens import job
-from jaxfusion.lens.keep import cut, keep, split
-from jaxfusion.lens.manipulate import Manipulation, aims, make_goals
+from jaxfusion.lens.activations import cut, keep, split
+from jaxfusion.lens.objective import Manipulation, aims, make_goals
 from jaxfusion.lens.probe import Probe, probe
 from jaxfusion.lens.subspace import displacements, factorise
+from jaxfusion.miniatures.checkpoints import random_params
+from jaxfusion.miniatures.inputs import make_inputs
 from jaxfusion.nn.bridge import Bridge
 from jaxfusion.nn.decoder import Decoder, DecoderConfig
-from jaxfusion.testing.checkpoints import random_params
-from jaxfusion.testing.debug import make_inputs
+from jaxfusion.runs.export.tower import export_lens
 from jaxfusion.training.checkpoint import trained_part
-from jaxfusion.training.export_tower import export_lens
 
 LANGUAGES = {"en": (3, 36), "sw": (30, 68), "ta": (60, 100)}  # each has tokens of its own
 WEIGHTS = {"sw": 0.6, "ta": 1.7}

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 from test_configs import FILES, get_config
 
+from jaxfusion.bridge.job import train
 from jaxfusion.config import from_config_dict
 from jaxfusion.errors import InputError
+from jaxfusion.miniatures.inputs import make_inputs
 from jaxfusion.runs.lm_harness import JaxFusion, _at_seam, _decoding
 from jaxfusion.runs.score import evaluate
-from jaxfusion.testing.debug import make_inputs
-from jaxfusion.training.bridge import train
 
 ROOT = Path(__file__).parent.parent
 XNLI = next(file for file in FILES if file.stem == "xnli_paper")

@@ -10,8 +10,8 @@ import torch
 from conftest import relative
 from transformers import MT5EncoderModel, UMT5EncoderModel
 
+from jaxfusion.miniatures.checkpoints import random_params, write_random_tower
 from jaxfusion.nn.mt5 import MT5Config, MT5Encoder
-from jaxfusion.testing.checkpoints import random_params, write_random_tower
 
 # Unlike the defaults in everything: heads × head_dim is not d_model.
 UNUSUAL = MT5Config(

@@ -18,9 +18,9 @@ from transformers import AutoConfig, AutoTokenizer
 from jaxfusion import notebook
 from jaxfusion.errors import InputError
 from jaxfusion.evaluation.layers import found_translations
-from jaxfusion.evaluation.page import token_table
 from jaxfusion.hf import hub
 from jaxfusion.notebook import BRIDGES, GIB, LLMS, Device
+from jaxfusion.reports.page import token_table
 
 ROOT = Path(__file__).parent.parent
 NAMES = ("bridge_colab_tpu", "explore_layers", "lens_colab_tpu")

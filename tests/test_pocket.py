@@ -7,14 +7,14 @@ from itertools import combinations, product
 import numpy as np
 import pytest
 
-from jaxfusion.data import grammar, pocket
-from jaxfusion.data.grammar import UP, leaves
-from jaxfusion.data.lexicon import LANGUAGES, VERSION, check_version, concepts, words
-from jaxfusion.data.pocket import random_inference, task_rows
-from jaxfusion.data.task import SPLITS
-from jaxfusion.data.tasks import NLI_LABELS
+from jaxfusion.data.pocket.grammar import UP, leaves
+from jaxfusion.data.pocket.lexicon import LANGUAGES, VERSION, check_version, concepts, words
+from jaxfusion.data.pocket.world import grammar, random_inference, task_rows
+from jaxfusion.data.pocket.world import world as pocket
+from jaxfusion.data.tasks.catalogue import NLI_LABELS
+from jaxfusion.data.tasks.spec import SPLITS
 from jaxfusion.errors import InputError
-from jaxfusion.evaluation.shortcuts import CUES, lookup_correct, surface
+from jaxfusion.reports.baselines import CUES, lookup_correct, surface
 
 SLOTS = ("adjective", "noun", "place")
 

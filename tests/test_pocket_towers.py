@@ -8,9 +8,9 @@ import pytest
 from test_configs import FILES, get_config
 
 from jaxfusion.config import from_config_dict, from_json
-from jaxfusion.data.lexicon import VERSION
-from jaxfusion.testing.debug import make_inputs
-from jaxfusion.training.pretrain import pretrain
+from jaxfusion.data.pocket.lexicon import VERSION
+from jaxfusion.miniatures.inputs import make_inputs
+from jaxfusion.pretraining.job import pretrain
 
 CONFIGS = {file.stem: file for file in FILES}
 KEPT = Path(__file__).parent.parent / "pocket"

@@ -10,17 +10,17 @@ import pytest
 from test_configs import FILES, PRETRAINING, get_config
 
 from jaxfusion.config import from_config_dict
-from jaxfusion.data.corpus import Document, induce_lexicon, read_corpus
-from jaxfusion.data.lexicon import concepts, words
-from jaxfusion.data.objectives import TextBatches, causal_rows, denoising_rows
-from jaxfusion.data.pocket import pairs, texts
+from jaxfusion.data.pocket.lexicon import concepts, words
+from jaxfusion.data.pocket.world import pairs, texts
 from jaxfusion.data.tokenizers import train_tokenizer
 from jaxfusion.errors import InputError
 from jaxfusion.fields import CorpusConfig, ObjectiveConfig
 from jaxfusion.hf.load import SINGLE, read_config
-from jaxfusion.testing.debug import make_inputs
-from jaxfusion.training.export_tower import export_tower
-from jaxfusion.training.pretrain import pretrain
+from jaxfusion.miniatures.inputs import make_inputs
+from jaxfusion.pretraining.corpus import Document, induce_lexicon, read_corpus
+from jaxfusion.pretraining.job import pretrain
+from jaxfusion.pretraining.objectives import TextBatches, causal_rows, denoising_rows
+from jaxfusion.runs.export.tower import export_tower
 
 CONFIGS = {file.stem: file for file in FILES}
 LANGUAGE = "sinh"

@@ -13,14 +13,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from jaxfusion.config import (
-    changed,
-    check,
-    default_config,
-    from_config_dict,
-    from_json,
-    load,
-)
+from jaxfusion.config import changed, check, default_config, from_config_dict, from_json, load
 from jaxfusion.errors import InputError
 from jaxfusion.fields import JOBS
 
@@ -164,8 +157,8 @@ def test_a_command_line_ends_in_one_line(words, said, tmp_path):
 
 def test_a_path_that_is_missing_is_called_missing(tmp_path):
     """Finding 44: it was said to name no {split}."""
-    from jaxfusion.data.sources import read_examples
-    from jaxfusion.data.tasks import TASKS
+    from jaxfusion.data.rows.examples import read_examples
+    from jaxfusion.data.tasks.catalogue import TASKS
 
     with pytest.raises(InputError, match=r"nonexistent is missing: task 'xnli' reads its rows"):
         read_examples("xnli", TASKS["xnli"], "train", "en", str(tmp_path / "nonexistent"))
@@ -173,9 +166,9 @@ def test_a_path_that_is_missing_is_called_missing(tmp_path):
 
 def test_names_are_text_wherever_they_are_shown(tmp_path, capsys):
     """Findings 42 and 45: names like markup, formulas and tags."""
-    from jaxfusion.evaluation.comparison import Comparison, markdown
-    from jaxfusion.evaluation.pictures import draw_accuracy
-    from jaxfusion.evaluation.report import print_comparison
+    from jaxfusion.reports.comparison import Comparison, markdown
+    from jaxfusion.reports.pictures import draw_accuracy
+    from jaxfusion.reports.terminal import print_comparison
 
     names = ["[/b]", "$\\foo$", "<script>", "a|b"]
     c = Comparison("t", "likelihood", {name: {"[/b]": [1, 0], "x": [0, 1]} for name in names},
@@ -191,11 +184,11 @@ def test_a_layer_that_there_is_not_is_refused_by_the_bridge():
     """Finding 43: `fusion_layer` 0 of a bridge built by hand took the last layer."""
     import jax.numpy as jnp
 
+    from jaxfusion.miniatures.checkpoints import SIZES
     from jaxfusion.nn.bridge import Bridge
     from jaxfusion.nn.decoder import Decoder
     from jaxfusion.nn.mt5 import MT5Encoder
     from jaxfusion.nn.projector import Projector
-    from jaxfusion.testing.checkpoints import SIZES
 
     encoder, decoder = SIZES["tiny"]
     projector = Projector("linear", decoder.d_model, 0.0)

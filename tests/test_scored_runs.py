@@ -13,20 +13,20 @@ import numpy as np
 import pytest
 from test_configs import FILES, get_config
 
+from jaxfusion.bridge.compare import check_unseen, compare, report
+from jaxfusion.bridge.job import read_data
 from jaxfusion.config import from_config_dict, one_by_seeds, run_folders
-from jaxfusion.data.readers import read_file
-from jaxfusion.data.seen import fingerprints, read_seen, write_seen
+from jaxfusion.data.contamination import fingerprints, read_seen, write_seen
+from jaxfusion.data.rows.files import read_file
 from jaxfusion.errors import InputError
-from jaxfusion.evaluation.page import _inline
-from jaxfusion.evaluation.runs import compare_runs, read_models
 from jaxfusion.files import note_of, only_writer, write_checked
+from jaxfusion.miniatures.inputs import make_inputs
+from jaxfusion.reports.page import _inline
+from jaxfusion.reports.scored_runs import compare_runs, read_models
+from jaxfusion.runs import answer_file as answering
 from jaxfusion.runs.answer_file import answer_file
 from jaxfusion.runs.open_run import open_run
 from jaxfusion.runs.score import evaluate, seen_by
-from jaxfusion.testing.debug import make_inputs
-from jaxfusion.training import answer as answering
-from jaxfusion.training.bridge import read_data
-from jaxfusion.training.compare import check_unseen, compare, report
 
 ROOT = Path(__file__).parent.parent
 XNLI = next(file for file in FILES if file.stem == "xnli_paper")

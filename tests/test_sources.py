@@ -21,10 +21,11 @@ from test_tasks import Hub
 
 from jaxfusion import config as configs
 from jaxfusion.config import CONFIG_FILE, default_config, from_config_dict
-from jaxfusion.data import readers, remote
-from jaxfusion.data.sources import at_hand, examples, find_source, read_examples
-from jaxfusion.data.task import SAME, Source, Task
-from jaxfusion.data.tasks import TASKS, check_languages, configured, get_task
+from jaxfusion.data.rows import files as readers
+from jaxfusion.data.rows import hub as remote
+from jaxfusion.data.rows.examples import at_hand, examples, find_source, read_examples
+from jaxfusion.data.tasks.catalogue import TASKS, check_languages, configured, get_task
+from jaxfusion.data.tasks.spec import SAME, Source, Task
 from jaxfusion.errors import InputError
 from jaxfusion.fields import DataConfig, TaskConfig
 from jaxfusion.hf import hub as hf_hub

@@ -5,10 +5,10 @@ import json
 import datasets
 import pytest
 
-from jaxfusion.data import remote
-from jaxfusion.data.sources import read_examples
-from jaxfusion.data.task import last_unsigned
-from jaxfusion.data.tasks import QUESTIONS, TASKS
+from jaxfusion.data.rows import hub as remote
+from jaxfusion.data.rows.examples import read_examples
+from jaxfusion.data.tasks.catalogue import QUESTIONS, TASKS
+from jaxfusion.data.tasks.spec import last_unsigned
 from jaxfusion.errors import InputError
 from jaxfusion.evaluation.scoring import for_task
 from jaxfusion.fields import EvalConfig

@@ -6,10 +6,10 @@ import unicodedata
 
 import pytest
 
-from jaxfusion.data import sentencepiece
+from jaxfusion.data import sentencepiece_backend as sentencepiece
 from jaxfusion.data.batching import tokenize, tokenize_bare
-from jaxfusion.data.sources import Example, read_examples
-from jaxfusion.data.tasks import TASKS
+from jaxfusion.data.rows.examples import Example, read_examples
+from jaxfusion.data.tasks.catalogue import TASKS
 from jaxfusion.data.tokenizers import (
     LANGBRIDGE_WHITESPACE,
     Tokenizers,

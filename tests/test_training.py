@@ -20,20 +20,20 @@ import torch
 from conftest import relative
 
 from jaxfusion import config as configs
+from jaxfusion.bridge.job import prepare, train
 from jaxfusion.config import default_config, finish, from_config_dict
+from jaxfusion.costs import chips
 from jaxfusion.data.pipeline import subset
-from jaxfusion.data.sources import read_examples
-from jaxfusion.data.tasks import TASKS
+from jaxfusion.data.rows.examples import read_examples
+from jaxfusion.data.tasks.catalogue import TASKS
 from jaxfusion.errors import InputError, Stopped
 from jaxfusion.evaluation.scoring import Scorer
 from jaxfusion.fields import Config, GroupConfig
-from jaxfusion.sharding import chips
+from jaxfusion.miniatures import torch_reference as reference
+from jaxfusion.miniatures.checkpoints import write_checkpoints
+from jaxfusion.miniatures.inputs import make_inputs
 from jaxfusion.sharding.mesh import make_mesh
-from jaxfusion.testing import torch_reference as reference
-from jaxfusion.testing.checkpoints import write_checkpoints
-from jaxfusion.testing.debug import make_inputs
 from jaxfusion.training import loop
-from jaxfusion.training.bridge import prepare, train
 from jaxfusion.training.checkpoint import Checkpoints
 from jaxfusion.training.logs import RunLog
 from jaxfusion.training.loop import fit

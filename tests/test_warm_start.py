@@ -6,12 +6,12 @@ import jax
 import numpy as np
 import pytest
 
+from jaxfusion.bridge.warm_start import NOISE, _aligned, _pairs, warm_start
 from jaxfusion.config import default_config, finish, from_config_dict
-from jaxfusion.data.sources import Example
+from jaxfusion.data.rows.examples import Example
 from jaxfusion.errors import InputError
 from jaxfusion.sharding.mesh import make_mesh
 from jaxfusion.training.state import load_model, merge
-from jaxfusion.training.warm_start import NOISE, _aligned, _pairs, warm_start
 
 TEXTS = ["badu fege Label: ", "kilo muna", "pa re si to zu", "bo bo bo"]
 

@@ -23,13 +23,14 @@ from test_training import interrupt_at, make_config, records
 
 from jaxfusion import config as configs
 from jaxfusion import files
+from jaxfusion.bridge import warm_start
+from jaxfusion.bridge.job import train
 from jaxfusion.data.batching import Ragged, TokenRow, TokenRows, find_shapes, lengths_of, tokenize
 from jaxfusion.errors import InputError, Stopped
 from jaxfusion.files import WRITER, new_directory, only_writer, write_checked, write_whole
 from jaxfusion.hf import hub
-from jaxfusion.training import checkpoint, state, warm_start
+from jaxfusion.training import checkpoint, state
 from jaxfusion.training import workdir as workdirs
-from jaxfusion.training.bridge import train
 from jaxfusion.training.checkpoint import Checkpoints
 from jaxfusion.training.hooks import Signals
 from jaxfusion.training.logs import RunLog
@@ -457,7 +458,7 @@ def test_rows_take_four_bytes_an_id():
 def test_tokenizing_in_parts_is_tokenizing_and_tells_how_far_it_is(tiny, monkeypatch, caplog):
     """Finding 38."""
     from jaxfusion.data import batching
-    from jaxfusion.data.sources import Example
+    from jaxfusion.data.rows.examples import Example
     from jaxfusion.data.tokenizers import Tokenizers, load_tokenizer
 
     sizes = {role: json.loads((tiny / role / "config.json").read_text())["vocab_size"]
@@ -477,7 +478,7 @@ def test_tokenizing_in_parts_is_tokenizing_and_tells_how_far_it_is(tiny, monkeyp
 
 def test_debug_inputs_that_another_process_made_meanwhile_are_taken(tmp_path):
     """Finding 35."""
-    from jaxfusion.testing.debug import _make
+    from jaxfusion.miniatures.inputs import _make
 
     def make(out):
         for _ in range(2):

@@ -10,7 +10,7 @@ from functools import partial
 import grain
 import numpy as np
 
-from jaxfusion.data.sources import Example
+from jaxfusion.data.rows.examples import Example
 from jaxfusion.data.tokenizers import Tokenizers
 from jaxfusion.nn.bridge import Batch
 

@@ -11,9 +11,9 @@ import jax
 import numpy as np
 
 from jaxfusion.data.batching import Shapes, TokenRow, collate, epoch_plan, lengths_of
-from jaxfusion.data.continued import Continued
 from jaxfusion.data.packing import Packing, stratified_plan
-from jaxfusion.data.sources import Example
+from jaxfusion.data.rows.examples import Example
+from jaxfusion.data.split_text import Continued
 from jaxfusion.data.tokenizers import Tokenizers
 from jaxfusion.errors import InputError
 from jaxfusion.nn.bridge import Batch

@@ -247,7 +247,7 @@ def _read(path: Path, role: str, vocab_size: int):
     """
     if (path / "tokenizer.json").is_file():
         return _from_json(path, role, vocab_size)
-    from jaxfusion.data.sentencepiece import find_model, read_sentencepiece
+    from jaxfusion.data.sentencepiece_backend import find_model, read_sentencepiece
 
     if model := find_model(path):
         return read_sentencepiece(model, role, vocab_size)
@@ -266,7 +266,7 @@ def _from_json(path: Path, role: str, vocab_size: int):
     from tokenizers.processors import TemplateProcessing
     from transformers import PreTrainedTokenizerFast
 
-    from jaxfusion.data.sentencepiece import read_model
+    from jaxfusion.data.sentencepiece_backend import read_model
     from jaxfusion.hf.tokenization_jaxfusion import NORMALIZER, SentencePieceTokenizer
 
     source = path / "tokenizer.json"

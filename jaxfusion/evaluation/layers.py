@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from jaxfusion.data.batching import doubling_buckets, find_shapes, in_order, tokenize
-from jaxfusion.data.sources import Example
+from jaxfusion.data.rows.examples import Example
 from jaxfusion.data.tokenizers import Tokenizers
 from jaxfusion.fields import EvalConfig
 from jaxfusion.nn.bridge import Batch, Bridge, Params

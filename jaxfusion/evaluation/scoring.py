@@ -18,8 +18,8 @@ from jaxfusion.data.batching import (
     tokenize,
     tokenize_bare,
 )
-from jaxfusion.data.sources import Example
-from jaxfusion.data.task import Task
+from jaxfusion.data.rows.examples import Example
+from jaxfusion.data.tasks.spec import Task
 from jaxfusion.data.tokenizers import Tokenizers
 from jaxfusion.errors import InputError
 from jaxfusion.evaluation.generate import Decoding, make_scorer

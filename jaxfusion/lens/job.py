@@ -17,19 +17,19 @@ from flax import traverse_util
 
 from jaxfusion import config as configs
 from jaxfusion.config import CONFIG_FILE
-from jaxfusion.data.parallel import read_parallel
 from jaxfusion.errors import InputError, choose
-from jaxfusion.evaluation.comparison import Comparison
-from jaxfusion.evaluation.pictures import draw_languages
 from jaxfusion.fields import METHODS, PLACES, RECIPES, LensRunConfig, ParallelConfig
 from jaxfusion.lens import probe as probing
 from jaxfusion.lens.model import Model, load_model
+from jaxfusion.lens.parallel_text import read_parallel
 from jaxfusion.lens.probe import Probe
 from jaxfusion.lens.prompts import probe_as_authors, prompt_rows
 from jaxfusion.lens.scores import UNTOUCHED, measure, read_questions, report
-from jaxfusion.lens.train import KEPT, folder_of, train_all
+from jaxfusion.lens.sweep import KEPT, folder_of, train_all
 from jaxfusion.nn.bridge import Params
 from jaxfusion.nn.decoder import make_edits
+from jaxfusion.reports.comparison import Comparison
+from jaxfusion.reports.pictures import draw_languages
 from jaxfusion.runs.open_run import open_run
 from jaxfusion.sharding.hosts import all_or_none, check_peers, is_first
 from jaxfusion.sharding.mesh import make_mesh

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxfusion.data.batching import TokenRow, tokenize, tokenize_bare
-from jaxfusion.data.sources import Example
+from jaxfusion.data.rows.examples import Example
 from jaxfusion.data.tokenizers import WORDS, Tokenizers
 from jaxfusion.errors import InputError, first_line
 from jaxfusion.fields import LensRunConfig

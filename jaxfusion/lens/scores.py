@@ -6,17 +6,17 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from jaxfusion.data.sources import Example, read_examples
-from jaxfusion.data.task import Task
-from jaxfusion.data.tasks import check_languages, get_task
+from jaxfusion.data.rows.examples import Example, read_examples
+from jaxfusion.data.tasks.catalogue import check_languages, get_task
+from jaxfusion.data.tasks.spec import Task
 from jaxfusion.errors import InputError
-from jaxfusion.evaluation.comparison import Comparison, as_json, markdown
-from jaxfusion.evaluation.pictures import draw_accuracy
+from jaxfusion.evaluation.perplexity import fidelity, load_identifier, perplexity
 from jaxfusion.evaluation.scoring import Scorer, for_task
-from jaxfusion.evaluation.text import fidelity, load_identifier, perplexity
 from jaxfusion.fields import LensRunConfig
 from jaxfusion.files import write_whole
 from jaxfusion.lens.model import Model
+from jaxfusion.reports.comparison import Comparison, as_json, markdown
+from jaxfusion.reports.pictures import draw_accuracy
 
 UNTOUCHED = "LLM"  # the model as it was, in tables
 REPLY = Task("{text}", (), ())  # a prompt that is answered freely

@@ -14,9 +14,9 @@ from typing import Any, TextIO
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
-from jaxfusion.data.readers import is_blank, read_file
-from jaxfusion.data.sources import Example
-from jaxfusion.data.task import Placed, Task
+from jaxfusion.data.rows.examples import Example
+from jaxfusion.data.rows.files import is_blank, read_file
+from jaxfusion.data.tasks.spec import Placed, Task
 from jaxfusion.errors import InputError
 from jaxfusion.evaluation.scoring import Scored, softmax
 from jaxfusion.fields import DECODING

@@ -8,8 +8,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from jaxfusion.data.sources import Example
-from jaxfusion.data.task import Task
+from jaxfusion.data.rows.examples import Example
+from jaxfusion.data.tasks.spec import Task
 from jaxfusion.errors import InputError
 from jaxfusion.evaluation.scoring import softmax
 from jaxfusion.runs.open_run import OpenRun, open_run

@@ -27,8 +27,8 @@ except ModuleNotFoundError as error:
     sys.exit(f"error: {error.name} is not installed; it comes with: pip install -e '.[lm_eval]'")
 
 from jaxfusion.data.batching import TokenRow, in_order
-from jaxfusion.data.sources import Example
-from jaxfusion.data.task import Task
+from jaxfusion.data.rows.examples import Example
+from jaxfusion.data.tasks.spec import Task
 from jaxfusion.errors import InputError
 from jaxfusion.evaluation.scoring import pad_options
 from jaxfusion.runs.open_run import open_run

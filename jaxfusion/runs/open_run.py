@@ -14,9 +14,9 @@ from jaxtyping import Float
 
 from jaxfusion import config as configs
 from jaxfusion.config import CONFIG_FILE, run_folders
-from jaxfusion.data.sources import Example
-from jaxfusion.data.task import Task
-from jaxfusion.data.tasks import get_task
+from jaxfusion.data.rows.examples import Example
+from jaxfusion.data.tasks.catalogue import get_task
+from jaxfusion.data.tasks.spec import Task
 from jaxfusion.data.tokenizers import Tokenizers
 from jaxfusion.errors import InputError
 from jaxfusion.evaluation.layers import layer_weigher, mean_states, token_weights

@@ -11,17 +11,17 @@ from rich.console import Console
 from rich.progress import Progress
 
 from jaxfusion.config import CONFIG_FILE
-from jaxfusion.data.seen import fingerprints, read_seen
-from jaxfusion.data.sources import Example, at_hand, read_examples
-from jaxfusion.data.task import Task
-from jaxfusion.data.tasks import check_languages, configured, get_task
+from jaxfusion.data.contamination import fingerprints, read_seen
+from jaxfusion.data.rows.examples import Example, at_hand, read_examples
+from jaxfusion.data.tasks.catalogue import check_languages, configured, get_task
+from jaxfusion.data.tasks.spec import Task
 from jaxfusion.errors import InputError
-from jaxfusion.evaluation.metrics import accuracy
-from jaxfusion.evaluation.report import Results, merge_results
-from jaxfusion.evaluation.runs import ALONE, DETAILS, Details
 from jaxfusion.evaluation.scoring import Scored
 from jaxfusion.fields import DECODING, Config, TaskConfig
 from jaxfusion.files import WRITER, only_writer
+from jaxfusion.reports.scored_runs import ALONE, DETAILS, Details
+from jaxfusion.reports.statistics import accuracy
+from jaxfusion.reports.terminal import Results, merge_results
 from jaxfusion.runs.open_run import OpenRun, open_run
 from jaxfusion.sharding.hosts import check_peers, is_first
 

@@ -4,7 +4,7 @@ from contextlib import ExitStack
 
 from jaxfusion import config as configs
 from jaxfusion.config import CONFIG_FILE
-from jaxfusion.data.seen import write_seen
+from jaxfusion.data.contamination import write_seen
 from jaxfusion.errors import Stopped
 from jaxfusion.sharding.hosts import is_first, wait_for_peers
 from jaxfusion.training.frozen import write_frozen

@@ -5,8 +5,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxfusion.sharding.chips import chip_of
-from jaxfusion.training.flops import count_flops
+from jaxfusion.costs.chips import chip_of
+from jaxfusion.costs.flops import count_flops
 from jaxfusion.training.logs import Done
 from jaxfusion.training.step import Loss, gradient
 

@@ -16,7 +16,7 @@ from flax import traverse_util
 from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Int
 
-from jaxfusion.data.lexicon import check_version
+from jaxfusion.data.pocket.lexicon import check_version
 from jaxfusion.data.tokenizers import (
     Tokenizers,
     adds_bos,

@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 
 from jaxfusion import config as configs
 from jaxfusion.config import CONFIG_FILE
-from jaxfusion.data.seen import SEEN
+from jaxfusion.data.contamination import SEEN
 from jaxfusion.errors import InputError
 from jaxfusion.fields import ROLES, Config, DataConfig, Job, LensRunConfig
 from jaxfusion.files import WRITER, no_room, only_writer

@@ -11,14 +11,14 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 from test_configs import ROOT, get_config
 
+from jaxfusion.bridge.compile_only import TooLarge, compile_only, measure
+from jaxfusion.bridge.job import prepare
 from jaxfusion.config import from_config_dict
+from jaxfusion.costs import chips
+from jaxfusion.costs.program import program_cost
 from jaxfusion.errors import InputError
-from jaxfusion.sharding import chips
-from jaxfusion.sharding.hlo import program_cost
+from jaxfusion.miniatures.inputs import make_inputs
 from jaxfusion.sharding.mesh import make_mesh
-from jaxfusion.testing.debug import make_inputs
-from jaxfusion.training.bridge import prepare
-from jaxfusion.training.compile_only import TooLarge, compile_only, measure
 from jaxfusion.training.optimizer import make_optimizer
 
 LAYERS, ROWS, WIDTH, INNER = 6, 256, 1024, 4096
@@ -204,7 +204,7 @@ def test_names_of_slices():
 
 
 def test_flops_of_a_jaxpr():
-    from jaxfusion.training.flops import count_flops
+    from jaxfusion.costs.flops import count_flops
 
     x, w = jnp.zeros((3, 8, 16)), jnp.zeros((5, 16, 16))
 

@@ -11,9 +11,9 @@ from test_decoder import CASES, plain
 from jaxfusion.hf.load import load_params
 from jaxfusion.hf.save import write_tower
 from jaxfusion.hf.tables import table
+from jaxfusion.miniatures.checkpoints import random_params
 from jaxfusion.nn.decoder import Decoder
 from jaxfusion.sharding.mesh import make_mesh
-from jaxfusion.testing.checkpoints import random_params
 from jaxfusion.training.state import describe, merge
 
 MESHES = {"fsdp": (1, 8, 1), "fsdp-tensor": (1, 2, 4), "all": (2, 2, 2)}

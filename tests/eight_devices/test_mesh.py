@@ -9,17 +9,18 @@ import jax
 import numpy as np
 import pytest
 
+from jaxfusion.bridge import job as bridge
+from jaxfusion.bridge.job import train
 from jaxfusion.config import default_config, finish, from_config_dict
 from jaxfusion.errors import InputError, Stopped
 from jaxfusion.fields import ROLES
-from jaxfusion.hf.backbones import backbone_shape
+from jaxfusion.hf.known_shapes import backbone_shape
+from jaxfusion.miniatures.checkpoints import SIZES, write_checkpoints
+from jaxfusion.miniatures.inputs import make_inputs
 from jaxfusion.runs.score import evaluate
 from jaxfusion.sharding.mesh import make_mesh
-from jaxfusion.testing.checkpoints import SIZES, write_checkpoints
-from jaxfusion.testing.debug import make_inputs
-from jaxfusion.training import bridge, digest, hooks
+from jaxfusion.training import digest, hooks
 from jaxfusion.training import workdir as workdirs
-from jaxfusion.training.bridge import train
 from jaxfusion.training.state import plan_model
 
 GOLDEN = Path(__file__).with_name("specs.json")
@@ -145,7 +146,7 @@ def test_scores_do_not_depend_on_the_mesh(towers, cache_dir, tmp_path, monkeypat
     results, details = evaluate(tmp_path / "run", limit=12, decoding=drawn)
     (scores,) = results.values()
     with pytest.MonkeyPatch.context() as patch:
-        from jaxfusion.training import evaluate as module
+        from jaxfusion.runs import score as module
 
         patch.setattr(module, "make_mesh", lambda **_: make_mesh(devices=jax.devices()[:1]))
         alone, same = evaluate(tmp_path / "run", limit=12, decoding=drawn)

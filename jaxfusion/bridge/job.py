@@ -1,0 +1,214 @@
+"""The bridge's run: what it loads, what it learns from, how it is scored."""
+
+import logging
+import time
+from concurrent.futures import Future
+from dataclasses import replace
+from functools import lru_cache
+from itertools import islice
+from pathlib import Path
+
+import jax
+
+from jaxfusion.background import in_background
+from jaxfusion.bridge.warm_start import warm_start
+from jaxfusion.config import CONFIG_FILE
+from jaxfusion.data.batching import Cut, TokenRows, find_shapes, tokenize
+from jaxfusion.data.contamination import fingerprints
+from jaxfusion.data.packing import find_packing
+from jaxfusion.data.pipeline import Batches, first_rows, steps_per_epoch, subset
+from jaxfusion.data.rows.examples import Example, examples, find_source
+from jaxfusion.data.rows.hub import commit_of
+from jaxfusion.data.split_text import Continued, tokenize_texts
+from jaxfusion.data.tasks.catalogue import check_languages, configured, get_task
+from jaxfusion.data.tasks.spec import Task
+from jaxfusion.data.tokenizers import Tokenizers
+from jaxfusion.errors import InputError
+from jaxfusion.evaluation.scoring import Scorer, for_task
+from jaxfusion.fields import Config
+from jaxfusion.nn.bridge import Bridge
+from jaxfusion.reports.statistics import accuracy
+from jaxfusion.sharding.hosts import all_or_none
+from jaxfusion.sharding.mesh import sharding
+from jaxfusion.training.frozen import OWN, earlier_part, frozen_part, to_keep
+from jaxfusion.training.loop import fit
+from jaxfusion.training.state import Flat, Model, State, load_model, merge, overlay, plain
+from jaxfusion.training.trainer import Run, batch_shares, put_batch
+from jaxfusion.training.workdir import begin
+
+logger = logging.getLogger(__name__)
+
+
+def train(config: Config, workdir: Path, profile: tuple[int, int] | None = None) -> State:
+    """Trains a bridge in a workdir, from where it is to its last step.
+
+    Args:
+      profile: first and last step of a trace in `WORKDIR/profile`.
+
+    Raises:
+      InputError: whatever is wrong with the config, data, checkpoints, workdir or other processes.
+      Stopped: SIGTERM came; the state is saved.
+    """
+    with begin(config, workdir) as start:
+        with all_or_none():
+            run = prepare(start.config, start.mesh, start.fresh, workdir)
+        return fit(run, start, profile)
+
+
+def prepare(config: Config, mesh, fresh: bool = True, workdir: Path | None = None) -> Run:
+    """Loads data and model, and says what was found; only a fresh run starts from another.
+
+    Args:
+      workdir: of a run that is resumed, which holds what was frozen in it.
+    """
+    shares = batch_shares(config.train, mesh)
+    config, task, found, dev = read_data(config)
+    waiting: list[Future] = []
+
+    def start(bridge: Bridge, tokenizers: Tokenizers) -> None:
+        waiting.append(in_background(lambda: _tokenize(config, task, found, bridge, tokenizers)))
+
+    model = load_model(config, mesh, start)
+    rows = waiting[0].result()
+    earlier = {}
+    if not fresh:
+        complete = not any(path.startswith(OWN) for path in model.frozen)
+        model = overlay(model, frozen_part(workdir, config, complete), str(workdir))
+    elif config.train.init_from is not None:
+        model, earlier = start_from(model, Path(config.train.init_from))
+    elif config.projector.warm_start:
+        model = warm_start(model, found)
+    layout = _layout(config, rows, model, shares)
+    steps = config.train.steps or config.train.epochs * steps_per_epoch(
+        len(rows), config.train.batch_size
+    )
+    batches = Batches(
+        rows, layout, model.tokenizers, config.train.batch_size, config.train.seed, steps,
+        sharding(mesh, "batch"),
+    )
+    logger.info("%s training rows", f"{len(rows):,}")
+    score = (_dev_likelihood(model, dev, mesh) if task.unlabelled
+             else _dev_scorer(model, dev, task))
+    return Run(
+        model.config, model.bridge.loss, model.trainable, model.frozen, model.groups, batches,
+        steps, score, "log_likelihood" if task.unlabelled else "exact_match",
+        plain(model.bridge).loss, fingerprints(example.query for example in found),
+        to_keep(model, earlier) if fresh else None,
+    )
+
+
+def read_data(config: Config) -> tuple[Config, Task, list[Example], list[Example]]:
+    """The config with its dataset's commit, the task, and the rows of training and development."""
+    c = config.data
+    task = get_task(c.task, config.tasks)
+    check_languages(c.task, (c.language,), config.tasks)
+    if task.unlabelled and (c.pack or c.text_prompt or c.chat_template):
+        raise InputError(f"task '{c.task}' is unlabelled text, which fills its rows and follows "
+                         "no prompt: leave data.pack, text_prompt and chat_template out")
+    task = configured(task, c)
+    if task.source and "test" not in task.source.splits and not task.unlabelled and c.path is None:
+        logger.warning("task '%s' has no test split: eval.py can score the run only with --tasks "
+                       "or --data_path", c.task)
+    source = find_source(c.task, task, "train", c.language, c.path)
+    if c.revision and source.kind != "hub":
+        raise InputError(f"data.revision is for a hub dataset, and rows are read from "
+                         f"{source.place}; leave it out")
+    commit = commit_of(source, "train", c.language)
+    if commit is not None:
+        config = replace(config, data=replace(c, revision=commit))
+        task = configured(task, config.data)
+    found = examples(c.task, task, "train", c.language, c.path)
+    if c.streaming:
+        rows = first_rows(found, c.train_rows, len(task.labels), c.balanced)
+    else:
+        rows = subset(list(found), c.train_rows, c.balanced, config.train.seed)
+    dev = islice(examples(c.task, task, "dev", c.language, c.path), c.dev_rows)
+    return config, task, rows, list(dev)
+
+
+def _tokenize(
+    config: Config, task: Task, found: list[Example], bridge: Bridge, tokenizers: Tokenizers
+) -> TokenRows | Continued:
+    c, clock = config.data, time.monotonic()
+    limits = {"max_encoder_tokens": c.max_encoder_tokens,
+              "max_decoder_tokens": c.max_decoder_tokens, "latents": bridge.latents}
+    if task.unlabelled:
+        rows = tokenize_texts(found, tokenizers, seed=config.train.seed, **limits)
+        if rows.short:
+            logger.warning("%d texts of fewer than two tokens left out", rows.short)
+    else:
+        rows, cut = tokenize(found, tokenizers, text_prompt=c.text_prompt, with_target=True,
+                             max_total_tokens=c.max_total_tokens, keeps_end=task.keeps_end,
+                             **limits)
+        if cut.any:
+            logger.warning("longer than the limits: %s", cut)
+    logger.info("%s rows tokenized in %.1f s", f"{len(rows):,}", time.monotonic() - clock)
+    return rows
+
+
+def _layout(config: Config, rows: TokenRows | Continued, model: Model, shares: int):
+    c = config.data
+    if isinstance(rows, Continued):
+        return rows.shapes(c.buckets)
+    if c.pack:
+        return find_packing(
+            rows, config.train.batch_size, len(model.tokenizers.start), config.train.seed,
+            2 * c.max_encoder_tokens, multiple=shares,
+        )
+    return find_shapes(rows, c.buckets)
+
+
+def start_from(model: Model, workdir: Path) -> tuple[Model, Flat]:
+    """The model with the own parameters of another run, trained and frozen (the second stage of a
+    two-stage recipe), and these."""
+    if not (workdir / CONFIG_FILE).is_file():
+        raise InputError(f"train.init_from: {workdir} is not a workdir of a run")
+    step, earlier = earlier_part(workdir)
+    logger.info("starting from step %d of %s", step, workdir)
+    absent = sorted(set(model.trainable) - set(earlier))
+    if absent:
+        logger.warning("it has no %s: these start afresh", ", ".join(absent))
+    return overlay(model, earlier, str(workdir)), earlier
+
+
+def _dev_scorer(model: Model, dev: list[Example], task: Task):
+    """Trained parameters -> accuracy on the development rows, by scoring name."""
+    config = model.config
+    scorer = Scorer(model.bridge, model.tokenizers,
+                    for_task(config.eval, task, config.data.language), config.data.text_prompt)
+    say_once = lru_cache(1)(_say_cut)  # the rows are the same ones every time
+
+    def score(trainable: Flat) -> dict[str, float]:
+        scored = scorer(merge(trainable, model.frozen), dev, task)
+        say_once(scored.cut)
+        return {name: accuracy(rows)["accuracy"] for name, rows in scored.correct.items()}
+
+    return score
+
+
+def _say_cut(cut: Cut) -> None:
+    if cut.any:
+        logger.warning("development rows longer than the limits: %s", cut)
+
+
+def _dev_likelihood(model: Model, dev: list[Example], mesh):
+    """Trained parameters -> the mean log-likelihood of a token that follows, each text split at
+    the place where the first epoch would."""
+    c = model.config
+    texts = tokenize_texts(
+        dev, model.tokenizers, max_encoder_tokens=c.data.max_encoder_tokens,
+        max_decoder_tokens=c.data.max_decoder_tokens, seed=c.train.seed,
+        latents=model.bridge.latents)
+    batches = Batches(
+        texts, texts.shapes(c.data.buckets), model.tokenizers, c.train.batch_size, c.train.seed,
+        steps_per_epoch(len(texts), c.train.batch_size), sharding(mesh, "batch"))
+    loss = jax.jit(lambda trainable, frozen, batch: model.bridge.loss(
+        merge(trainable, frozen), batch))
+
+    def score(trainable: Flat) -> dict[str, float]:
+        found = [jax.device_get(loss(trainable, model.frozen, put_batch(batches[i], mesh)))
+                 for i in range(len(batches))]
+        total = sum(float(count) for _, count in found)
+        return {"log_likelihood": -sum(float(mean * count) for mean, count in found) / total}
+
+    return score

@@ -1,0 +1,266 @@
+"""Rows of a task, from wherever they are, each checked and with a place to point at."""
+
+import logging
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from glob import escape
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from jaxfusion.data.pocket.lexicon import check_version
+from jaxfusion.data.rows.files import READERS, is_blank, kind_of, read_file
+from jaxfusion.data.rows.hub import read_hub
+from jaxfusion.data.rows.tfds import read_tfds
+from jaxfusion.data.tasks.spec import SAME, Placed, Source, Task
+from jaxfusion.errors import InputError
+
+MAGIC = re.compile(r"[*?{]|\[.*\]")
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)  # millions of them are common
+class Example:
+    """One row: the encoder's text, the answer, and its class (-1 for free text)."""
+
+    query: str
+    target: str
+    label: int
+
+
+def read_examples(
+    name: str, task: Task, split: str, language: str, path: str | None
+) -> list[Example]:
+    """All rows of a split, in the source's order; arguments and errors as of `examples`."""
+    return list(examples(name, task, split, language, path))
+
+
+def examples(
+    name: str, task: Task, split: str, language: str, path: str | None
+) -> Iterator[Example]:
+    """Rows of a split in the source's order, read as they are taken.
+
+    Args:
+      name: the task's name, for messages.
+      path: `data.path`: where the rows are; None reads the task's own source.
+
+    Raises:
+      InputError: no such file or dataset, no row, or a malformed row (named with its line).
+    """
+    if task.unlabelled and split == "test":
+        raise InputError(f"task '{name}' is text to learn from, where nothing can be scored; name "
+                         "other tasks in config.eval.tasks or --tasks")
+    source = find_source(name, task, split, language, path)
+    rows = _rows(name, source, split, language, task.labels)
+    for column, other in source.borrowed.items():
+        rows = _borrow(list(rows), column, list(_rows(name, source, split, other, ())), other)
+    empty = True
+    # What others have published is as it is: only of files a user can mend ids.
+    for row, where in _once(rows) if source.kind == "files" else rows:
+        empty = False
+        yield _example(task, row, where)
+    if empty:
+        raise InputError(f"split '{split}' of task '{name}' in '{language}' is empty: "
+                         f"{source.place} has no rows for it")
+
+
+def find_source(name: str, task: Task, split: str, language: str, path: str | None) -> Source:
+    """Where a task's rows are.
+
+    Raises:
+      InputError: nowhere.
+    """
+    if path is None:
+        source = task.sources.get(language, task.source)
+        if source is None:
+            raise InputError(f"task '{name}' has no source of its own; set config.data.path to "
+                             "where its rows are")
+        return source
+    place = path.replace("{task}", name)
+    folder = Path(place).expanduser()
+    if folder.is_dir():
+        return _in_folder(name, task, split, language, folder)
+    return task.at(place)
+
+
+def _in_folder(name: str, task: Task, split: str, language: str, folder: Path) -> Source:
+    check_version(folder)
+    own = _own_files(task, folder, split, language)
+    if len(own) > 1:
+        raise InputError(f"{own[0]} and {own[1].name} are there for the same rows; keep one")
+    if own:
+        ending = own[0].name.removeprefix(f"{split}-{language}")
+        return Source(str(folder / f"{{split}}-{{language}}{ending}"), splits=SAME)
+    generic = f"{split}-{language}.jsonl"
+    if task.files is None or split not in task.files.splits:
+        raise InputError(f"{folder / generic} is missing: task '{name}' reads its rows there, or "
+                         f"in a file of that name that ends in {', '.join([*READERS][1:])}")
+    source = replace(task.files, place=str(folder / task.files.place))
+    if not (file := _filled(source, split, language)).is_file():
+        raise InputError(f"{file} is missing (nor is there {generic})")
+    return source
+
+
+def _own_files(task: Task, folder: Path, split: str, language: str) -> list[Path]:
+    """The user's own files of these rows in a directory."""
+    stem = f"{split}-{language}"
+    endings = {stem + ending for suffix in READERS for ending in (suffix, f"{suffix}.gz")}
+    named = sorted(file for file in folder.glob(f"{escape(stem)}.*")
+                   if kind_of(file) and stem + file.name[len(stem):].lower() in endings)
+    # XNLI's own dev-en.tsv is cut into all three splits.
+    theirs = [folder / _filled(task.files, x, language) for x in task.files.splits
+              ] if task.files else []
+    return [file for file in named if file.is_file() and file not in theirs]
+
+
+def _filled(source: Source, split: str, language: str) -> Path:
+    """A source's path or pattern for a split and language."""
+    place = source.place.replace("{language}", source.names.get(language, language))
+    return Path(place.replace("{split}", source.rows(split)[0])).expanduser()
+
+
+def at_hand(name: str, task: Task, split: str, path: str | None) -> tuple[str, ...]:
+    """All languages of a task; where each has a file of its own, those that are there."""
+    source = task.source if path is None else task.at(path.replace("{task}", name))
+    found = []
+    if path is not None and (folder := Path(source.place).expanduser()).is_dir():
+        found = [x for x in task.languages if _own_files(task, folder, split, x)]
+    elif source and source.kind == "files" and source.by_language and split in source.splits:
+        found = [x for x in task.languages if _matches(_filled(source, split, x))]
+    return tuple(found) or task.languages
+
+
+def _rows(name, source: Source, split, language, labels) -> Iterator[Placed]:
+    """Rows in our columns, of one language."""
+    if split not in source.splits:
+        raise InputError(f"{source.name} has no split for '{split}'; it has "
+                         f"{', '.join(source.splits)}")
+    theirs = source.names.get(language, language)
+    if source.kind == "files":
+        rows = _file_rows(name, source, split, language)
+    else:
+        rows = {"hub": read_hub, "tfds": read_tfds}[source.kind](source, split, theirs, labels)
+    rows = (({source.rename.get(column, column): value for column, value in row.items()}, where)
+            for row, where in rows)
+    if not source.by_language:
+        rows = _of_language(rows, source.place, theirs)
+    for row, where in rows:
+        try:
+            yield (row if source.make is None else source.make(row, theirs)), where
+        except (KeyError, ValueError, IndexError, TypeError) as error:
+            raise InputError(f"{where}: cannot be read ({error!r}); found: {', '.join(row)}"
+                             ) from None
+
+
+def _of_language(rows: Iterator[Placed], place: str, language: str) -> Iterator[Placed]:
+    """Rows of a source of several languages: those whose column `language`, if any, says so."""
+    others, found = {}, False
+    for row, where in rows:
+        if row.get("language", language) == language:
+            found = True
+            yield row, where
+        else:
+            others[str(row["language"])] = True
+    if others and not found:
+        raise InputError(f"{place} has no row in '{language}'; its column 'language' has "
+                         f"{', '.join(others)}")
+
+
+def _file_rows(name: str, source: Source, split: str, language: str) -> Iterator[Placed]:
+    """Rows of all files that a pattern matches, in the order of their names."""
+    if not MAGIC.search(source.place) and not Path(source.place).expanduser().exists():
+        raise InputError(f"{source.place} is missing: task '{name}' reads its rows there")
+    if "{split}" not in source.place and len(source.splits) > 1:
+        raise InputError(f"{source.place} names no {{split}}, so that what is trained on would be "
+                         f"tested on: write {{split}} where the names of task '{name}' have train, "
+                         "dev or test")
+    place = _filled(source, split, language)
+    files = _matches(place)
+    if not files:
+        what = "matches no file" if MAGIC.search(str(place)) else "is missing"
+        raise InputError(f"{place} {what}: task '{name}' reads split '{split}' in '{language}' "
+                         "there")
+    rows = (row for file in files for row in read_file(file, source.columns, source.quoted))
+    wanted = source.rows(split)[1]
+    return islice(rows, wanted.start, wanted.stop)
+
+
+def _matches(place: Path) -> list[Path]:
+    if place.is_file():  # whatever characters its name has
+        return [place]
+    anchor = Path(place.anchor)
+    return sorted(x for x in anchor.glob(str(place.relative_to(anchor))) if x.is_file())
+
+
+def _borrow(rows: list[Placed], column: str, others: list[Placed], language: str):
+    """Rows with a column of another language's, row by row."""
+    if len(rows) != len(others) or not all(column in row for row, _ in others):
+        where = [*rows, *others][0][1]
+        raise InputError(f"{where}: {len(rows)} rows, but {len(others)} in '{language}', from "
+                         f"where column '{column}' is taken")
+    return [({**row, column: other[column]}, where)
+            for (row, where), (other, _) in zip(rows, others, strict=True)]
+
+
+def _once(rows: Iterator[Placed]) -> Iterator[Placed]:
+    """Rows without those that come again: the same `id`, where rows have one, and the same content.
+
+    Raises:
+      InputError: an id comes again with another content.
+    """
+    seen: dict[str, tuple[int, str]] = {}
+    again = 0
+    try:
+        for row, where in rows:
+            if row.get("id") is not None:
+                content = hash(str(row))
+                before, there = seen.setdefault(str(row["id"]), (content, where))
+                if before != content:
+                    raise InputError(f"{where}: id {row['id']!r} is also that of {there}, which is "
+                                     "another row; ids must differ (or name the column otherwise)")
+                if there != where:
+                    again += 1
+                    last = f"{where} is {there}"
+                    continue
+            yield row, where
+    finally:
+        if again:
+            logger.warning("%d rows left out that came before with the same id and content, such "
+                           "as %s", again, last)
+
+
+def _example(task: Task, row: dict[str, Any], where: str) -> Example:
+    try:
+        query = task.prompt.format(**row)
+        answer = None if task.unlabelled else row[task.target_column]
+    except KeyError as error:
+        raise InputError(
+            f"{where}: column {error} is missing; found: {', '.join(row)}"
+        ) from None
+    for column in re.findall(r"{(\w+)}", task.prompt):
+        if isinstance(row[column], dict | list):
+            raise InputError(f"{where}: column '{column}' is no text but {row[column]!r:.80}")
+        if is_blank(row[column]):
+            raise InputError(f"{where}: column '{column}' is empty")
+    if task.unlabelled:
+        return Example(query, "", -1)
+    if not task.labels:
+        if is_blank(answer):
+            raise InputError(f"{where}: column 'target' is empty")
+        return Example(query, str(answer), -1)
+    label = _label(task, answer, where)
+    return Example(query, task.labels[label], label)
+
+
+def _label(task: Task, value: Any, where: str) -> int:
+    """The class from its label, in any case, or from how the data writes it."""
+    text = str(value).strip().casefold()
+    for names in (task.labels, task.spellings or range(len(task.labels))):
+        found = [str(name).casefold() for name in names]
+        if text in found:
+            return found.index(text)
+    raise InputError(
+        f"{where}: label {value!r} is none of {', '.join(task.labels)} "
+        f"(or {', '.join(task.spellings) or f'0 … {len(task.labels) - 1}'})"
+    )

@@ -1,0 +1,128 @@
+"""Unlabelled text: the encoder reads a beginning of random length, the LLM learns what follows.
+
+As LangBridge trains on plain corpora (arXiv:2401.10695, section 4.1; `collate_fn` of its authors'
+train_langbridge.py): the length is drawn in encoder tokens, evenly from 32 to the most that the
+encoder takes; the text is cut where the next token begins; no end token follows the rest, which
+goes on in its document. There all texts of a batch share one length, here each has its own.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from jaxfusion.data.batching import DECODER_STEP, Ragged, Shapes, TokenRow, in_parts
+from jaxfusion.data.rows.examples import Example
+from jaxfusion.data.tokenizers import Tokenizers
+from jaxfusion.errors import InputError
+
+LEAST = 32  # encoder tokens that are read, the end token counted, where a text is long enough
+SPARE = 16  # tokens before a cut that may differ from those of the whole text
+
+
+@dataclass(frozen=True)
+class Continued:
+    """Texts that are split anew in every epoch.
+
+    Attributes:
+      texts: those of two encoder tokens or more.
+      ids: the first encoder ids of each. begins: where in the text each of these begins.
+      short: how many texts were left out, as there is nothing to split.
+      latents: the bridge's.
+    """
+
+    texts: list[str]
+    ids: Ragged
+    begins: Ragged
+    short: int
+    tokenizers: Tokenizers
+    max_encoder_tokens: int
+    max_decoder_tokens: int
+    seed: int
+    latents: int = 0
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+    def at(self, epoch: int) -> "Split":
+        """The texts as they are split in an epoch."""
+        return Split(self, epoch)
+
+    def shapes(self, buckets: Sequence[int]) -> Shapes:
+        """Shapes that hold every split: the rest may be as long as it may."""
+        longest = self.max_encoder_tokens
+        sizes = (*(b for b in sorted(buckets) if b < longest), longest)
+        text = -(-self.max_decoder_tokens // DECODER_STEP) * DECODER_STEP
+        return Shapes(sizes, (text,) * len(sizes), self.max_decoder_tokens, self.latents)
+
+
+@dataclass(frozen=True)
+class Split(Sequence[TokenRow]):
+    """The rows of one epoch, made as they are taken."""
+
+    whole: Continued
+    epoch: int
+
+    def __len__(self) -> int:
+        return len(self.whole)
+
+    @cached_property
+    def heads(self) -> np.ndarray:
+        """Encoder tokens that are read of each text, without the end token."""
+        most = self.whole.ids.lengths - 1
+        least = np.minimum(LEAST - 1, most)
+        chance = np.random.default_rng((self.whole.seed, self.epoch)).random(len(most))
+        return least + (chance * (most - least + 1)).astype(int)
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Encoder tokens of each row, its end token counted."""
+        return self.heads + 1
+
+    def parts(self, i: int) -> tuple[str, str]:
+        """What the encoder reads of a text, and the rest."""
+        cut = self.whole.begins[i][self.heads[i]]
+        return self.whole.texts[i][:cut], self.whole.texts[i][cut:]
+
+    def __getitem__(self, i: int) -> TokenRow:
+        tokenizers, limit = self.whole.tokenizers, self.whole.max_decoder_tokens
+        ids = [*self.whole.ids[i][: self.heads[i]], tokenizers.encoder.eos_token_id]
+        rest = self.parts(i)[1]
+        target, = tokenizers.encode_texts([rest[: 16 * limit]])
+        if len(target) < limit + SPARE and len(rest) > 16 * limit:
+            target, = tokenizers.encode_texts([rest])
+        return TokenRow(ids, [], target[:limit], self.whole.latents)
+
+
+def tokenize_texts(
+    examples: Sequence[Example], tokenizers: Tokenizers, *, max_encoder_tokens: int,
+    max_decoder_tokens: int, seed: int, latents: int = 0,
+) -> Continued:
+    """Texts ready to be split, of at most `max_encoder_tokens` for the encoder, its end counted.
+
+    Raises:
+      InputError: no text has two tokens, or the encoder's tokenizer does not tell where in a text
+        its tokens begin.
+    """
+    if not tokenizers.encoder.is_fast:
+        raise InputError("unlabelled text needs an encoder tokenizer that knows its offsets (a "
+                         "tokenizer.json)")
+    texts, ids, begins, short = [], Ragged(), Ragged(), 0
+    for part in in_parts(examples):
+        some = [example.query for example in part]
+        found = tokenizers.encoder(some, add_special_tokens=False, return_offsets_mapping=True)
+        for text, tokens, offsets in zip(some, found["input_ids"], found["offset_mapping"],
+                                         strict=True):
+            starts = [start for start, _ in offsets[:max_encoder_tokens]]
+            if not any(starts):
+                short += 1
+                continue
+            texts.append(text)
+            ids.append(tokens[:max_encoder_tokens])
+            begins.append(starts)
+    if not texts:
+        raise InputError(f"none of the {short} texts has two tokens of the encoder: nothing to "
+                         "split")
+    return Continued(texts, ids, begins, short, tokenizers, max_encoder_tokens,
+                     max_decoder_tokens, seed, latents)

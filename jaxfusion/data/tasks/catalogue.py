@@ -1,0 +1,361 @@
+"""The papers' tasks: prompt, labels, languages, and where their data lives."""
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+
+from jaxfusion.data.pocket.lexicon import LANGUAGES as POCKET
+from jaxfusion.data.tasks.spec import (
+    HUB_SPLITS,
+    SAME,
+    SPLITS,
+    Row,
+    Source,
+    Task,
+    last_number,
+    last_unsigned,
+)
+from jaxfusion.errors import InputError, choose
+from jaxfusion.fields import DataConfig, TaskConfig
+
+NLI_PROMPT = "Premise: {premise} Hypothesis: {hypothesis} Label: "
+NLI_LABELS = ("Entailment", "Neutral", "Contradiction")
+QA_PROMPT = "Text: {text} Question: {question} Answer: "
+
+# MetaMath's (arXiv:2309.12284), as LangBridge's authors ask it (github.com/kaistAI/LangBridge), and
+# with the words that MetaMath's own authors put behind it when they score.
+ALPACA_PROMPT = (
+    "Below is an instruction that describes a task. Write a response that appropriately "
+    "completes the request.\n\n### Instruction:\n{query}\n\n### Response:"
+)
+LANGBRIDGE_MATHS = ALPACA_PROMPT + "\n"
+STEP_BY_STEP = ALPACA_PROMPT + " Let's think step by step."
+# What stands before a question of MGSM in its few-shot rows, and LangBridge's authors put there.
+QUESTIONS = {"en": "Question:", "es": "Pregunta:", "fr": "Question :", "de": "Frage:",
+             "ru": "Задача:", "zh": "问题:", "ja": "問題:", "th": "โจทย์:", "sw": "Swali:",
+             "bn": "প্রশ্ন:", "te": "ప్రశ్న:"}
+MGSM_FILES = Source("mgsm_{language}.tsv", splits={"test": "test"}, columns=("query", "target"))
+MGSM_HUB = Source("hub:juletxara/mgsm", "{language}", {"train": "train", "test": "test"},
+                  rename={"question": "query", "answer_number": "target"})
+
+
+def _question(row: Row, language: str) -> Row:
+    """MGSM's row with its language's word for a question before it."""
+    word = QUESTIONS[language]
+    query = row["query"] if row["query"].startswith(word) else f"{word} {row['query']}"
+    return {**row, "query": query}
+
+
+def _winograd(row: Row, language: str) -> Row:
+    """XWinograd's row with a blank in the pronoun's place."""
+    tokens, (_, (first, last), _) = json.loads(row["tokens"]), json.loads(row["pronoun"])
+    sentence, place, spans = row["sentence"], 0, []
+    for token in tokens[:last]:
+        # Quotes and elisions are written otherwise among the tokens: these find no place.
+        found = sentence.find(token, place)
+        spans.append((found, found + len(token)))
+        place = max(place, spans[-1][1]) if found >= 0 else place
+    begin, end = spans[first][0], spans[last - 1][1]
+    if begin < 0 or end < begin:
+        raise ValueError(f"pronoun {tokens[first:last]} is not in the sentence")
+    (one, *_, right), (two, *_) = json.loads(row["options"])
+    end = begin + len(sentence[begin:end].rstrip(".,"))  # some spans have them
+    return {"sentence": f"{sentence[:begin]}_{sentence[end:]}".strip(), "option1": one,
+            "option2": two, "label": "1" if right else "2"}
+
+
+def _mmlu(row: Row, language: str) -> Row:
+    """English MMLU in the columns of the translated one."""
+    return {"Question": row["question"], **dict(zip("ABCD", row["choices"], strict=True)),
+            "label": row["answer"]}
+
+
+def _translations(row: Row, language: str) -> Row:
+    """A row of tensorflow-datasets' XNLI, which has all languages, as one of this language."""
+    found = row["hypothesis"]
+    hypotheses = dict(zip(found["language"], found["translation"], strict=True))
+    return {"premise": row["premise"][language], "hypothesis": hypotheses[language],
+            "label": row["label"]}
+
+
+# The translated MMLU calls a language by its country, too.
+MMMLU = {"ar": "AR_XY", "bn": "BN_BD", "de": "DE_DE", "es": "ES_LA", "fr": "FR_FR", "hi": "HI_IN",
+         "id": "ID_ID", "it": "IT_IT", "ja": "JA_JP", "ko": "KO_KR", "pt": "PT_BR", "sw": "SW_KE",
+         "yo": "YO_NG", "zh": "ZH_CN"}
+
+BELEBELE = tuple("""
+    acm_Arab afr_Latn als_Latn amh_Ethi apc_Arab arb_Arab arb_Latn ars_Arab ary_Arab arz_Arab
+    asm_Beng azj_Latn bam_Latn ben_Beng ben_Latn bod_Tibt bul_Cyrl cat_Latn ceb_Latn ces_Latn
+    ckb_Arab dan_Latn deu_Latn ell_Grek eng_Latn est_Latn eus_Latn fin_Latn fra_Latn fuv_Latn
+    gaz_Latn grn_Latn guj_Gujr hat_Latn hau_Latn heb_Hebr hin_Deva hin_Latn hrv_Latn hun_Latn
+    hye_Armn ibo_Latn ilo_Latn ind_Latn isl_Latn ita_Latn jav_Latn jpn_Jpan kac_Latn kan_Knda
+    kat_Geor kaz_Cyrl kea_Latn khk_Cyrl khm_Khmr kin_Latn kir_Cyrl kor_Hang lao_Laoo lin_Latn
+    lit_Latn lug_Latn luo_Latn lvs_Latn mal_Mlym mar_Deva mkd_Cyrl mlt_Latn mri_Latn mya_Mymr
+    nld_Latn nob_Latn npi_Deva npi_Latn nso_Latn nya_Latn ory_Orya pan_Guru pbt_Arab pes_Arab
+    plt_Latn pol_Latn por_Latn ron_Latn rus_Cyrl shn_Mymr sin_Latn sin_Sinh slk_Latn slv_Latn
+    sna_Latn snd_Arab som_Latn sot_Latn spa_Latn srp_Cyrl ssw_Latn sun_Latn swe_Latn swh_Latn
+    tam_Taml tel_Telu tgk_Cyrl tgl_Latn tha_Thai tir_Ethi tsn_Latn tso_Latn tur_Latn ukr_Cyrl
+    urd_Arab urd_Latn uzn_Latn vie_Latn war_Latn wol_Latn xho_Latn yor_Latn zho_Hans zho_Hant
+    zsm_Latn zul_Latn
+""".split())  # noqa: SIM905
+
+TASKS: dict[str, Task] = {
+    "xnli": Task(
+        NLI_PROMPT,
+        NLI_LABELS,
+        (
+            "en", "ar", "bg", "de", "el", "es", "fr", "hi", "ru", "sw", "th", "tr", "ur", "vi",
+            "zh",
+        ),
+        source=Source("hub:facebook/xnli", "{language}"),
+        others=(Source("tfds:xnli", splits={"dev": "validation", "test": "test"},
+                       make=_translations),),
+        # XNLI's released TSVs hold 830 premises of 3 pairs each; cuts fall between premises.
+        files=Source(
+            "{split}-{language}.tsv",
+            splits={"train": "dev[0:1890]", "dev": "dev[1890:2190]", "test": "dev[2190:2490]"},
+            columns=("premise", "hypothesis", "label"),
+        ),
+        parallel=True,
+    ),
+    "indicxnli": Task(
+        NLI_PROMPT,
+        NLI_LABELS,
+        ("as", "bn", "gu", "hi", "kn", "ml", "mr", "or", "pa", "ta", "te"),
+        source=Source("hub:Divyanshu/indicxnli", "{language}"),
+        # The sample of its test rows, all languages in one file.
+        files=Source("indicxnli_test_50.tsv", splits={"test": "test"}, rename={"lang": "language"}),
+        parallel=True,
+    ),
+    # The authors' loader reads the configuration train_{language} for testing too; this one reads
+    # test_{language}. Say so before comparing with their figure.
+    "sinhala_news": Task(
+        "News Sentence: {sentence} Category: ",
+        ("Business", "Entertainment", "Political", "Sports", "Science"),
+        ("en", "si"),
+        source=Source(
+            "hub:Themira/en_si_news_classification_with_label_name", "{split}_{language}",
+            {"train": "train[500:]", "dev": "train[:500]", "test": "train"},
+        ),
+    ),
+    "amazon_reviews": Task(
+        "Review: {text} Label: ",
+        ("Very Negative", "Negative", "Neutral", "Positive", "Very Positive"),
+        ("en", "es", "fr", "de", "zh", "ja"),
+        source=Source("hub:mteb/amazon_reviews_multi", "{language}"),
+    ),
+    "sib200": Task(
+        "Sentence: {text} Topic: ",
+        ("science/technology", "travel", "politics", "sports", "health", "entertainment",
+         "geography"),
+        (
+            "eng_Latn", "sin_Sinh", "tam_Taml", "swh_Latn", "urd_Arab", "asm_Beng", "ben_Beng",
+            "guj_Gujr", "hin_Deva", "kan_Knda", "mal_Mlym", "mar_Deva", "ory_Orya", "pan_Guru",
+            "tel_Telu", "arb_Arab", "jpn_Jpan", "kor_Hang", "spa_Latn", "zho_Hans",
+        ),
+        source=Source("hub:Davlan/sib200", "{language}", rename={"category": "label"}),
+        files=Source("data/annotated/{language}/{split}.tsv", splits=SAME,
+                     rename={"category": "label"}, quoted=True),
+        parallel=True,
+    ),
+    # Of the made-up world in data/pocket/world.py.
+    "pocket_nli": Task(NLI_PROMPT, NLI_LABELS, tuple(POCKET), parallel=True),
+    "pocket_qa": Task(QA_PROMPT, (), tuple(POCKET), parallel=True),
+    # Multiple choice as Lens is scored on: the options have letters, and the letters are compared.
+    # Of XCOPA's questions (cause or effect) many are wrong in Swahili, Indonesian and others:
+    # Estonian has the original's.
+    "xcopa": Task(
+        "Premise: {premise}\nWhich is more likely to be its {question}?\nA: {choice1}\n"
+        "B: {choice2}\nAnswer: ",
+        ("A", "B"),
+        ("en", "et", "ht", "id", "it", "qu", "sw", "ta", "th", "tr", "vi", "zh"),
+        source=Source("hub:cambridgeltl/xcopa", "{language}", borrowed={"question": "et"}),
+        sources={"en": Source("hub:pkavumba/balanced-copa", None,
+                              {"train": "train", "test": "test"})},
+        files=Source("data/{language}/{split}.{language}.jsonl",
+                     splits={"dev": "val", "test": "test"}, borrowed={"question": "et"}),
+        parallel=True,
+    ),
+    "xstorycloze": Task(
+        "Story: {input_sentence_1} {input_sentence_2} {input_sentence_3} {input_sentence_4}\n"
+        "Which sentence ends it?\nA: {sentence_quiz1}\nB: {sentence_quiz2}\nAnswer: ",
+        ("A", "B"),
+        ("en", "ar", "es", "eu", "hi", "id", "my", "ru", "sw", "te", "zh"),
+        source=Source("hub:juletxara/xstory_cloze", "{language}",
+                      {"train": "train", "dev": "train", "test": "eval"},
+                      rename={"answer_right_ending": "label"}),
+        spellings=("1", "2"),
+        parallel=True,
+    ),
+    "xwinograd": Task(
+        "Sentence: {sentence}\nWhat belongs in the place of _?\nA: {option1}\nB: {option2}\n"
+        "Answer: ",
+        ("A", "B"),
+        ("en", "fr", "ja", "pt", "ru", "zh"),
+        source=Source("hub:Muennighoff/xwinograd", "{language}", {"test": "test"},
+                      rename={"answer": "label"}, names={"ja": "jp"}),
+        # The file of the authors' repository, all languages in one.
+        files=Source("dataset.tsv", splits={"test": "test"}, make=_winograd, names={"ja": "jp"},
+                     columns=("language", "part", "original", "sentence", "tokens", "pronoun",
+                              "options")),
+        spellings=("1", "2"),
+    ),
+    "mmmlu": Task(
+        "Question: {Question}\nA: {A}\nB: {B}\nC: {C}\nD: {D}\nAnswer: ",
+        ("A", "B", "C", "D"),
+        ("en", *MMMLU),
+        source=Source("hub:openai/MMMLU", "{language}", {"test": "test"},
+                      rename={"Answer": "label"}, names=MMMLU),
+        sources={"en": Source("hub:cais/mmlu", "all", make=_mmlu)},
+        files=Source("{language}.json", splits={"test": "test"}, rename={"Answer": "label"}),
+        parallel=True,
+    ),
+    # The translation of MMLU by a machine that Lens is scored on, its first 1,000 rows; `mmmlu` is
+    # that of translators.
+    "m_mmlu": Task(
+        "Question: {instruction}\nA: {option_a}\nB: {option_b}\nC: {option_c}\nD: {option_d}\n"
+        "Answer: ",
+        ("A", "B", "C", "D"),
+        ("en", "ar", "bn", "ca", "da", "de", "es", "eu", "fr", "gu", "hi", "hr", "hu", "hy", "id",
+         "is", "it", "kn", "ml", "mr", "nb", "ne", "nl", "pt", "ro", "ru", "sk", "sr", "sv", "ta",
+         "te", "uk", "vi", "zh"),
+        source=Source("hub:alexandrainst/m_mmlu", "{language}",
+                      {"train": "train", "dev": "val", "test": "test[:1000]"},
+                      rename={"answer": "label"}),
+    ),
+    "belebele": Task(
+        "Passage: {flores_passage}\nQuestion: {question}\nA: {mc_answer1}\nB: {mc_answer2}\n"
+        "C: {mc_answer3}\nD: {mc_answer4}\nAnswer: ",
+        ("A", "B", "C", "D"),
+        BELEBELE,
+        keeps_end=True,
+        source=Source("hub:facebook/belebele", "{language}", {"test": "test"},
+                      rename={"correct_answer_num": "label"}),
+        files=Source("{language}.jsonl", splits={"test": "test"},
+                     rename={"correct_answer_num": "label"}),
+        spellings=("1", "2", "3", "4"),
+    ),
+    "mgsm": Task(
+        LANGBRIDGE_MATHS,
+        (),
+        tuple(QUESTIONS),
+        source=replace(MGSM_HUB, make=_question),
+        files=replace(MGSM_FILES, make=_question),
+        extract=last_unsigned,
+        parallel=True,
+        keeps_end=True,
+        max_new_tokens=1024,
+        stop={language: (word, "[END]", "</s>", "<|im_end|>")
+              for language, word in QUESTIONS.items()},
+    ),
+    "mgsm_step_by_step": Task(
+        STEP_BY_STEP,
+        (),
+        tuple(QUESTIONS),
+        source=MGSM_HUB,
+        files=MGSM_FILES,
+        extract=last_number,
+        parallel=True,
+        keeps_end=True,
+        max_new_tokens=1024,
+    ),
+    # LangBridge's labelled corpora: English question and answer, no classes.
+    "metamath": Task(
+        LANGBRIDGE_MATHS,
+        (),
+        ("en",),
+        source=Source(
+            "hub:meta-math/MetaMathQA", None,
+            {"train": "train[1000:]", "dev": "train[:500]", "test": "train[500:1000]"},
+            rename={"response": "target"},
+        ),
+        extract=last_unsigned,
+        max_new_tokens=512,
+    ),
+}
+
+
+def get_task(name: str, own: Mapping[str, TaskConfig] | None = None) -> Task:
+    """The task of that name.
+
+    Args:
+      own: the config's own tasks, by name.
+
+    Raises:
+      InputError: there is none (the near match is named), or an own one that makes no sense.
+    """
+    own = own or {}
+    if twice := sorted(TASKS.keys() & own.keys()):
+        raise InputError(f"config.tasks: '{twice[0]}' is a task already; choose another name")
+    choose("task", name, (*TASKS, *own))
+    return own_task(name, own[name]) if name in own else TASKS[name]
+
+
+def own_task(name: str, c: TaskConfig) -> Task:
+    """A task that a config declares.
+
+    Raises:
+      InputError: a prompt without a column, no languages, labels or splits that make no sense.
+    """
+    where = f"config.tasks.{name}"
+    columns = re.findall(r"{(\w+)}", c.prompt)
+    try:
+        c.prompt.format(**dict.fromkeys(columns, ""))
+    except (KeyError, ValueError, IndexError, AttributeError) as error:
+        raise InputError(f"{where}.prompt cannot be filled in ({error!r}): a column is {{NAME}}, a "
+                         "brace is written twice") from None
+    if not columns:
+        raise InputError(f"{where}.prompt is {c.prompt!r}, wanted a text with a column such as "
+                         "{text}")
+    if not c.languages:
+        raise InputError(f"{where}.languages is empty, wanted one or more")
+    if len({label.casefold() for label in c.labels}) < len(c.labels):
+        raise InputError(f"{where}.labels has one twice: {', '.join(c.labels)}")
+    if c.spellings and len(c.spellings) != len(c.labels):
+        raise InputError(f"{where}.spellings has {len(c.spellings)} entries, wanted one for each "
+                         f"of the {len(c.labels)} labels")
+    if c.unlabelled and c.labels:
+        raise InputError(f"{where} is unlabelled, but has labels")
+    for split in c.splits:
+        choose(f"split in {where}.splits:", split, SPLITS)
+    return Task(c.prompt, c.labels, c.languages, _own_source(c), spellings=c.spellings,
+                unlabelled=c.unlabelled, parallel=c.parallel, extract=c.extract and EXTRACTS[
+                    choose(f"{where}.extract", c.extract, EXTRACTS)])
+
+
+EXTRACTS = {"last_number": last_number, "last_unsigned": last_unsigned}
+
+
+def _own_source(c: TaskConfig) -> Source | None:
+    if c.source is None:
+        return None
+    source = Source(c.source, c.subset, revision=c.revision, names=c.names,
+                    rename={theirs: ours for ours, theirs in c.columns.items()})
+    return replace(source, splits=c.splits or (SAME if source.kind == "files" else HUB_SPLITS))
+
+
+def configured(task: Task, data: DataConfig) -> Task:
+    """The training task with its hub dataset as the config wants it: another one, at a revision,
+    streamed."""
+    source = task.sources.get(data.language, task.source)
+    if data.path is not None:
+        source = task.at(data.path)
+    if source is None or source.kind != "hub":
+        return task
+    source = replace(source, streaming=data.streaming, revision=data.revision or source.revision)
+    if data.language in task.sources and data.path is None:
+        return replace(task, sources={**task.sources, data.language: source})
+    return replace(task, source=source)
+
+
+def check_languages(
+    name: str, languages: tuple[str, ...], own: Mapping[str, TaskConfig] | None = None
+) -> None:
+    """Raises InputError if the task lacks one of the languages."""
+    known = get_task(name, own).languages
+    for language in languages:
+        if language not in known:
+            raise InputError(
+                f"task '{name}' has no language '{language}'; it has {', '.join(known)}"
+            )

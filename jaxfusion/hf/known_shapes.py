@@ -1,0 +1,110 @@
+"""Shapes of well-known checkpoints as their `config.json` has them, so that a program can be
+compiled for them where no hub is in reach. Where a checkpoint is read, its own file decides.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxfusion.errors import InputError
+from jaxfusion.hf.config_json import decoder_config, encoder_config
+from jaxfusion.hf.hub import NOT_WEIGHTS, find_files
+from jaxfusion.hf.load import read_config
+from jaxfusion.nn.decoder import Decoder, DecoderConfig
+from jaxfusion.nn.mt5 import MT5Config, MT5Encoder
+
+
+def _mt5(d_model: int, d_ff: int, num_layers: int, num_heads: int) -> dict[str, Any]:
+    return {"model_type": "mt5", "vocab_size": 250_112, "d_model": d_model, "d_ff": d_ff,
+            "d_kv": 64, "num_layers": num_layers, "num_heads": num_heads,
+            "feed_forward_proj": "gated-gelu"}
+
+
+def _llama(hidden: int, inner: int, layers: int, heads: int, kv: int, rows: int, **more: Any):
+    return {"model_type": "llama", "vocab_size": rows, "hidden_size": hidden,
+            "intermediate_size": inner, "num_hidden_layers": layers, "num_attention_heads": heads,
+            "num_key_value_heads": kv, "head_dim": hidden // heads, "rope_theta": 10_000.0,
+            "rms_norm_eps": 1e-5, "hidden_act": "silu", "tie_word_embeddings": False,
+            "max_position_embeddings": 4096, **more}
+
+
+def _llama_3(*shape: int, factor: float | None = None, **more: Any) -> dict[str, Any]:
+    scaling = None if factor is None else {
+        "rope_type": "llama3", "factor": factor, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192}
+    length = 8192 if factor is None else 131_072
+    return _llama(*shape, 128_256, rope_theta=500_000.0, rope_scaling=scaling,
+                  max_position_embeddings=length, **more)
+
+
+def _qwen(hidden: int, inner: int, layers: int, heads: int, kv: int) -> dict[str, Any]:
+    """The smaller ones of Qwen2.5, which share their two tables."""
+    return {"model_type": "qwen2", "vocab_size": 151_936, "hidden_size": hidden,
+            "intermediate_size": inner, "num_hidden_layers": layers, "num_attention_heads": heads,
+            "num_key_value_heads": kv, "rope_theta": 1e6, "rms_norm_eps": 1e-6,
+            "tie_word_embeddings": True, "max_position_embeddings": 32_768}
+
+
+XL, XXL = _mt5(2048, 5120, 24, 32), _mt5(4096, 10_240, 24, 64)
+LLAMA_7B, LLAMA_13B = (4096, 11_008, 32, 32, 32), (5120, 13_824, 40, 40, 40)
+BACKBONES: dict[str, dict[str, Any]] = {
+    "google/mt5-small": _mt5(512, 1024, 8, 6), "google/mt5-base": _mt5(768, 2048, 12, 12),
+    "google/mt5-large": _mt5(1024, 2816, 24, 16), "google/mt5-xl": XL, "google/mt5-xxl": XXL,
+    "DKYoon/mt5-xl-lm-adapt": XL, "DKYoon/mt5-xxl-lm-adapt": XXL,
+    "meta-llama/Llama-2-7b-hf": _llama(*LLAMA_7B, 32_000),
+    "meta-llama/Llama-2-13b-hf": _llama(*LLAMA_13B, 32_000),
+    "meta-math/MetaMath-7B-V1.0": _llama(*LLAMA_7B, 32_001),
+    "microsoft/Orca-2-7b": _llama(*LLAMA_7B, 32_003),
+    "meta-llama/Meta-Llama-3-8B-Instruct": _llama_3(4096, 14_336, 32, 32, 8),
+    "meta-llama/Llama-3.1-8B-Instruct": _llama_3(4096, 14_336, 32, 32, 8, factor=8.0),
+    "meta-llama/Llama-3.2-1B-Instruct": _llama_3(2048, 8192, 16, 32, 8, factor=32.0,
+                                                 tie_word_embeddings=True),
+    "meta-llama/Llama-3.2-3B-Instruct": _llama_3(3072, 8192, 28, 24, 8, factor=32.0,
+                                                 tie_word_embeddings=True),
+    "Qwen/Qwen2.5-0.5B-Instruct": _qwen(896, 4864, 24, 14, 2),
+    "Qwen/Qwen2.5-1.5B-Instruct": _qwen(1536, 8960, 28, 12, 2),
+    "Qwen/Qwen2.5-3B-Instruct": _qwen(2048, 11_008, 36, 16, 2),
+    "Qwen/Qwen2.5-7B-Instruct": {
+        "model_type": "qwen2", "vocab_size": 152_064, "hidden_size": 3584,
+        "intermediate_size": 18_944, "num_hidden_layers": 28, "num_attention_heads": 28,
+        "num_key_value_heads": 4, "rope_theta": 1e6, "rms_norm_eps": 1e-6,
+        "tie_word_embeddings": False, "max_position_embeddings": 32_768},
+    # Without the factors of its longer contexts, which change no shape.
+    "microsoft/Phi-3.5-mini-instruct": {
+        **_llama(3072, 8192, 32, 32, 32, 32_064), "model_type": "phi3", "pad_token_id": 32_000},
+}
+
+
+def backbone_shape(
+    role: str, checkpoint: str, revision: str | None = None
+) -> MT5Config | DecoderConfig:
+    """A tower's shape: of a named backbone from the table above, else from its `config.json`.
+
+    Raises:
+      InputError: it is in neither place.
+    """
+    described = BACKBONES.get(checkpoint)
+    if described is None:
+        try:
+            described = read_config(find_files(checkpoint, NOT_WEIGHTS, revision))
+        except InputError as error:
+            raise InputError(f"{error}; shapes known without it: {', '.join(BACKBONES)}") from None
+    read = encoder_config if role == "encoder" else decoder_config
+    return read(described, checkpoint)
+
+
+def backbone_size(role: str, checkpoint: str) -> int:
+    """How many parameters a tower has.
+
+    Raises:
+      InputError: as `backbone_shape`.
+    """
+    shape, tokens = backbone_shape(role, checkpoint), jnp.zeros((1, 2), jnp.int32)
+
+    def init():
+        if role == "encoder":
+            return MT5Encoder(shape).init(jax.random.key(0), tokens, tokens == 0)
+        return Decoder(shape).init(jax.random.key(0), tokens, tokens, tokens, method="score")
+
+    return sum(x.size for x in jax.tree.leaves(jax.eval_shape(init)))

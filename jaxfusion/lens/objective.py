@@ -1,0 +1,166 @@
+"""Training of an LLM's top blocks alone, on what was kept of every prompt.
+
+A step runs only the trained blocks: no second model and, but for supervised tuning, no logits.
+What the losses aim at comes in as parameters, below `lens/`, so that every setting of a sweep runs
+the same compiled step.
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import traverse_util
+from jaxtyping import Array, Float, Int
+
+from jaxfusion.fields import LensConfig
+from jaxfusion.lens.activations import Kept, cut, last_and_mean, split, top
+from jaxfusion.lens.losses import Goal, align, retain, separate
+from jaxfusion.lens.probe import Probe
+from jaxfusion.nn.decoder import Decoder, weigh
+from jaxfusion.sharding.rules import constrain
+
+
+@dataclass(frozen=True)
+class Manipulation:
+    """The loss of the top blocks on kept prompts.
+
+    Attributes:
+      upper: the top blocks as a decoder of their own.
+      layers: behind which of them the losses act, numbered from 0 on.
+    """
+
+    upper: Decoder
+    layers: tuple[int, ...]
+
+    def loss(self, params: dict[str, Any], batch: Kept, key: Array | None = None):
+        """`Σ_layers (λ_retain retain + Σ_k (λ_sep separate_k + λ_align align_k))`, mean over
+        prompts, and their number.
+
+        Args:
+          params: `decoder`, and `lens` of `aims`.
+        """
+        aims, total = params["lens"], 0.0
+        for layer, (at, mean) in zip(self.layers, self.states(params["decoder"], batch),
+                                     strict=True):
+            goal = Goal(**aims["goals"][str(layer)])
+            total += aims["align"] * align(at, goal)
+            total += aims["separate"] * separate(at, batch.before[:, :, layer], goal)
+            total += aims["retain"] * retain(mean, batch.mean[:, layer])
+        return jnp.mean(total), jnp.array(len(batch.last))
+
+    def states(self, params, batch: Kept) -> list[tuple[Array, Array]]:
+        """Behind every layer the prompts' last states [R C E], and the central ones' mean [R E].
+
+        In the last block only central prompts run whole, for their mean: of the others nothing but
+        the last slot is asked for.
+        """
+        rows, languages = batch.last.shape
+        stream = side_by_side(batch)
+        read = last_and_mean(stream.last, stream.segments)
+        hidden, below = run_below_last(self.upper, params, stream, read)
+
+        def of(chosen: slice) -> Stream:
+            return jax.tree.map(lambda x: x.reshape(rows, languages, *x.shape[1:])[:, chosen]
+                                .reshape(-1, *x.shape[1:]), stream._replace(hidden=hidden))
+
+        central, targets = of(slice(1)), of(slice(1, None))
+        whole = run_last(self.upper, params, central)
+        ends = run_last(self.upper, params, targets, targets.last[:, None])
+        last, mean = jnp.moveaxis(weigh(last_and_mean(central.last, central.segments), whole), 1, 0)
+        ends = ends.reshape(rows, languages - 1, -1)
+        found = [(jnp.concatenate([last[:, None], ends], axis=1), mean)]
+        below = below.reshape(len(below), rows, languages, *below.shape[2:])
+        found = [(x[:, :, 0], x[:, 0, 1]) for x in below] + found
+        return [found[layer] for layer in self.layers]
+
+
+@dataclass(frozen=True)
+class Supervised:
+    """The same blocks tuned on answers: mean cross-entropy of their tokens, in all languages."""
+
+    upper: Decoder
+
+    def loss(self, params: dict[str, Any], batch: Kept, key: Array | None = None):
+        """The loss, and the number of answers' tokens."""
+        stream, decoder = side_by_side(batch), params["decoder"]
+        slots, tokens, answered = (
+            x.reshape(len(stream.last), -1) for x in (batch.slots, batch.tokens, batch.answered))
+        hidden, _ = run_below_last(self.upper, decoder, stream)
+        wanted = run_last(self.upper, decoder, stream._replace(hidden=hidden), slots)
+        logits = self.upper.apply({"params": decoder}, wanted, method="logits")
+        chances = jnp.take_along_axis(jax.nn.log_softmax(logits), tokens[:, :, None], axis=-1)
+        count = jnp.sum(answered)
+        return -jnp.sum(jnp.where(answered, chances[..., 0], 0.0)) / jnp.maximum(count, 1), count
+
+
+class Stream(NamedTuple):
+    """What the blocks read of R prompts in C languages, side by side as B = R C rows."""
+
+    hidden: Float[Array, "B N E"]
+    positions: Int[Array, "B N"]
+    segments: Int[Array, "B N"]
+    last: Int[Array, "B"]
+
+
+def side_by_side(batch: Kept) -> Stream:
+    """Every prompt of every language as a row."""
+    rows, languages = batch.last.shape
+    hidden, *others = (x.reshape(rows * languages, *x.shape[2:]) for x in (
+        batch.hidden, batch.positions, batch.segments, batch.last))
+    return Stream(constrain(hidden, "rows", None, None), *others)
+
+
+def run_below_last(
+    upper: Decoder, params, stream: Stream, read: Float[Array, "B P N"] | None = None
+) -> tuple[Float[Array, "B N E"], Float[Array, "n B P E"] | None]:
+    """All trained blocks but the last: what that one reads, and behind each the sums over the slots
+    by the weights `read`."""
+    blocks = upper.config.num_layers - 1
+    if not blocks:
+        none = None if read is None else jnp.zeros((0, *read.shape[:2], stream.hidden.shape[-1]))
+        return stream.hidden, none
+    below = upper.clone(config=split(upper.config, 1)[0])
+    hidden, _, states, _ = below.apply(
+        {"params": cut(params, 0, blocks)}, stream.hidden, stream.positions, stream.segments,
+        read=read, method="run")
+    return hidden, states
+
+
+def run_last(
+    upper: Decoder, params, stream: Stream, at: Int[Array, "B Q"] | None = None
+) -> Float[Array, "B Q E"]:
+    """The last block and the final norm, at the slots `at` alone; None is all."""
+    blocks = upper.config.num_layers
+    last = top(upper, 1) if blocks > 1 else upper
+    return last.apply({"params": cut(params, blocks - 1, blocks)}, stream.hidden, stream.positions,
+                      stream.segments, at=at)[0]
+
+
+def make_goals(
+    found: Probe, blocks: int, layers: Sequence[int], rank: int | None, weights: dict[str, float]
+) -> dict[int, Goal]:
+    """What to aim at behind the trained blocks, by their number from 0 on.
+
+    Args:
+      layers: numbered from 1 on in the whole LLM; empty is the last.
+      weights: w_k of languages; 1 unless given.
+
+    """
+    first, goals = found.layers - blocks, {}
+    scale = np.array([weights.get(name, 1.0) for name in found.languages[1:]])
+    for layer in layers or (found.layers,):
+        spaces = found.subspaces(layer, rank)
+        moves = scale[:, None] * (found.displacements(layer, rank)[1:] @ spaces.specific)
+        goals[layer - first - 1] = Goal(*(
+            x.astype(np.float32) for x in (spaces.direction, spaces.specific, moves)))
+    return goals
+
+
+def aims(goals: dict[int, Goal], lens: LensConfig) -> dict[str, np.ndarray]:
+    """What `Manipulation.loss` takes besides the LLM, by path: goals, and the losses' weights."""
+    tree = {"goals": {str(layer): asdict(goal) for layer, goal in goals.items()},
+            **{name: np.float32(getattr(lens, name)) for name in ("align", "separate", "retain")}}
+    return traverse_util.flatten_dict({"lens": tree}, sep="/")

@@ -1,0 +1,106 @@
+"""What a config's `:debug` runs on: checkpoints and rows made on first use, kept in a cache."""
+
+import os
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from zlib import crc32
+
+from jaxfusion.data.pocket.lexicon import VERSION as WORLD
+from jaxfusion.data.pocket.world import write_parallel, write_tasks, write_texts
+from jaxfusion.data.tasks.catalogue import get_task
+from jaxfusion.data.tasks.spec import Task
+from jaxfusion.errors import InputError, choose
+from jaxfusion.fields import Job, LensRunConfig, PretrainConfig
+from jaxfusion.files import new_directory
+from jaxfusion.miniatures.checkpoints import SIZES, write_checkpoints
+from jaxfusion.miniatures.text import write_rows
+
+MADE = "made:"
+# Parts of the pocket world by the name after `made:`: shares of its texts and training rows.
+WORLDS = {"pocket": 1.0, "pocket_tenth": 0.1, "pocket_debug": 0.01}
+ROWS = {"train": 300, "dev": 60, "test": 60}
+# Part of the directories' names, so that those of another version are left alone.
+VERSION = 1
+
+
+def make_inputs(config: Job) -> Job:
+    """The config with `made:SIZE` checkpoints, `made:rows` and `made:pocket` as directories.
+
+    They are made where they do not exist yet, below `$JAXFUSION_CACHE` (default
+    `~/.cache/jaxfusion`).
+    """
+    cache = Path(os.environ.get("JAXFUSION_CACHE", Path.home() / ".cache" / "jaxfusion"))
+    if isinstance(config, LensRunConfig):
+        return _lens_inputs(config, cache)
+    if config.data.path and config.data.path.startswith(f"{MADE}pocket"):
+        if isinstance(config, PretrainConfig):
+            path = _world(config.data.path, "texts", write_texts, cache)
+        else:
+            path = _world(config.data.path, "tasks", write_tasks, cache) / config.data.task
+        config = replace(config, data=replace(config.data, path=str(path)))
+    if isinstance(config, PretrainConfig):
+        return config
+    for role in ("encoder", "decoder"):
+        config = replace(config, **{role: _tower(config, role, cache)})
+    if config.data.path == f"{MADE}rows":
+        task = get_task(config.data.task, config.tasks)
+        # Two configs may give their own tasks the same name.
+        own = config.tasks.get(config.data.task, "") and (
+            f"-{crc32(repr(config.tasks[config.data.task]).encode()):x}")
+        rows = cache / f"rows-{config.data.task}{own}-v{VERSION}"
+        _make(rows, lambda out: _write_rows(out, task))
+        config = replace(config, data=replace(config.data, path=str(rows)))
+    return config
+
+
+def _lens_inputs(config: LensRunConfig, cache: Path) -> LensRunConfig:
+    data = config.data
+    if data.path.startswith(f"{MADE}pocket"):
+        prompts = _world(data.path, "parallel", write_parallel, cache) / "parallel.jsonl"
+        data = replace(data, path=str(prompts))
+    if data.task_path and data.task_path.startswith(f"{MADE}pocket"):
+        tasks = _world(data.task_path, "tasks", write_tasks, cache)
+        data = replace(data, task_path=str(tasks / "{task}"))
+    config = replace(config, data=data)
+    return replace(config, decoder=_tower(config, "decoder", cache))
+
+
+def _tower(config: Job, role: str, cache: Path):
+    """A tower's fields, `made:SIZE` as a directory."""
+    tower = getattr(config, role)
+    if not tower.checkpoint.startswith(MADE):
+        return tower
+    size = choose("checkpoint size", tower.checkpoint.removeprefix(MADE), SIZES)
+    towers = cache / f"{size}-v{VERSION}"
+    _make(towers, lambda out: write_checkpoints(out, size))
+    return replace(tower, checkpoint=str(towers / role))
+
+
+def _world(path: str, part: str, write: Callable[[Path, float], None], cache: Path) -> Path:
+    """A directory of the world's texts, tasks or parallel prompts."""
+    size = choose("pocket world", path.removeprefix(MADE), WORLDS)
+    out = cache / f"{size}-{part}-v{WORLD}"
+
+    def write_new(out: Path) -> None:
+        with new_directory(out) as partial:
+            write(partial, WORLDS[size])
+
+    _make(out, write_new)
+    return out
+
+
+def _write_rows(out: Path, task: Task) -> None:
+    with new_directory(out) as partial:
+        write_rows(partial, task, rows=ROWS)
+
+
+def _make(out: Path, make: Callable[[Path], None]) -> None:
+    if out.is_dir():
+        return
+    out.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        make(out)
+    except (OSError, InputError):
+        if not out.is_dir():  # another process may have made it meanwhile
+            raise

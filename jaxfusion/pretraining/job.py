@@ -1,0 +1,212 @@
+"""Pretraining of one tower from nothing, on text files, into a Hugging Face directory."""
+
+import dataclasses
+import json
+import logging
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import traverse_util
+
+from jaxfusion.data.pocket.lexicon import ABOUT_FILE, WORLD_FILE, check_version
+from jaxfusion.data.tokenizers import train_tokenizer
+from jaxfusion.errors import InputError, choose
+from jaxfusion.fields import OBJECTIVES, ROLES, PretrainConfig, TowerConfig
+from jaxfusion.files import new_directory
+from jaxfusion.hf.save import write_tokenizer, write_tower
+from jaxfusion.nn.bridge import Params
+from jaxfusion.nn.decoder import Decoder, DecoderConfig
+from jaxfusion.nn.mt5 import MT5Config, MT5Encoder
+from jaxfusion.pretraining.corpus import Document, read_corpus
+from jaxfusion.pretraining.objectives import TextBatches, causal_rows, denoising_rows
+from jaxfusion.pretraining.text_lm import TextLM
+from jaxfusion.sharding.hosts import all_or_none, fetch, is_first
+from jaxfusion.sharding.mesh import sharding
+from jaxfusion.sharding.rules import replicated
+from jaxfusion.training.checkpoint import trained_part
+from jaxfusion.training.loop import fit
+from jaxfusion.training.optimizer import group_of_each
+from jaxfusion.training.state import Flat, State, describe, initialise, merge, replaced
+from jaxfusion.training.trainer import Run, batch_shares, put_batch
+from jaxfusion.training.workdir import begin
+
+CHECKPOINT = "hf"  # below the workdir
+logger = logging.getLogger(__name__)
+
+
+def pretrain(
+    config: PretrainConfig, workdir: Path, profile: tuple[int, int] | None = None
+) -> State:
+    """Trains a tower and writes `WORKDIR/hf`, an ordinary Hugging Face directory.
+
+    Raises:
+      InputError: whatever is wrong with the config, text, checkpoints, workdir or other processes.
+      Stopped: SIGTERM came; the state is saved.
+    """
+    with begin(config, workdir) as start:
+        with all_or_none():
+            run, tower, tokenizer = prepare(start.config, start.mesh, start.fresh)
+        state = fit(run, start, profile)
+        out = workdir / CHECKPOINT
+        if not _is_of(out, config):
+            about = _about(config, run.score(state.trainable))
+            params = fetch(state.trainable)
+            if is_first():
+                shutil.rmtree(out, ignore_errors=True)  # of fewer steps
+                write_checkpoint(out, tower, tokenizer, params, about)
+    return state
+
+
+def _about(config: PretrainConfig, dev: dict[str, float]) -> dict[str, Any]:
+    """What made a tower: the config, the pocket world's version if it learned from one, scores."""
+    world = Path(config.data.path) / WORLD_FILE
+    fields = dataclasses.asdict(config)
+    fields["data"]["path"] = Path(config.data.path).name
+    return {"world": json.loads(world.read_text("utf-8")) if world.is_file() else None,
+            "dev": dev, "config": fields}
+
+
+def _is_of(out: Path, config: PretrainConfig) -> bool:
+    """True if the directory was written by a run as long as this one, and says so."""
+    try:
+        was = json.loads((out / ABOUT_FILE).read_text("utf-8"))["config"]["train"]
+        return (was["steps"], was["epochs"]) == (config.train.steps, config.train.epochs)
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def prepare(config: PretrainConfig, mesh, fresh: bool = True):
+    """The run, its tower's shape, and the tokenizer that was trained on the same text."""
+    name = choose("objective", config.objective.name, OBJECTIVES)
+    role = choose("tower.role", config.tower.role, ROLES)
+    if (name == "causal_lm") != (role == "decoder"):
+        raise InputError(f"objective '{name}' does not train a tower of role '{role}': a decoder "
+                         "learns by causal_lm, an encoder by masked_lm or code_switch")
+    batch_shares(config.train, mesh)
+    path = Path(config.data.path).expanduser()
+    check_version(path)
+    corpus = read_corpus(path, config.data.languages)
+    # Solved rows teach an LLM to answer; an encoder reads plain text.
+    texts = [d for d in corpus.documents if role == "decoder" or not d.answer]
+    if config.data.translations and role == "decoder":
+        texts += [Document(language, f"{a} = {b}") for language, rows in corpus.pairs.items()
+                  for a, b in rows]
+    if name == "code_switch" and config.data.pivot not in {d.language for d in texts}:
+        raise InputError(f"{path} has no text-{config.data.pivot}.txt; set data.pivot to the "
+                         "language of its pairs' first column")
+    if name == "code_switch" and not corpus.pairs:
+        raise InputError(f"{path} has no pairs-LANGUAGE.tsv, which objective "
+                         "code_switch needs; use masked_lm")
+    tokenizer = train_tokenizer(
+        role, _balanced(texts, config.data.sampling, config.train.seed),
+        config.tower.vocab_size,
+    )
+    order = np.random.default_rng(config.train.seed).permutation(len(texts))
+    held, kept = np.split(order, [config.data.dev_rows])
+    # What is repeated in the text is not held out by taking one copy away.
+    seen = {texts[i].text for i in kept}
+    held = [i for i in held if texts[i].text not in seen]
+    if not len(kept):
+        raise InputError(f"data.dev_rows is {config.data.dev_rows}, but there are only "
+                         f"{len(order)} texts")
+    tower = tower_shape(config.tower, len(tokenizer))
+    model = TextLM(role, MT5Encoder(tower) if role == "encoder" else Decoder(tower),
+                   config.objective.noise)
+    steps = config.train.steps or config.train.epochs * -(-len(kept) // config.train.batch_size)
+
+    if role == "decoder":
+        rows, cut = causal_rows(texts, tokenizer, config.objective, config.data.max_tokens)
+    else:
+        rows, cut = denoising_rows(texts, corpus.pairs, tokenizer, config.objective,
+                                   config.data.pivot, config.data.max_tokens)
+    if cut:
+        logger.warning("%d texts are cut at %d tokens", cut, config.data.max_tokens)
+    batches = TextBatches(rows, [d.language for d in texts], kept, config.data,
+                          config.train.batch_size, config.train.seed, steps,
+                          sharding(mesh, "batch"))
+    logger.info("%s texts, %d tokens in the vocabulary", f"{len(kept):,}", len(tokenizer))
+
+    def init() -> Params:
+        return model.init(jax.random.key(config.train.seed))
+
+    trainable = initialise(init, describe(init, mesh))
+    if config.train.init_from is not None and fresh:
+        source = Path(config.train.init_from)
+        trainable = replaced(trainable, trained_part(source)[1], str(source))
+    run = Run(config, model.loss, trainable, {},
+              group_of_each(trainable, config.optimizer.groups), batches, steps,
+              _dev_scorer(model, batches, held, mesh, config), "accuracy", model.loss)
+    return run, tower, tokenizer
+
+
+def tower_shape(config: TowerConfig, vocab_size: int) -> MT5Config | DecoderConfig:
+    """The tower's config; its table has a multiple of 32 rows."""
+    rows = -(-vocab_size // 32) * 32
+    shape = (rows, config.d_model, config.d_ff, config.num_layers, config.num_heads)
+    if config.role == "encoder":
+        return MT5Config(*shape, head_dim=config.head_dim)
+    return DecoderConfig(*shape, num_kv_heads=config.num_heads, head_dim=config.head_dim,
+                         tie_embeddings=True)
+
+
+def write_checkpoint(
+    out: Path, tower: MT5Config | DecoderConfig, tokenizer, flat: Flat, about: dict[str, Any]
+) -> None:
+    """Writes `config.json`, `model.safetensors`, the tokenizer's files and `pretraining.json`.
+
+    Args:
+      about: what made it, for `pretraining.json`.
+    """
+    params, = traverse_util.unflatten_dict(flat, sep="/").values()
+    with new_directory(out) as partial:
+        write_tower(partial, tower, params)
+        write_tokenizer(partial, tokenizer)
+        (partial / ABOUT_FILE).write_text(json.dumps(about, indent=2) + "\n", "utf-8")
+
+
+def _balanced(documents: Sequence[Document], sampling: float, seed: int) -> list[str]:
+    """Texts for the tokenizer, each language's share as in training (n**sampling)."""
+    by_language: dict[str, list[str]] = {}
+    for d in documents:
+        by_language.setdefault(d.language, []).append(f"{d.text} {d.answer}".strip())
+    share = {name: len(texts) ** sampling for name, texts in by_language.items()}
+    scale = max(len(by_language[name]) / share[name] for name in share)
+    rng = np.random.default_rng(seed)
+    return [
+        texts[i % len(texts)]
+        for name, texts in by_language.items()
+        for i in rng.permutation(round(scale * share[name]))
+    ]
+
+
+def _dev_scorer(
+    model: TextLM, batches: TextBatches, held: Sequence[int], mesh, config: PretrainConfig
+):
+    """Trained parameters -> weighted loss, and accuracy where the objective has its full weight
+    (what was hidden or replaced; an answer), on the texts held out in whole batches."""
+    full = max(1.0, config.objective.answer_weight) if model.role == "decoder" else 1.0
+    size, rng = batches.batch_size, np.random.default_rng(0)
+    if len(held) < size:
+        raise InputError(f"only {len(held)} texts are held out, wanted train.batch_size ({size}) "
+                         "or more; set data.dev_rows higher")
+    dev = [batches.batch(held[i : i + size], rng) for i in range(0, len(held) - size + 1, size)]
+
+    @jax.jit
+    def measure(trainable, batch):
+        params = merge(trainable, {})
+        return replicated(jnp.stack([*model.loss(params, batch),
+                                     *model.hits(params, batch, full)]))
+
+    def score(trainable: Flat) -> dict[str, float]:
+        loss, weight, hits, counted = np.array(
+            [measure(trainable, put_batch(batch, mesh)) for batch in dev]
+        ).T
+        return {"loss": float((loss * weight).sum() / weight.sum()),
+                "accuracy": float(hits.sum() / max(counted.sum(), 1))}
+
+    return score

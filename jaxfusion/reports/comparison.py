@@ -1,0 +1,232 @@
+"""Several models on the same rows of the same languages: the table, with intervals."""
+
+import html
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from jaxfusion.reports.statistics import (
+    bootstrap_mean,
+    holm,
+    mcnemar,
+    sign_flip,
+    wilson_interval,
+)
+
+ALL_GROUPS = "all groups"
+Interval = tuple[float, float]
+Cell = tuple[float, Interval]  # a fraction and its 95% interval
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What each model got right.
+
+    Attributes:
+      task, scoring: whose rows, and how an answer counts.
+      correct: model -> language -> 0 or 1 for each row, or for each row of every seed
+        [seeds, rows]. Rows are the same in all models.
+      groups: of languages, by name.
+      reference: the model that others are compared with.
+      baselines: accuracy of what needs no understanding, by name.
+      layer_weights: model -> language -> weight of each layer.
+      notes: what a reader must know, a line each.
+      central: the language that must not lose; its difference to the reference is shown.
+    """
+
+    task: str
+    scoring: str
+    correct: dict[str, dict[str, Sequence[int] | Sequence[Sequence[int]]]]
+    groups: dict[str, tuple[str, ...]]
+    reference: str
+    baselines: dict[str, float]
+    layer_weights: dict[str, dict[str, list[float]]]
+    notes: tuple[str, ...] = ()
+    central: str | None = None
+
+    @property
+    def languages(self) -> tuple[str, ...]:
+        """Those of the groups in their order, before them all others."""
+        scored = next(iter(self.correct.values()))
+        grouped = dict.fromkeys(name for names in self.groups.values() for name in names)
+        return (*(name for name in scored if name not in grouped),
+                *(name for name in grouped if name in scored))
+
+    def rows(self, model: str, language: str, minus: str | None = None) -> np.ndarray:
+        """Of each row the share of the seeds that got it right, or its difference. [rows]"""
+        rows = self._seeds(model, language).mean(axis=0)
+        return rows if minus is None else rows - self.rows(minus, language)
+
+    def _seeds(self, model: str, language: str) -> np.ndarray:
+        return np.atleast_2d(np.asarray(self.correct[model][language], float))
+
+    def seeds(self, model: str) -> int:
+        """How many runs of a model there are."""
+        return max(len(self._seeds(model, name)) for name in self.correct[model])
+
+    def deviation(self, model: str, languages: Sequence[str]) -> float | None:
+        """Standard deviation between the seeds of the mean over languages; None for one seed."""
+        if self.seeds(model) == 1:
+            return None
+        each = [self._seeds(model, name).mean(axis=1) for name in languages]
+        return float(np.std(np.mean(each, axis=0), ddof=1))
+
+    def cell(self, model: str, language: str) -> Cell:
+        """Accuracy in a language: of one seed with Wilson's interval, of several by bootstrap."""
+        rows = self.rows(model, language)
+        if self.seeds(model) > 1:
+            return bootstrap_mean([rows])
+        return float(rows.mean()), wilson_interval(int(rows.sum()), len(rows))
+
+    def mean(self, model: str, group: str, minus: str | None = None) -> Cell:
+        """Mean over a group's languages, or its difference to another model's; bootstrap."""
+        return bootstrap_mean([self.rows(model, name, minus) for name in self.group(group)])
+
+    def change(self, model: str, language: str) -> Cell:
+        """How much more of a language a model gets right than the reference; bootstrap."""
+        return bootstrap_mean([self.rows(model, language, self.reference)])
+
+    def p_value(self, model: str, languages: Sequence[str]) -> float:
+        """That a model differs from the reference: McNemar's test of one language and one seed,
+        else the permutation test of pairs."""
+        alone = self.seeds(model) == self.seeds(self.reference) == len(languages) == 1
+        if alone:
+            return mcnemar(self.rows(self.reference, languages[0]), self.rows(model, languages[0]))
+        return sign_flip([self.rows(model, name, self.reference) for name in languages])
+
+    def group(self, name: str) -> tuple[str, ...]:
+        """The languages of a group; of `all groups` those of every one."""
+        every = dict.fromkeys(x for names in self.groups.values() for x in names)
+        grouped = every if name == ALL_GROUPS else self.groups[name]
+        return tuple(x for x in grouped if x in self.languages)
+
+    def groups_of(self, language: str) -> list[str]:
+        """The groups that a language is in, without the one of all."""
+        return [name for name, names in self.groups.items() if language in names and name != "all"]
+
+    @property
+    def group_names(self) -> tuple[str, ...]:
+        """The groups, and `all groups` unless one of them is all of them; that one comes last."""
+        names = [name for name in self.groups if self.group(name)]
+        every = set(self.group(ALL_GROUPS))
+        if not names or set(self.group(names[-1])) == every:
+            return tuple(names)
+        return (*names, ALL_GROUPS)
+
+
+def table(c: Comparison) -> list[list[str]]:
+    """Header and rows: languages, then means of groups, then differences to the reference."""
+    models = list(c.correct)
+    others = [m for m in models if m != c.reference]
+
+    def spread(model: str, *languages: str) -> str:
+        found = c.deviation(model, languages)
+        return "" if found is None else f" ± {100 * found:.1f}"
+
+    rows = [["", "", *models]]
+    rows += [[name, ", ".join(c.groups_of(name)),
+              *(_show(c.cell(m, name)) + spread(m, name) for m in models)] for name in c.languages]
+    for group in c.group_names:
+        rows.append([f"mean of {group}", "", *(
+            _show(c.mean(m, group)) + spread(m, *c.group(group)) for m in models)])
+    if c.group_names and others:
+        last = c.group_names[-1]
+        differences = {m: _show(c.mean(m, last, minus=c.reference), sign="+") for m in others}
+        rows.append([f"minus {c.reference}", "", *(differences.get(m, "") for m in models)])
+    if c.central in c.languages:
+        changes = {m: _show(c.change(m, c.central), sign="+") for m in others}
+        rows.append([f"{c.central} minus {c.reference}", "",
+                     *(changes.get(m, "") for m in models)])
+    return rows
+
+
+def differences(c: Comparison, model: str) -> list[list[str]]:
+    """Header and rows: what a model gets right more than the reference, by language and group.
+
+    P-values are given as they are and, in the last column, corrected for their number (Holm).
+    """
+    named = {name: (name,) for name in c.languages}
+    named |= {f"mean of {group}": c.group(group) for group in c.group_names}
+    p_values = [c.p_value(model, names) for names in named.values()]
+    rows = [["", "rows", c.reference, model, "difference", "gained", "lost", "p", "p, Holm"]]
+    for (name, names), p, corrected in zip(named.items(), p_values, holm(p_values), strict=True):
+        every = [c.rows(model, x, c.reference) for x in names]
+        changed = np.concatenate(every)
+        means = [np.mean([c.rows(m, x).mean() for x in names]) for m in (c.reference, model)]
+        rows.append([
+            name, f"{len(changed):,}", *(f"{100 * x:.1f}" for x in means),
+            _show(bootstrap_mean(every), sign="+"), f"{int(np.sum(changed > 0)):,}",
+            f"{int(np.sum(changed < 0)):,}", show_p(p), show_p(corrected),
+        ])
+    return rows
+
+
+def show_p(p: float) -> str:
+    """Three digits, and never 0."""
+    return "<0.001" if p < 0.001 else f"{p:.3f}"
+
+
+def as_markdown(rows: list[list[str]]) -> str:
+    """A table whose first row is its header."""
+    header, *rest = rows
+    return "\n".join("| " + " | ".join(row) + " |"
+                     for row in (header, ["---"] * len(header), *rest)) + "\n"
+
+
+def as_texts(rows: list[list[str]]) -> list[list[str]]:
+    """The cells of a table as `as_text` has them."""
+    return [[as_text(cell) for cell in row] for row in rows]
+
+
+def as_text(cell: str) -> str:
+    """Text that Markdown shows as it is: no tags, and no ends of cells."""
+    return html.escape(cell, quote=False).replace("|", "\\|").replace("\n", " ")
+
+
+def _show(cell: Cell, sign: str = "") -> str:
+    value, (low, high) = (100 * cell[0], tuple(100 * x for x in cell[1]))
+    return f"{value:{sign}.1f} [{low:{sign}.0f}, {high:{sign}.0f}]"
+
+
+def markdown(c: Comparison) -> str:
+    """The comparison as a Markdown page section."""
+    return as_markdown(as_texts(table(c))) + "\n" + "\n".join(remarks(c)) + "\n"
+
+
+def remarks(c: Comparison) -> list[str]:
+    """What a reader of the table must know, a line each."""
+    numbers = sorted({c.rows(c.reference, name).size for name in c.languages})
+    n = " to ".join(f"{n:,}" for n in {numbers[0]: 0, numbers[-1]: 0})
+    seeds = {model: c.seeds(model) for model in c.correct if c.seeds(model) > 1}
+    counted = ", ".join(f"{model}: {number}" for model, number in seeds.items())
+    spread = [f"± is the standard deviation between seeds ({counted}); intervals are over rows."]
+    return [f"Accuracy in % on `{c.task}`, {c.scoring}, {n} rows per language, 95% intervals.",
+            *(spread if seeds else ()),
+            *(f"Without understanding: {name} {100 * x:.1f}." for name, x in c.baselines.items()),
+            *c.notes]
+
+
+def as_json(c: Comparison) -> dict[str, Any]:
+    """All figures of the comparison."""
+    def cell(value: Cell) -> dict[str, Any]:
+        return {"accuracy": value[0], "ci95": list(value[1])}
+
+    def spread(names: Sequence[str]) -> dict[str, float]:
+        return {m: found for m in c.correct if (found := c.deviation(m, names)) is not None}
+
+    named = {**{name: (name,) for name in c.languages}, **{g: c.group(g) for g in c.group_names}}
+    return {
+        "task": c.task, "scoring": c.scoring, "reference": c.reference, "baselines": c.baselines,
+        "languages": {m: {name: cell(c.cell(m, name)) for name in c.languages} for m in c.correct},
+        "groups": {m: {g: cell(c.mean(m, g)) for g in c.group_names} for m in c.correct},
+        "differences": {m: {g: cell(c.mean(m, g, minus=c.reference)) for g in c.group_names}
+                        for m in c.correct if m != c.reference},
+        "p_values": {m: {x: c.p_value(m, names) for x, names in named.items()}
+                     for m in c.correct if m != c.reference},
+        "deviations": {x: found for x, names in named.items() if (found := spread(names))},
+        **({"central": {m: cell(c.change(m, c.central)) for m in c.correct if m != c.reference}}
+           if c.central in c.languages else {}),
+        "layer_weights": c.layer_weights, "notes": list(c.notes),
+    }

@@ -1,0 +1,265 @@
+"""Bridges that others trained, as a workdir: scored, exported and trained on like one of ours.
+
+    python -m jaxfusion.runs.adopt SRC WORKDIR [--encoder NAME] [--decoder NAME]
+
+SRC is a directory or a hub id: LangBridge's layout (`lb.enc.*`, `lb.lm.*`, `lb.alignment.*`), a
+directory that export.py wrote, or MindMerger's mapping. Pickles go through `jaxfusion.hf.convert`
+first. What SRC does not hold comes from the backbones: config and tokenizer of LangBridge's, all of
+MindMerger's.
+"""
+
+import argparse
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxfusion import config as configs
+from jaxfusion.config import CONFIG_FILE
+from jaxfusion.data.tokenizers import LANGBRIDGE_WHITESPACE, load_tokenizer
+from jaxfusion.errors import InputError
+from jaxfusion.fields import (
+    ROLES,
+    Config,
+    DataConfig,
+    DecoderConfig,
+    EncoderConfig,
+    FusionConfig,
+    GroupConfig,
+    OptimizerConfig,
+    ProjectorConfig,
+)
+from jaxfusion.files import new_directory
+from jaxfusion.hf.config_json import decoder_config, encoder_config
+from jaxfusion.hf.hub import NOT_WEIGHTS, find_files, resolve
+from jaxfusion.hf.load import TensorFiles, load_params, open_tensors, read_config
+from jaxfusion.hf.save import copy_tower, usual_names, write_tokenizer
+from jaxfusion.hf.tables import (
+    ALIGNMENTS,
+    Table,
+    bridge_table,
+    langbridge_names,
+    langbridge_table,
+    mindmerger_table,
+    table,
+)
+from jaxfusion.nn.decoder import DecoderConfig as LLMConfig
+from jaxfusion.nn.mt5 import MT5Config
+from jaxfusion.sharding.mesh import make_mesh
+from jaxfusion.training.checkpoint import Checkpoints
+from jaxfusion.training.state import Flat, State, describe, make_bridge, read_shapes
+
+
+def adopt(
+    source: str, workdir: Path, encoder: str | None = None, decoder: str | None = None
+) -> None:
+    """Writes a workdir with the bridge `source` as its checkpoint of step 0.
+
+    Args:
+      encoder, decoder: directory or hub id of the backbones; default to what `source` names.
+
+    Raises:
+      InputError: an unknown layout, or a backbone that is named nowhere.
+    """
+    path, _ = resolve(source, also=("encoder/*", "decoder/*", "encoder_tokenizer/*"))
+    path, workdir = path.resolve(), workdir.absolute()
+    tensors = open_tensors(path)
+    names = set(tensors.files)
+    named = {"encoder": encoder, "decoder": decoder}
+    described = read_config(path) if (path / "config.json").is_file() else {}
+    with new_directory(workdir) as partial:
+        if described.get("model_type") == "jaxfusion_bridge":
+            try:
+                config, trained = _ours(path, described, tensors, named)
+            except (KeyError, TypeError, AttributeError) as error:
+                raise InputError(f"{path}/config.json: a field is missing or has the wrong type "
+                                 f"({error!r}); export the bridge again") from None
+        elif any(name.startswith("lb.alignment.") for name in names):
+            config, trained = _langbridge(path, described, tensors, named, partial, workdir)
+        elif ends := [name for name in names if name.endswith("end_boundary")]:
+            start = ends[0].removesuffix("end_boundary")
+            config, trained = _mindmerger(tensors, named, start)
+        else:
+            raise InputError(f"{path} is no bridge: wanted tensors lb.alignment.* (LangBridge), "
+                             "end_boundary (MindMerger), or a directory that export.py wrote")
+        shapes = _check_widths(config, trained, partial, workdir)
+        if described.get("model_type") == "jaxfusion_bridge":
+            trained |= _of_towers(config, shapes, tensors)
+        patterns = tuple(sorted(trained))
+        groups = {"bridge": GroupConfig(patterns)}
+        config = replace(config, optimizer=OptimizerConfig(groups=groups))
+        configs.save(config, partial / CONFIG_FILE)
+        checkpoints = Checkpoints(partial)
+        flat = {name: jnp.asarray(x, jnp.float32) for name, x in trained.items()}
+        checkpoints.save(State(jnp.array(0), flat, ()), {}, None)
+        checkpoints.close()
+
+
+def _read(rows: Table, tensors: TensorFiles) -> Flat:
+    """Parameters of ours that none of their axes splits.
+
+    Raises:
+      InputError: tensors are missing, named.
+    """
+    missing = [row.theirs for row in rows.rows if row.theirs not in tensors.files]
+    if missing:
+        raise InputError(f"{tensors.path} lacks {', '.join(missing)}")
+    found = {}
+    for row in rows.rows:
+        x = tensors.read(row.theirs)
+        found[row.ours] = {"same": x, "linear_in": x.T, "vector": x.reshape(-1)}[row.transform]
+    if "fusion/t" in found:  # which earlier exports have as a vector of one
+        found["fusion/t"] = found["fusion/t"].reshape(())
+    return found
+
+
+def _backbones(named: dict[str, str | None], default: dict[str, str | None]) -> dict[str, str]:
+    found = {role: named[role] or default.get(role) for role in named}
+    missing = [f"--{role}" for role, name in found.items() if name is None]
+    if missing:
+        raise InputError(f"the backbones are named nowhere; give {' and '.join(missing)}")
+    return found
+
+
+def _ours(path: Path, described, tensors: TensorFiles, named) -> tuple[Config, Flat]:
+    """A directory that export.py wrote."""
+    fusion, projector = described["fusion"], described["projector"]
+    parts = {"encoder": described["reader"], "decoder": described["writer"]}
+    names = _backbones(named, {
+        role: str(path / part["checkpoint"]) if part["inside"] else part["checkpoint"]
+        for role, part in parts.items()
+    })
+    trained = _read(bridge_table(fusion["name"], projector["name"]), tensors)
+    revisions = {role: None if named[role] else part["revision"] for role, part in parts.items()}
+    config = Config(
+        encoder=EncoderConfig(names["encoder"], revisions["encoder"],
+                              added_tokens=tuple(described["added_tokens"])),
+        decoder=DecoderConfig(names["decoder"], revisions["decoder"]),
+        fusion=FusionConfig(fusion["name"], fusion["layer"], d_ff=fusion["d_ff"]),
+        projector=ProjectorConfig(projector["name"], projector["d_ff"], projector["latents"]),
+        data=DataConfig(text_prompt=described.get("text_prompt", ""),
+                        chat_template=described.get("chat_template", False)),
+    )
+    return config, trained
+
+
+def _of_towers(
+    config: Config, shapes: dict[str, MT5Config | LLMConfig], tensors: TensorFiles
+) -> Flat:
+    """What an export without `--merge` holds of its backbones: the parameters trained in them."""
+    bridge = make_bridge(config, shapes["encoder"], shapes["decoder"])
+    places = describe(lambda: bridge.init(jax.random.key(0), ROLES), make_mesh())
+    rows = tuple(
+        replace(row, theirs=f"{role}.{row.theirs}", ours=f"{role}/{row.ours}", also=())
+        for role in ROLES for row in table(shapes[role]).rows
+        if f"{role}.{row.theirs.format(i=0)}" in tensors.files
+    )
+    wanted = {row.ours: places[row.ours].update(dtype=jnp.float32) for row in rows}
+    # Fusion and projector have been read.
+    return load_params(tensors.path, Table(rows, (r"(fusion|projector)\..*",)), wanted)
+
+
+def _check_widths(
+    config: Config, trained: Flat, partial: Path, workdir: Path
+) -> dict[str, MT5Config | LLMConfig]:
+    """The backbones' shapes.
+
+    Raises:
+      InputError: the projector joins other widths than theirs.
+    """
+    paths = {}
+    for role in ROLES:
+        name = getattr(config, role).checkpoint
+        inside = Path(name).is_absolute() and Path(name).is_relative_to(workdir)
+        paths[role] = (partial / Path(name).relative_to(workdir) if inside
+                       else find_files(name, NOT_WEIGHTS, getattr(config, role).revision))
+    shapes = read_shapes(paths)
+    first = {"linear": "out", "resampler": "q"}.get(config.projector.name, "hidden")
+    found = {"encoder": trained[f"projector/{first}/kernel"].shape[0],
+             "decoder": trained["projector/end"].shape[0]}
+    for role, shape in shapes.items():
+        if found[role] != shape.d_model:
+            raise InputError(f"the projector is made for an {role} of width {found[role]}, "
+                             f"{getattr(config, role).checkpoint} has {shape.d_model}")
+    return shapes
+
+
+def _langbridge(
+    path: Path, described: dict[str, Any], tensors: TensorFiles, named, partial: Path,
+    workdir: Path,
+) -> tuple[Config, Flat]:
+    """LangBridge's layout: its two backbones become directories of their own in the workdir."""
+    kind = described.get("alignments", "linear")
+    if kind not in ALIGNMENTS:
+        raise InputError(f"{path}/config.json: alignments is '{kind}', known are "
+                         f"{', '.join(ALIGNMENTS)}")
+    names = _backbones(named, {"encoder": described.get("enc"), "decoder": described.get("lm")})
+    for role, name in names.items():
+        _write_backbone(role, name, path, tensors, partial / role)
+    trained = _read(langbridge_table(ALIGNMENTS[kind]), tensors)
+    latents = len(trained["projector/latents"]) if kind == "latent" else 64
+    d_ff = len(trained["projector/hidden/bias"]) if kind == "ffn" else None
+    config = Config(
+        encoder=EncoderConfig(str(workdir / "encoder")),
+        decoder=DecoderConfig(str(workdir / "decoder")),
+        fusion=FusionConfig("last"),
+        projector=ProjectorConfig(ALIGNMENTS[kind], d_ff, latents, end_std=1.0),
+        data=DataConfig(target_eos=False),
+    )
+    return config, trained
+
+
+def _write_backbone(role: str, name: str, source: Path, tensors: TensorFiles, out: Path) -> None:
+    """A tower out of LangBridge's checkpoint, with the config and tokenizer of the backbone `name`.
+    """
+    place = find_files(name, NOT_WEIGHTS)
+    config, shapes = read_config(place), tensors.shapes()
+    read, embed = {"encoder": (encoder_config, "shared.weight"),
+                   "decoder": (decoder_config, "model.embed_tokens.weight")}[role]
+    there = langbridge_names(role, [embed])[embed]
+    if there in shapes:
+        config["vocab_size"] = shapes[there][0]  # added tokens make the table longer
+    shape = read(config, f"{place}/config.json")
+    usual = usual_names(table(shape), shape.num_layers)
+    held = {name: next((x for x in langbridge_names(role, names).values() if x in shapes), None)
+            for name, names in usual.items()}
+    missing = [name for name, x in held.items() if x is None]
+    if missing:
+        raise InputError(f"{source} lacks tensors of {place}: {', '.join(missing)}")
+    copy_tower(source, out, config, held, {}, None)
+    added = LANGBRIDGE_WHITESPACE if role == "encoder" else ()
+    write_tokenizer(out, load_tokenizer(place, shape.vocab_size, role, added))
+
+
+def _mindmerger(tensors: TensorFiles, named, start: str) -> tuple[Config, Flat]:
+    """MindMerger's mapping; its two backbones are those of the command line."""
+    names = _backbones(named, {})
+    trained = _read(mindmerger_table(start), tensors)
+    config = Config(
+        encoder=EncoderConfig(names["encoder"]), decoder=DecoderConfig(names["decoder"]),
+        fusion=FusionConfig("last"),
+        projector=ProjectorConfig("mapping", d_ff=len(trained["projector/hidden/bias"])),
+    )
+    return config, trained
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("source", metavar="SRC", help="directory or hub id")
+    parser.add_argument("workdir", metavar="WORKDIR", type=Path, help="directory to write")
+    parser.add_argument("--encoder", help="directory or hub id of the encoder")
+    parser.add_argument("--decoder", help="directory or hub id of the LLM")
+    args = parser.parse_args()
+    try:
+        adopt(args.source, args.workdir, args.encoder, args.decoder)
+    except (InputError, OSError) as error:
+        sys.exit(f"error: {error}")
+    print(f"done: {args.workdir}; score it with: python eval.py --workdir {args.workdir}")
+
+
+if __name__ == "__main__":
+    main()

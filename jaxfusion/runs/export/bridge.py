@@ -1,0 +1,378 @@
+"""What was trained as a Hugging Face directory that plain PyTorch loads."""
+
+import copy
+import json
+import logging
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib import resources
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from flax import traverse_util
+
+from jaxfusion.config import CONFIG_FILE
+from jaxfusion.data.tasks.catalogue import get_task
+from jaxfusion.data.tokenizers import Tokenizers
+from jaxfusion.errors import InputError, choose
+from jaxfusion.evaluation.scoring import for_task
+from jaxfusion.fields import DTYPES, JOBS, ROLES, Config
+from jaxfusion.files import new_directory, read_json
+from jaxfusion.hf.load import open_tensors, read_config
+from jaxfusion.hf.save import (
+    copy_tower,
+    to_tensors,
+    tower_names,
+    write_shards,
+    write_tokenizer,
+)
+from jaxfusion.hf.tables import (
+    Table,
+    bridge_table,
+    table,
+)
+from jaxfusion.runs.open_run import open_run
+from jaxfusion.sharding.mesh import make_mesh
+from jaxfusion.training.checkpoint import trained_part
+from jaxfusion.training.frozen import frozen_part
+from jaxfusion.training.state import (
+    Flat,
+    find_towers,
+    initialise_own,
+    load_tokenizers,
+    plan_model,
+    read_shapes,
+)
+
+CODE = ("modeling_jaxfusion.py", "tokenization_jaxfusion.py")
+QUERY = "{query}"  # in a text prompt
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A workdir's best checkpoint, and all that goes along with it."""
+
+    workdir: Path
+    step: int
+    config: Config
+    trained: Flat
+    paths: dict[str, Path]
+    shapes: dict[str, Any]
+    tokenizers: Tokenizers
+
+    def own(self, rows: Table) -> dict[str, np.ndarray]:
+        """Fusion and projector, by the names of a table."""
+        return dict(to_tensors(rows, traverse_util.unflatten_dict(self.trained, sep="/")))
+
+    def replaced(self, role: str) -> dict[str, np.ndarray]:
+        """Tensors of a tower that were trained."""
+        return dict(trained_tensors(role, self.trained, table(self.shapes[role])))
+
+    def json(self, role: str) -> dict[str, Any]:
+        """A tower's `config.json`; an encoder-decoder's becomes that of its encoder."""
+        found = read_config(self.paths[role])
+        if role == "decoder":
+            return found
+        kind = "UMT5EncoderModel" if self.shapes[role].bias_per_layer else "MT5EncoderModel"
+        return {**found, "architectures": [kind], "is_encoder_decoder": False}
+
+    def dtype(self, role: str) -> str:
+        """What a tower's embedding table is stored in."""
+        held = open_tensors(self.paths[role])
+        table_name = next(iter(self.names(role).values()))
+        return str(held.read(table_name, (slice(0, 1), slice(0, 1))).dtype)
+
+    def names(self, role: str) -> dict[str, str]:
+        """All tensors of a tower, and where they are."""
+        files = open_tensors(self.paths[role]).files
+        return tower_names(table(self.shapes[role]), self.shapes[role].num_layers, files)
+
+
+def collect(workdir: Path, out: Path) -> Trained:
+    """Reads the workdir, and refuses to write over it or its backbones."""
+    config = open_run(workdir).config
+    check_out(out, workdir)
+    step, trained = trained_part(workdir)
+    paths, config = find_towers(config)
+    check_out(out, *paths.values())
+    shapes = read_shapes(paths)
+    own = bridge_table(config.fusion.name, config.projector.name)
+    trained = _with_frozen(config, workdir, trained, shapes, own)
+    _check_trained(trained, own, {role: table(shapes[role]) for role in ROLES}, workdir)
+    tokenizers = load_tokenizers(config, paths, shapes)
+    return Trained(workdir, step, config, trained, paths, shapes, tokenizers)
+
+
+def _with_frozen(
+    config: Config, workdir: Path, trained: Flat, shapes: dict[str, Any], own: Table
+) -> Flat:
+    """The trained parameters, and those that were frozen but are not the backbones' own."""
+    wanted = {row.ours for row in own.rows}
+    found = frozen_part(workdir, config, complete=wanted <= set(trained)) | trained
+    if wanted <= set(found):
+        return found
+    # A run of an earlier release, whose workdir does not hold them: they are the seed's start.
+    fresh = initialise_own(plan_model(config, shapes, make_mesh()), config.train.seed)
+    return {path: np.asarray(fresh[path]) for path in wanted & set(fresh)} | found
+
+
+def check_out(out: Path, *kept: Path) -> None:
+    """Raises InputError where writing to `out` would change what is read, or any workdir."""
+    place = out.resolve()
+    for path in kept:
+        if path.resolve().is_relative_to(place):
+            raise InputError(f"{out} holds {path}, which is read; give another directory")
+        if place.is_relative_to(path.resolve()):
+            raise InputError(f"{out} is inside {path}, which is read; give a directory outside")
+    for path in place.parents:
+        if _is_workdir(path):
+            raise InputError(f"{out} is inside the workdir {path}; give a directory outside")
+    for file in [place / CONFIG_FILE, *place.rglob(f"*/{CONFIG_FILE}")]:
+        if _is_workdir(file.parent):
+            raise InputError(f"{out} holds the workdir {file.parent}; give another directory")
+
+
+def _is_workdir(path: Path) -> bool:
+    """Whether a run of train.py was started there."""
+    try:
+        found = json.loads((path / CONFIG_FILE).read_text("utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(found, dict) and found.get("job") in JOBS
+
+
+def check_dtype(dtype: str | None) -> None:
+    """Raises InputError for a dtype that no checkpoint is written in."""
+    if dtype is not None:
+        choose("dtype", dtype, DTYPES)
+
+
+def export(
+    workdir: Path, out: Path, *, dtype: str | None = None, merge: bool = False,
+    overwrite: bool = False,
+) -> None:
+    """Writes a workdir's best checkpoint as a directory for `AutoModelForCausalLM`.
+
+    It holds the trained part and names its two backbones, or with `merge` has them in `encoder/`
+    and `decoder/`, each an ordinary checkpoint of its own family.
+
+    Args:
+      dtype: of the backbones that are written; None keeps each tensor's, also where it was
+        trained. Fusion and projector stay float32.
+
+    Raises:
+      InputError: no trained bridge in `workdir`, or `out` is not empty.
+    """
+    check_dtype(dtype)
+    if dtype is not None and not merge:
+        raise InputError("--dtype is that of the backbones, which only --merge writes")
+    bridge = collect(workdir, out)
+    config, tokenizers = bridge.config, bridge.tokenizers
+    replaced = {role: bridge.replaced(role) for role in ROLES}
+    described = {**_describe(bridge, merge, dtype),
+                 "unfrozen": [f"{role}.{name}" for role in ROLES for name in replaced[role]]}
+    if not merge and any(Path(described[part]["checkpoint"]).is_absolute()
+                         for part in ("reader", "writer")):
+        logger.warning("%s names backbones on this machine; --merge makes one to give away", out)
+    with new_directory(out, overwrite) as partial:
+        tensors = bridge.own(bridge_table(config.fusion.name, config.projector.name))
+        for role in ROLES:
+            if merge:
+                copy_tower(bridge.paths[role], partial / role, bridge.json(role),
+                           bridge.names(role), replaced[role], dtype)
+                write_tokenizer(partial / role, getattr(tokenizers, role))
+            else:
+                tensors |= {f"{role}.{name}": x for name, x in replaced[role].items()}
+        write_shards(partial, tensors.items())
+        (partial / "config.json").write_text(json.dumps(described, indent=2) + "\n", "utf-8")
+        for name in CODE:
+            source = resources.files("jaxfusion.hf").joinpath(name)
+            (partial / name).write_text(source.read_text("utf-8"), "utf-8")
+        _write_tokenizers(partial, bridge, described)
+        (partial / "README.md").write_text(_card(bridge, described), "utf-8")
+
+
+def _write_tokenizers(out: Path, bridge: Trained, described: dict[str, Any]) -> None:
+    """Both tokenizers as one, in an export; and how answers are generated."""
+    from transformers import GenerationConfig
+
+    from jaxfusion.hf.tokenization_jaxfusion import BridgeTokenizer
+
+    config, tokenizers = bridge.config, bridge.tokenizers
+    answers = copy.deepcopy(tokenizers.decoder)
+    if answers.pad_token is None:
+        answers.pad_token = answers.eos_token
+    turn = tokenizers.turn and {"after": tokenizers.turn.after, "lead": tokenizers.turn.lead}
+    settings = {
+        "query_offset": described["query_offset"], "prompt_offset": described["prompt_offset"],
+        "eos_token_id": tokenizers.eos, "target_eos": tokenizers.ends_targets,
+        "text_prompt": config.data.text_prompt, "turn": turn,
+    }
+    BridgeTokenizer(tokenizers.encoder, answers, settings,
+                    model_max_length=config.eval.max_encoder_tokens).save_pretrained(out)
+    settings = for_task(config.eval, get_task(config.data.task, config.tasks))
+    ends = [tokenizers.eos, *(x for x in tokenizers.ends if x != tokenizers.eos)]
+    GenerationConfig(
+        max_new_tokens=settings.max_new_tokens, do_sample=False,
+        pad_token_id=described["pad_token_id"], eos_token_id=ends,
+        bos_token_id=tokenizers.decoder.bos_token_id).save_pretrained(out)
+
+
+def _check_trained(trained: Flat, own: Table, tables: dict[str, Table], workdir: Path) -> None:
+    """Raises InputError where the checkpoint and the config disagree on what is trained."""
+    wanted = {row.ours for row in own.rows}
+    towers = {f"{role}/{row.ours}" for role in ROLES for row in tables[role].rows}
+    missing, unknown = wanted - set(trained), set(trained) - wanted - towers
+    if missing or unknown:
+        raise InputError(f"{workdir}: its checkpoint does not fit its config; missing "
+                         f"{sorted(missing)}, unknown {sorted(unknown)}")
+
+
+def trained_tensors(role: str, trained: Flat, rows: Table) -> Iterator[tuple[str, np.ndarray]]:
+    """Hugging Face tensors of what was trained in a tower.
+
+    Raises:
+      InputError: only a part of a tensor was trained (Phi-3's fused ones).
+    """
+    flat = {row.ours: trained[f"{role}/{row.ours}"] for row in rows.rows
+            if f"{role}/{row.ours}" in trained}
+    chosen = tuple(row for row in rows.rows if row.ours in flat)
+    fused = {row.theirs for row in chosen if row.part}
+    left_out = [row.ours for row in rows.rows if row.theirs in fused and row.ours not in flat]
+    if left_out:
+        raise InputError(f"{', '.join(left_out)} share a tensor with what is trained but are "
+                         "frozen; train all of it")
+    yield from to_tensors(Table(chosen), traverse_util.unflatten_dict(flat, sep="/"))
+
+
+def _describe(bridge: Trained, merge: bool, dtype: str | None) -> dict[str, Any]:
+    """`config.json` of the bridge; fields named encoder and decoder mean more to transformers."""
+    config, shapes = bridge.config, bridge.shapes
+
+    def backbone(role: str) -> dict[str, Any]:
+        tower = getattr(config, role)
+        local = Path(tower.checkpoint).expanduser()
+        name = role if merge else str(local.resolve()) if local.is_dir() else tower.checkpoint
+        return {"checkpoint": name, "inside": merge, "width": shapes[role].d_model,
+                "revision": None if merge else tower.revision,
+                "dtype": (merge and dtype) or bridge.dtype(role)}
+
+    encoder, decoder = shapes["encoder"], bridge.tokenizers.decoder
+    family = "umt5" if encoder.bias_per_layer else "mt5"
+    hidden = config.projector.d_ff or 2 * encoder.d_model
+    return {
+        "model_type": "jaxfusion_bridge", "architectures": ["BridgeForCausalLM"],
+        "auto_map": {"AutoConfig": "modeling_jaxfusion.BridgeConfig",
+                     "AutoModelForCausalLM": "modeling_jaxfusion.BridgeForCausalLM"},
+        **_ids(bridge),
+        "reader": {**backbone("encoder"), "layers": encoder.num_layers, "family": family},
+        "writer": {**backbone("decoder"), "capped": shapes["decoder"].attn_cap is not None},
+        "fusion": {"name": config.fusion.name, "layer": config.fusion.layer,
+                   "d_ff": config.fusion.d_ff},
+        "projector": {"name": config.projector.name, "d_ff": hidden,
+                      "latents": config.projector.latents},
+        "added_tokens": list(config.encoder.added_tokens),
+        "bos_token_id": decoder.bos_token_id, "eos_token_id": bridge.tokenizers.eos,
+        "start_ids": bridge.tokenizers.start,
+        "after_ids": None if QUERY in config.data.text_prompt
+        else bridge.tokenizers.encode_prompts([config.data.text_prompt])[0],
+        "text_prompt": config.data.text_prompt,
+        "chat_template": config.data.chat_template,
+        "jaxfusion_version": version("jaxfusion"),
+    }
+
+
+def _ids(bridge: Trained) -> dict[str, Any]:
+    """Where the ids of answers, queries and prompts lie; see `tokenization_jaxfusion.py`."""
+    encoder, decoder = bridge.tokenizers.encoder, bridge.tokenizers.decoder
+    rows = {role: bridge.shapes[role].vocab_size for role in ROLES}
+    # A tokenizer may name tokens behind its model's table.
+    first = max(rows["decoder"], *(1 + i for i in decoder.get_vocab().values()))
+    last = bridge.tokenizers.encode_queries(["a"])[0][-1]
+    pad = first + (encoder.pad_token_id or 0)
+    return {
+        "vocab_size": rows["decoder"], "query_offset": first,
+        "prompt_offset": first + rows["encoder"],
+        "query_pad_id": pad, "pad_token_id": pad,
+        "query_end_id": first + last if last == encoder.eos_token_id else None,
+    }
+
+
+def _card(bridge: Trained, described: dict[str, Any]) -> str:
+    """The model card: what it is, how to use it, its scores, its parts and their licences."""
+    config, results = bridge.config, bridge.workdir / "eval" / "results.json"
+    scores = ["Not scored yet (`eval.py`)."]
+    if results.is_file():
+        scores = ["| task | language | scoring | accuracy | 95% interval | rows |",
+                  "|---|---|---|---|---|---|"]
+        for task, languages in read_json(results, "score the run once more, or remove it").items():
+            scores += [
+                f"| {task} | {language} | {scoring} | {100 * x['accuracy']:.1f} | "
+                f"{100 * x['ci95'][0]:.1f} to {100 * x['ci95'][1]:.1f} | {x['n']} |"
+                for language, by in languages.items() for scoring, x in by.items()
+            ]
+    parts = [f"- {role}: `{getattr(config, role).checkpoint}`, "
+             f"licence: {licence_of(bridge.paths[role])}" for role in ROLES]
+    return CARD.format(
+        fusion=config.fusion.name, projector=config.projector.name, task=config.data.task,
+        language=config.data.language, step=bridge.step,
+        parts="\n".join(parts), scores="\n".join(scores),
+        config=json.dumps(described, indent=2),
+    )
+
+
+def licence_of(path: Path) -> str:
+    """What a checkpoint's model card says of its licence."""
+    card = path / "README.md"
+    found = card.is_file() and re.search(r"^license:[ \t]*(\S+)", card.read_text("utf-8"), re.M)
+    return found[1] if found else "see its own page"
+
+
+CARD = """\
+---
+library_name: transformers
+pipeline_tag: text-generation
+tags: [jaxfusion, langbridge, multilingual]
+---
+
+# A multilingual bridge
+
+A frozen multilingual encoder in front of a frozen LLM, joined by a small part (fusion
+`{fusion}`, projector `{projector}`) that was trained on `{task}` in `{language}` alone,
+{step} steps, with jaxfusion.
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained(DIR, trust_remote_code=True)
+tokenizer = AutoTokenizer.from_pretrained(DIR, trust_remote_code=True)
+texts = ["..."]
+inputs = tokenizer(texts, padding=True, return_tensors="pt")
+tokens = model.generate(**inputs, max_new_tokens=32)
+print(tokenizer.batch_decode(tokens, skip_special_tokens=True))
+```
+
+`pipeline("text-generation", model=DIR, trust_remote_code=True)`, `Trainer`, peft and
+`save_pretrained` work as with any causal LM. `tokenizer(texts, text_target=answers)` makes the
+`input_ids` and `labels` of training; encoder and LLM are frozen until you unfreeze them.
+
+## Parts
+
+{parts}
+
+The trained part is under the terms of both.
+
+## Scores
+
+{scores}
+
+## Config
+
+```json
+{config}
+```
+"""

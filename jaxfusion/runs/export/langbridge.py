@@ -1,0 +1,110 @@
+"""A bridge in LangBridge's own layout (github.com/kaistAI/LangBridge), backbones and all."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+
+from jaxfusion.errors import InputError
+from jaxfusion.fields import ROLES
+from jaxfusion.files import new_directory
+from jaxfusion.hf.save import tower_tensors, write_shards, write_tokenizer
+from jaxfusion.hf.tables import ALIGNMENTS, langbridge_names, langbridge_table
+from jaxfusion.runs.export.bridge import Trained, check_dtype, collect
+
+
+def export_langbridge(
+    workdir: Path, out: Path, *, dtype: str | None = None, overwrite: bool = False,
+    enc: str | None = None, lm: str | None = None,
+) -> None:
+    """Writes a bridge in the layout of github.com/kaistAI/LangBridge, backbones and all.
+
+    Args:
+      dtype: of all tensors; None keeps each one's.
+      enc, lm: how LangBridge is to name encoder and LLM; default to the run's names. It makes both
+        from the config of that name before it reads the weights.
+
+    Raises:
+      InputError: LangBridge has no such fusion or projector, or as in `export`.
+    """
+    check_dtype(dtype)
+    bridge = collect(workdir, out)
+    config, tokenizers = bridge.config, bridge.tokenizers
+    kinds = {ours: theirs for theirs, ours in ALIGNMENTS.items()}
+    if config.fusion.name != "last" or config.projector.name not in kinds:
+        raise InputError(f"LangBridge has fusion 'last' with {', '.join(kinds)}; {workdir} has "
+                         f"'{config.fusion.name}' with '{config.projector.name}'")
+    if config.data.chat_template:
+        raise InputError(f"LangBridge puts no chat template round its prefix; {workdir} was "
+                         "trained with one: use --format jaxfusion")
+    kind = kinds[config.projector.name]
+    described = {
+        "architectures": ["LangBridgeModel"], "alignments": kind,
+        "num_latents": config.projector.latents, "enc": _langbridge_enc(bridge, enc),
+        "lm": _langbridge_lm(bridge, lm), "dim_enc": bridge.shapes["encoder"].d_model,
+        "dim_lm": bridge.shapes["decoder"].d_model, "freeze_encoder": True,
+        "freeze_language_model": True,
+    }
+
+    def tensors() -> Iterator[tuple[str, np.ndarray]]:
+        for role in ROLES:
+            names = bridge.names(role)
+            theirs = langbridge_names(role, names)
+            for name, tensor in tower_tensors(bridge.paths[role], names, bridge.replaced(role),
+                                              dtype):
+                yield theirs[name], tensor
+                if name == "model.embed_tokens.weight":  # which it holds under more names
+                    yield "lb.embeddings.weight", tensor
+                    if "lm_head.weight" not in names:
+                        yield "lb.lm_head.weight", tensor
+        for name, tensor in bridge.own(langbridge_table(config.projector.name)).items():
+            yield name, tensor.astype(jnp.dtype(dtype) if dtype else tensor.dtype)
+
+    with new_directory(out, overwrite) as partial:
+        write_shards(partial, tensors())
+        (partial / "config.json").write_text(json.dumps(described, indent=2) + "\n", "utf-8")
+        write_tokenizer(partial, tokenizers.decoder)
+        write_tokenizer(partial / "encoder_tokenizer", tokenizers.encoder)
+
+
+# What LangBridge knows an LLM by: the beginnings of its names, by family (modeling_langbridge.py).
+LANGBRIDGE_LMS = {
+    "llama": ("EleutherAI/llemma", "codellama/CodeLlama", "microsoft/Orca-2", "meta-math/MetaMath",
+              "meta-llama/Llama-2-7b-hf"),
+    "mistral": ("mistralai/Mistral-7B-v0.1",),
+}
+
+
+def _langbridge_lm(bridge: Trained, name: str | None) -> str:
+    """The name of the LLM for LangBridge.
+
+    Raises:
+      InputError: LangBridge has no such family, or does not know it by this name.
+    """
+    family, name = bridge.shapes["decoder"].family, name or bridge.config.decoder.checkpoint
+    if family not in LANGBRIDGE_LMS:
+        raise InputError(f"LangBridge reads LLMs of {' and '.join(LANGBRIDGE_LMS)}, {name} is of "
+                         f"{family}: use --format jaxfusion")
+    if not name.startswith(LANGBRIDGE_LMS[family]):
+        raise InputError(f"LangBridge knows a {family} by a name that begins with "
+                         f"{', '.join(LANGBRIDGE_LMS[family])}, got {name}; give --lm the one "
+                         "whose config.json is this LLM's")
+    return name
+
+
+def _langbridge_enc(bridge: Trained, name: str | None) -> str:
+    """The name of the encoder for LangBridge, which takes its family from it.
+
+    Raises:
+      InputError: it would take it for another.
+    """
+    name, wanted = name or bridge.config.encoder.checkpoint, "mt5"
+    if bridge.shapes["encoder"].bias_per_layer:
+        wanted = "umt5"
+    found = next((x for x in ("umt5", "mt5") if x in name.lower()), "none")
+    if found != wanted:
+        raise InputError(f"LangBridge knows this encoder by a name with '{wanted}' in it, got "
+                         f"{name}; give --enc the one whose config.json is this encoder's")
+    return name
