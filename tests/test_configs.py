@@ -3,6 +3,7 @@
 import ast
 import dataclasses
 import importlib.util
+import inspect
 import subprocess
 import sys
 from pathlib import Path
@@ -13,9 +14,10 @@ from jaxfusion import config as configs
 from jaxfusion.bridge.job import train
 from jaxfusion.config import default_config, finish, from_config_dict
 from jaxfusion.errors import InputError
-from jaxfusion.fields import JOBS, GroupConfig
+from jaxfusion.fields import JOBS, GroupConfig, MeshConfig
 from jaxfusion.miniatures.inputs import make_inputs
 from jaxfusion.runs.score import evaluate
+from jaxfusion.sharding.mesh import make_mesh
 
 ROOT = Path(__file__).parent.parent
 FILES = sorted((ROOT / "configs").glob("*.py"))
@@ -76,13 +78,14 @@ def test_every_field_is_read_somewhere():
         for field in dataclasses.fields(kind):
             yield field.name
             default = field.default
-            if dataclasses.is_dataclass(default):
+            if dataclasses.is_dataclass(default) and type(default) is not MeshConfig:
                 yield from fields(type(default))
 
     jobs = (name for job in JOBS.values() for name in fields(job))
-    names = {*jobs, *(f.name for f in dataclasses.fields(GroupConfig))}
-    # The scheduler-like values reach optax by position; their names are attributes all the same.
-    assert not names - read
+    assert not {*jobs, *(f.name for f in dataclasses.fields(GroupConfig))} - read
+    # A mesh's go by name to the function that makes it.
+    mesh = {f.name for f in dataclasses.fields(MeshConfig)}
+    assert mesh == set(inspect.signature(make_mesh).parameters) - {"devices"}
 
 
 def test_unknown_fields_and_wrong_types_are_named():

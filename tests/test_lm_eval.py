@@ -51,11 +51,11 @@ def test_greedy_continuations_are_known(workdir):
     model = JaxFusion(str(workdir), llm_only=True)
     text = "la ru so"
     answer, = model.generate_until([Request(text, {"until": [], "max_gen_toks": 3})])
-    ids = model.model.tokenizers.encode_answers([text + " "], [answer])[0]
+    ids = model.run.tokenizers.encode_answers([text + " "], [answer])[0]
     (_, greedy), (_, other) = model.loglikelihood([Request(text, f" {answer}"),
                                                    Request(text, " zzz")])
     assert not other and greedy == (
-        model.model.tokenizers.decoder.decode(ids).strip() == answer)
+        model.run.tokenizers.decoder.decode(ids).strip() == answer)
 
 
 def test_a_texts_likelihood_is_the_sum_of_its_windows(workdir):

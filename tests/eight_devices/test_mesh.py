@@ -17,6 +17,7 @@ from jaxfusion.fields import ROLES
 from jaxfusion.hf.known_shapes import backbone_shape
 from jaxfusion.miniatures.checkpoints import SIZES, write_checkpoints
 from jaxfusion.miniatures.inputs import make_inputs
+from jaxfusion.runs import open_run
 from jaxfusion.runs.score import evaluate
 from jaxfusion.sharding.mesh import make_mesh
 from jaxfusion.training import digest, hooks
@@ -146,9 +147,7 @@ def test_scores_do_not_depend_on_the_mesh(towers, cache_dir, tmp_path, monkeypat
     results, details = evaluate(tmp_path / "run", limit=12, decoding=drawn)
     (scores,) = results.values()
     with pytest.MonkeyPatch.context() as patch:
-        from jaxfusion.runs import score as module
-
-        patch.setattr(module, "make_mesh", lambda **_: make_mesh(devices=jax.devices()[:1]))
+        patch.setattr(open_run, "make_mesh", lambda **_: make_mesh(devices=jax.devices()[:1]))
         alone, same = evaluate(tmp_path / "run", limit=12, decoding=drawn)
     assert {name: alone[name] for name in results} == results
     for part in ("correct", "answers"):
