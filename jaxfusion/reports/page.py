@@ -78,7 +78,7 @@ def token_table(found: dict[str, Any]) -> str:
 
 
 def _environment() -> jinja2.Environment:
-    env = jinja2.Environment(loader=jinja2.PackageLoader("jaxfusion.evaluation", "."),
+    env = jinja2.Environment(loader=jinja2.PackageLoader("jaxfusion.reports", "."),
                              autoescape=True, trim_blocks=True, lstrip_blocks=True)
     env.filters |= {"embed": _embed, "shade": _shade, "direction": _direction}
     return env
