@@ -250,3 +250,19 @@ def test_what_is_no_bridge_is_named(tiny, tmp_path):
               tmp_path / "less" / "model.safetensors")
     with pytest.raises(InputError, match=r"lacks projector\.out\.bias"):
         adopt(str(tmp_path / "less"), tmp_path / "run")
+
+
+@pytest.mark.parametrize("field,value", [
+    ("fusion", None), ("fusion", "last"), ("reader", {}), ("projector", []), ("added_tokens", 3)])
+def test_an_export_that_was_changed_is_one_line(field, value, tiny, tmp_path):
+    make_run(tmp_path / "run", tiny)
+    export(tmp_path / "run", tmp_path / "out")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    if value is None:
+        del config[field]
+    else:
+        config[field] = value
+    (tmp_path / "out" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError, match=r"config\.json: a field is missing or has the wrong type"):
+        adopt(str(tmp_path / "out"), tmp_path / "again")
+    assert not (tmp_path / "again").exists()

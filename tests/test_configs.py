@@ -13,6 +13,8 @@ import pytest
 from jaxfusion import config as configs
 from jaxfusion.bridge.job import train
 from jaxfusion.config import default_config, finish, from_config_dict
+from jaxfusion.data.rows.examples import read_examples
+from jaxfusion.data.tasks.catalogue import TASKS
 from jaxfusion.errors import InputError
 from jaxfusion.fields import JOBS, GroupConfig, MeshConfig
 from jaxfusion.miniatures.inputs import make_inputs
@@ -131,3 +133,34 @@ def test_eval_refuses_in_one_line(tmp_path):
     done = run_script("eval.py", f"--workdir={tmp_path}")
     assert done.returncode == 1 and "is not a workdir of a run" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_a_quickstart_finds_its_llm_from_anywhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    file = ROOT / "configs" / "lens_quickstart.py"
+    assert (Path(get_config(file).decoder.checkpoint) / "config.json").is_file()
+
+
+@pytest.mark.parametrize("name", ["lens_llama3", "lens_llama31", "lens_phi35", "lens_qwen25"])
+def test_published_lens_probes_other_prompts_than_it_trains_on(name):
+    config = get_config(ROOT / "configs" / f"{name}.py")
+    assert config.data.get("probe_path") not in (None, config.data.path)
+    assert (config.data.probe_rows, config.data.rows) == (300, 200)
+    assert "m_mmlu" in config.eval.tasks and "mmmlu" not in config.eval.tasks
+
+
+def test_langbridge_has_its_authors_lengths_and_no_end_of_targets():
+    file = ROOT / "configs" / "langbridge.py"
+    config = get_config(file)
+    assert (config.data.get("max_total_tokens"), config.data.get("target_eos")) == (1152, False)
+    assert "eval.py --workdir runs/langbridge --tasks mgsm" in " ".join(file.read_text().split())
+
+
+@pytest.mark.parametrize("tasks", [(), ("pocket_nli", "pocket_qa")])
+def test_every_task_of_a_debug_run_has_its_own_rows(tasks, cache_dir):
+    config = get_config(ROOT / "configs" / "lens_quickstart.py", "debug").unlock()
+    config.eval.tasks = tasks
+    place = make_inputs(from_config_dict(config)).data.task_path
+    for name in tasks:
+        rows = read_examples(name, TASKS[name], "test", "en", place)
+        assert bool(TASKS[name].labels) == (rows[0].label >= 0)

@@ -112,3 +112,15 @@ def test_nothing_public_lacks_a_docstring():
             found.append(str(file))
         found += missing(tree, file.name)
     assert not found
+
+
+@pytest.mark.parametrize("known", [
+    "encoder, LLM and fusion in bfloat16 and evaluate in float32", "first 33,333 of each class",
+    "two micro-batches of 4", "They shuffle all rows", "hold out 1,000 rows",
+    "Arabic where the published data set has Japanese", "ends in a `TypeError`",
+    "squeeze padding to the left", "300 prompts of one set and train on 200 of another",
+    "1,000 rows of `alexandrainst/m_mmlu`", "Arabic letters for Arabic",
+])
+def test_what_differs_from_the_authors_code_is_told(known):
+    page = (ROOT / "docs" / "reproducing.md").read_text()
+    assert known in " ".join(page.split("## What is known to differ")[1].split())

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -13,13 +14,16 @@ from hypothesis import strategies as st
 
 from jaxfusion.config import default_config, finish, from_config_dict
 from jaxfusion.data.batching import collate, find_shapes, tokenize
+from jaxfusion.data.contamination import fingerprints
 from jaxfusion.data.rows.examples import Example
+from jaxfusion.data.tasks.catalogue import TASKS
 from jaxfusion.data.tasks.spec import Task, last_number
 from jaxfusion.evaluation.generate import Decoding, choose_tokens, make_scorer
 from jaxfusion.evaluation.scoring import Scorer, _correct
 from jaxfusion.fields import EvalConfig
 from jaxfusion.reports.statistics import accuracy, holm, mcnemar, sign_flip, wilson_interval
 from jaxfusion.reports.terminal import merge_results
+from jaxfusion.runs.score import unseen
 from jaxfusion.sharding.mesh import make_mesh
 from jaxfusion.training.state import load_model, merge
 
@@ -29,13 +33,15 @@ QUERIES = [f"{'la ru ' * n}Label: " for n in (1, 9, 3, 4, 12)]
 EXAMPLES = [Example(query, LABELS[i % 2], i % 2) for i, query in enumerate(QUERIES)]
 
 
+def make_model(encoder, decoder):
+    config = finish(default_config(), "global_softmax,debug").unlock()
+    config.encoder.checkpoint, config.decoder.checkpoint = str(encoder), str(decoder)
+    return load_model(from_config_dict(config), make_mesh())
+
+
 @pytest.fixture(scope="module")
 def model(tiny):
-    config = finish(default_config(), "global_softmax,debug").unlock()
-    config.encoder.checkpoint, config.decoder.checkpoint = (
-        str(tiny / role) for role in ("encoder", "decoder")
-    )
-    return load_model(from_config_dict(config), make_mesh())
+    return make_model(tiny / "encoder", tiny / "decoder")
 
 
 @pytest.fixture(scope="module")
@@ -104,6 +110,48 @@ def test_free_text_has_greedy_scores_alone(model, params):
     task = Task("{text}", (), ("en",))
     scored = Scorer(model.bridge, model.tokenizers, config)(params, EXAMPLES, task)
     assert set(scored.correct) == {"exact_match"}
+
+
+def test_an_answer_ends_at_every_end_token_that_the_llm_names(model, params, tiny, tmp_path):
+    """Llama 3, Qwen2.5 and Gemma name several in `generation_config.json`."""
+    rows = rows_of(model, EXAMPLES[:1])
+    batch = collate(*find_shapes(rows, (64,)).place(rows, 1, 1), model.tokenizers)
+    score = make_scorer(model.bridge, Decoding(4, model.tokenizers.eos), bare=False)
+    tokens = score(params, batch, *(np.zeros((1, 1, 1), kind) for kind in (int, bool)))[0][0]
+    kept = next(i for i in range(1, 4) if tokens[i] not in tokens[:i])
+    llm = shutil.copytree(tiny / "decoder", tmp_path / "llm")
+    (llm / "generation_config.json").write_text(json.dumps(
+        {"eos_token_id": [model.tokenizers.eos, int(tokens[kept])]}))
+    ending = make_model(tiny / "encoder", llm)
+    scored = Scorer(ending.bridge, ending.tokenizers, EvalConfig(batch_size=1, max_new_tokens=4))(
+        params, EXAMPLES[:1], TASK)
+    assert scored.answers == [model.tokenizers.decoder.decode(
+        tokens[:kept].tolist(), skip_special_tokens=True).strip()]
+
+
+@pytest.mark.parametrize("name", ["belebele", "mgsm"])
+def test_a_prompt_that_is_too_long_keeps_its_question(name, model):
+    """Which is at its end, behind a passage or the examples of a few-shot prompt."""
+    asked = [Example("la ru " * 60 + end, "A", 0) for end in ("bako", "dimofu gata")]
+    scorer = Scorer(model.bridge, model.tokenizers,
+                    EvalConfig(batch_size=2, max_encoder_tokens=24, max_new_tokens=1))
+    seen = []
+    scorer.rows = lambda *args: (seen.append(Scorer.rows(scorer, *args)), seen[-1])[1]
+    scorer(merge(model.trainable, model.frozen), asked, TASKS[name])
+    first, second = (row.query for row in seen[0][0])
+    assert len(first) == len(second) == 24 and first != second
+    assert second == model.tokenizers.encode_queries([asked[1].query])[0][-24:]
+
+
+def test_rows_go_together_only_where_they_are_translations():
+    """Not where languages have equally many rows, as with any limit."""
+    rows = {x: [Example(f"{x} {i}", "a", 0) for i in range(3)] for x in ("en", "ja")}
+    seen = fingerprints(["en 1"])
+    left = {name: {x: [row.query[-1] for row in found]
+                   for x, found in unseen({name: rows}, seen, drop=True)[name].items()}
+            for name in ("xnli", "xwinograd")}
+    assert left["xnli"] == {"en": ["0", "2"], "ja": ["0", "2"]}
+    assert left["xwinograd"] == {"en": ["0", "2"], "ja": ["0", "1", "2"]}
 
 
 def test_letters_are_scored_by_the_prompts_own_logits(model, params):

@@ -22,6 +22,7 @@ from jaxfusion.hf.load import INDEX, SINGLE, load_params, open_tensors, read_con
 from jaxfusion.hf.save import to_tensors, write_shards
 from jaxfusion.hf.tables import table
 from jaxfusion.miniatures.checkpoints import random_params
+from jaxfusion.runs.export.bridge import licence_of
 
 
 def config_of(path):
@@ -358,14 +359,16 @@ def test_madlads_name_of_the_embedding_serves(tiny, checkpoint):
     assert np.array_equal(one["embed"]["embedding"], other["embed"]["embedding"])
 
 
-def test_defaults_are_those_of_transformers(checkpoint):
-    """Findings 4 and 14: mT5 is gated unless it says otherwise; Gemma 1's `gelu` is its tanh form.
-    """
+def test_an_mt5_is_gated_unless_it_says_otherwise(checkpoint):
     json_of = read_config(checkpoint / "encoder")
     json_of.pop("feed_forward_proj")
     assert encoder_config(json_of, "config.json") == config_of(checkpoint / "encoder")
     with pytest.raises(InputError, match="feed_forward_proj is 'relu'"):
         encoder_config({**json_of, "model_type": "t5"}, "config.json")
+
+
+def test_gelu_of_gemma_1_is_its_tanh_form(checkpoint):
+    """As transformers makes it, whatever the file says."""
     gemma = {**read_config(checkpoint / "decoder"), "model_type": "gemma", "hidden_act": "gelu"}
     assert decoder_config(gemma, "config.json").activation == "gelu_tanh"
 
@@ -443,11 +446,20 @@ def test_other_pickles_are_one_line(tmp_path, value, message):
 
 
 def test_convert_stays_in_its_directory(tmp_path):
-    """Finding 45."""
+    (tmp_path / "in").mkdir()
+    torch.save({"a": torch.ones(2)}, tmp_path / "secret.bin")
     index = {"weight_map": {"a": "../secret.bin"}}
-    (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    (tmp_path / "in" / "pytorch_model.bin.index.json").write_text(json.dumps(index))
     with pytest.raises(InputError, match=r"points to '\.\./secret\.bin', expected names"):
-        convert(str(tmp_path), tmp_path / "out")
+        convert(str(tmp_path / "in"), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_convert_takes_the_chat_template_along(checkpoint, tmp_path):
+    to_pickle(checkpoint / "decoder")
+    (checkpoint / "decoder" / "chat_template.jinja").write_text("{{ messages }}")
+    convert(str(checkpoint / "decoder"), tmp_path / "out")
+    assert (tmp_path / "out" / "chat_template.jinja").read_text() == "{{ messages }}"
 
 
 def test_the_hubs_patterns_take_what_is_read(tmp_path):
@@ -461,3 +473,28 @@ def test_the_hubs_patterns_take_what_is_read(tmp_path):
     found = filter_repo_objects([*wanted, *others], allow_patterns=hub.WANTED,
                                 ignore_patterns=hub.UNWANTED)
     assert set(found) == set(wanted)
+
+
+def test_weights_that_are_whole_numbers_are_refused(checkpoint):
+    edit(checkpoint / "decoder", lambda t: t.update(
+        {"model.norm.weight": t["model.norm.weight"].astype(np.int32)}))
+    with pytest.raises(InputError, match=r"model\.norm\.weight is of type I32"):
+        load(checkpoint / "decoder")
+
+
+@pytest.mark.parametrize("buckets", [-1, 0, 3, "many"])
+def test_buckets_that_no_encoder_has_are_one_line(checkpoint, buckets):
+    json_of = {**read_config(checkpoint / "encoder"), "relative_attention_num_buckets": buckets}
+    with pytest.raises(InputError, match=f"relative_attention_num_buckets is '?{buckets}"):
+        encoder_config(json_of, "config.json")
+
+
+@pytest.mark.parametrize("name", ["a/..", "a/.", "../a", "./a"])
+def test_a_name_that_leads_elsewhere_is_no_hub_id(name):
+    with pytest.raises(InputError, match="neither a directory here nor a hub id"):
+        hub.resolve(name + "/none" if name in ("../a", "./a") else name)
+
+
+def test_a_licence_is_read_of_a_card_in_any_encoding(tmp_path):
+    (tmp_path / "README.md").write_bytes(b"---\nlicense: mit\n---\nd\xe9j\xe0 vu")
+    assert licence_of(tmp_path) == "mit"

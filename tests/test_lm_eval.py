@@ -68,6 +68,19 @@ def test_a_texts_likelihood_is_the_sum_of_its_windows(workdir):
         JaxFusion(str(workdir)).loglikelihood_rolling([Request(text)])
 
 
+def test_a_question_behind_many_examples_is_asked(workdir):
+    """Few-shot prompts are longer than what the encoder reads, and end in what is asked."""
+    model = JaxFusion(str(workdir))
+    (one, _), (other, _) = model.loglikelihood([
+        Request("la ru so bako. " * 60 + asked, " gata") for asked in ("dimofu", "bako la")])
+    assert one != other
+
+
+def test_a_model_without_a_run_is_refused():
+    with pytest.raises(InputError, match="give --model_args workdir=DIR"):
+        JaxFusion()
+
+
 def test_settings_are_read_as_the_harness_means_them():
     assert _at_seam("a:", " b c") == ("a: ", "b c")
     assert _decoding({"until": "\n", "temperature": 0.7, "max_gen_toks": 5}) == {

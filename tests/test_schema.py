@@ -146,13 +146,23 @@ def run(*words):
     (("train.py", "--config={file}"), "invalid syntax"),
     (("train.py", "--config=configs/xnli_paper.py:debug", "--config.train.seed=-1"),
      "config field 'train.seed' is -1, expected 0 or more"),
+    (("train.py", "--config=configs/xnli_paper.py:debug", "--config.data.path=/nonexistent"),
+     "/nonexistent is missing: task 'xnli' reads its rows there"),
 ])
 def test_a_command_line_ends_in_one_line(words, said, tmp_path):
     """Findings 42 and 44."""
     (tmp_path / "broken.py").write_text("def get_config(:\n")
-    found = run(*(word.format(file=tmp_path / "broken.py") for word in words))
+    found = run(*(word.format(file=tmp_path / "broken.py") for word in words),
+                f"--workdir={tmp_path / 'run'}")
     assert found.returncode == 1 and said in found.stderr
     assert found.stderr.count("\n") == 1 and "Traceback" not in found.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_step_of_several_seeds_is_compiled_like_any():
+    found = run("train.py", "--config=configs/xnli_paper.py:debug", "--config.seeds=(0,1)",
+                "--compile_only")
+    assert found.returncode == 0, found.stderr
 
 
 def test_a_path_that_is_missing_is_called_missing(tmp_path):
@@ -181,8 +191,10 @@ def test_names_are_text_wherever_they_are_shown(tmp_path, capsys):
 
 
 def test_a_layer_that_there_is_not_is_refused_by_the_bridge():
-    """Finding 43: `fusion_layer` 0 of a bridge built by hand took the last layer."""
+    """Layer 0 of a bridge built by hand is not the last one."""
+    import jax
     import jax.numpy as jnp
+    from flax import linen as nn
 
     from jaxfusion.miniatures.checkpoints import SIZES
     from jaxfusion.nn.bridge import Bridge
@@ -190,12 +202,14 @@ def test_a_layer_that_there_is_not_is_refused_by_the_bridge():
     from jaxfusion.nn.mt5 import MT5Encoder
     from jaxfusion.nn.projector import Projector
 
-    encoder, decoder = SIZES["tiny"]
+    encoder, decoder = (dataclasses.replace(x, vocab_size=8) for x in SIZES["tiny"])
     projector = Projector("linear", decoder.d_model, 0.0)
     bridge = Bridge(MT5Encoder(encoder), Decoder(decoder), projector, "layer", 0)
-    batch = SimpleNamespace(enc_tokens=jnp.ones((1, 4), jnp.int32))
+    ones = jnp.ones((1, 4), jnp.int32)
+    params = nn.unbox(jax.eval_shape(lambda: bridge.init(jax.random.key(0), ("encoder",))))
+    batch = SimpleNamespace(enc_tokens=ones, enc_segments=ones)
     with pytest.raises(ValueError, match="fusion_layer is 0, expected 1 to"):
-        bridge.fuse({"encoder": {}}, batch)
+        jax.eval_shape(lambda params: bridge.fuse(params, batch)[0], params)
 
 
 def test_presets_of_a_comparison_and_a_sweep_are_checked_too():

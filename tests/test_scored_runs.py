@@ -19,6 +19,7 @@ from jaxfusion.config import from_config_dict, one_by_seeds, run_folders
 from jaxfusion.data.contamination import fingerprints, read_seen, write_seen
 from jaxfusion.data.rows.files import read_file
 from jaxfusion.errors import InputError
+from jaxfusion.fields import TaskConfig
 from jaxfusion.files import note_of, only_writer, write_checked
 from jaxfusion.miniatures.inputs import make_inputs
 from jaxfusion.reports.page import _inline
@@ -285,3 +286,30 @@ def test_flags_that_do_not_go_together(flags, said):
     done = subprocess.run([sys.executable, "eval.py", *flags], cwd=ROOT, capture_output=True,
                           text=True)
     assert done.returncode == 1 and said in done.stderr and "Traceback" not in done.stderr
+
+
+def test_answers_longer_than_what_the_llm_reads_are_refused(bridge):
+    with pytest.raises(InputError, match=r"max_new_tokens is 999,999,999, but the LLM reads at"):
+        evaluate(bridge, limit=2, decoding={"max_new_tokens": 999_999_999})
+
+
+def test_answers_that_are_cut_before_their_end_are_counted_and_said(bridge, tmp_path, caplog):
+    copy = shutil.copytree(bridge, tmp_path / "copy")
+    for language, rows in (("en", 2), ("sw", 1)):
+        (tmp_path / f"test-{language}.jsonl").write_text(
+            "".join(f'{{"query": "la ru {i}", "target": "7"}}\n' for i in range(rows)))
+    found, _ = evaluate(copy, tasks=("mgsm",), languages=("en", "sw"), data_path=str(tmp_path),
+                        decoding={"max_new_tokens": 1})
+    assert [x["exact_match"].get("unfinished") for x in found["mgsm"].values()] == [2, 1]
+    assert "mgsm en: 2 of 2 answers were cut at 1 new tokens before their end" in caplog.text
+
+
+def test_a_task_without_test_rows_is_said_before_it_is_trained_on(bridge, caplog):
+    config = open_run(bridge).config
+    own = TaskConfig(prompt="{premise}", labels=("a", "b"), languages=("en",),
+                     source="hub:a/b", splits={"train": "train"})
+    config = replace(config, tasks={"mine": own},
+                     data=replace(config.data, task="mine", path=None, dev_rows=None))
+    with pytest.raises(InputError):  # there is no hub here
+        read_data(config)
+    assert "task 'mine' has no test split: eval.py can score the run only with" in caplog.text

@@ -115,6 +115,8 @@ class Hub:
      ("juletxara/xstory_cloze", "te", "eval"), "A"),
     ("mgsm", "bn", {"question": "q", "answer": None, "answer_number": 18},
      ("juletxara/mgsm", "bn", "test"), "18"),
+    ("m_mmlu", "ar", {"instruction": "q", **{f"option_{x}": "o" for x in "abcd"}, "answer": "C"},
+     ("alexandrainst/m_mmlu", "ar", "test"), "C"),
     ("xcopa", "en", {"premise": "p", "choice1": "x", "choice2": "y", "question": "cause",
                      "label": 1}, ("pkavumba/balanced-copa", None, "test"), "B"),
 ])
@@ -123,6 +125,15 @@ def test_hub_rows_become_examples(task, language, row, asked, target, monkeypatc
     found, = read_examples(task, TASKS[task], "test", language, None)
     name, config, split = asked
     assert found.target == target and hub.asked == [(name, config, None), "downloaded", split]
+
+
+def test_m_mmlu_is_its_first_thousand_rows(monkeypatch):
+    """On which Lens was scored."""
+    Hub(monkeypatch, [{"instruction": f"q{i}", **{f"option_{x}": "o" for x in "abcd"},
+                       "answer": "C"} for i in range(1003)])
+    found = read_examples("m_mmlu", TASKS["m_mmlu"], "test", "ar", None)
+    assert len(found) == 1000 and found[-1].query == (
+        "Question: q999\nA: o\nB: o\nC: o\nD: o\nAnswer: ")
 
 
 def test_real_files_are_read_as_they_are(real_data):

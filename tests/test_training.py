@@ -28,7 +28,7 @@ from jaxfusion.data.rows.examples import read_examples
 from jaxfusion.data.tasks.catalogue import TASKS
 from jaxfusion.errors import InputError, Stopped
 from jaxfusion.evaluation.scoring import Scorer
-from jaxfusion.fields import Config, GroupConfig
+from jaxfusion.fields import Config, GroupConfig, OptimizerConfig
 from jaxfusion.miniatures import torch_reference as reference
 from jaxfusion.miniatures.checkpoints import write_checkpoints
 from jaxfusion.miniatures.inputs import make_inputs
@@ -37,7 +37,7 @@ from jaxfusion.training import loop
 from jaxfusion.training.checkpoint import Checkpoints
 from jaxfusion.training.logs import RunLog
 from jaxfusion.training.loop import fit
-from jaxfusion.training.optimizer import group_of_each, make_optimizer
+from jaxfusion.training.optimizer import group_of_each, make_optimizer, make_schedule
 from jaxfusion.training.state import State, load_model, merge
 from jaxfusion.training.step import gradient, make_train_step
 from jaxfusion.training.trainer import Trainer, compiled_step, put_batch
@@ -373,6 +373,13 @@ def test_a_second_stage_starts_from_the_first(undisturbed, cache_dir, tmp_path):
     with pytest.raises(InputError, match=r"'fusion/.*' is .* there, no such parameter here"):
         train(other, tmp_path / "third")
     assert not (tmp_path / "third").exists()
+
+
+@pytest.mark.parametrize("steps,warmup", [(20, 1), (25, 2), (1000, 50), (1001, 51)])
+def test_a_part_of_a_step_of_warm_up_is_a_step(steps, warmup):
+    """As in transformers."""
+    schedule = make_schedule(OptimizerConfig(warmup_fraction=0.05), 1.0, steps)
+    assert schedule(warmup) == 1 and schedule(warmup - 1) == pytest.approx(1 - 1 / warmup)
 
 
 # It learns

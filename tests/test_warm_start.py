@@ -89,3 +89,9 @@ def test_tokenizers_without_offsets_are_refused(model):
     tokenizers = replace(model.tokenizers, encoder=slow)
     with pytest.raises(InputError, match="tokenizers that tell their offsets"):
         warm_start(replace(model, tokenizers=tokenizers), [Example("a", "", 0)])
+
+
+def test_texts_that_are_all_too_long_are_named(model):
+    config = replace(model.config, data=replace(model.config.data, max_encoder_tokens=8))
+    with pytest.raises(InputError, match=r"each of 3 texts is longer than data\.max_encoder_t"):
+        warm_start(replace(model, config=config), [Example("badu fege " * 9, "", 0)] * 3)

@@ -11,8 +11,10 @@ import sys
 import textwrap
 import threading
 import time
+import tracemalloc
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +27,10 @@ from jaxfusion import config as configs
 from jaxfusion import files
 from jaxfusion.bridge import warm_start
 from jaxfusion.bridge.job import train
+from jaxfusion.data import batching
 from jaxfusion.data.batching import Ragged, TokenRow, TokenRows, find_shapes, lengths_of, tokenize
+from jaxfusion.data.rows.examples import Example
+from jaxfusion.data.tokenizers import Tokenizers, load_tokenizer
 from jaxfusion.errors import InputError, Stopped
 from jaxfusion.files import WRITER, new_directory, only_writer, write_checked, write_whole
 from jaxfusion.hf import hub
@@ -301,12 +306,11 @@ def test_ctrl_c_that_a_callback_swallows_ends_the_run_after_the_step():
 
 
 def test_sigterm_before_the_first_step_has_its_status(cache_dir, tmp_path):
-    """Finding 39: 75 from the start on, with nothing saved."""
+    """75 from the start on, while rows are tokenized."""
     process = subprocess.Popen(
         [sys.executable, "train.py", "--config=configs/xnli_paper.py:debug",
          f"--workdir={tmp_path / 'run'}"], cwd=ROOT, stderr=subprocess.PIPE, text=True)
-    while not (tmp_path / "run").is_dir() and process.poll() is None:
-        time.sleep(0.01)
+    assert "rows tokenized" in process.stderr.readline()
     process.send_signal(signal.SIGTERM)
     said = process.communicate()[1]
     assert process.returncode == Stopped.EXIT_CODE == 75, said
@@ -378,8 +382,8 @@ def test_a_slow_hub_is_waited_for(monkeypatch, caplog):
 
 
 def test_the_warm_start_depends_on_the_seed(monkeypatch):
-    """Finding 40: seed 0 as before."""
-    keys = []
+    keys, config = [], configs.from_json({})
+    monkeypatch.setattr(warm_start, "_pairs", lambda *_: (np.eye(2), np.eye(2), np.zeros(2)))
 
     def stop(key, steps):
         keys.append(jax.random.key_data(key).tolist())
@@ -388,7 +392,10 @@ def test_the_warm_start_depends_on_the_seed(monkeypatch):
     monkeypatch.setattr(warm_start.jax.random, "split", stop)
     for seed in (0, 1):
         with pytest.raises(StopIteration):
-            warm_start._regress(None, {}, np.zeros((2, 2)), np.zeros((2, 2)), seed)
+            warm_start.warm_start(SimpleNamespace(
+                bridge=SimpleNamespace(latents=0, projector=None), frozen={},
+                trainable={"projector/end": np.zeros(2)},
+                config=replace(config, train=replace(config.train, seed=seed))), [])
     assert keys[0] == jax.random.key_data(jax.random.key(0)).tolist() != keys[1]
 
 
@@ -455,15 +462,30 @@ def test_rows_take_four_bytes_an_id():
         Ragged()[0]
 
 
-def test_tokenizing_in_parts_is_tokenizing_and_tells_how_far_it_is(tiny, monkeypatch, caplog):
-    """Finding 38."""
-    from jaxfusion.data import batching
-    from jaxfusion.data.rows.examples import Example
-    from jaxfusion.data.tokenizers import Tokenizers, load_tokenizer
-
+@pytest.fixture(scope="module")
+def tokenizers(tiny):
     sizes = {role: json.loads((tiny / role / "config.json").read_text())["vocab_size"]
              for role in ("encoder", "decoder")}
-    tokenizers = Tokenizers(*(load_tokenizer(tiny / x, sizes[x], x) for x in sizes))
+    return Tokenizers(*(load_tokenizer(tiny / x, sizes[x], x) for x in sizes))
+
+
+def test_tokenized_rows_take_little_more_than_their_ids(tokenizers):
+    examples = [Example("bada la so " * 100, "ko", 0) for _ in range(300)]
+    limits = {"text_prompt": "", "max_encoder_tokens": 400, "max_decoder_tokens": 12,
+              "with_target": True}
+    tokenize(examples[:2], tokenizers, **limits)
+    tracemalloc.start()
+    try:
+        rows, _ = tokenize(examples, tokenizers, **limits)
+        held = tracemalloc.get_traced_memory()[0]
+    finally:
+        tracemalloc.stop()
+    ids = sum(len(row.query) + len(row.target) for row in rows)
+    assert ids > 300 * 400 and held < 6 * ids
+
+
+def test_tokenizing_in_parts_is_tokenizing_and_tells_how_far_it_is(
+        tokenizers, monkeypatch, caplog):
     examples = [Example("bada " * (i % 7 + 1), ("ko", "mi")[i % 2], 0) for i in range(23)]
     limits = {"text_prompt": "so {query}", "max_encoder_tokens": 9, "max_decoder_tokens": 12,
               "with_target": True}

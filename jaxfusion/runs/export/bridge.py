@@ -328,7 +328,8 @@ def _card(bridge: Trained, described: dict[str, Any]) -> str:
 def licence_of(path: Path) -> str:
     """What a checkpoint's model card says of its licence."""
     card = path / "README.md"
-    found = card.is_file() and re.search(r"^license:[ \t]*(\S+)", card.read_text("utf-8"), re.M)
+    text = card.read_text("utf-8", "replace") if card.is_file() else ""
+    found = re.search(r"^license:[ \t]*(\S+)", text, re.M)
     return found[1] if found else "see its own page"
 
 
