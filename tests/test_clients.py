@@ -5,19 +5,15 @@ The same under transformers 4 and 5, in environments that hold nothing of this p
 """
 
 import json
-import sys
 from pathlib import Path
 
+import check_clients as clients
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
-
-import check_clients as clients
 from exports import client_reference
 from test_export import make_run, write_family
+from transformers import AutoModelForCausalLM
 
 from jaxfusion.runs.export.bridge import export
 

@@ -1,6 +1,6 @@
-"""The real training step, compiled for chips that need not be there: what it will take.
+"""The training step compiled for hardware that need not be there: its memory, FLOPs and time.
 
-Nothing is read or made: the step is lowered from shapes alone.
+Nothing is read or computed: the step is lowered from shapes alone.
 """
 
 import json
@@ -16,9 +16,8 @@ import jax.numpy as jnp
 from rich.console import Console
 from rich.table import Table
 
-from jaxfusion.costs.chips import GIB, Chip, chip_of, topology_devices
+from jaxfusion.costs.chips import GIB, chip_of, topology_devices
 from jaxfusion.costs.flops import count_flops
-from jaxfusion.costs.program import Cost, program_cost
 from jaxfusion.data.batching import DECODER_STEP
 from jaxfusion.errors import InputError, first_line
 from jaxfusion.fields import ROLES, Config
@@ -42,12 +41,9 @@ class Needs:
       weights, optimizer, batch: bytes of the step's arguments. activations: bytes of all else that
         lives at once. peak: their sum. allowed: bytes that a program may use; None if not known.
       model_flops: of all chips, without what is computed again.
-      flops, bytes: of the program; None where it cannot be read back, and what follows is empty.
-      unknown_loops: whose length the program does not tell; counted as if they ran once.
-      silent_kernels: runs of kernels that do not tell their FLOPs, which are missing.
-      collectives: by kind, number and bytes sent.
-      seconds: at the chip's peaks, for `compute`, `memory` and `network` each; empty if not known.
-      binds: which of them is the longest. compile_seconds: what it took here.
+      least_seconds: a step's time if the model's FLOPs ran at the chip's published peak; None if
+        that is not known.
+      compile_seconds: what compiling took here.
     """
 
     chip: str
@@ -60,13 +56,7 @@ class Needs:
     peak: float
     allowed: float | None
     model_flops: float
-    flops: float | None
-    bytes: float | None
-    unknown_loops: int
-    silent_kernels: float
-    collectives: dict[str, tuple[float, float]]
-    seconds: dict[str, float]
-    binds: str | None
+    least_seconds: float | None
     compile_seconds: float
 
 
@@ -87,7 +77,7 @@ def compile_only(config: Config, topology: str | None = None) -> Needs:
     """
     devices = jax.devices() if topology is None else topology_devices(topology)
     try:
-        needs = measure(config, devices)
+        needs, _ = measure(config, devices)
     except TooLarge as error:
         raise InputError(f"{error}; {_what_fits(config, devices, topology)}") from None
     _print(needs)
@@ -95,8 +85,11 @@ def compile_only(config: Config, topology: str | None = None) -> Needs:
     return needs
 
 
-def measure(config: Config, devices: list[jax.Device]) -> Needs:
-    """Compiles the step for the devices and reads off what it takes.
+def measure(config: Config, devices: list[jax.Device]) -> tuple[Needs, jax.stages.Compiled]:
+    """Compiles the step for the devices.
+
+    Returns:
+      What it takes, and the program.
 
     Raises:
       TooLarge: the program does not fit.
@@ -119,7 +112,7 @@ def measure(config: Config, devices: list[jax.Device]) -> Needs:
         seconds = time.monotonic() - clock
         useful = count_flops(lambda *x: gradient(plain(plan.bridge).loss, *x),
                              state.trainable, plan.frozen, batch, key)
-    cost, memory = _cost(compiled), compiled.memory_analysis()
+    memory = compiled.memory_analysis()
     parts = {"weights": _bytes([state.trainable, plan.frozen]),
              "optimizer": _bytes(state.opt_state), "batch": _bytes(batch)}
     peak = peak_bytes(memory)
@@ -128,26 +121,12 @@ def measure(config: Config, devices: list[jax.Device]) -> Needs:
     if chip is not None and peak > chip.memory:  # a GPU's compiler does not know what it has
         raise TooLarge(f"the step takes {peak / GIB:.1f} GiB of each chip, {devices[0].device_kind}"
                        f" has {chip.memory / GIB:.2f}")
-    told = cost is not None
-    times = _roofline(cost, chip) if told and chip is not None else {}
-    cost = cost or Cost()
-    return Needs(
+    needs = Needs(
         devices[0].device_kind, len(devices), dict(mesh.shape), **parts, activations=activations,
         peak=peak, allowed=chip and chip.memory, model_flops=useful,
-        flops=cost.flops if told else None, bytes=cost.bytes if told else None,
-        unknown_loops=cost.unknown, silent_kernels=cost.silent,
-        collectives=cost.collectives, seconds=times,
-        binds=max(times, key=times.get) if times else None, compile_seconds=seconds,
+        least_seconds=chip and useful / len(devices) / chip.flops, compile_seconds=seconds,
     )
-
-
-def _cost(compiled) -> Cost | None:
-    """The program's cost; None where jax cannot read back what the compiler made (asynchronous
-    updates of libtpu 0.0.51 for v5p)."""
-    try:
-        return program_cost(compiled.as_text())
-    except jax.errors.JaxRuntimeError:
-        return None
+    return needs, compiled
 
 
 def peak_bytes(memory: Any) -> int:
@@ -198,11 +177,6 @@ def _step(config: Config, plan: Plan, state: State):
                            config.train.accumulate)
 
 
-def _roofline(cost: Cost, chip: Chip) -> dict[str, float]:
-    return {"compute": cost.flops / chip.flops, "memory": cost.bytes / chip.bandwidth,
-            "network": cost.sent / chip.network}
-
-
 def _bytes(tree: Any) -> float:
     """Bytes of a tree's arrays on one device."""
     return float(sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
@@ -230,7 +204,7 @@ def _what_fits(config: Config, devices: list[jax.Device], topology: str | None) 
         chosen.append(flag)
         print(f"does not fit; trying {' '.join(chosen)}", file=sys.stderr)
         try:
-            needs = measure(changed, devices)
+            needs, _ = measure(changed, devices)
         except TooLarge:
             continue
         except InputError:  # a batch that divides no further
@@ -269,19 +243,7 @@ def _print(needs: Needs) -> None:
     if needs.allowed:
         table.add_row("allowed", f"{needs.allowed / GIB:.2f} GiB")
     table.add_row("model FLOPs (its share)", f"{needs.model_flops / needs.chips / 1e12:.2f} T")
-    if needs.flops is None:
-        table.add_row("the program", "cannot be read back")
-    else:
-        table.add_row("program's FLOPs", f"{needs.flops / 1e12:.2f} T")
-        table.add_row("program's bytes", f"{needs.bytes / 1e9:.1f} GB")
-    if needs.silent_kernels:
-        table.add_row("kernels that tell no FLOPs", f"run {needs.silent_kernels:,.0f} times")
-    if needs.unknown_loops:
-        table.add_row("loops of unknown length", f"{needs.unknown_loops}, counted once")
-    for kind, (count, size) in sorted(needs.collectives.items()):
-        table.add_row(f"{kind} × {count:.0f}", f"{size / 1e9:.2f} GB")
-    for kind, seconds in needs.seconds.items():
-        binding = "  ← binds" if kind == needs.binds else ""
-        table.add_row(f"{kind} at its peak", f"{1e3 * seconds:.0f} ms{binding}")
+    if needs.least_seconds is not None:
+        table.add_row("at the chip's peak", f"{1e3 * needs.least_seconds:.0f} ms")
     table.add_row("compiled here in", f"{needs.compile_seconds:.0f} s")
     Console(stderr=True).print(table)
