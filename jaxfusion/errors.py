@@ -1,11 +1,22 @@
 """The one error that users see: a line that says what was got, wanted, and how to mend it."""
 
 import difflib
+import re
 from collections.abc import Iterable
+
+# What would break a line, or could not be printed at all: halves of characters.
+BREAKS = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
+MOST_CHARACTERS = 300  # of a library's message
 
 
 class InputError(ValueError):
-    """Something the user gave is wrong. The scripts print its text alone, without a traceback."""
+    """Something the user gave is wrong. The scripts print its text alone, without a traceback.
+
+    Whatever names and values of others stand in the text, it is one line.
+    """
+
+    def __init__(self, text: str):
+        super().__init__(BREAKS.sub(lambda found: ascii(found[0])[1:-1], text))
 
 
 class Stopped(Exception):
@@ -16,7 +27,7 @@ class Stopped(Exception):
 
 def first_line(error: BaseException) -> str:
     """The first line of an exception's message, or its name where it has none."""
-    return next(iter(str(error).splitlines()), type(error).__name__)
+    return next(iter(str(error).splitlines()), type(error).__name__)[:MOST_CHARACTERS]
 
 
 def near_match(name: str, options: Iterable[str]) -> str:

@@ -411,6 +411,7 @@ def test_a_config_that_no_model_has_is_one_line(checkpoint, change, message):
 
 
 @pytest.mark.parametrize("text", ["[]", "{\"weight_map\": []}", "{\"weight_map\": {\"a\": 1}}",
+                                  "{\"weight_map\": {}}",
                                   "[" * 100_000, "{"])
 def test_a_damaged_index_is_one_line(checkpoint, text):
     """Finding 42."""
