@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 # What would break a line, or could not be printed at all: halves of characters.
 BREAKS = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
-MOST_CHARACTERS = 300  # of a library's message
+MOST_CHARACTERS = 300  # of a library's message, or of names in a row
 
 
 class InputError(ValueError):
@@ -28,6 +28,12 @@ class Stopped(Exception):
 def first_line(error: BaseException) -> str:
     """The first line of an exception's message, or its name where it has none."""
     return next(iter(str(error).splitlines()), type(error).__name__)[:MOST_CHARACTERS]
+
+
+def listed(names: Iterable[str]) -> str:
+    """Names apart by commas, of which a line can take no more than so many characters."""
+    text = ", ".join(map(str, names))
+    return text if len(text) <= MOST_CHARACTERS else f"{text[:MOST_CHARACTERS]} …"
 
 
 def near_match(name: str, options: Iterable[str]) -> str:

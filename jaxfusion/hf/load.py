@@ -122,7 +122,7 @@ def open_tensors(path: Path) -> TensorFiles:
         raise InputError(f"{path} is half a checkpoint: {SINGLE} (or {INDEX}) is missing")
     held = {file: set(_keys(path / file)) for file in sorted(set(files.values()))}
     if absent := [name for name, file in files.items() if name not in held[file]]:
-        raise InputError(f"{path / INDEX} is damaged: {absent[0]} is missing from "
+        raise InputError(f"{path / INDEX} is damaged: {absent[0]:.80} is missing from "
                          f"{files[absent[0]]}")
     return TensorFiles(path, files)
 
