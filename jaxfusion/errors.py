@@ -27,13 +27,17 @@ class Stopped(Exception):
 
 def first_line(error: BaseException) -> str:
     """The first line of an exception's message, or its name where it has none."""
-    return next(iter(str(error).splitlines()), type(error).__name__)[:MOST_CHARACTERS]
+    return cut(next(iter(str(error).splitlines()), type(error).__name__))
+
+
+def cut(text: str) -> str:
+    """So much of a text as a line can take."""
+    return text if len(text) <= MOST_CHARACTERS else f"{text[:MOST_CHARACTERS]} …"
 
 
 def listed(names: Iterable[str]) -> str:
-    """Names apart by commas, of which a line can take no more than so many characters."""
-    text = ", ".join(map(str, names))
-    return text if len(text) <= MOST_CHARACTERS else f"{text[:MOST_CHARACTERS]} …"
+    """Names apart by commas, so many as a line can take."""
+    return cut(", ".join(map(str, names)))
 
 
 def near_match(name: str, options: Iterable[str]) -> str:
@@ -47,6 +51,6 @@ def choose(what: str, name: str, options: Iterable[str]) -> str:
     options = list(options)
     if name not in options:
         raise InputError(
-            f"unknown {what} '{name}'{near_match(name, options)}; known: {', '.join(options)}"
+            f"unknown {what} '{name:.80}'{near_match(name, options)}; known: {', '.join(options)}"
         )
     return name

@@ -1,29 +1,41 @@
 """What users hand in, damaged and mixed at random: a right value, or one line that says what is
 wrong. Fields of configs are in test_schema.py."""
 
+import ast
 import copy
 import csv
+import dataclasses
 import gzip
+import importlib.util
 import io
 import json
 import shutil
+import sys
 import zlib
+from contextlib import ExitStack, chdir
+from pathlib import Path
+from unittest import mock
 
 import pandas
 import pyarrow as pa
 import pytest
+from absl.testing import flagsaver
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pyarrow import parquet
 from test_decoder import CASES as DECODERS
 from test_mt5 import CASES as ENCODERS
+from test_schema import leaves
 
+from jaxfusion import cli
+from jaxfusion import config as configs
 from jaxfusion.data.corpus import read_corpus
 from jaxfusion.data.readers import READERS, read_file
 from jaxfusion.data.sources import read_examples
-from jaxfusion.data.task import SAME, Source, Task
+from jaxfusion.data.task import Source, Task
 from jaxfusion.data.tokenizers import load_tokenizer, read_end_tokens
 from jaxfusion.errors import BREAKS, InputError
+from jaxfusion.fields import JOBS
 from jaxfusion.hf.configs import decoder_config, decoder_json, encoder_config, encoder_json
 from jaxfusion.hf.load import INDEX, SINGLE, open_tensors, read_shape
 
@@ -194,7 +206,7 @@ def test_every_field_of_an_index(decoder, tiny):
         for value in BAD + FILES:
             (decoder / INDEX).write_text(json.dumps(with_value(index, place, value)))
             found = ours(tensors, decoder)
-            assert found is None or place[0] == "metadata" and found == whole, (place, value)
+            assert found is None or (place[0] == "metadata" and found == whole), (place, value)
 
 
 @often(150)
@@ -205,7 +217,7 @@ def test_a_damaged_index(decoder, tiny, rng):
         open_tensors(tiny / "decoder").files, SHARD)}).encode())
     (decoder / INDEX).write_bytes(data)
     found = ours(open_tensors, decoder)
-    assert found is None or found.files and found.files == json.loads(data.decode())["weight_map"]
+    assert found is None or (found.files and found.files == json.loads(data.decode())["weight_map"])
 
 
 @often(150)
@@ -375,7 +387,7 @@ def test_columns_of_parquet_of_every_kind(kind, number, names, tmp_path_factory)
     except pa.ArrowException:
         return
     found = ours(lambda: [row for row, _ in read_file(file)])
-    assert found is None or len(found) == 1 and list(found[0]) == names
+    assert found is None or (len(found) == 1 and list(found[0]) == names)
     if found is not None:
         assert found == parquet.read_table(file).to_pylist()
 
@@ -394,3 +406,106 @@ def test_texts_to_pretrain_on(rng, tmp_path_factory):
     found = ours(read_corpus, path)
     lines = io.StringIO(data.decode("utf-8-sig", "replace"), newline=None).read().split("\n")
     assert found is None or [x.text for x in found.documents] == [x for x in lines if x.strip()]
+
+
+# Command lines
+
+ROOT = Path(__file__).parent.parent
+CONFIGS = {"bridge": "xnli_paper", "compare": "quickstart", "pretrain": "pocket_encoder",
+           "lens": "lens_llama3"}
+FIELDS = [(job, path) for job, kind in JOBS.items()
+          for path in leaves(json.loads(json.dumps(dataclasses.asdict(kind()))))]
+TEXTS = ("", "x", "-1", "0", "1", "2", "0.5", "1e3", "1e400", "nan", "True", "None", "()", "(1,)",
+         "('a',)", "[1]", "{}", "{'a': 1}", "a,b", "two\nlines", "(", "'", "\0", "9" * 5000, "é",
+         "__import__('os')", "(" * 500, "\udcff", "3:5", "5:3", "gs://x/y", "v4-32", "float32")
+FLAGS = {
+    "train.py": ("workdir", "compile_only", "nocompile_only", "topology", "profile_steps", "nosuch",
+                 "distributed", "config", "config.nosuch", "config.train"),
+    "eval.py": ("tasks", "languages", "limit", "data_path", "drop_seen", "llm_only", "distributed",
+                "ask", "input", "output", "compare", "scoring", "report", "max_new_tokens", "seed",
+                "temperature", "top_p", "stop", "batch_size", "workdir", "nosuch"),
+    "export.py": ("out", "merge", "dtype", "format", "enc", "lm", "overwrite", "workdir", "nosuch"),
+}
+WORK = ("training.bridge.train", "training.pretrain.pretrain", "training.compare.compare",
+        "lens.job.lens", "training.compile_only.compile_only")
+
+
+class Begun(Exception):
+    """A script's words are right: its work begins."""
+
+
+def begin(*args):
+    raise Begun(*args)
+
+
+def run_script(place, script, words):
+    """The config with which a script would begin its work, or none where it refuses to."""
+    nothing = ("cli.set_up_logging", "cli.take_device_memory", "sharding.hosts.join")
+    with ExitStack() as stack:
+        stack.enter_context(chdir(place))
+        stack.enter_context(flagsaver.flagsaver())
+        stack.enter_context(mock.patch.object(sys, "argv", [script, *words]))
+        for name in nothing:
+            stack.enter_context(mock.patch(f"jaxfusion.{name}"))
+        stack.enter_context(mock.patch("jaxfusion.testing.debug.make_inputs", lambda x: x))
+        for name in WORK:
+            stack.enter_context(mock.patch(f"jaxfusion.{name}", begin))
+        spec = importlib.util.spec_from_file_location("script", ROOT / script)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        try:
+            module.main(cli._parse_flags(sys.argv))
+        except Begun as begun:
+            return begun.args[0]
+
+
+def as_said(text, value):
+    """Whether a field holds what a command line gives it; a tuple may be given entry by entry."""
+    try:
+        meant = ast.literal_eval(text)
+    except (ValueError, SyntaxError, MemoryError):
+        meant = text
+    wide = meant if isinstance(meant, list | dict | tuple) else (meant,)
+    if isinstance(value, tuple):
+        return value in ((text,), tuple(wide))
+    return value in (text, meant)
+
+
+@often(600)
+@given(chosen=st.sampled_from(FIELDS), more=st.lists(
+    st.tuples(st.integers(0, 1000), st.sampled_from(TEXTS)), min_size=1, max_size=3))
+def test_fields_on_the_command_line(chosen, more, tmp_path_factory):
+    """One to three fields of a job."""
+    (job, first), ((_, text), *others) = chosen, more
+    paths = [path for name, path in FIELDS if name == job]
+    given_ = {first: text} | {paths[i % len(paths)]: text for i, text in others}
+    config = ours(run_script, tmp_path_factory.getbasetemp(), "train.py", [
+        f"--config={ROOT}/configs/{CONFIGS[job]}.py:debug",
+        *(f"--config.{'.'.join(path)}={text}" for path, text in given_.items())])
+    for path, text in given_.items() if config is not None else ():
+        value = config
+        for name in path:
+            value = value[name] if isinstance(value, dict) else getattr(value, name)
+        assert as_said(text, value), (path, text, value)
+
+
+WORDS = st.lists(st.tuples(st.integers(0, 100), st.none() | st.sampled_from(TEXTS)), max_size=4)
+
+
+@often(200)
+@given(words=WORDS, job=st.sampled_from([*JOBS, "none"]), loose=st.sampled_from([[]] * 9 + [["x"]]))
+@pytest.mark.parametrize("script", FLAGS)
+def test_flags_in_any_combination(script, words, job, loose, tmp_path_factory):
+    """Of workdirs in which nothing was trained: each ends in a line, whatever is asked of it."""
+    place = tmp_path_factory.getbasetemp() / f"run-{job}"
+    if job != "none" and not place.exists():
+        place.mkdir()
+        configs.save(JOBS[job](), place / configs.CONFIG_FILE)
+    start = {"train.py": [f"--config={ROOT}/configs/{CONFIGS.get(job, 'none')}.py:debug"],
+             "eval.py": [f"--workdir={place}"],
+             "export.py": [f"--workdir={place}", f"--out={place}-out"]}[script]
+    known = FLAGS[script]
+    given_ = [f"--{known[i % len(known)]}" + ("" if text is None else f"={text}")
+              for i, text in words]
+    found = ours(run_script, place.parent, script, [*start, *given_, *loose])
+    assert script == "train.py" or found is None

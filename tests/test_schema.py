@@ -134,7 +134,7 @@ def test_a_layer_beyond_the_encoders_is_refused_under_every_fusion(fusion):
     from jaxfusion.training.state import make_bridge
 
     config = from_json(with_value("bridge", ("fusion",), {"name": fusion, "layer": 10**6}))
-    with pytest.raises(InputError, match=r"fusion\.layer is 1000000, the encoder has layers 1 to 4"):
+    with pytest.raises(InputError, match=r"fusion\.layer is 1000000, the encoder has .* 1 to 4"):
         make_bridge(config, *SIZES["tiny"])
 
 

@@ -170,7 +170,7 @@ def test_a_parquet_file_that_says_a_column_twice_is_refused(tmp_path):
 @pytest.mark.parametrize("cells, said", [
     (pa.array([b"x"]), "column 'text' is no text but b'x'"),
     (pa.array([2**30], pa.date32()), "cannot be read as Parquet behind row 0: days=1073741824"),
-    (pa.array([1], pa.timestamp("us", "Mars/X")), "cannot be read as Parquet behind row 0: 'Mars/X"),
+    (pa.array([1], pa.timestamp("us", "Mars/X")), "cannot be read as Parquet behind row 0: 'Mars"),
 ])
 def test_parquet_cells_that_are_no_text_are_said(tmp_path, cells, said):
     parquet.write_table(pa.table({"text": cells, "label": ["good"]}), tmp_path / "train.parquet")

@@ -222,8 +222,9 @@ def _once(rows: Iterator[Placed]) -> Iterator[Placed]:
                 content = hash(str(row))
                 before, there = seen.setdefault(str(row["id"]), (content, where))
                 if before != content:
-                    raise InputError(f"{where}: id {row['id']!r:.80} is also that of {there}, which is "
-                                     "another row; ids must differ (or name the column otherwise)")
+                    raise InputError(f"{where}: id {row['id']!r:.80} is also that of {there}, "
+                                     "which is another row; ids must differ (or name the column "
+                                     "otherwise)")
                 if there != where:
                     again += 1
                     last = f"{where} is {there}"

@@ -168,9 +168,9 @@ def chat_turn(tokenizer) -> Turn:
     answered = _render(tokenizer, [user, {"role": "assistant", "content": ANSWER}])
     before, found, after = asked.partition(WORDS)
     if not found or WORDS in after or ANSWER not in answered:
-        raise InputError(f"the decoder's chat template gives {asked!r:.200} for {WORDS!r} "
-                         f"and {answered!r:.200} with an answer: wanted the words as they are, once; set "
-                         "data.chat_template=False")
+        raise InputError(f"the decoder's chat template gives {asked!r:.200} for {WORDS!r} and "
+                         f"{answered!r:.200} with an answer: wanted the words as they are, once; "
+                         "set data.chat_template=False")
     lead, _, end = answered.removeprefix(asked).partition(ANSWER)
     if not answered.startswith(asked):  # it writes past turns otherwise than one to come
         lead = ""
@@ -292,9 +292,9 @@ def _from_json(path: Path, role: str, vocab_size: int):
         if backend.token_to_id(token.content) is None and token_id < vocab_size:
             backend.add_tokens([token])
             if backend.token_to_id(token.content) != token_id:
-                raise InputError(f"{file}: token {token.content!r:.80} has id {token_id} there, but "
-                                 f"comes out as {backend.token_to_id(token.content)}; put it into "
-                                 "tokenizer.json")
+                raise InputError(f"{file}: token {token.content!r:.80} has id {token_id} there, "
+                                 f"but comes out as {backend.token_to_id(token.content)}; put it "
+                                 "into tokenizer.json")
     begins = config.get("add_bos_token")
     if begins is not None and not isinstance(begins, bool):
         raise InputError(f"{file}: add_bos_token is {begins!r:.80}, expected true or false")

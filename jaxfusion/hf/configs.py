@@ -311,7 +311,8 @@ def _rope(json: dict[str, Any], rope: dict[str, Any], where: str) -> Rope:
         raise InputError(f"{where}: partial_rotary_factor is {partial}, expected at most 1")
     kind = rope.get("rope_type", rope.get("type"))
     where_in = f"{where}, rotary embedding"
-    if kind is None and rope.keys() <= {"rope_theta", "partial_rotary_factor"} or kind == "default":
+    plain = kind is None and rope.keys() <= {"rope_theta", "partial_rotary_factor"}
+    if plain or kind == "default":
         scaling = None
     elif kind == "linear":
         scaling = LinearScaling(_number(rope, "factor", where_in))

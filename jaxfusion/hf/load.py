@@ -139,8 +139,8 @@ def read_weight_map(index: Path) -> dict[str, str]:
         raise InputError(f"{index} is damaged: weight_map is not a JSON object of file names")
     outside = [file for file in files.values() if not file or Path(file).name != file]
     if outside:
-        raise InputError(f"{index} points to {outside[0]!r:.80}, expected names of files in the same "
-                         "directory")
+        raise InputError(f"{index} points to {outside[0]!r:.80}, expected names of files in the "
+                         "same directory")
     # isfile takes names that no file can have, too.
     missing = sorted({x for x in files.values() if not os.path.isfile(index.with_name(x))})
     if missing:
