@@ -95,10 +95,15 @@ def _parse_flags(argv: list[str]) -> list[str]:
     except InputError:
         raise
     except Exception as error:  # whatever a config file raises
+        first = error
+        while first.__context__ is not None:
+            first = first.__context__
+        if isinstance(first, InputError):  # which the libraries wrap
+            raise InputError(str(first)) from None
         text = str(error.args[0] if isinstance(error, KeyError) else error)
         if text.strip("\"'").isidentifier():  # ml_collections' own KeyError
             name = text.strip("\"'")
             text = f"the config has no field '{name}'; its fields are in jaxfusion/fields.py"
         if "Traceback" in text:  # a config file that fails: where and how it did is the last line
-            text = text.strip().splitlines()[-1].removeprefix("jaxfusion.errors.InputError: ")
+            text = text.strip().splitlines()[-1]
         raise InputError(cut(" ".join(text.split()))) from None
