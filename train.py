@@ -12,14 +12,7 @@ from pathlib import Path
 from absl import flags
 from ml_collections import config_flags
 
-from jaxfusion.cli import (
-    end_on_sigterm,
-    local_path,
-    refuse_words,
-    run_main,
-    set_up_logging,
-    take_device_memory,
-)
+from jaxfusion.cli import end_on_sigterm, local_path, refuse_words, run_main, set_up_logging, take_device_memory
 from jaxfusion.config import from_config_dict, one_by_seeds
 from jaxfusion.errors import InputError
 
@@ -43,7 +36,7 @@ def main(argv: list[str]) -> None:
     set_up_logging()
     name = config_flags.get_config_filename(flags.FLAGS["config"])
     file = name.partition(":")[0]
-    if not Path(file).is_file():
+    if not local_path(file).is_file():
         raise InputError(f"there is no config file {file}; this project's own are in configs/")
     config = from_config_dict(CONFIG.value)
     if config.job == "bridge" and config.seeds and not COMPILE_ONLY.value:

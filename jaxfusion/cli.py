@@ -10,7 +10,7 @@ from pathlib import Path
 from absl import app, flags
 from absl import logging as absl_logging
 
-from jaxfusion.errors import InputError, Stopped
+from jaxfusion.errors import InputError, Stopped, cut
 
 
 def set_up_logging() -> None:
@@ -59,11 +59,15 @@ def local_path(text: str) -> Path:
     """The path of a directory or file.
 
     Raises:
-      InputError: it is an address in a cloud.
+      InputError: it is an address in a cloud, or a name that no file can have.
     """
     if "://" in text:
         raise InputError(f"{text} is an address, wanted a path: mount the bucket, as with gcsfuse "
                          "(docs/scaling.md), and give the place where it is mounted")
+    try:
+        Path(text).exists()
+    except OSError as error:
+        raise InputError(f"'{text:.80}' cannot be a path here: {error.strerror}") from None
     return Path(text)
 
 
@@ -91,10 +95,15 @@ def _parse_flags(argv: list[str]) -> list[str]:
     except InputError:
         raise
     except Exception as error:  # whatever a config file raises
+        first = error
+        while first.__context__ is not None:
+            first = first.__context__
+        if isinstance(first, InputError):  # which the libraries wrap
+            raise InputError(str(first)) from None
         text = str(error.args[0] if isinstance(error, KeyError) else error)
         if text.strip("\"'").isidentifier():  # ml_collections' own KeyError
             name = text.strip("\"'")
             text = f"the config has no field '{name}'; its fields are in jaxfusion/fields.py"
         if "Traceback" in text:  # a config file that fails: where and how it did is the last line
-            text = text.strip().splitlines()[-1].removeprefix("jaxfusion.errors.InputError: ")
-        raise InputError(" ".join(text.split())) from None
+            text = text.strip().splitlines()[-1]
+        raise InputError(cut(" ".join(text.split()))) from None

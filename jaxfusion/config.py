@@ -278,7 +278,7 @@ def _each(name: str, entries, base: dict[str, Any], kind: type) -> dict[str, Any
         fields = dict(fields)
         entry = str(fields.pop("name"))
         values = json.loads(json.dumps(base))
-        _override(values, fields)
+        _override(values, fields, f"{name}.{entry}")
         found[entry] = _validated(kind, values, f"{name}.{entry}.")
         check(found[entry])
     return found
@@ -289,13 +289,20 @@ def directory_name(variant: str) -> str:
     return re.sub(r"\W+", "_", variant)
 
 
-def _override(values: dict[str, Any], fields: dict[str, Any]) -> None:
-    """Sets nested fields; None in the place of a group of fields leaves the group out."""
+def _override(values: dict[str, Any], fields: dict[str, Any], where: str) -> None:
+    """Sets nested fields; None in the place of a group of fields leaves the group out.
+
+    Raises:
+      InputError: an empty group, which changes nothing where one may expect it to remove all.
+    """
     for name, value in fields.items():
+        if values.get(name) and value == {}:
+            raise InputError(f"config field '{where}.{name}' is {{}}, expected the fields that "
+                             "differ, or None for the defaults")
         if isinstance(values.get(name), dict) and value is None:
             del values[name]
         elif isinstance(values.get(name), dict) and isinstance(value, dict):
-            _override(values[name], value)
+            _override(values[name], value, f"{where}.{name}")
         else:
             values[name] = value
 
@@ -306,6 +313,10 @@ def check(config: Job) -> None:
     if isinstance(config, CompareConfig):
         variants(config)  # checks each of them
         return
+    open_axes = [f"mesh.{x}" for x, size in dataclasses.asdict(config.mesh).items() if size == -1]
+    if len(open_axes) > 1:
+        raise InputError(f"{' and '.join(open_axes)} are -1, expected one of them at most: it is "
+                         "filled in from the number of devices")
     total, query = (getattr(config.data, f"max_{x}_tokens", None) for x in ("total", "encoder"))
     if total is not None and total <= query + 1:
         raise InputError(f"data.max_total_tokens is {total}, expected more than "

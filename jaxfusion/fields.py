@@ -8,23 +8,7 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from jaxfusion.schema import (
-    Above0,
-    Axis,
-    Count,
-    Lengths,
-    Number,
-    Patterns,
-    Probability,
-    Rows,
-    Schema,
-    Seed,
-    Seeds,
-    Share,
-    Text,
-    Weight,
-    one_of,
-)
+from jaxfusion.schema import Above0, Axis, Count, Lengths, Number, Patterns, Probability, Rows, Schema, Seed, Seeds, Share, Text, Weight, one_of
 
 FUSIONS = ("last", "layer", "global_softmax", "transformer_softmax")
 BACKWARDS = ("stack", "second_pass")
@@ -53,6 +37,7 @@ Recipe = Annotated[str, one_of("lens.recipe", RECIPES)]
 Place = Annotated[str, one_of("lens.keep", PLACES)]
 Objective = Annotated[str, one_of("objective", OBJECTIVES)]
 Role = Annotated[str, one_of("role", ROLES)]
+Languages = Annotated[tuple[Text, ...], Field(min_length=1)]
 
 
 @dataclass(frozen=True)
@@ -60,12 +45,12 @@ class EncoderConfig(Schema):
     """The multilingual encoder."""
 
     checkpoint: Text = "google/mt5-large"  # a directory, or a hub id
-    revision: str | None = None  # of a hub id; kept as a commit in the workdir once resolved
+    revision: Text | None = None  # of a hub id; kept as a commit in the workdir once resolved
     dtype: Dtype = "float32"  # of the frozen weights and activations: float32 or bfloat16
     remat: Remat = "none"  # what the backward pass recomputes: none, dots (keep products), full
     attention: Attention = "auto"  # plain, cudnn (GPU), pallas (TPU); auto: what the device has
     dropout: Share = 0.0  # 0.1 is what the papers' runs had by accident of `model.train()`
-    added_tokens: tuple[str, ...] = ()  # LangBridge adds whitespace tokens to the tokenizer
+    added_tokens: tuple[Text, ...] = ()  # LangBridge adds whitespace tokens to the tokenizer
 
 
 @dataclass(frozen=True)
@@ -73,7 +58,7 @@ class DecoderConfig(Schema):
     """The English-centric LLM."""
 
     checkpoint: Text = "meta-llama/Llama-3.2-1B-Instruct"
-    revision: str | None = None
+    revision: Text | None = None
     dtype: Dtype = "float32"
     remat: Remat = "none"
     attention: Attention = "auto"
@@ -113,15 +98,15 @@ class TaskConfig(Schema):
     prompt: str = ""  # the encoder's text; {column} names a column of the rows
     labels: tuple[Text, ...] = ()  # what the LLM answers, by class; empty: the text in `target`
     languages: tuple[Text, ...] = ("en",)
-    source: str | None = None  # as data.path, without directories; none: data.path must say
-    subset: str | None = None  # configuration of a hub or tfds dataset; {language} is filled in
-    revision: str | None = None  # of a hub dataset
+    source: Text | None = None  # as data.path, without directories; none: data.path must say
+    subset: Text | None = None  # configuration of a hub or tfds dataset; {language} is filled in
+    revision: Text | None = None  # of a hub dataset
     # What {split} is, or the dataset calls it; `all[0:900]` is rows 0 to 899 of `all`.
-    splits: dict[str, str] = field(default_factory=dict)
-    columns: dict[str, str] = field(default_factory=dict)  # of the rows, named otherwise there
-    names: dict[str, str] = field(default_factory=dict)  # of languages, named otherwise there
+    splits: dict[str, Text] = field(default_factory=dict)
+    columns: dict[str, Text] = field(default_factory=dict)  # of the rows, named otherwise there
+    names: dict[str, Text] = field(default_factory=dict)  # of languages, named otherwise there
     spellings: tuple[str, ...] = ()  # of the labels in the rows, if neither as here nor 0, 1, …
-    extract: str | None = None  # of a free text what is compared: last_number; none: all of it
+    extract: Text | None = None  # of a free text what is compared: last_number; none: all of it
     unlabelled: bool = False  # plain text: the encoder reads its beginning, the LLM learns the rest
     parallel: bool = False  # test rows of the same number are translations of each other
 
@@ -130,13 +115,13 @@ class TaskConfig(Schema):
 class DataConfig(Schema):
     """What is learned from."""
 
-    task: str = "xnli"
+    task: Text = "xnli"
     # Where the rows are: a directory with the task's files; a file or pattern with {language} and
     # {split}; hub:ID; tfds:NAME. None: where the task says.
-    path: str | None = None
-    revision: str | None = None  # of a hub dataset; kept as a commit in the workdir once resolved
+    path: Text | None = None
+    revision: Text | None = None  # of a hub dataset; kept as a commit in the workdir once resolved
     streaming: bool = False  # take the first train_rows rows (balanced: of every class), no more
-    language: str = "en"  # of training and development
+    language: Text = "en"  # of training and development
     # What follows the prefix, in the LLM's own tokens: nothing, a fixed instruction, or '{query}'
     # (the whole encoder prompt again: MindMerger's augmentation).
     text_prompt: str = ""
@@ -165,11 +150,14 @@ class GroupConfig(Schema):
     weight_decay: Weight = 3e-7
 
 
+Groups = Annotated[dict[str, GroupConfig], Field(min_length=1)]  # without one nothing trains
+
+
 @dataclass(frozen=True)
 class OptimizerConfig(Schema):
     """AdamW. What matches no group's pattern is frozen."""
 
-    groups: dict[str, GroupConfig] = field(default_factory=lambda: {"bridge": GroupConfig()})
+    groups: Groups = field(default_factory=lambda: {"bridge": GroupConfig()})
     b1: Share = 0.8
     b2: Share = 0.999
     eps: Above0 = 1e-8
@@ -187,7 +175,7 @@ class TrainConfig(Schema):
     epochs: Count = 3
     steps: Count | None = None  # in place of epochs
     seed: Seed = 0
-    init_from: str | None = None  # workdir whose trained part this run starts with
+    init_from: Text | None = None  # workdir whose trained part this run starts with
     log_every: Count = 10
     eval_every: Count = 1000  # steps between scores on the development split
     checkpoint_every: Count = 1000
@@ -197,7 +185,7 @@ class TrainConfig(Schema):
 class EvalConfig(Schema):
     """What is scored after training, and during it on the development split."""
 
-    tasks: tuple[str, ...] = ()  # empty: the training task
+    tasks: tuple[Text, ...] = ()  # empty: the training task
     languages: tuple[Text, ...] = ()  # empty: all languages of each task
     batch_size: Count = 32
     max_encoder_tokens: Count = 512
@@ -256,9 +244,9 @@ class TowerConfig(Schema):
 class CorpusConfig(Schema):
     """What is read: a directory's text-LANGUAGE.txt, pairs-LANGUAGE.tsv, solved-LANGUAGE.tsv."""
 
-    path: str = "made:pocket"
+    path: Text = "made:pocket"
     languages: tuple[Text, ...] = ()  # empty: all of the directory
-    pivot: str = "en"  # the language of the pairs' first column
+    pivot: Text = "en"  # the language of the pairs' first column
     translations: bool = False  # a decoder reads pairs too, as "SENTENCE = TRANSLATION"
     max_tokens: Count = 64  # longer texts are cut, counted and reported
     buckets: Lengths = (16, 24, 32, 40, 48, 64)  # lengths that get compiled
@@ -302,8 +290,8 @@ class CompareConfig(Schema):
     # Each with its name and the fields that differ, as {"name": "A", "fusion": {"name": "last"}};
     # the others are compared with the first.
     variants: tuple[dict[str, Any], ...] = ()
-    groups: dict[str, tuple[str, ...]] = field(default_factory=dict)  # of languages, for means
-    development: tuple[str, ...] = ()  # languages on which the recipe was chosen: marked, no mean
+    groups: dict[str, Languages] = field(default_factory=dict)  # of languages, for means
+    development: tuple[Text, ...] = ()  # languages on which the recipe was chosen: marked, no mean
     rows: Count | None = None  # test rows of each language
     seeds: Seeds = ()  # each variant is trained once for each; empty: for its train.seed
 
@@ -314,27 +302,27 @@ class ParallelConfig(Schema):
 
     # A .jsonl, .json, .csv, .tsv or .parquet file or a hub dataset's id, with a column per
     # language; or text files by a pattern with {language}, the same line in each.
-    path: str = ""
-    central: str = "en"
-    targets: tuple[str, ...] = ()
-    columns: dict[str, str] = field(default_factory=dict)  # of languages that are named otherwise
-    answer: str | None = None  # column of answers, for supervised tuning
+    path: str = ""  # must be given
+    central: Text = "en"
+    targets: tuple[Text, ...] = ()
+    columns: dict[str, Text] = field(default_factory=dict)  # of languages that are named otherwise
+    answer: Text | None = None  # column of answers, for supervised tuning
     probe_rows: Count | None = None  # rows that are probed, the first ones; none: all
     bos: bool | None = None  # begin every prompt with BOS; none: where the tokenizer does
-    probe_path: str | None = None  # prompts to probe, where not those of path; written alike
+    probe_path: Text | None = None  # prompts to probe, where not those of path; written alike
     rows: Count = 200  # rows that are trained on, the first ones
     chat_template: bool = True  # the LLM's own, in probing and training
     max_tokens: Count = 128  # longer prompts lose their beginning, counted and reported
     buckets: Lengths = (32, 64, 128)  # lengths that get compiled
-    probe: str | None = None  # probe.safetensors of an earlier run, in place of probing
+    probe: Text | None = None  # probe.safetensors of an earlier run, in place of probing
     # Prompts behind those that were probed and trained on: of so many the perplexity is measured,
     # so many are answered, to see in which language (needs the extra `identify`).
     perplexity_rows: Rows = 0
     reply_rows: Rows = 0
-    codes: dict[str, str] = field(default_factory=dict)  # ISO 639-1, of languages named otherwise
+    codes: dict[str, Text] = field(default_factory=dict)  # ISO 639-1, of languages named otherwise
     # Directory of the files of eval.tasks, {task} filled in; none: the hub.
-    task_path: str | None = None
-    task_split: str = "test"
+    task_path: Text | None = None
+    task_split: Text = "test"
     task_rows: Count | None = None  # the first so many of each language
 
 
@@ -362,7 +350,7 @@ class LensRunConfig(Schema):
 
     job: str = "lens"
     decoder: DecoderConfig = DecoderConfig()
-    bridge: str | None = None  # workdir of a bridge: its LLM, reading through it
+    bridge: Text | None = None  # workdir of a bridge: its LLM, reading through it
     data: ParallelConfig = ParallelConfig()
     lens: LensConfig = LensConfig()
     optimizer: OptimizerConfig = OptimizerConfig(

@@ -232,5 +232,9 @@ def test_runs_of_a_comparison_keep_its_groups(tmp_path):
         (tmp_path / name / "eval" / "details.json").write_text(json.dumps(details))
     places = [str(tmp_path / name / "seed_0") for name in ("one", "two")]
     (found,) = compare_runs(read_models(places))
-    assert found.groups == {"far": ("si", "ta")}
+    assert found.groups == {"far": ("si",)}
+    assert found.notes == ("Recipes were chosen on ta; no mean has them.",)
+    (tmp_path / "config.json").write_text(json.dumps({**comparison, "groups": {}}))
+    (found,) = compare_runs(read_models(places))
+    assert found.groups == {"all": ("en", "si")}
     assert found.notes == ("Recipes were chosen on ta; no mean has them.",)

@@ -325,7 +325,7 @@ def test_a_config_of_a_quantized_checkpoint_is_refused(checkpoint):
     """Finding 11."""
     json_of = read_config(checkpoint / "decoder")
     quantized = {**json_of, "quantization_config": {"quant_method": "fp8"}}
-    with pytest.raises(InputError, match=r"is quantized \(fp8\)"):
+    with pytest.raises(InputError, match=r"is quantized \('fp8'\)"):
         decoder_config(quantized, "config.json")
 
 
@@ -380,8 +380,17 @@ def test_gelu_of_gemma_1_is_its_tanh_form(checkpoint):
     ({"num_attention_heads": 0}, "num_attention_heads is 0, expected"),
     ({"num_hidden_layers": 10**9}, "num_hidden_layers is 1000000000, expected"),
     ({"num_hidden_layers": 10**6}, "1,000,000 layers, expected at most"),
-    ({"rope_scaling": [1]}, "a field has the wrong type"),
-    ({"rope_scaling": "x"}, "a field has the wrong type"),
+    ({"rope_scaling": [1]}, r"rope_scaling is \[1\], expected a JSON object"),
+    ({"rope_scaling": ""}, "rope_scaling is '', expected a JSON object"),
+    ({"rope_scaling": {"factor": 8.0}}, "rope_type None is not supported"),
+    ({"rope_scaling": {"type": "x\ny"}}, r"rope_type 'x\\ny' is not supported"),
+    ({"rope_scaling": {"type": "longrope", "short_factor": [1.0], "long_factor": [1.0],
+                       "original_max_position_embeddings": 8}}, "1 numbers, expected 8: one for"),
+    ({"rope_theta": 0}, "rope_theta is 0, expected a number above 0"),
+    ({"hidden_act": ""}, "hidden_act is '', supported is silu"),
+    ({"hidden_act": ["silu"]}, r"hidden_act is \['silu'\], supported is silu"),
+    ({"head_dim": None, "num_attention_heads": 100}, "head_dim is 0, expected an even number"),
+    ({"partial_rotary_factor": 0.1}, "0.1 has 1 of head_dim 16 turn, expected an even number"),
     ({"head_dim": 7}, "head_dim is 7, expected an even number"),
     ({"vocab_size": "many"}, "vocab_size is 'many', expected"),
     ({"rms_norm_eps": "small"}, "rms_norm_eps is 'small', expected"),
@@ -390,7 +399,8 @@ def test_gelu_of_gemma_1_is_its_tanh_form(checkpoint):
     ({"partial_rotary_factor": 7.0}, "partial_rotary_factor is 7.0, expected at most 1"),
     ({"model_type": "mistral", "sliding_window": -5}, "sliding_window is -5, expected a whole"),
     ({"model_type": "gemma2", "hidden_activation": "gelu_pytorch_tanh",
-      "query_pre_attn_scalar": 0}, "query_pre_attn_scalar is 0, expected a number above 0"),
+      "query_pre_attn_scalar": 0}, "query_pre_attn_scalar is 0, expected a whole number"),
+    ({"model_type": "gemma2", "layer_types": []}, r"layer_types is \[\], expected a list of 2"),
     ({"model_type": "gemma2", "hidden_activation": "gelu_pytorch_tanh",
       "attn_logit_softcapping": "x"}, "attn_logit_softcapping is 'x', expected"),
 ])
@@ -404,6 +414,7 @@ def test_a_config_that_no_model_has_is_one_line(checkpoint, change, message):
 
 
 @pytest.mark.parametrize("text", ["[]", "{\"weight_map\": []}", "{\"weight_map\": {\"a\": 1}}",
+                                  "{\"weight_map\": {}}",
                                   "[" * 100_000, "{"])
 def test_a_damaged_index_is_one_line(checkpoint, text):
     """Finding 42."""

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from jaxfusion.config import changed, check, default_config, from_config_dict, from_json, load
 from jaxfusion.errors import InputError
-from jaxfusion.fields import JOBS
+from jaxfusion.fields import FUSIONS, JOBS
 
 ROOT = Path(__file__).parent.parent
 BAD = ("x", "", -1, -2.5, 0, 0.5, 10**20, 1e300, math.nan, math.inf, True, None, [], [0], [-5],
@@ -84,6 +84,18 @@ def test_every_field_takes_a_value_or_says_in_one_line_why_not():
     ("bridge", "projector.latents", 0, "expected 1 or more"),
     ("bridge", "seeds", [1, 1], "has a seed twice"),
     ("bridge", "tasks", {"mine": {"labels": [""]}}, "expected a text that is not empty"),
+    ("bridge", "data.task", "", "expected a text that is not empty"),
+    ("bridge", "data.language", "", "expected a text that is not empty"),
+    ("bridge", "data.path", "", "expected a text that is not empty"),
+    ("bridge", "data.revision", "", "expected a text that is not empty"),
+    ("bridge", "encoder.revision", "", "expected a text that is not empty"),
+    ("bridge", "train.init_from", "", "expected a text that is not empty"),
+    ("bridge", "eval.tasks", [""], "expected a text that is not empty"),
+    ("bridge", "tasks", {"mine": {"source": ""}}, "expected a text that is not empty"),
+    ("bridge", "optimizer.groups", {}, "expected one entry or more"),
+    ("compare", "groups", {"low": []}, "expected one entry or more"),
+    ("pretrain", "data.path", "", "expected a text that is not empty"),
+    ("lens", "data.probe_path", "", "expected a text that is not empty"),
     ("lens", "lens.align", -1.0, "expected 0 or more"),
     ("pretrain", "tower.num_heads", 0, "expected 1 or more"),
 ])
@@ -91,6 +103,32 @@ def test_values_that_no_run_can_have(job, path, value, said):
     """Finding 43."""
     with pytest.raises(InputError, match=said):
         from_json(with_value(job, path.split("."), value))
+
+
+def test_one_axis_of_a_mesh_is_filled_in():
+    values = with_value("bridge", ("mesh", "fsdp"), -1)
+    with pytest.raises(InputError, match=r"mesh\.data and mesh\.fsdp are -1, expected one of them"):
+        check(from_json(values))
+    values["mesh"]["data"] = 1
+    check(from_json(values))
+
+
+def test_an_empty_group_of_a_variant_is_refused():
+    """It changed nothing, where one may have meant to train nothing."""
+    config = default_config("compare")
+    config.variants = ({"name": "one", "optimizer": {"groups": {}}},)
+    with pytest.raises(InputError, match=r"variants\.one\.optimizer\.groups' is {}, expected the"):
+        from_config_dict(config)
+
+
+@pytest.mark.parametrize("fusion", FUSIONS)
+def test_a_layer_beyond_the_encoders_is_refused_under_every_fusion(fusion):
+    from jaxfusion.miniatures.checkpoints import SIZES
+    from jaxfusion.training.state import make_bridge
+
+    config = from_json(with_value("bridge", ("fusion",), {"name": fusion, "layer": 10**6}))
+    with pytest.raises(InputError, match=r"fusion\.layer is 1000000, the encoder has .* 1 to 4"):
+        make_bridge(config, *SIZES["tiny"])
 
 
 def test_a_target_must_have_room():

@@ -132,6 +132,9 @@ def test_languages_at_hand_are_those_with_files(tmp_path):
      r"train\.jsonl:1: column 'text' is no text but {'en': 'x'}"),
     ("train.jsonl", b'{"text": "x", "id": 7, "label": 0}\n{"text": "y", "id": 7, "label": 0}\n',
      r"train\.jsonl:2: id 7 is also that of .*train\.jsonl:1, which is another row"),
+    ("train.json", b'[{"text": "\\ud800", "label": "good"}]',
+     r"train\.json row 1: half of a character"),
+    ("train.csv", b"text," + b"x" * 9999 + b"\nfine\n", r"1 comma-separated fields, .*x{9} …\)$"),
     ("train.parquet", b"PAR1 and no more", r"train\.parquet cannot be read as Parquet behind"),
     ("train.xlsx", b"", r"train\.xlsx is none of \.jsonl, \.json, \.csv, \.tsv, \.parquet"),
 ])
@@ -154,6 +157,33 @@ def test_a_parquet_file_cut_short_is_named(tmp_path):
     write(file, [{"text": "x", "label": "neither"}])
     with pytest.raises(InputError, match=r"train\.parquet row 1: label 'neither' is none of"):
         read(file.with_name("{split}.parquet"))
+
+
+def test_a_parquet_file_that_says_a_column_twice_is_refused(tmp_path):
+    """Python kept the last one."""
+    one, other = pa.array(["x"]), pa.array(["good"])
+    parquet.write_table(pa.Table.from_arrays([one, one, other], ["text", "text", "label"]),
+                        tmp_path / "train.parquet")
+    with pytest.raises(InputError, match="column's name stands there twice: text, text, label"):
+        read(tmp_path / "{split}.parquet")
+
+
+@pytest.mark.parametrize("cells, said", [
+    (pa.array([b"x"]), "column 'text' is no text but b'x'"),
+    (pa.array([2**30], pa.date32()), "cannot be read as Parquet behind row 0: days=1073741824"),
+    (pa.array([1], pa.timestamp("us", "Mars/X")), "cannot be read as Parquet behind row 0: 'Mars"),
+])
+def test_parquet_cells_that_are_no_text_are_said(tmp_path, cells, said):
+    parquet.write_table(pa.table({"text": cells, "label": ["good"]}), tmp_path / "train.parquet")
+    with pytest.raises(InputError, match=said):
+        read(tmp_path / "{split}.parquet")
+
+
+def test_a_renamed_column_takes_the_place_of_another_of_its_name(tmp_path):
+    write(tmp_path / "train.csv", [{"review": "fine", "text": "other", "label": "good"}])
+    task = replace(TASK, source=Source(str(tmp_path / "{split}.csv"), splits=SAME,
+                                       rename={"review": "text"}))
+    assert texts(read_examples("mine", task, "train", "en", None)) == ["fine"]
 
 
 def test_a_quote_in_a_tsv_is_a_character_like_any_other(tmp_path):

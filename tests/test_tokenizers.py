@@ -226,6 +226,9 @@ def test_an_added_token_beyond_the_table_is_left_out(tiny, tmp_path, caplog):
 @pytest.mark.parametrize("change, said", [
     ({"eos_token": "<zzz>"}, "eos_token '<zzz>' is missing from tokenizer.json"),
     ({"added_tokens_decoder": {"500": {"content": "<x>"}}}, "token '<x>' has id 500 there, but"),
+    ({"add_bos_token": "true"}, "add_bos_token is 'true', expected true or false"),
+    ({"sentencepiece_normalizer": "../x"}, r"is '\.\./x', expected the name of a file in the same"),
+    ({"sentencepiece_normalizer": ""}, "is '', expected the name of a file in the same"),
 ])
 def test_tokens_that_a_tokenizer_json_lacks_are_named(change, said, tiny, tmp_path):
     shutil.copytree(tiny / "decoder", tmp_path / "llm")

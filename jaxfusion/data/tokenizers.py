@@ -168,9 +168,9 @@ def chat_turn(tokenizer) -> Turn:
     answered = _render(tokenizer, [user, {"role": "assistant", "content": ANSWER}])
     before, found, after = asked.partition(WORDS)
     if not found or WORDS in after or ANSWER not in answered:
-        raise InputError(f"the decoder's chat template gives {asked!r} for {WORDS!r} and "
-                         f"{answered!r} with an answer: wanted the words as they are, once; set "
-                         "data.chat_template=False")
+        raise InputError(f"the decoder's chat template gives {asked!r:.200} for {WORDS!r} and "
+                         f"{answered!r:.200} with an answer: wanted the words as they are, once; "
+                         "set data.chat_template=False")
     lead, _, end = answered.removeprefix(asked).partition(ANSWER)
     if not answered.startswith(asked):  # it writes past turns otherwise than one to come
         lead = ""
@@ -280,7 +280,10 @@ def _from_json(path: Path, role: str, vocab_size: int):
         backend = Tokenizer.from_str(json.dumps(content))
     file = path / "tokenizer_config.json"
     config = read_object(file) if file.is_file() else {}
-    if model := config.get(NORMALIZER):
+    if (model := config.get(NORMALIZER)) is not None:
+        if not isinstance(model, str) or not model or Path(model).name != model:
+            raise InputError(f"{file}: {NORMALIZER} is {model!r:.80}, expected the name of a file "
+                             "in the same directory")
         tokenizer = SentencePieceTokenizer.from_pretrained(path)
         tokenizer.spm = read_model(path / model)
     else:
@@ -289,11 +292,13 @@ def _from_json(path: Path, role: str, vocab_size: int):
         if backend.token_to_id(token.content) is None and token_id < vocab_size:
             backend.add_tokens([token])
             if backend.token_to_id(token.content) != token_id:
-                raise InputError(f"{file}: token {token.content!r} has id {token_id} there, but "
-                                 f"comes out as {backend.token_to_id(token.content)}; put it into "
-                                 "tokenizer.json")
-    if role == "decoder" and isinstance(begins := config.get("add_bos_token"), bool
-                                         ) and tokenizer.bos_token is not None:
+                raise InputError(f"{file}: token {token.content!r:.80} has id {token_id} there, "
+                                 f"but comes out as {backend.token_to_id(token.content)}; put it "
+                                 "into tokenizer.json")
+    begins = config.get("add_bos_token")
+    if begins is not None and not isinstance(begins, bool):
+        raise InputError(f"{file}: add_bos_token is {begins!r:.80}, expected true or false")
+    if role == "decoder" and begins is not None and tokenizer.bos_token is not None:
         # It decides, as in transformers, whatever tokenizer.json does.
         bos, i = tokenizer.bos_token, tokenizer.bos_token_id
         backend.post_processor = TemplateProcessing(
@@ -307,7 +312,7 @@ def _from_json(path: Path, role: str, vocab_size: int):
     for name in ("bos_token", "eos_token", "unk_token", "pad_token"):
         token = getattr(tokenizer, name)
         if token is not None and backend.token_to_id(token) is None:
-            raise InputError(f"{path}: {name} {token!r} is missing from tokenizer.json; one of "
+            raise InputError(f"{path}: {name} {token!r:.80} is missing from tokenizer.json; one of "
                              "both files is of another model")
     if beyond:
         logger.warning("%s: tokens beyond the model's table of %d rows are left out: %s", path,
@@ -335,7 +340,7 @@ def read_end_tokens(path: Path, vocab_size: int) -> tuple[int, ...]:
     found = None if file is None else read_object(file).get("eos_token_id")
     ids = found if isinstance(found, list) else [] if found is None else [found]
     if not all(type(i) is int and 0 <= i < vocab_size for i in ids):
-        raise InputError(f"{file}: eos_token_id is {found!r}, expected ids below {vocab_size}")
+        raise InputError(f"{file}: eos_token_id is {found!r:.80}, expected ids below {vocab_size}")
     return tuple(ids)
 
 

@@ -1,11 +1,9 @@
 """`config.json` of a checkpoint → our config of its tower. transformers 4 and 5 spell it apart."""
 
-import functools
 import math
-from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
-from jaxfusion.errors import InputError, first_line
+from jaxfusion.errors import InputError
 from jaxfusion.nn.decoder import DecoderConfig
 from jaxfusion.nn.mt5 import MT5Config
 from jaxfusion.nn.rope import LinearScaling, Llama3Scaling, LongScaling, Rope
@@ -24,6 +22,8 @@ HEAD_DIMS = {"qwen3": 128, "gemma": 256, "gemma2": 256, "gemma3_text": 256}
 WINDOWS = {"mistral": 4096, "qwen2": 4096, "qwen3": 4096, "gemma2": 4096, "gemma3_text": 4096}
 MOST_LAYERS = 1000
 LARGEST = 10_000_000  # of any count: what is larger is damage, and would exhaust memory
+MOST = 1e30  # of any other number: float32 holds it
+Shape = TypeVar("Shape", MT5Config, DecoderConfig)
 PERIODS = {"gemma2": 2, "gemma3_text": 6}  # one layer of so many has no window
 
 
@@ -34,7 +34,7 @@ def encoder_config(json: dict[str, Any], where: str) -> MT5Config:
       InputError: another family, or a feed-forward that these families do not have.
     """
     _check_family(json, ENCODER_FAMILIES, "encoder", where)
-    return _checked(lambda: _encoder_config(json, where), where)
+    return _checked(_encoder_config(json, where), where)
 
 
 def decoder_config(json: dict[str, Any], where: str) -> DecoderConfig:
@@ -45,37 +45,50 @@ def decoder_config(json: dict[str, Any], where: str) -> DecoderConfig:
         missing, of the wrong type or out of range.
     """
     _check_family(json, DECODER_FAMILIES, "decoder", where)
-    return _checked(lambda: _decoder_config(json, where), where)
+    return _checked(_decoder_config(json, where), where)
 
 
-def _buckets(json: dict[str, Any], where: str) -> int:
-    """T5's relative positions: half of them for each direction, half of these by logarithm."""
-    name = "relative_attention_num_buckets"
-    buckets = _count(json, name, 32, where)
-    if buckets % 4:
-        raise InputError(f"{where}: {name} is {buckets}, expected a multiple of 4")
-    return buckets
+def _buckets(json: dict[str, Any], where: str) -> dict[str, int]:
+    """T5's relative positions: half of them for each direction, half of these exact, the others by
+    logarithm up to the distance."""
+    names = [f"relative_attention_{x}" for x in ("num_buckets", "max_distance")]
+    buckets, distance = _count(json, names[0], 32, where), _count(json, names[1], 128, where)
+    if buckets < 4:
+        raise InputError(f"{where}: {names[0]} is {buckets}, expected 4 or more")
+    if distance <= (exact := buckets // 2 // 2):
+        raise InputError(f"{where}: {names[1]} is {distance}, expected more than the {exact} "
+                         f"distances that {names[0]} = {buckets} has exactly")
+    return {"num_buckets": buckets, "max_distance": distance}
 
 
-def _checked(read: Callable[[], MT5Config | DecoderConfig], where: str):
-    """The shape that `read` makes, if a model can have it."""
-    try:
-        shape = read()
-    except InputError:
-        raise
-    except (TypeError, ValueError, KeyError, AttributeError, ArithmeticError) as error:
-        raise InputError(f"{where}: a field has the wrong type ({first_line(error)}); get the "
-                         "file again") from None
+def _checked(shape: Shape, where: str) -> Shape:
+    """The shape, if a model can have it."""
     heads, kv_heads = shape.num_heads, getattr(shape, "num_kv_heads", shape.num_heads)
     if heads % kv_heads:
         raise InputError(f"{where}: {heads} attention heads do not divide by {kv_heads} key and "
                          "value heads")
     if shape.num_layers > MOST_LAYERS:
         raise InputError(f"{where}: {shape.num_layers:,} layers, expected at most {MOST_LAYERS:,}")
-    if isinstance(shape, DecoderConfig) and shape.head_dim % 2:
+    if isinstance(shape, DecoderConfig):
+        _check_rope(shape, where)
+    return shape
+
+
+def _check_rope(shape: DecoderConfig, where: str) -> None:
+    if shape.head_dim % 2 or not shape.head_dim:
         raise InputError(f"{where}: head_dim is {shape.head_dim}, expected an even number, as "
                          "rotary embeddings turn pairs")
-    return shape
+    for rope in filter(None, (shape.rope, shape.local_rope)):
+        turned = int(shape.head_dim * rope.partial)
+        if turned % 2 or not turned:
+            raise InputError(f"{where}: partial_rotary_factor {rope.partial} has {turned} of "
+                             f"head_dim {shape.head_dim} turn, expected an even number above 0")
+        if isinstance(rope.scaling, LongScaling):
+            lengths = {len(rope.scaling.short), len(rope.scaling.long)}
+            if lengths != {turned // 2}:
+                raise InputError(f"{where}: short_factor and long_factor have "
+                                 f"{' and '.join(map(str, sorted(lengths)))} numbers, expected "
+                                 f"{turned // 2}: one for each pair that turns")
 
 
 def _encoder_config(json: dict[str, Any], where: str) -> MT5Config:
@@ -84,7 +97,7 @@ def _encoder_config(json: dict[str, Any], where: str) -> MT5Config:
                           else "gated-gelu")
     if activation != "gated-gelu":
         raise InputError(
-            f"{where}: feed_forward_proj is '{activation}', supported is 'gated-gelu' "
+            f"{where}: feed_forward_proj is {activation!r:.80}, supported is 'gated-gelu' "
             "(mT5, umT5, T5 v1.1)"
         )
     return MT5Config(
@@ -94,8 +107,7 @@ def _encoder_config(json: dict[str, Any], where: str) -> MT5Config:
         num_layers=_field(json, "num_layers", where),
         num_heads=_field(json, "num_heads", where),
         head_dim=_field(json, "d_kv", where),
-        num_buckets=_buckets(json, where),
-        max_distance=_count(json, "relative_attention_max_distance", 128, where),
+        **_buckets(json, where),
         norm_eps=_number(json, "layer_norm_epsilon", where, 1e-6),
         bias_per_layer=json["model_type"] == "umt5",
     )
@@ -142,9 +154,11 @@ def _activation(json: dict[str, Any], where: str) -> str:
             field, names = "hidden_act", dict.fromkeys(names, "gelu_tanh")
     else:
         field, names = "hidden_act", {"silu": "silu"}
-    name = json.get(field) or next(iter(names))
-    if name not in names:
-        raise InputError(f"{where}: {field} is '{name}', supported is {' or '.join(names)}")
+    name = json.get(field)
+    if name is None:
+        name = next(iter(names))
+    if not isinstance(name, str) or name not in names:
+        raise InputError(f"{where}: {field} is {name!r:.80}, supported is {' or '.join(names)}")
     return names[name]
 
 
@@ -161,7 +175,7 @@ def _gemma_features(json: dict[str, Any], family: str, width: int, where: str) -
         return features
     return {
         **features, "post_norms": True,
-        "attn_scale": _number(json, "query_pre_attn_scalar", where, 256) ** -0.5,
+        "attn_scale": _count(json, "query_pre_attn_scalar", 256, where) ** -0.5,
         "attn_cap": _cap(json, "attn_logit_softcapping", 50.0, where),
         "logit_cap": _cap(json, "final_logit_softcapping", 30.0, where),
     }
@@ -177,18 +191,19 @@ def _windows(json: dict[str, Any], layers: int, where: str) -> tuple[int | None,
         window = None
     if window is None or family not in ("mistral", "phi3", *PERIODS, "qwen2", "qwen3"):
         return ()
-    if kinds := json.get("layer_types"):
-        unknown = set(kinds) - {"sliding_attention", "full_attention"}
-        if unknown or len(kinds) != layers:
-            raise InputError(f"{where}: layer_types has {len(kinds)} entries of "
-                             f"{sorted(set(kinds))}, wanted {layers} of sliding_attention and "
-                             "full_attention")
+    if (kinds := json.get("layer_types")) is not None:
+        known = ("sliding_attention", "full_attention")
+        if not isinstance(kinds, list) or len(kinds) != layers or any(
+                kind not in known for kind in kinds):
+            raise InputError(f"{where}: layer_types is {kinds!r:.80}, expected a list of {layers} "
+                             f"entries, each {' or '.join(known)}")
         local = [kind == "sliding_attention" for kind in kinds]
     elif family in PERIODS:
-        period = json.get("sliding_window_pattern") or PERIODS[family]
+        period = _count(json, "sliding_window_pattern", PERIODS[family], where)
         local = [(i + 1) % period != 0 for i in range(layers)]
     elif family in ("qwen2", "qwen3"):
-        local = [i >= json.get("max_window_layers", 28) for i in range(layers)]
+        first = _count(json, "max_window_layers", 28, where, least=0)
+        local = [i >= first for i in range(layers)]
     else:
         local = [True] * layers
     return tuple(window if is_local else None for is_local in local) if any(local) else ()
@@ -275,49 +290,52 @@ def _ropes(json: dict[str, Any], where: str) -> tuple[Rope, Rope | None]:
     transformers 5 has `rope_parameters` (by kind of layer for Gemma 3), 4 has `rope_theta`,
     `rope_scaling` and `rope_local_base_freq`.
     """
-    new = json.get("rope_parameters")
-    if new and "full_attention" in new:
-        local = {"rope_theta": 10_000.0, **new.get("sliding_attention", {})}
-        return _rope(json, new["full_attention"], where), _rope(json, local, where)
-    rope = _rope(json, new or json.get("rope_scaling") or {}, where)
+    new = _object(json, "rope_parameters", where)
+    if "full_attention" in new:
+        local = {"rope_theta": 10_000.0, **_object(new, "sliding_attention", where)}
+        return (_rope(json, _object(new, "full_attention", where), where),
+                _rope(json, local, where))
+    rope = _rope(json, new or _object(json, "rope_scaling", where), where)
     if json["model_type"] != "gemma3_text":
         return rope, None
-    return rope, Rope(float(json.get("rope_local_base_freq", 10_000.0)))
+    return rope, Rope(_number(json, "rope_local_base_freq", where, 10_000.0))
 
 
 def _rope(json: dict[str, Any], rope: dict[str, Any], where: str) -> Rope:
     default = 1_000_000.0 if json["model_type"] == "gemma3_text" else 10_000.0
-    theta = _number({"rope_theta": rope.get("rope_theta") or json.get("rope_theta")},
-                    "rope_theta", where, default)
-    name = "partial_rotary_factor"
-    partial = _number({name: rope.get(name) or json.get(name)}, name, where, 1.0)
+    rope = {name: value for name, value in rope.items() if value is not None}
+    either = {**json, **rope}  # what stands beside it in one version stands inside in the other
+    theta = _number(either, "rope_theta", where, default)
+    partial = _number(either, "partial_rotary_factor", where, 1.0)
     if partial > 1:
-        raise InputError(f"{where}: {name} is {partial}, expected at most 1")
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    number = functools.partial(_number, rope, where=f"{where}, rotary embedding")
-    if kind == "default":
+        raise InputError(f"{where}: partial_rotary_factor is {partial}, expected at most 1")
+    kind = rope.get("rope_type", rope.get("type"))
+    where_in = f"{where}, rotary embedding"
+    plain = kind is None and rope.keys() <= {"rope_theta", "partial_rotary_factor"}
+    if plain or kind == "default":
         scaling = None
     elif kind == "linear":
-        scaling = LinearScaling(number("factor"))
+        scaling = LinearScaling(_number(rope, "factor", where_in))
     elif kind == "llama3":
-        scaling = Llama3Scaling(
-            number("factor"), number("low_freq_factor"), number("high_freq_factor"),
-            int(number("original_max_position_embeddings")),
-        )
+        names = ("factor", "low_freq_factor", "high_freq_factor")
+        scaling = Llama3Scaling(*(_number(rope, name, where_in) for name in names),
+                                _field(rope, "original_max_position_embeddings", where_in))
         if scaling.low_freq_factor >= scaling.high_freq_factor:
             raise InputError(f"{where}: low_freq_factor {scaling.low_freq_factor} is not below "
                              f"high_freq_factor {scaling.high_freq_factor}")
     elif kind in ("longrope", "su"):
-        length = rope.get("original_max_position_embeddings") or _field(
-            json, "original_max_position_embeddings", where)
+        length = _field(either, "original_max_position_embeddings", where)
+        if length < 2:
+            raise InputError(f"{where}: original_max_position_embeddings is {length}, expected 2 "
+                             "or more")
         magnitude = _magnitude(_field(json, "max_position_embeddings", where), length)
         scaling = LongScaling(
-            _factors(rope, "short_factor", where), _factors(rope, "long_factor", where),
-            int(length), float(rope.get("attention_factor") or magnitude),
+            _factors(rope, "short_factor", where_in), _factors(rope, "long_factor", where_in),
+            length, _number(rope, "attention_factor", where_in, magnitude),
         )
     else:
         raise InputError(
-            f"{where}: rope_type '{kind}' is not supported; known: default, linear, llama3, "
+            f"{where}: rope_type {kind!r:.80} is not supported; known: default, linear, llama3, "
             "longrope"
         )
     return Rope(theta, scaling, partial)
@@ -330,17 +348,25 @@ def _number(
     value = json.get(name)
     if value is None and default is not None:
         return default
-    if type(value) not in (int, float) or not 0 < value < math.inf:
-        raise InputError(f"{where}: {name} is {value!r}, expected a number above 0")
+    if type(value) not in (int, float) or not 0 < value <= MOST:
+        raise InputError(f"{where}: {name} is {value!r:.80}, expected a number above 0, at most "
+                         f"{MOST:.0e}")
     return float(value)
 
 
 def _factors(rope: dict[str, Any], name: str, where: str) -> tuple[float, ...]:
-    value = rope.get(name)
-    if not isinstance(value, list) or not value:
-        raise InputError(f"{where}, rotary embedding: {name} is {value!r}, expected a list of "
-                         "numbers")
-    return tuple(map(float, value))
+    values = rope.get(name)
+    if not isinstance(values, list) or not values:
+        raise InputError(f"{where}: {name} is {values!r:.80}, expected a list of numbers")
+    return tuple(_number({name: value}, name, where) for value in values)
+
+
+def _object(json: dict[str, Any], name: str, where: str) -> dict[str, Any]:
+    """A group of fields; empty where there is none."""
+    value = json.get(name)
+    if value is not None and not isinstance(value, dict):
+        raise InputError(f"{where}: {name} is {value!r:.80}, expected a JSON object")
+    return value or {}
 
 
 def _magnitude(length: int, original: int) -> float:
@@ -353,12 +379,12 @@ def _check_family(json, families, role, where) -> None:
     family = json.get("model_type")
     if family not in families:
         raise InputError(
-            f"{where}: model_type '{family}' is not supported as {role}; "
+            f"{where}: model_type {family!r:.80} is not supported as {role}; "
             f"known: {', '.join(families)}"
         )
     if quantized := json.get("quantization_config"):
         method = quantized.get("quant_method") if isinstance(quantized, dict) else quantized
-        raise InputError(f"{where}: the checkpoint is quantized ({method}), which is not "
+        raise InputError(f"{where}: the checkpoint is quantized ({method!r:.80}), which is not "
                          "supported; give the original in float32, bfloat16 or float16")
 
 
@@ -375,16 +401,18 @@ def _flag(json: dict[str, Any], name: str, where: str, default: bool = False) ->
     if value is None:
         return default
     if not isinstance(value, bool):
-        raise InputError(f"{where}: {name} is {value!r}, expected true or false")
+        raise InputError(f"{where}: {name} is {value!r:.80}, expected true or false")
     return value
 
 
-def _count(json: dict[str, Any], name: str, default: int | None, where: str) -> int | None:
-    """A count between 1 and `LARGEST`, or the default where there is none."""
+def _count(
+    json: dict[str, Any], name: str, default: int | None, where: str, least: int = 1
+) -> int | None:
+    """A count from `least` to `LARGEST`, or the default where there is none."""
     value = json.get(name)
     if value is None:
         return default
-    if type(value) is not int or not 1 <= value <= LARGEST:
-        raise InputError(f"{where}: {name} is {value!r}, expected a whole number from 1 to "
-                         f"{LARGEST:,}")
+    if type(value) is not int or not least <= value <= LARGEST:
+        raise InputError(f"{where}: {name} is {value!r:.80}, expected a whole number from {least} "
+                         f"to {LARGEST:,}")
     return value

@@ -3,6 +3,7 @@
 import json
 import logging
 import math
+import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -121,7 +122,7 @@ def open_tensors(path: Path) -> TensorFiles:
         raise InputError(f"{path} is half a checkpoint: {SINGLE} (or {INDEX}) is missing")
     held = {file: set(_keys(path / file)) for file in sorted(set(files.values()))}
     if absent := [name for name, file in files.items() if name not in held[file]]:
-        raise InputError(f"{path / INDEX} is damaged: {absent[0]} is missing from "
+        raise InputError(f"{path / INDEX} is damaged: {absent[0]:.80} is missing from "
                          f"{files[absent[0]]}")
     return TensorFiles(path, files)
 
@@ -133,15 +134,18 @@ def read_weight_map(index: Path) -> dict[str, str]:
       InputError: the index is damaged, or names files elsewhere or such as are missing.
     """
     files = read_object(index).get("weight_map")
-    if not isinstance(files, dict) or not all(isinstance(x, str) for x in files.values()):
+    if not isinstance(files, dict) or not files or not all(
+            isinstance(x, str) for x in files.values()):
         raise InputError(f"{index} is damaged: weight_map is not a JSON object of file names")
-    outside = [file for file in files.values() if Path(file).name != file]
+    outside = [file for file in files.values() if not file or Path(file).name != file]
     if outside:
-        raise InputError(f"{index} points to '{outside[0]}', expected names of files in the same "
-                         "directory")
-    missing = sorted({file for file in files.values() if not index.with_name(file).is_file()})
+        raise InputError(f"{index} points to {outside[0]!r:.80}, expected names of files in the "
+                         "same directory")
+    # isfile takes names that no file can have, too.
+    missing = sorted({x for x in files.values() if not os.path.isfile(index.with_name(x))})
     if missing:
-        raise InputError(f"{index.parent} is half a checkpoint: {', '.join(missing)} missing")
+        names = ", ".join(f"{name:.80}" for name in missing)
+        raise InputError(f"{index.parent} is half a checkpoint: {names} missing")
     return files
 
 

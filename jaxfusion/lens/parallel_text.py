@@ -59,7 +59,7 @@ def _lines(file: Path) -> list[str]:
     if not file.is_file():
         raise InputError(f"{file} is missing: data.path names a text file for every language")
     try:
-        return file.read_text("utf-8").rstrip("\n").split("\n")
+        return file.read_text("utf-8-sig").rstrip("\n").split("\n")
     except UnicodeDecodeError as error:
         raise InputError(f"{file} is not UTF-8: {error}") from None
 

@@ -60,7 +60,7 @@ def read_corpus(path: Path, languages: Sequence[str] = ()) -> Corpus:
 def _lines(file: Path) -> list[tuple[int, str]]:
     """Lines that are not blank, with their numbers."""
     try:
-        text = file.read_text("utf-8")
+        text = file.read_text("utf-8-sig")
     except UnicodeDecodeError as error:
         raise InputError(f"{file} is not UTF-8: {error}") from None
     return [(i, line) for i, line in enumerate(text.split("\n"), start=1) if line.strip()]

@@ -189,11 +189,14 @@ def _groups(
     of, if they are."""
     every = [run.comparison for runs in models.values() for run in runs]
     asked = [{name: config.get(name) for name in ("groups", "development")} for config in every]
-    if not asked[0]["groups"] or any(x != asked[0] for x in asked):
+    if any(x != asked[0] for x in asked):
         return standard_groups(languages), ()
-    groups = {name: kept for name, names in asked[0]["groups"].items()
-              if (kept := tuple(x for x in names if x in languages))}
-    chosen_on = asked[0]["development"]
+    chosen_on = asked[0]["development"] or ()
+    counted = [x for x in languages if x not in chosen_on]
+    groups = {name: kept for name, names in (asked[0]["groups"] or {}).items()
+              if (kept := tuple(x for x in names if x in counted))}
+    if not asked[0]["groups"]:
+        groups = standard_groups(counted)
     return groups, ((f"Recipes were chosen on {', '.join(chosen_on)}; no mean has them.",)
                     if chosen_on else ())
 

@@ -25,16 +25,7 @@ from jaxfusion.data.tokenizers import (
     read_end_tokens,
 )
 from jaxfusion.errors import InputError, choose
-from jaxfusion.fields import (
-    ATTENTIONS,
-    BACKWARDS,
-    DTYPES,
-    FUSIONS,
-    PROJECTORS,
-    REMATS,
-    ROLES,
-    Config,
-)
+from jaxfusion.fields import ATTENTIONS, BACKWARDS, DTYPES, FUSIONS, PROJECTORS, REMATS, ROLES, Config
 from jaxfusion.hf.hub import resolve
 from jaxfusion.hf.load import load_params, read_shape
 from jaxfusion.hf.tables import table
@@ -269,7 +260,8 @@ def make_bridge(config: Config, encoder, decoder, platform: str | None = None) -
       InputError: unknown names, or a layer that the encoder does not have.
     """
     fusion, layers = config.fusion, encoder.num_layers
-    if choose("fusion", fusion.name, FUSIONS) == "layer" and not 1 <= fusion.layer <= layers:
+    choose("fusion", fusion.name, FUSIONS)
+    if not 1 <= fusion.layer <= layers:  # a slip under every fusion, though only `layer` reads it
         raise InputError(f"fusion.layer is {fusion.layer}, the encoder has layers 1 to {layers}")
     dtypes = [jnp.dtype(choose("dtype", tower.dtype, DTYPES))
               for tower in (config.encoder, config.decoder)]

@@ -13,8 +13,8 @@ from jaxfusion.data.pocket.lexicon import check_version
 from jaxfusion.data.rows.files import READERS, is_blank, kind_of, read_file
 from jaxfusion.data.rows.hub import read_hub
 from jaxfusion.data.rows.tfds import read_tfds
-from jaxfusion.data.tasks.spec import SAME, Placed, Source, Task
-from jaxfusion.errors import InputError
+from jaxfusion.data.tasks.spec import SAME, Placed, Row, Source, Task
+from jaxfusion.errors import InputError, listed
 
 MAGIC = re.compile(r"[*?{]|\[.*\]")
 logger = logging.getLogger(__name__)
@@ -141,16 +141,21 @@ def _rows(name, source: Source, split, language, labels) -> Iterator[Placed]:
         rows = _file_rows(name, source, split, language)
     else:
         rows = {"hub": read_hub, "tfds": read_tfds}[source.kind](source, split, theirs, labels)
-    rows = (({source.rename.get(column, column): value for column, value in row.items()}, where)
-            for row, where in rows)
+    rows = ((_renamed(row, source.rename), where) for row, where in rows)
     if not source.by_language:
         rows = _of_language(rows, source.place, theirs)
     for row, where in rows:
         try:
             yield (row if source.make is None else source.make(row, theirs)), where
         except (KeyError, ValueError, IndexError, TypeError) as error:
-            raise InputError(f"{where}: cannot be read ({error!r}); found: {', '.join(row)}"
+            raise InputError(f"{where}: cannot be read ({error!r:.300}); found: {listed(row)}"
                              ) from None
+
+
+def _renamed(row: Row, names: dict[str, str]) -> Row:
+    """The row in our columns; one that is renamed takes the place of another of its new name."""
+    kept = {column: value for column, value in row.items() if column not in names}
+    return kept | {ours: row[theirs] for theirs, ours in names.items() if theirs in row}
 
 
 def _of_language(rows: Iterator[Placed], place: str, language: str) -> Iterator[Placed]:
@@ -164,7 +169,7 @@ def _of_language(rows: Iterator[Placed], place: str, language: str) -> Iterator[
             others[str(row["language"])] = True
     if others and not found:
         raise InputError(f"{place} has no row in '{language}'; its column 'language' has "
-                         f"{', '.join(others)}")
+                         f"{listed(others)}")
 
 
 def _file_rows(name: str, source: Source, split: str, language: str) -> Iterator[Placed]:
@@ -217,8 +222,9 @@ def _once(rows: Iterator[Placed]) -> Iterator[Placed]:
                 content = hash(str(row))
                 before, there = seen.setdefault(str(row["id"]), (content, where))
                 if before != content:
-                    raise InputError(f"{where}: id {row['id']!r} is also that of {there}, which is "
-                                     "another row; ids must differ (or name the column otherwise)")
+                    raise InputError(f"{where}: id {row['id']!r:.80} is also that of {there}, "
+                                     "which is another row; ids must differ (or name the column "
+                                     "otherwise)")
                 if there != where:
                     again += 1
                     last = f"{where} is {there}"
@@ -236,21 +242,25 @@ def _example(task: Task, row: dict[str, Any], where: str) -> Example:
         answer = None if task.unlabelled else row[task.target_column]
     except KeyError as error:
         raise InputError(
-            f"{where}: column {error} is missing; found: {', '.join(row)}"
+            f"{where}: column {error} is missing; found: {listed(row)}"
         ) from None
     for column in re.findall(r"{(\w+)}", task.prompt):
-        if isinstance(row[column], dict | list):
-            raise InputError(f"{where}: column '{column}' is no text but {row[column]!r:.80}")
-        if is_blank(row[column]):
-            raise InputError(f"{where}: column '{column}' is empty")
+        _check_cell(row[column], column, where)
     if task.unlabelled:
         return Example(query, "", -1)
     if not task.labels:
-        if is_blank(answer):
-            raise InputError(f"{where}: column 'target' is empty")
+        _check_cell(answer, "target", where)
         return Example(query, str(answer), -1)
     label = _label(task, answer, where)
     return Example(query, task.labels[label], label)
+
+
+def _check_cell(value: Any, column: str, where: str) -> None:
+    """Raises InputError for a cell that is no text, number or the like, or has nothing in it."""
+    if isinstance(value, dict | list | bytes):  # bytes: Parquet's, where nothing says they are text
+        raise InputError(f"{where}: column '{column}' is no text but {value!r:.80}")
+    if is_blank(value):
+        raise InputError(f"{where}: column '{column}' is empty")
 
 
 def _label(task: Task, value: Any, where: str) -> int:
@@ -261,6 +271,6 @@ def _label(task: Task, value: Any, where: str) -> int:
         if text in found:
             return found.index(text)
     raise InputError(
-        f"{where}: label {value!r} is none of {', '.join(task.labels)} "
+        f"{where}: label {value!r:.80} is none of {', '.join(task.labels)} "
         f"(or {', '.join(task.spellings) or f'0 … {len(task.labels) - 1}'})"
     )

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from jaxfusion.data.tasks.spec import Placed, Row
-from jaxfusion.errors import InputError, first_line
+from jaxfusion.errors import InputError, first_line, listed
 
 SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")  # escapes of half a character
 PARQUET_ROWS, OBJECTS = 4096, 64  # rows that are read, and made Python's objects, at a time
@@ -110,11 +110,11 @@ def _table(file: Path, columns, lines: Iterator[tuple[int, list[str]]], what: st
             columns = tuple(fields)
             if len(set(columns)) < len(columns):
                 raise InputError(f"{file}:{number}: a column's name stands there twice: "
-                                 f"{', '.join(columns)}")
+                                 f"{listed(columns)}")
             continue
         if len(fields) != len(columns):
             raise InputError(f"{file}:{number}: {len(fields)} {what}-separated fields, wanted "
-                             f"{len(columns)} ({', '.join(columns)})")
+                             f"{len(columns)} ({listed(columns)})")
         yield dict(zip(columns, fields, strict=True)), f"{file}:{number}"
 
 
@@ -182,30 +182,34 @@ def _read_jsonl(file: Path, columns, quoted: bool) -> Iterator[Placed]:
             raise InputError(f"{file}:{number}: not JSON ({first_line(error)})") from None
         if not isinstance(row, dict):
             raise InputError(f"{file}:{number}: wanted a JSON object with the row's columns")
-        if SURROGATE.search(line) and not _is_text(row):
-            raise InputError(f"{file}:{number}: half of a character (a lone \\ud800 … \\udfff); "
-                             "write the file anew from its texts")
+        if SURROGATE.search(line):
+            _check_text(row, f"{file}:{number}")
         yield row, f"{file}:{number}"
 
 
-def _is_text(row: Row) -> bool:
+def _check_text(row: Row, where: str) -> None:
     try:
         json.dumps(row, ensure_ascii=False).encode()
     except UnicodeEncodeError:
-        return False
-    return True
+        raise InputError(f"{where}: half of a character (a lone \\ud800 … \\udfff); write the file "
+                         "anew from its texts") from None
 
 
 def _read_json(file: Path, columns, quoted: bool) -> Iterator[Placed]:
     try:
-        rows: list[Row] = json.loads("".join(_lines(file)))
+        text = "".join(_lines(file))
+        rows: list[Row] = json.loads(text)
     except InputError:
         raise
     except (ValueError, RecursionError) as error:
         raise InputError(f"{file}: not JSON ({first_line(error)})") from None
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise InputError(f"{file}: wanted a JSON list of objects with the rows' columns")
-    yield from ((row, f"{file} row {number}") for number, row in enumerate(rows, start=1))
+    halves = SURROGATE.search(text)
+    for number, row in enumerate(rows, start=1):
+        if halves:
+            _check_text(row, f"{file} row {number}")
+        yield row, f"{file} row {number}"
 
 
 def _read_parquet(file: Path, columns, quoted: bool) -> Iterator[Placed]:
@@ -216,6 +220,8 @@ def _read_parquet(file: Path, columns, quoted: bool) -> Iterator[Placed]:
     limit = max(UNPACKED_BYTES, UNPACKED_TIMES * size)
     try:
         schema = parquet.read_schema(file)
+        if len(set(schema.names)) < len(schema.names):  # of whose values Python keeps the last
+            raise InputError(f"{file}: a column's name stands there twice: {listed(schema.names)}")
         # Texts that come again are held once until they are rows.
         texts = [field.name for field in schema if pyarrow.types.is_string(field.type)]
         classes = _class_names(schema)
@@ -230,7 +236,8 @@ def _read_parquet(file: Path, columns, quoted: bool) -> Iterator[Placed]:
                     yield named(row, classes), f"{file} row {number}"
     except InputError:
         raise
-    except (pyarrow.ArrowException, OSError, ValueError) as error:
+    # Days, times and zones that Python does not have are an OverflowError or a KeyError.
+    except (pyarrow.ArrowException, OSError, ValueError, OverflowError, LookupError) as error:
         raise InputError(f"{file} cannot be read as Parquet behind row {number}: "
                          f"{first_line(error)}; is the file whole?") from None
 
