@@ -500,10 +500,10 @@ def test_buckets_that_no_encoder_has_are_one_line(checkpoint, buckets):
         encoder_config(json_of, "config.json")
 
 
-@pytest.mark.parametrize("name", ["a/..", "a/.", "../a", "./a"])
+@pytest.mark.parametrize("name", ["a/..", "a/."])
 def test_a_name_that_leads_elsewhere_is_no_hub_id(name):
     with pytest.raises(InputError, match="neither a directory here nor a hub id"):
-        hub.resolve(name + "/none" if name in ("../a", "./a") else name)
+        hub.resolve(name)
 
 
 def test_a_licence_is_read_of_a_card_in_any_encoding(tmp_path):
