@@ -12,7 +12,14 @@ from pathlib import Path
 from absl import flags
 from ml_collections import config_flags
 
-from jaxfusion.cli import end_on_sigterm, local_path, refuse_words, run_main, set_up_logging, take_device_memory
+from jaxfusion.cli import (
+    end_on_sigterm,
+    local_path,
+    refuse_words,
+    run_main,
+    set_up_logging,
+    take_device_memory,
+)
 from jaxfusion.config import from_config_dict, one_by_seeds
 from jaxfusion.errors import InputError
 

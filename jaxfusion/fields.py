@@ -8,7 +8,23 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from jaxfusion.schema import Above0, Axis, Count, Lengths, Number, Patterns, Probability, Rows, Schema, Seed, Seeds, Share, Text, Weight, one_of
+from jaxfusion.schema import (
+    Above0,
+    Axis,
+    Count,
+    Lengths,
+    Number,
+    Patterns,
+    Probability,
+    Rows,
+    Schema,
+    Seed,
+    Seeds,
+    Share,
+    Text,
+    Weight,
+    one_of,
+)
 
 FUSIONS = ("last", "layer", "global_softmax", "transformer_softmax")
 BACKWARDS = ("stack", "second_pass")

@@ -22,7 +22,16 @@ from jaxfusion import config as configs
 from jaxfusion.data.batching import TokenRow, find_shapes, in_order
 from jaxfusion.errors import InputError
 from jaxfusion.evaluation.generate import prefill
-from jaxfusion.fields import Config, DataConfig, DecoderConfig, EncoderConfig, FusionConfig, GroupConfig, OptimizerConfig, ProjectorConfig
+from jaxfusion.fields import (
+    Config,
+    DataConfig,
+    DecoderConfig,
+    EncoderConfig,
+    FusionConfig,
+    GroupConfig,
+    OptimizerConfig,
+    ProjectorConfig,
+)
 from jaxfusion.hf import config_json as configs_of_family
 from jaxfusion.hf import save
 from jaxfusion.hf.load import SINGLE

@@ -29,15 +29,15 @@ from test_schema import leaves
 
 from jaxfusion import cli
 from jaxfusion import config as configs
-from jaxfusion.pretraining.corpus import read_corpus
-from jaxfusion.data.rows.files import READERS, read_file
 from jaxfusion.data.rows.examples import read_examples
+from jaxfusion.data.rows.files import READERS, read_file
 from jaxfusion.data.tasks.spec import Source, Task
 from jaxfusion.data.tokenizers import load_tokenizer, read_end_tokens
 from jaxfusion.errors import BREAKS, InputError
 from jaxfusion.fields import JOBS
 from jaxfusion.hf.config_json import decoder_config, decoder_json, encoder_config, encoder_json
 from jaxfusion.hf.load import INDEX, SINGLE, open_tensors, read_shape
+from jaxfusion.pretraining.corpus import read_corpus
 
 pytestmark = pytest.mark.slow
 RANDOM = st.randoms(use_true_random=False)

@@ -21,7 +21,17 @@ from jaxfusion import config as configs
 from jaxfusion.config import CONFIG_FILE
 from jaxfusion.data.tokenizers import LANGBRIDGE_WHITESPACE, load_tokenizer
 from jaxfusion.errors import InputError
-from jaxfusion.fields import ROLES, Config, DataConfig, DecoderConfig, EncoderConfig, FusionConfig, GroupConfig, OptimizerConfig, ProjectorConfig
+from jaxfusion.fields import (
+    ROLES,
+    Config,
+    DataConfig,
+    DecoderConfig,
+    EncoderConfig,
+    FusionConfig,
+    GroupConfig,
+    OptimizerConfig,
+    ProjectorConfig,
+)
 from jaxfusion.files import new_directory
 from jaxfusion.hf.config_json import decoder_config, encoder_config
 from jaxfusion.hf.hub import NOT_WEIGHTS, find_files, resolve

@@ -20,7 +20,16 @@ from jaxfusion.data.tasks.spec import Placed, Task
 from jaxfusion.errors import InputError
 from jaxfusion.evaluation.scoring import Scored, softmax
 from jaxfusion.fields import DECODING
-from jaxfusion.files import is_as_written, no_room, note_of, note_sums, only_writer, read_json, sum_of, write_checked
+from jaxfusion.files import (
+    is_as_written,
+    no_room,
+    note_of,
+    note_sums,
+    only_writer,
+    read_json,
+    sum_of,
+    write_checked,
+)
 from jaxfusion.runs.open_run import open_run
 
 logger = logging.getLogger(__name__)

@@ -25,7 +25,16 @@ from jaxfusion.data.tokenizers import (
     read_end_tokens,
 )
 from jaxfusion.errors import InputError, choose
-from jaxfusion.fields import ATTENTIONS, BACKWARDS, DTYPES, FUSIONS, PROJECTORS, REMATS, ROLES, Config
+from jaxfusion.fields import (
+    ATTENTIONS,
+    BACKWARDS,
+    DTYPES,
+    FUSIONS,
+    PROJECTORS,
+    REMATS,
+    ROLES,
+    Config,
+)
 from jaxfusion.hf.hub import resolve
 from jaxfusion.hf.load import load_params, read_shape
 from jaxfusion.hf.tables import table
