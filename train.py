@@ -5,6 +5,7 @@ training step is compiled, for the devices that are here or for `--topology v4-3
 takes is printed. SIGTERM saves what there is to save and ends the run with exit status 75.
 """
 
+import ast
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -23,13 +24,13 @@ from jaxfusion.cli import (
 from jaxfusion.config import from_config_dict, one_by_seeds
 from jaxfusion.errors import InputError
 
+CONFIGS = Path(__file__).parent / "configs"
 CONFIG = config_flags.DEFINE_config_file("config", None, "configs/NAME.py[:arg]", lock_config=True)
 WORKDIR = flags.DEFINE_string("workdir", None, "default: runs/<config name>")
 COMPILE_ONLY = flags.DEFINE_bool("compile_only", False, "compile the step, print what it takes")
 TOPOLOGY = flags.DEFINE_string("topology", None, "TPU slice to compile for, such as v4-32")
 PROFILE = flags.DEFINE_string("profile_steps", None, "FIRST:LAST, traced into WORKDIR/profile")
 DISTRIBUTED = flags.DEFINE_bool("distributed", False, "this process is one of several")
-flags.mark_flag_as_required("config")
 
 
 def default_workdir(config_flag: str) -> Path:
@@ -38,9 +39,21 @@ def default_workdir(config_flag: str) -> Path:
     return Path("runs") / re.sub(r"\W+", "_", f"{Path(path).stem}_{arg}").strip("_")
 
 
+def list_configs() -> str:
+    """Every config of this project, with the first line of what it says of itself."""
+    files = [x for x in sorted(CONFIGS.glob("*.py")) if x.stem != "common"]
+    about = [ast.get_docstring(ast.parse(x.read_text("utf-8"))).splitlines()[0] for x in files]
+    width = max(len(x.name) for x in files)
+    return "\n".join(f"configs/{x.name:{width}}  {line}"
+                     for x, line in zip(files, about, strict=True))
+
+
 def main(argv: list[str]) -> None:
     refuse_words(argv)
     set_up_logging()
+    if CONFIG.value is None:
+        print(list_configs())
+        raise InputError("--config is missing: choose one of these, or a file of your own")
     name = config_flags.get_config_filename(flags.FLAGS["config"])
     file = name.partition(":")[0]
     if not local_path(file).is_file():

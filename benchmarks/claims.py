@@ -10,12 +10,12 @@ is, so a stopped run goes on.
 
 import argparse
 import json
-import runpy
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from config_file import get_config
 from scipy.stats import ttest_1samp
 from timing import machine
 
@@ -86,7 +86,7 @@ FRESH_SEEDS = range(20, 26)  # and the rows behind those that were looked at
 
 def bridges(warm: bool = True) -> dict[str, Config]:
     """The quickstart's bridges by name."""
-    config = runpy.run_path(str(ROOT / "configs" / "quickstart.py"))["get_config"]().unlock()
+    config = get_config("quickstart")
     config.base.projector.warm_start = warm
     return variants(from_config_dict(config))
 

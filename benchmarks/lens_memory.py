@@ -1,6 +1,6 @@
 """Makes the table of docs/lens.md: `python benchmarks/lens_memory.py [--table]`.
 
-What a Lens run of each preset takes of one chip: its programs compiled for a TPU v6e by `libtpu`
+What a Lens run of each LLM takes of one chip: its programs compiled for a TPU v6e by `libtpu`
 (no TPU needed, a minute each on two cores) from shapes alone, at the lengths and batches of its
 config, into benchmarks/results/lens_memory.json; with --table the table alone.
 """
@@ -8,7 +8,6 @@ config, into benchmarks/results/lens_memory.json; with --table the table alone.
 import json
 import os
 import platform
-import runpy
 import sys
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import libtpu
+from config_file import get_config
 from flax import traverse_util
 from table import table
 
@@ -35,7 +35,7 @@ from jaxfusion.training.step import make_train_step
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "lens_memory.json"
-PRESETS = ("lens_llama3", "lens_llama31", "lens_qwen25", "lens_phi35")
+LLMS = ("llama3", "llama31", "qwen25", "phi35")
 CHIP = "v6e-1"
 
 
@@ -111,10 +111,9 @@ def main() -> None:
     jax.config.update("jax_platforms", "cpu")  # nothing runs
     if "--table" not in sys.argv:
         rows = []
-        for name in PRESETS:
-            file = ROOT / "configs" / f"{name}.py"
-            config = from_config_dict(runpy.run_path(str(file))["get_config"]("multilingual"))
-            rows.append({"config": name, **needs(config)})
+        for llm in LLMS:
+            config = from_config_dict(get_config("lens_paper", f"{llm},multilingual"))
+            rows.append({"llm": llm, **needs(config)})
             print(rows[-1], flush=True)
         machine = (f"{len(os.sched_getaffinity(0))} CPU cores, Python {platform.python_version()}, "
                    f"jax {jax.__version__}, libtpu {libtpu.__version__}")
@@ -125,7 +124,8 @@ def main() -> None:
     columns = {"weights": "weights", "prompts": f"reading {first['lengths'][0]} tokens",
                "tasks": f"reading {first['lengths'][1]}", "step": "a step of the top blocks"}
     lines = table(["config", *columns.values()], [
-        [f"`{row['config']}:multilingual`", *(f"{row[what] / GIB:.1f} GiB" for what in columns)]
+        [f"`lens_paper:{row['llm']},multilingual`",
+         *(f"{row[what] / GIB:.1f} GiB" for what in columns)]
         for row in result["rows"]])
     made = (f"Compiled for a {result['chip']} on {result['machine']}; {first['rows']} rows are "
             f"read at a time, steps take {first['languages']} languages.")

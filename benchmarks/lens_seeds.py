@@ -9,13 +9,13 @@ it is, so a stopped run goes on.
 
 import argparse
 import json
-import runpy
 import statistics
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from config_file import get_config
 from timing import machine
 
 from jaxfusion.config import from_config_dict
@@ -35,8 +35,7 @@ def run(workdir: Path, seed: int) -> dict[str, dict[str, list[int]]]:
     if not prompts.is_dir():
         with new_directory(prompts) as partial:
             write_parallel(partial, seed=seed)
-    config = from_config_dict(
-        runpy.run_path(str(ROOT / "configs" / "lens_quickstart.py"))["get_config"]())
+    config = from_config_dict(get_config("lens_quickstart"))
     config = make_inputs(replace(
         config, train=replace(config.train, seed=seed),
         data=replace(config.data, task_rows=ROWS, path=str(prompts / "parallel.jsonl"))))

@@ -39,14 +39,16 @@ def measure(folder: Path) -> None:
     """Prepares a run in this process and prints what it took, as JSON."""
     from resource import RUSAGE_SELF, getrusage
 
+    from config_file import get_config
+
     from jaxfusion.bridge.job import prepare
     from jaxfusion.cli import set_up_logging
-    from jaxfusion.config import default_config, finish, from_config_dict
+    from jaxfusion.config import from_config_dict
     from jaxfusion.miniatures.inputs import make_inputs
     from jaxfusion.sharding.mesh import make_mesh
 
     set_up_logging()
-    config = finish(default_config(), "last,debug").unlock()
+    config = get_config("xnli_paper", "last,debug")
     config.data.task, config.data.language, config.data.path = "xnli", "en", str(folder)
     config.data.max_encoder_tokens = 256
     config.data.buckets = (256,)

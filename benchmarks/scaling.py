@@ -9,13 +9,13 @@ the tables alone.
 import json
 import os
 import platform
-import runpy
 import sys
 from dataclasses import asdict
 from pathlib import Path
 
 import jax
 import libtpu
+from config_file import get_config
 from program import program_cost
 
 from jaxfusion.bridge.compile_only import measure
@@ -30,7 +30,7 @@ FUSIONS = ("last", "global_softmax", "transformer_softmax")
 
 def needs(topology: str, fusion: str) -> dict:
     """What the step takes of a slice."""
-    config = runpy.run_path(str(ROOT / "configs" / "tpu_v4.py"))["get_config"](fusion).unlock()
+    config = get_config("tpu_v4", fusion)
     if fusion != "global_softmax":
         config.fusion.backward = "stack"
     devices = topology_devices(topology)

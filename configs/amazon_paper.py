@@ -10,7 +10,8 @@ Published: the paper's abstract claims a gain over LangBridge and gives no singl
 tables have accuracy by language.
 """
 
-from jaxfusion.config import default_config, finish
+from configs.common import finish
+from jaxfusion.config import default_config
 
 
 def get_config(arg=None):

@@ -10,14 +10,11 @@ Needs: one GPU of 80 GB or more; the checkpoints of configs/tpu_v4.py, whose run
 Published: no figure for this pair; configs/langbridge.py is the published recipe.
 """
 
-import runpy
-from pathlib import Path
-
-from jaxfusion.config import finish
+from configs import tpu_v4
+from configs.common import finish
 
 
 def get_config(arg=None):
-    same = runpy.run_path(str(Path(__file__).with_name("tpu_v4.py")))
-    config = same["get_config"]().unlock()
+    config = tpu_v4.get_config().unlock()
     config.train.accumulate = 16
     return finish(config, arg)

@@ -14,7 +14,8 @@ corpora, each text split at a random point (`unlabelled` in docs/data.md), the a
 whole encoder: `--config.optimizer.groups.encoder.patterns="('encoder/.*',)"`.
 """
 
-from jaxfusion.config import default_config, finish
+from configs.common import finish
+from jaxfusion.config import default_config
 from jaxfusion.data.tokenizers import LANGBRIDGE_WHITESPACE
 
 

@@ -9,7 +9,8 @@ the perplexity is measured, and whether what follows is in their language (pip i
 'jaxfusion[identify]').
 """
 
-from jaxfusion.config import default_config, finish
+from configs.common import finish
+from jaxfusion.config import default_config
 
 NAMES = {"en": "src.eng", "si": "ref.sin", "ta": "ref.tam", "sw": "ref.swa", "bn": "ref.ben",
          "zh": "ref.zho-CN", "ja": "ref.jpn", "ko": "ref.kor", "ar": "ref.arb"}

@@ -12,7 +12,8 @@ command tells what there is to gain: supervised tuning on 4,000 answers, in two 
 
 from pathlib import Path
 
-from jaxfusion.config import default_config, finish
+from configs.common import finish
+from jaxfusion.config import default_config
 
 POCKET = Path(__file__).resolve().parents[1] / "pocket"  # from wherever the command is given
 
@@ -49,13 +50,14 @@ def get_config(arg=None):
         {"name": "no separate", "lens": {"separate": 0.0}},
         {"name": "no retain", "lens": {"retain": 0.0}},
     )
-    words = (arg or "").split(",")
-    if "ceiling" in words:
-        config.data.rows = 4000
-        group.learning_rate = 1e-3
-        config.train.batch_size = 32
-        config.train.steps = 400
-        config.sweep = tuple(
-            {"name": f"supervised, {blocks} blocks",
-             "lens": {"method": "supervised", "blocks": blocks}} for blocks in (2, 3))
-    return finish(config, ",".join(x for x in words if x not in ("", "ceiling")))
+    return finish(config, arg, {"ceiling": ceiling})
+
+
+def ceiling(config):
+    config.data.rows = 4000
+    config.optimizer.groups.blocks.learning_rate = 1e-3
+    config.train.batch_size = 32
+    config.train.steps = 400
+    config.sweep = tuple(
+        {"name": f"supervised, {blocks} blocks",
+         "lens": {"method": "supervised", "blocks": blocks}} for blocks in (2, 3))

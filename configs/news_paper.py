@@ -11,7 +11,8 @@ reads the dataset's train_si for testing; this project reads test_si, so the fig
 same rows.
 """
 
-from jaxfusion.config import default_config, finish
+from configs.common import finish
+from jaxfusion.config import default_config
 
 
 def get_config(arg=None):

@@ -16,7 +16,8 @@ checked in docs/data.md.
 Published: nothing, as the rows are yours.
 """
 
-from jaxfusion.config import default_config, finish
+from configs.common import finish
+from jaxfusion.config import default_config
 
 
 def get_config(arg=None):

@@ -17,7 +17,8 @@ Learns from English text of the pocket world (jaxfusion/data/pocket/world.py), s
 tasks; no frame of a development or test row is among it.
 """
 
-from jaxfusion.config import default_config, finish
+from configs.common import finish
+from jaxfusion.config import default_config
 
 
 def get_config(arg=None):
@@ -40,18 +41,21 @@ def get_config(arg=None):
     config.train.steps = 3300
     config.train.log_every = 150
     config.train.eval_every = config.train.checkpoint_every = 300
-    words = (arg or "").split(",")
-    if "noise" in words:
-        config.train.init_from = "runs/pocket_decoder"
-        config.objective.noise = 0.8
-        config.train.steps = 1800
-    if "lens" in words:
-        config.tower.vocab_size = 2048
-        config.data.languages = ("en", "latn_a", "deva")
-        config.data.translations = True
-        config.data.sampling = 0.4
-        config.train.steps = 8000
-        config.train.eval_every = config.train.checkpoint_every = 500
-        config.data.buckets = (24, 32, 40, 48)
-        config.data.max_tokens = 64
-    return finish(config, ",".join(x for x in words if x not in ("", "noise", "lens")))
+    return finish(config, arg, {"noise": noise, "lens": lens})
+
+
+def noise(config):
+    config.train.init_from = "runs/pocket_decoder"
+    config.objective.noise = 0.8
+    config.train.steps = 1800
+
+
+def lens(config):
+    config.tower.vocab_size = 2048
+    config.data.languages = ("en", "latn_a", "deva")
+    config.data.translations = True
+    config.data.sampling = 0.4
+    config.data.buckets = (24, 32, 40, 48)
+    config.data.max_tokens = 64
+    config.train.steps = 8000
+    config.train.eval_every = config.train.checkpoint_every = 500

@@ -9,7 +9,8 @@ Needs: two CPU cores. Learns from unlabelled text of the pocket world
 translations; no frame of a development or test row is among it.
 """
 
-from jaxfusion.config import default_config, finish
+from configs.common import finish
+from jaxfusion.config import default_config
 
 
 def get_config(arg=None):

@@ -12,7 +12,8 @@ Published: none; the pocket world is this project's own.
 
 from pathlib import Path
 
-from jaxfusion.config import default_config, finish
+from configs.common import finish
+from jaxfusion.config import default_config
 
 POCKET = Path(__file__).resolve().parents[1] / "pocket"  # from wherever the command is given
 

@@ -13,7 +13,8 @@ random.
 
 from pathlib import Path
 
-from jaxfusion.config import default_config, finish
+from configs.common import finish
+from jaxfusion.config import default_config
 from jaxfusion.data.pocket.lexicon import LANGUAGES
 
 POCKET = Path(__file__).resolve().parents[1] / "pocket"  # from wherever the command is given

@@ -9,7 +9,8 @@ Needs: two CPU cores. The text is tiny, so the LLM knows little English; the lab
 of SIB-200's English training split alone.
 """
 
-from jaxfusion.config import default_config, finish
+from configs.common import finish
+from jaxfusion.config import default_config
 
 
 def get_config(arg=None):

@@ -9,7 +9,8 @@ Needs: two CPU cores. Two thousand sentence pairs in eight languages are no pret
 that the job runs on real text, and how far so little of it goes.
 """
 
-from jaxfusion.config import default_config, finish
+from configs.common import finish
+from jaxfusion.config import default_config
 
 
 def get_config(arg=None):

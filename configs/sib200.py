@@ -14,7 +14,8 @@ path runs and English is learned, but nothing transfers; give `--config.encoder.
 Published: none for a bridge; the largest class makes up 25% of each split.
 """
 
-from jaxfusion.config import default_config, finish
+from configs.common import finish
+from jaxfusion.config import default_config
 
 
 def get_config(arg=None):

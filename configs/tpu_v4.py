@@ -11,7 +11,8 @@ spread over all chips (`mesh.fsdp=-1`); what each slice takes stands in docs/sca
 Published: no figure for this pair; configs/langbridge.py is the published recipe.
 """
 
-from jaxfusion.config import default_config, finish
+from configs.common import finish
+from jaxfusion.config import default_config
 
 
 def get_config(arg=None):

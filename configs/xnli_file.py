@@ -12,7 +12,8 @@ them). On random weights, as written, nothing transfers.
 Published: none on these splits; the classes are balanced (33.3%).
 """
 
-from jaxfusion.config import default_config, finish
+from configs.common import finish
+from jaxfusion.config import default_config
 
 
 def get_config(arg=None):

@@ -13,7 +13,8 @@ Published: average over XNLI's 15 languages 71.50 (Transformer Softmax), 70.36 (
 authors' frozen encoder ran with its dropout on: `--config.encoder.dropout=0.1` does the same.
 """
 
-from jaxfusion.config import default_config, finish
+from configs.common import finish
+from jaxfusion.config import default_config
 
 
 def get_config(arg=None):

@@ -1,7 +1,7 @@
 """From a file in `configs/` and the command line to a run's config, and to JSON and back.
 
 A file starts from `default_config()`, a ConfigDict, and sets what differs; the command line
-overrides fields of that; `from_config_dict` turns the result into the dataclasses of `fields.py`
+overrides its fields; `from_config_dict` turns the result into the dataclasses of `fields.py`
 and refuses what they do not know. No jax here: configs are read before jax starts.
 """
 
@@ -19,7 +19,7 @@ from ml_collections import config_dict
 from pydantic import TypeAdapter, ValidationError
 
 from jaxfusion.errors import InputError, choose, first_line, near_match
-from jaxfusion.fields import FUSIONS, JOBS, CompareConfig, Config, Job, LensRunConfig
+from jaxfusion.fields import JOBS, CompareConfig, Config, Job, LensRunConfig
 from jaxfusion.files import read_json, write_checked
 
 CONFIG_FILE = "config.json"  # of a workdir
@@ -33,125 +33,6 @@ FREE_ON_RESUME = ("mesh", "encoder.dtype", "decoder.dtype", "encoder.remat", "de
 def default_config(job: str = "bridge") -> ml_collections.ConfigDict:
     """All defaults of a job as an unlocked ConfigDict, with placeholders where one is None."""
     return _to_config_dict(JOBS[job]())
-
-
-def published_lens(checkpoint: str) -> ml_collections.ConfigDict:
-    """Lens (arXiv:2410.04407) of an instruct LLM in English and Chinese, as its authors ship it for
-    Llama-3-8B-Instruct, beside the baselines that train nothing; for a config file to finish."""
-    config = default_config("lens")
-    config.decoder.checkpoint, config.decoder.dtype = checkpoint, "bfloat16"
-    # Its authors probe 300 prompts of one set and train on 200 of another.
-    config.data.path, config.data.probe_path = "prompts.jsonl", "probe_prompts.jsonl"
-    config.data.probe_rows, config.data.rows = 300, 200
-    config.data.central, config.data.targets = "en", ("zh",)
-    config.data.task_rows = 2000
-    config.eval.tasks = ("xcopa", "xstorycloze", "xwinograd", "m_mmlu")
-    config.sweep = (
-        {"name": "steering", "lens": {"method": "steering"}},
-        {"name": "disentangle", "lens": {"method": "disentangle"}},
-        {"name": "Lens"},
-    )
-    return config
-
-
-def finish(config: ml_collections.ConfigDict, arg: str | None) -> ml_collections.ConfigDict:
-    """The locked config after its argument, as in `--config configs/NAME.py:arg`.
-
-    `debug` shrinks the run to a size that a CPU does in seconds, on checkpoints and rows made for
-    it; a fusion's name sets that fusion; `compare` makes a comparison of the three fusions of the
-    papers out of a bridge; `multilingual` gives Lens the six targets of its paper, `paper_code` the
-    recipe of its authors' code; a comma joins them.
-
-    Raises:
-      InputError: another argument.
-    """
-    words = sorted(arg.split(",") if arg else [], key="debug".__eq__)  # which goes last
-    known = ("debug", *OTHER_WORDS.get(config.job, ()))
-    for word in words:
-        if choose("config argument", word, known) in FUSIONS:
-            config.fusion.name = word
-        elif word == "debug" and config.job == "pretrain":
-            _debug_pretraining(config)
-        elif word == "debug" and config.job == "lens":
-            _debug_lens(config)
-        elif word == "multilingual":
-            config.data.targets = ("zh", "ja", "ko", "ar", "bn", "sw")
-        elif word == "paper_code":
-            config.lens.recipe = word
-        elif word == "debug":
-            _debug(config if config.job == "bridge" else config.base)
-    return (_comparison(config) if "compare" in words else config).lock()
-
-
-OTHER_WORDS = {"bridge": ("compare", *FUSIONS), "lens": ("multilingual", "paper_code")}
-
-
-def _comparison(base: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
-    """The three fusions of the papers under one config."""
-    config = default_config("compare")
-    config.base = base
-    config.variants = tuple(
-        {"name": name, "fusion": {"name": name}}
-        for name in ("last", "global_softmax", "transformer_softmax")
-    )
-    return config
-
-
-def _debug(config: ml_collections.ConfigDict) -> None:
-    """The same run at a size that a CPU does in seconds, on checkpoints and rows made for it."""
-    config.encoder.checkpoint = config.decoder.checkpoint = "made:tiny"
-    config.encoder.dtype = config.decoder.dtype = "float32"
-    config.data.path = "made:rows"
-    config.data.train_rows = config.data.dev_rows = None
-    config.data.balanced = config.data.streaming = False
-    config.data.revision = None
-    config.data.max_encoder_tokens = config.eval.max_encoder_tokens = 128
-    config.data.buckets = (128,)
-    config.data.max_decoder_tokens = config.eval.max_decoder_tokens = 128
-    config.fusion.d_ff = 64
-    config.train.batch_size = config.eval.batch_size = 8
-    config.train.accumulate = 1
-    for group in config.optimizer.groups.values():
-        group.learning_rate = 1e-2
-    config.train.steps = 200
-    config.train.log_every = 20
-    config.train.eval_every = config.train.checkpoint_every = 100
-    config.eval.tasks = config.eval.languages = ()
-
-
-def _debug_pretraining(config: ml_collections.ConfigDict) -> None:
-    """A tower of a few thousand parameters on a hundredth of the pocket world's text."""
-    config.data.path, config.data.pivot = "made:pocket_debug", "en"
-    config.data.languages = ("en",) if config.data.languages else ()
-    config.data.buckets = (config.data.max_tokens,)
-    config.data.dev_rows = 16
-    config.tower.d_model = config.tower.d_ff = 32
-    config.tower.num_layers = config.tower.num_heads = 2
-    config.tower.head_dim = 16
-    config.train.batch_size = 8
-    config.train.steps = 20
-    config.train.log_every = config.train.eval_every = config.train.checkpoint_every = 10
-
-
-def _debug_lens(config: ml_collections.ConfigDict) -> None:
-    """The same run on a tiny LLM and made rows of the pocket world."""
-    config.decoder.checkpoint = "made:tiny"
-    config.decoder.dtype = "float32"
-    config.data.path, config.data.probe_path = "made:pocket_debug", None
-    config.data.central, config.data.targets = "en", ("latn_a", "deva")
-    config.data.chat_template = False
-    config.data.columns = ml_collections.ConfigDict()
-    config.data.probe_rows = config.data.rows = 40
-    config.data.perplexity_rows = config.data.reply_rows = 0
-    config.data.max_tokens, config.data.buckets = 128, (128,)
-    config.lens.blocks, config.lens.recipe = 1, "default"
-    config.lens.loss_layers = config.lens.layers = ()
-    config.train.batch_size = config.eval.batch_size = 8
-    config.train.steps, config.train.log_every = 5, 1
-    config.train.eval_every = config.train.checkpoint_every = 5
-    config.eval.tasks, config.data.task_rows = ("pocket_nli",), 12
-    config.data.task_path, config.data.answer = "made:pocket_debug", "answer"
-    config.eval.languages = ()
 
 
 def from_config_dict(config: ml_collections.ConfigDict) -> Job:

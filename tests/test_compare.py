@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 from test_configs import COMPARISONS, FILES, get_config
 
+from configs.common import finish
 from jaxfusion.bridge.compare import compare
-from jaxfusion.config import default_config, finish, from_config_dict, variants
+from jaxfusion.config import default_config, from_config_dict, variants
 from jaxfusion.data.tasks.catalogue import TASKS
 from jaxfusion.errors import InputError
 from jaxfusion.miniatures.inputs import make_inputs

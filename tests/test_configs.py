@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from configs.common import finish
 from jaxfusion import config as configs
 from jaxfusion.bridge.job import train
-from jaxfusion.config import default_config, finish, from_config_dict
+from jaxfusion.config import default_config, from_config_dict
 from jaxfusion.data.rows.examples import read_examples
 from jaxfusion.data.tasks.catalogue import TASKS
 from jaxfusion.errors import InputError
@@ -22,7 +23,7 @@ from jaxfusion.runs.score import evaluate
 from jaxfusion.sharding.mesh import make_mesh
 
 ROOT = Path(__file__).parent.parent
-FILES = sorted((ROOT / "configs").glob("*.py"))
+FILES = [file for file in sorted((ROOT / "configs").glob("*.py")) if file.stem != "common"]
 PRETRAINING = [file for file in FILES if file.stem.endswith(("_encoder", "_decoder"))]
 COMPARISONS = [file for file in FILES if file.stem == "quickstart"]
 LENSES = [file for file in FILES if file.stem.startswith("lens_")]
@@ -66,7 +67,7 @@ def test_configs_start_no_jax():
         f"[runpy.run_path(str(f))['get_config']('debug') for f in {list(map(str, FILES))}]\n"
         "assert 'jax' not in sys.modules"
     )
-    subprocess.run([sys.executable, "-c", code], check=True)
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 
 def test_every_field_is_read_somewhere():
@@ -129,6 +130,14 @@ def test_train_refuses_in_one_line(words, message, cache_dir, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_without_a_config_all_are_listed():
+    done = run_script("train.py")
+    assert done.returncode == 1 and "--config is missing" in done.stderr
+    listed = [line.split()[0] for line in done.stdout.splitlines()]
+    assert listed == [f"configs/{file.name}" for file in FILES]
+    assert "XNLI run (arXiv:2508.09091)" in done.stdout
+
+
 def test_eval_refuses_in_one_line(tmp_path):
     done = run_script("eval.py", f"--workdir={tmp_path}")
     assert done.returncode == 1 and "is not a workdir of a run" in done.stderr
@@ -141,9 +150,11 @@ def test_a_quickstart_finds_its_llm_from_anywhere(tmp_path, monkeypatch):
     assert (Path(get_config(file).decoder.checkpoint) / "config.json").is_file()
 
 
-@pytest.mark.parametrize("name", ["lens_llama3", "lens_llama31", "lens_phi35", "lens_qwen25"])
-def test_published_lens_probes_other_prompts_than_it_trains_on(name):
-    config = get_config(ROOT / "configs" / f"{name}.py")
+@pytest.mark.parametrize("llm,name", [("llama3", "Llama-3-8B"), ("llama31", "Llama-3.1-8B"),
+                                      ("phi35", "Phi-3.5"), ("qwen25", "Qwen2.5-7B")])
+def test_published_lens_probes_other_prompts_than_it_trains_on(llm, name):
+    config = get_config(ROOT / "configs" / "lens_paper.py", f"multilingual,{llm}")
+    assert name in config.decoder.checkpoint and len(config.data.targets) == 6
     assert config.data.get("probe_path") not in (None, config.data.path)
     assert (config.data.probe_rows, config.data.rows) == (300, 200)
     assert "m_mmlu" in config.eval.tasks and "mmmlu" not in config.eval.tasks

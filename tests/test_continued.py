@@ -10,9 +10,10 @@ import ml_collections
 import numpy as np
 import pytest
 
+from configs.common import finish
 from jaxfusion.bridge.compare import check
 from jaxfusion.bridge.job import train
-from jaxfusion.config import default_config, finish, from_config_dict
+from jaxfusion.config import default_config, from_config_dict
 from jaxfusion.data.batching import Ragged
 from jaxfusion.data.pipeline import Batches, iterate
 from jaxfusion.data.rows.examples import Example

@@ -12,7 +12,8 @@ from conftest import relative
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jaxfusion.config import default_config, finish, from_config_dict
+from configs.common import finish
+from jaxfusion.config import default_config, from_config_dict
 from jaxfusion.data.batching import collate, find_shapes, tokenize
 from jaxfusion.data.contamination import fingerprints
 from jaxfusion.data.rows.examples import Example

@@ -412,7 +412,7 @@ def test_texts_to_pretrain_on(rng, tmp_path_factory):
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = {"bridge": "xnli_paper", "compare": "quickstart", "pretrain": "pocket_encoder",
-           "lens": "lens_llama3"}
+           "lens": "lens_paper"}
 FIELDS = [(job, path) for job, kind in JOBS.items()
           for path in leaves(json.loads(json.dumps(dataclasses.asdict(kind()))))]
 TEXTS = ("", "x", "-1", "0", "1", "2", "0.5", "1e3", "1e400", "nan", "True", "None", "()", "(1,)",

@@ -19,9 +19,10 @@ import pytest
 import torch
 from conftest import relative
 
+from configs.common import finish
 from jaxfusion import config as configs
 from jaxfusion.bridge.job import prepare, train
-from jaxfusion.config import default_config, finish, from_config_dict
+from jaxfusion.config import default_config, from_config_dict
 from jaxfusion.costs import chips
 from jaxfusion.data.pipeline import subset
 from jaxfusion.data.rows.examples import read_examples

@@ -6,8 +6,9 @@ import jax
 import numpy as np
 import pytest
 
+from configs.common import finish
 from jaxfusion.bridge.warm_start import NOISE, _aligned, _pairs, warm_start
-from jaxfusion.config import default_config, finish, from_config_dict
+from jaxfusion.config import default_config, from_config_dict
 from jaxfusion.data.rows.examples import Example
 from jaxfusion.errors import InputError
 from jaxfusion.sharding.mesh import make_mesh

@@ -9,9 +9,10 @@ import jax
 import numpy as np
 import pytest
 
+from configs.common import finish
 from jaxfusion.bridge import job as bridge
 from jaxfusion.bridge.job import train
-from jaxfusion.config import default_config, finish, from_config_dict
+from jaxfusion.config import default_config, from_config_dict
 from jaxfusion.errors import InputError, Stopped
 from jaxfusion.fields import ROLES
 from jaxfusion.hf.known_shapes import backbone_shape
