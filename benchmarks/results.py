@@ -61,6 +61,16 @@ def cell(x: dict[str, Any], sign: str = "") -> str:
     return f"{100 * x['mean']:{sign}.1f} [{100 * low:{sign}.1f}, {100 * high:{sign}.1f}]{spread}"
 
 
+def in_short(report: dict[str, Any]) -> list[str]:
+    """The quickstart's accuracy in English and by group of languages."""
+    models = [name for name in report["languages"] if not name.startswith("layer")]
+    rows = [["English", *(f"{100 * report['languages'][x]['en']['accuracy']:.1f}" for x in models)]]
+    rows += [[f"{group} languages",
+              *(f"{100 * report['groups'][x][group]['accuracy']:.1f}" for x in models)]
+             for group in ("rich", "mid", "poor")]
+    return table(["", *models], rows)
+
+
 def lens_seeds(result: dict[str, Any]) -> list[str]:
     """Accuracy of every method over the seeds, and its change."""
     names = list(result["accuracy"]["LLM"])
@@ -150,7 +160,7 @@ def main() -> None:
     readme = ROOT / "README.md"
     start, end = "<!-- quickstart -->\n", "<!-- /quickstart -->\n"
     head, rest = readme.read_text("utf-8").split(start)
-    output = "\n".join([quick["table"], seconds(quick), on(quick), ""])
+    output = "\n".join([*in_short(quick), "", on(quick), ""])
     readme.write_text(head + start + output + end + rest.split(end)[1], "utf-8")
 
 

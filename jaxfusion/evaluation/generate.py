@@ -6,6 +6,7 @@ from functools import lru_cache
 
 import jax
 import jax.numpy as jnp
+import optax
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxfusion.nn.bridge import Batch, Bridge, Params
@@ -154,7 +155,6 @@ def log_likelihood(
         hidden, _ = bridge.decode(params, bridge.embed(params, read), positions,
                                   mask[:, :-1].astype(jnp.int32), cache, start)
         before = jnp.concatenate([before, bridge.logits(params, hidden)], axis=1)
-    log_probs = jax.nn.log_softmax(before, axis=-1)
-    taken = jnp.take_along_axis(log_probs, option[:, :, None], axis=-1)[:, :, 0]
+    losses = optax.softmax_cross_entropy_with_integer_labels(before, option)
     greedy = jnp.all((jnp.argmax(before, axis=-1) == option) | ~mask, axis=1)
-    return jnp.sum(jnp.where(mask, taken, 0.0), axis=1), greedy
+    return -jnp.sum(losses, axis=1, where=mask), greedy

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jaxtyping import Array, Float
 
 from jaxfusion.data.batching import TokenRow, doubling_buckets, find_bare_shapes, in_order
@@ -54,9 +55,9 @@ def _surprise(bridge: Bridge) -> Callable[[Params, Batch], tuple[Array, Array]]:
         def of_row(row) -> Float[Array, ""]:
             # Row by row: the logits of all slots of a batch are larger than many a model.
             state, tokens, real = row
-            log_probs = jax.nn.log_softmax(bridge.logits(params, state[:-1]), axis=-1)
-            taken = jnp.take_along_axis(log_probs, tokens[1:, None], axis=-1)[:, 0]
-            return -jnp.sum(jnp.where(real[1:], taken, 0.0))
+            losses = optax.softmax_cross_entropy_with_integer_labels(
+                bridge.logits(params, state[:-1]), tokens[1:])
+            return jnp.sum(losses, where=real[1:])
 
         real = batch.dec_segments != 0
         lost = jax.lax.map(of_row, (hidden, batch.dec_tokens, real))

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from flax import traverse_util
 from jaxtyping import Array, Float, Int
 
@@ -91,9 +92,9 @@ class Supervised:
         hidden, _ = run_below_last(self.upper, decoder, stream)
         wanted = run_last(self.upper, decoder, stream._replace(hidden=hidden), slots)
         logits = self.upper.apply({"params": decoder}, wanted, method="logits")
-        chances = jnp.take_along_axis(jax.nn.log_softmax(logits), tokens[:, :, None], axis=-1)
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, tokens)
         count = jnp.sum(answered)
-        return -jnp.sum(jnp.where(answered, chances[..., 0], 0.0)) / jnp.maximum(count, 1), count
+        return jnp.sum(losses, where=answered) / jnp.maximum(count, 1), count
 
 
 class Stream(NamedTuple):

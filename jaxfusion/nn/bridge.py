@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int
 
@@ -218,11 +219,10 @@ class Bridge:
         self, params: Params, batch: Batch, key: Array | None = None
     ) -> tuple[Float[Array, ""], Float[Array, ""]]:
         """Summed cross-entropy of the target tokens over their global number, and that number."""
-        logits = self.target_logits(params, batch, key)
-        log_probs = jax.nn.log_softmax(logits, axis=-1)
-        taken = jnp.take_along_axis(log_probs, batch.target_tokens[:, :, None], axis=-1)[..., 0]
+        losses = optax.softmax_cross_entropy_with_integer_labels(
+            self.target_logits(params, batch, key), batch.target_tokens)
         count = jnp.sum(batch.target_mask)
-        return -jnp.sum(jnp.where(batch.target_mask, taken, 0.0)) / jnp.maximum(count, 1), count
+        return jnp.sum(losses, where=batch.target_mask) / jnp.maximum(count, 1), count
 
     def _decode(self, params: Params, *args, **kwargs):
         edits = {"edits": params["edits"]} if "edits" in params else {}

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 from jaxtyping import Array, Float, Int
 
 from jaxfusion.nn.decoder import Decoder
@@ -79,10 +80,10 @@ class TextLM:
 
     def loss(self, params: dict[str, Any], batch: TextBatch, key: Array | None = None):
         """Weighted mean cross-entropy of the targets, and the sum of the weights."""
-        log_probs = jax.nn.log_softmax(self.logits(params, batch, key), axis=-1)
-        taken = jnp.take_along_axis(log_probs, batch.targets[:, :, None], axis=-1)[..., 0]
+        losses = optax.softmax_cross_entropy_with_integer_labels(
+            self.logits(params, batch, key), batch.targets)
         weight = jnp.sum(batch.weights)
-        return -jnp.sum(batch.weights * taken) / jnp.maximum(weight, 1e-9), weight
+        return jnp.sum(batch.weights * losses) / jnp.maximum(weight, 1e-9), weight
 
     def hits(self, params: dict[str, Any], batch: TextBatch, least: float):
         """Of the slots that weigh at least `least`, how many have the target as likeliest token,

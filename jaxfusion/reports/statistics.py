@@ -1,21 +1,19 @@
 """Accuracy, its interval, and whether two runs differ."""
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-Z95 = 1.959963984540054  # the normal distribution's 97.5% quantile
 
+def wilson_interval(correct: int, n: int) -> tuple[float, float]:
+    """95% score interval of a proportion (Wilson, 1927), both ends as fractions."""
+    from scipy.stats import binomtest  # slow to import, and training needs none of it
 
-def wilson_interval(correct: int, n: int, z: float = Z95) -> tuple[float, float]:
-    """Score interval of a proportion (Wilson, 1927), both ends as fractions."""
-    rate, shrink = correct / n, 1 + z**2 / n
-    centre = (rate + z**2 / (2 * n)) / shrink
-    half = z * math.sqrt(rate * (1 - rate) / n + z**2 / (4 * n**2)) / shrink
+    interval = binomtest(correct, n).proportion_ci(method="wilson")
     # Exact at the ends, where rounding would leave the interval beside its own proportion.
-    return (0.0 if correct == 0 else centre - half), (1.0 if correct == n else centre + half)
+    return (0.0 if correct == 0 else float(interval.low),
+            1.0 if correct == n else float(interval.high))
 
 
 def accuracy(correct: Sequence[bool]) -> dict[str, Any]:
