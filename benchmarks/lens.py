@@ -228,8 +228,8 @@ class Uncached(Ours):
         every = []
         for c in range(batch.last.shape[1]):
             tokens, *place, last = (x[:, c] for x in batch)
-            hidden, *_ = self.lower.apply(
-                live, self.lower.apply(live, tokens, method="embed"), *place, method="run")
+            hidden, _ = self.lower.apply(
+                live, self.lower.apply(live, tokens, method="embed"), *place, method="stream")
             states, _ = self.decoder.apply(
                 reference, self.decoder.apply(reference, tokens, method="embed"), *place,
                 last_and_mean(last, place[1]), method="states")

@@ -193,8 +193,9 @@ def test_a_block_at_some_slots_is_the_whole_one_there(case):
 
     def run(at_once):
         def total(params, stream):
-            given = {"at": at} if at_once else {}
-            out, _ = decoder.apply({"params": params}, stream, positions, real.astype(int), **given)
+            queries = at if at_once else None
+            out = decoder.apply({"params": params}, stream, positions, real.astype(int), queries,
+                                method="last_block")
             out = out if at_once else jnp.take_along_axis(out, at[:, :, None], axis=1)
             return jnp.sum(out * wanted), out
 
@@ -204,4 +205,4 @@ def test_a_block_at_some_slots_is_the_whole_one_there(case):
         assert np.abs(ours - theirs).max() < 1e-5 * max(1.0, np.abs(theirs).max())
     with pytest.raises(ValueError, match="is for a decoder of one block"):
         Decoder(BASE).apply({"params": random_params(BASE, 0)}, stream, positions,
-                            real.astype(int), at=at)
+                            real.astype(int), at, method="last_block")

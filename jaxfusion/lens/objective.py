@@ -20,7 +20,7 @@ from jaxfusion.fields import LensConfig
 from jaxfusion.lens.activations import Kept, cut, last_and_mean, split, top
 from jaxfusion.lens.losses import Goal, align, retain, separate
 from jaxfusion.lens.probe import Probe
-from jaxfusion.nn.decoder import Decoder, weigh
+from jaxfusion.nn.decoder import Decoder, weighted_sums
 from jaxfusion.sharding.rules import constrain
 
 
@@ -70,7 +70,8 @@ class Manipulation:
         central, targets = of(slice(1)), of(slice(1, None))
         whole = run_last(self.upper, params, central)
         ends = run_last(self.upper, params, targets, targets.last[:, None])
-        last, mean = jnp.moveaxis(weigh(last_and_mean(central.last, central.segments), whole), 1, 0)
+        last, mean = jnp.moveaxis(
+            weighted_sums(last_and_mean(central.last, central.segments), whole), 1, 0)
         ends = ends.reshape(rows, languages - 1, -1)
         found = [(jnp.concatenate([last[:, None], ends], axis=1), mean)]
         below = below.reshape(len(below), rows, languages, *below.shape[2:])
@@ -124,10 +125,8 @@ def run_below_last(
         none = None if read is None else jnp.zeros((0, *read.shape[:2], stream.hidden.shape[-1]))
         return stream.hidden, none
     below = upper.clone(config=split(upper.config, 1)[0])
-    hidden, _, states, _ = below.apply(
-        {"params": cut(params, 0, blocks)}, stream.hidden, stream.positions, stream.segments,
-        read=read, method="run")
-    return hidden, states
+    return below.apply({"params": cut(params, 0, blocks)}, stream.hidden, stream.positions,
+                       stream.segments, read, method="stream")
 
 
 def run_last(
@@ -137,7 +136,7 @@ def run_last(
     blocks = upper.config.num_layers
     last = top(upper, 1) if blocks > 1 else upper
     return last.apply({"params": cut(params, blocks - 1, blocks)}, stream.hidden, stream.positions,
-                      stream.segments, at=at)[0]
+                      stream.segments, at, method="last_block")
 
 
 def make_goals(

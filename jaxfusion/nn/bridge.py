@@ -192,10 +192,10 @@ class Bridge:
         """The decoder's hidden states and cache; see `Decoder.__call__`."""
         return self._decode(params, embeddings, positions, segments, cache, start)
 
-    def states(self, params: Params, batch: Batch, read: Array, hold: int | None = None):
+    def states(self, params: Params, batch: Batch, probe: Array, keep: int | None = None):
         """What the decoder's layers hold of a batch; see `Decoder.states`."""
         return self._decode(params, self.read(params, batch), batch.dec_positions,
-                            batch.dec_segments, read, hold, method="states")
+                            batch.dec_segments, probe, keep, method="states")
 
     def logits(self, params: Params, hidden: Array) -> Array:
         """Next-token logits of hidden states, float32."""

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -138,6 +138,32 @@ def causal_mask(
     return same & near & (k_segments != 0)[:, None, :]
 
 
+class Context(NamedTuple):
+    """What every block reads besides the stream, the same for all of them.
+
+    Attributes:
+      rotary, masks: rotary tables and masks of every kind of block; no masks where a kernel reads
+        the segments.
+      segments: of the slots. start: the first slot of the new tokens in the cache.
+      probe: weights of slots [B P N]: every block returns the P weighted sums of its output.
+      keep: number of the block whose input is wanted. queries: the only slots [B Q] that are
+        computed beyond their keys and values; None is all.
+    """
+
+    rotary: tuple[Array, Array]
+    masks: Bool[Array, "k B N C"] | None
+    segments: Int[Array, "B N"]
+    start: Int[Array, ""] | int = 0
+    probe: Float[Array, "B P N"] | None = None
+    keep: int | None = None
+    queries: Int[Array, "B Q"] | None = None
+
+    def of_kind(self, kind: Int[Array, ""] | int) -> "Context":
+        """The context of a block, with the tables of its kind alone."""
+        rotary, masks = jax.tree.map(lambda every: every[kind], (self.rotary, self.masks))
+        return self._replace(rotary=rotary, masks=masks)
+
+
 class SelfAttention(nn.Module):
     """Grouped-query causal attention with rotary positions (GQA: arXiv:2305.13245)."""
 
@@ -146,34 +172,34 @@ class SelfAttention(nn.Module):
     attention: str
 
     @nn.compact
-    def __call__(self, x, turn, mask, segments, kind, kv, start, at):
-        c = self.config
+    def __call__(self, x, kv, kind, context: Context):
+        c, queries, rotary = self.config, context.queries, context.rotary
         into = partial(Linear, init=fan_in_normal(c.d_model), dtype=self.dtype,
                        bias_init=nn.initializers.normal(0.5) if c.qkv_bias else None)
         into_q = partial(into, (c.d_model, c.num_heads, c.head_dim),
                          ("embed", "heads", "head_dim"))
         into_kv = partial(into, (c.d_model, c.num_kv_heads, c.head_dim),
                           ("embed", "kv_heads", "head_dim"))
-        q, k, v = into_q(name="q")(pick(x, at)), into_kv(name="k")(x), into_kv(name="v")(x)
+        q, k, v = into_q(name="q")(pick(x, queries)), into_kv(name="k")(x), into_kv(name="v")(x)
         if c.qk_norm:
             norm = partial(RMSNorm, c.norm_eps, self.dtype, c.norm_offset)
             q, k = norm(name="q_norm")(q), norm(name="k_norm")(k)
-        q, k = rotate(q, tuple(pick(table, at) for table in turn)), rotate(k, turn)
+        q, k = rotate(q, tuple(pick(table, queries) for table in rotary)), rotate(k, rotary)
         if kv is not None:
             write = jax.lax.dynamic_update_slice_in_dim
-            k = write(kv[0], k.astype(kv[0].dtype), start, axis=1)
-            v = write(kv[1], v.astype(kv[1].dtype), start, axis=1)
+            k = write(kv[0], k.astype(kv[0].dtype), context.start, axis=1)
+            v = write(kv[1], v.astype(kv[1].dtype), context.start, axis=1)
         q = constrain(q, "batch", "length", "heads", "head_dim")
         scale = c.head_dim**-0.5 if c.attn_scale is None else c.attn_scale
-        if mask is not None:
-            mixed = plain_attention(q, k, v, mask, scale=scale, cap=c.attn_cap)
+        if context.masks is not None:
+            mixed = plain_attention(q, k, v, context.masks, scale=scale, cap=c.attn_cap)
         else:
             every = [
                 partial(FUSED[self.attention], pattern=Pattern(True, scale, window, c.attn_cap))
                 for window in c.kinds
             ]
-            mixed = every[0](q, k, v, segments) if len(every) == 1 else jax.lax.switch(
-                kind, every, q, k, v, segments)
+            mixed = every[0](q, k, v, context.segments) if len(every) == 1 else (
+                jax.lax.switch(kind, every, q, k, v, context.segments))
         out = Linear(
             (c.num_heads, c.head_dim, c.d_model), ("heads", "head_dim", "embed"),
             fan_in_normal(c.num_heads * c.head_dim), self.dtype, inputs=2, name="o",
@@ -202,26 +228,26 @@ class FeedForward(nn.Module):
         )(hidden)
 
 
-def weigh(read: Float[Array, "B P N"], x: Float[Array, "B N E"]) -> Float[Array, "B P E"]:
+def weighted_sums(
+    weights: Float[Array, "B P N"], x: Float[Array, "B N E"]
+) -> Float[Array, "B P E"]:
     """P weighted sums over the slots of every row, in float32."""
-    return jnp.einsum("bpn,bne->bpe", read, x, preferred_element_type=jnp.float32,
+    return jnp.einsum("bpn,bne->bpe", weights, x, preferred_element_type=jnp.float32,
                       precision=jax.lax.Precision.HIGHEST)
 
 
-def pick(x: Float[Array, "B N D"], at: Int[Array, "B Q"] | None) -> Float[Array, "B Q D"]:
-    """The slots `at` of every row; None is all."""
-    return x if at is None else jnp.take_along_axis(x, at[:, :, None], axis=1)
+def pick(x: Float[Array, "B N D"], slots: Int[Array, "B Q"] | None) -> Float[Array, "B Q D"]:
+    """Some slots of every row; None is all."""
+    return x if slots is None else jnp.take_along_axis(x, slots[:, :, None], axis=1)
 
 
 class Block(nn.Module):
-    """One pre-norm block, in the form `nn.scan` wants: x is carried, its cache scanned over.
+    """One pre-norm block, in the form `nn.scan` wants: the stream is carried, the cache scanned.
 
-    `kind` picks the block's rotary tables and mask out of those of all kinds; without masks the
-    kernel named `attention` reads the segments. What block number `hold` reads is carried along,
-    where that is wanted. Emits its cache and, where `read` [B P N] weighs the slots of every row, P
-    sums over the residual stream; or, with `at`, the stream at these slots, and the others are only
-    attended to. A variable collection `edits` may add a vector to the stream behind the block, and
-    take out what lies in a subspace (see `make_edits`).
+    Returns the cache and, with `context.probe`, weighted sums of the stream behind the block; with
+    `context.queries` the stream at these slots. With `context.keep` the input of that block is
+    carried along. A variable collection `edits` may add a vector to the stream behind the block,
+    and project out a subspace (see `make_edits`).
     """
 
     config: DecoderConfig
@@ -229,19 +255,18 @@ class Block(nn.Module):
     attention: str
 
     @nn.compact
-    def __call__(self, carried, kv, kind, number, turns, masks, segments, start, read, hold, at):
-        c, (x, held) = self.config, carried
-        if held is not None:
-            held = jnp.where(number == hold, x, held)
+    def __call__(self, carried, kv, kind, number, context: Context):
+        c, (x, kept) = self.config, carried
+        if kept is not None:
+            kept = jnp.where(number == context.keep, x, kept)
         if len(c.kinds) == 1:
             kind = 0  # known when compiled: nothing is copied
-        turn, mask = jax.tree.map(lambda every: every[kind], (turns, masks))
+        context = context.of_kind(kind)
         norm = partial(RMSNorm, c.norm_eps, self.dtype, c.norm_offset)
         after = norm if c.post_norms else lambda name: lambda h: h
         h = norm(name="attn_norm")(x)
-        attend = SelfAttention(c, self.dtype, self.attention, name="attn")
-        h, kv = attend(h, turn, mask, segments, kind, kv, start, at)
-        whole, x = x, pick(x, at) + after(name="attn_post_norm")(h)
+        h, kv = SelfAttention(c, self.dtype, self.attention, name="attn")(h, kv, kind, context)
+        stream, x = x, pick(x, context.queries) + after(name="attn_post_norm")(h)
         h = norm(name="mlp_norm")(x)
         h = FeedForward(c, self.dtype, name="mlp")(h)
         x = x + after(name="mlp_post_norm")(h)
@@ -249,9 +274,9 @@ class Block(nn.Module):
             basis = self.get_variable("edits", "basis").astype(x.dtype)
             x = x + self.get_variable("edits", "shift").astype(x.dtype) - (x @ basis) @ basis.T
         x = constrain(x, "batch", "length", None)
-        if at is not None:
-            return (whole, held), (kv, x)
-        return (x, held), (kv, None if read is None else weigh(read, x))
+        if context.queries is not None:
+            return (stream, kept), (kv, x)
+        return (x, kept), (kv, None if context.probe is None else weighted_sums(context.probe, x))
 
 
 class Decoder(nn.Module):
@@ -281,7 +306,7 @@ class Decoder(nn.Module):
         self.blocks = nn.scan(
             rematerialised(Block, self.remat), variable_axes={"params": 0, "edits": 0},
             split_rngs={"params": True}, length=c.num_layers,
-            in_axes=(0, 0, 0, *[nn.broadcast] * 7), metadata_params={nn.PARTITION_NAME: "layers"},
+            in_axes=(0, 0, 0, nn.broadcast), metadata_params={nn.PARTITION_NAME: "layers"},
         )(c, self.dtype, self.attention, name="blocks")
         self.final_norm = RMSNorm(c.norm_eps, self.dtype, c.norm_offset, name="final_norm")
         if not c.tie_embeddings:
@@ -293,13 +318,9 @@ class Decoder(nn.Module):
         return self.embedder(tokens) * scale
 
     def __call__(
-        self,
-        embeddings: Float[Array, "B N E"],
-        positions: Int[Array, "B N"],
-        segments: Int[Array, "B N"],
-        cache: Cache | None = None,
+        self, embeddings: Float[Array, "B N E"], positions: Int[Array, "B N"],
+        segments: Int[Array, "B N"], cache: Cache | None = None,
         start: Int[Array, ""] | int = 0,
-        at: Int[Array, "B Q"] | None = None,
     ) -> tuple[Float[Array, "B N E"], Cache | None]:
         """Hidden states after the final norm.
 
@@ -309,76 +330,79 @@ class Decoder(nn.Module):
           segments: 0 at padding; tokens see only their own segment.
           cache: what came before; the new tokens are written from slot `start` on.
           start: first slot of the new tokens in the cache, the same for every row.
-          at: slots whose states are wanted, of a decoder of one block: the others' are not computed
-            beyond their keys and values. None is all.
 
         Returns:
           Hidden states, and the cache with the new tokens in it (None if none was given).
         """
-        x, new_cache, _, _ = self.run(embeddings, positions, segments, cache, start, at=at)
-        return self.final_norm(x), new_cache
-
-    def run(
-        self, embeddings, positions, segments, cache: Cache | None = None, start=0, read=None,
-        hold: int | None = None, at=None, key_segments=None,
-    ) -> tuple[
-        Float[Array, "B N E"], Cache | None, Float[Array, "L B P E"] | None,
-        Float[Array, "B N E"] | None,
-    ]:
-        """All blocks without the final norm.
-
-        Args:
-          read: [B P N] weights of the slots. hold: a block's number, from 0 on. at: see
-            `__call__`; without `read`.
-          key_segments: [B N] of the slots as they are seen, where other than as they see; with
-            plain attention.
-
-        Returns:
-          The residual stream, the cache, behind every block the sums over the stream's slots by the
-          weights `read`, and what block `hold` reads.
-        """
-        c = self.config
-        if at is not None and (read is not None or c.num_layers > 1):
-            raise ValueError("`at` is for a decoder of one block, without `read`")
-        k_positions, kv = positions, None
-        k_segments = segments if key_segments is None else key_segments
+        keys, kv = (positions, segments), None
         if cache is not None:
             write = partial(jax.lax.dynamic_update_slice_in_dim, start_index=start, axis=1)
-            k_positions = write(cache.positions, positions)
-            k_segments = write(cache.segments, segments)
-            kv = (cache.k, cache.v)
-        most = jnp.max(jnp.where(segments != 0, positions, 0), axis=1)
-        kernel = "plain" if cache is not None or at is not None else usable(
-            self.attention, *positions.shape, c.head_dim, self.dtype, c.attn_cap)
-        masks = None if kernel != "plain" else jnp.stack([
-            pick(causal_mask(positions, segments, k_positions, k_segments, window), at)
-            for window in c.kinds
-        ])
-        ropes = [c.local_rope if window and c.local_rope else c.rope for window in c.kinds]
-        turns = jax.tree.map(lambda *x: jnp.stack(x), *(
-            rope_tables(rope, c.head_dim, positions, most) for rope in ropes))
-        x = constrain(embeddings.astype(self.dtype), "batch", "length", None)
-        carried = x, None if hold is None else jnp.zeros_like(x)
-        (x, held), (kv, states) = self.blocks(
-            carried, kv, jnp.array(c.kind_of_layer), jnp.arange(c.num_layers), turns, masks,
-            segments, start, read, hold, at)
-        x = x if at is None else states[0]
-        cache = None if cache is None else Cache(*kv, k_positions, k_segments)
-        return x, cache, states, held
+            keys = write(cache.positions, positions), write(cache.segments, segments)
+            kv = cache.k, cache.v
+        context = self._context(positions, segments, keys, fused=cache is None)
+        x, kv, _, _ = self._run(embeddings, context._replace(start=start), kv)
+        return self.final_norm(x), None if cache is None else Cache(*kv, *keys)
 
-    def normalise(self, x: Float[Array, "*B E"]) -> Float[Array, "*B E"]:
-        """The final norm of what `run` gives."""
-        return self.final_norm(x)
+    def stream(
+        self, embeddings, positions, segments, probe: Float[Array, "B P N"] | None = None
+    ) -> tuple[Float[Array, "B N E"], Float[Array, "L B P E"] | None]:
+        """The residual stream behind the last block, before the final norm; and, behind every
+        block, its sums over the slots by the weights `probe`."""
+        context = self._context(positions, segments, (positions, segments))
+        x, _, sums, _ = self._run(embeddings, context._replace(probe=probe))
+        return x, sums
 
     def states(
-        self, embeddings, positions, segments, read, hold: int | None = None, key_segments=None
+        self, embeddings, positions, segments, probe: Float[Array, "B P N"],
+        keep: int | None = None, key_segments: Int[Array, "B N"] | None = None,
     ) -> tuple[Float[Array, "L B P E"], Float[Array, "B N E"] | None]:
         """`h_1 … h_L` as Hugging Face numbers them, the last after the final norm: of each the sums
-        over the slots by the weights `read` [B P N], in float32; and what block `hold` reads.
-        `key_segments` is as of `run`."""
-        x, _, states, held = self.run(embeddings, positions, segments, read=read, hold=hold,
-                                      key_segments=key_segments)
-        return states.at[-1].set(weigh(read, self.final_norm(x))), held
+        over the slots by the weights `probe`, in float32; and the input of block `keep` (from 0).
+
+        Args:
+          key_segments: of the slots as they are seen, where other than as they see; with plain
+            attention.
+        """
+        seen = segments if key_segments is None else key_segments
+        context = self._context(positions, segments, (positions, seen))
+        x, _, sums, kept = self._run(embeddings, context._replace(probe=probe, keep=keep))
+        return sums.at[-1].set(weighted_sums(probe, self.final_norm(x))), kept
+
+    def last_block(
+        self, embeddings, positions, segments, queries: Int[Array, "B Q"] | None = None
+    ) -> Float[Array, "B Q E"]:
+        """Hidden states of a decoder of one block at the slots `queries`; of the others only keys
+        and values are computed."""
+        if self.config.num_layers > 1:
+            raise ValueError("last_block is for a decoder of one block")
+        if queries is None:
+            return self(embeddings, positions, segments)[0]
+        context = self._context(positions, segments, (positions, segments), fused=False)
+        masks = jnp.stack([pick(mask, queries) for mask in context.masks])
+        context = context._replace(masks=masks, queries=queries)
+        return self.final_norm(self._run(embeddings, context)[2][0])
+
+    def _context(self, positions, segments, keys, fused: bool = True) -> Context:
+        """Rotary tables and masks; `keys`: positions and segments of what is attended to."""
+        c = self.config
+        kernel = usable(self.attention, *positions.shape, c.head_dim, self.dtype, c.attn_cap
+                        ) if fused else "plain"
+        masks = None if kernel != "plain" else jnp.stack([
+            causal_mask(positions, segments, *keys, window) for window in c.kinds])
+        most = jnp.max(jnp.where(segments != 0, positions, 0), axis=1)
+        ropes = [c.local_rope if window and c.local_rope else c.rope for window in c.kinds]
+        rotary = jax.tree.map(lambda *x: jnp.stack(x), *(
+            rope_tables(rope, c.head_dim, positions, most) for rope in ropes))
+        return Context(rotary, masks, segments)
+
+    def _run(self, embeddings, context: Context, kv=None):
+        """All blocks: the stream, keys and values, what the blocks return, and the kept input."""
+        c = self.config
+        x = constrain(embeddings.astype(self.dtype), "batch", "length", None)
+        carried = x, None if context.keep is None else jnp.zeros_like(x)
+        (x, kept), (kv, out) = self.blocks(
+            carried, kv, jnp.array(c.kind_of_layer), jnp.arange(c.num_layers), context)
+        return x, kv, out, kept
 
     def logits(self, hidden: Float[Array, "*B E"]) -> Float[Array, "*B V"]:
         """Next-token logits in float32."""
