@@ -16,10 +16,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import torch
+import torch_reference
 from flax import linen as nn
 from timing import alternate, compiled, machine, medians, parser, report, show, speedup
 
-from jaxfusion.miniatures import torch_reference
 from jaxfusion.nn.fusion import TransformerSoftmax
 
 BATCH = 4

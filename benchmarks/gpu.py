@@ -27,13 +27,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import torch
+import torch_reference
 import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, MT5EncoderModel
 
 from jaxfusion.costs.flops import count_flops
-from jaxfusion.fields import Config, DecoderConfig, EncoderConfig, FusionConfig
+from jaxfusion.fields import Config, DecoderSettings, EncoderSettings, FusionConfig
 from jaxfusion.hf.known_shapes import BACKBONES, backbone_shape
-from jaxfusion.miniatures import torch_reference
 from jaxfusion.nn.bridge import Batch
 from jaxfusion.sharding.mesh import make_mesh
 from jaxfusion.training.optimizer import make_optimizer
@@ -88,8 +88,8 @@ class OurStep:
 
     def __init__(self, size: Size, batch: Batch, attention: str, remat: str):
         config = Config(
-            encoder=EncoderConfig(size.encoder, dtype="bfloat16", attention=attention),
-            decoder=DecoderConfig(size.decoder, dtype="bfloat16", attention=attention,
+            encoder=EncoderSettings(size.encoder, dtype="bfloat16", attention=attention),
+            decoder=DecoderSettings(size.decoder, dtype="bfloat16", attention=attention,
                                   remat=remat),
             fusion=FusionConfig(size.fusion, dropout=0.0),
         )

@@ -27,6 +27,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import torch
+import torch_reference
 from flax import linen as nn
 from flax import traverse_util
 from timing import alternate, compiled, machine, medians, parser, report, show, speedup
@@ -37,7 +38,6 @@ from jaxfusion.data.batching import Shapes, TokenRow, collate, find_shapes
 from jaxfusion.data.packing import find_packing, stratified_plan
 from jaxfusion.data.tokenizers import Tokenizers
 from jaxfusion.fields import DataConfig, GroupConfig, OptimizerConfig
-from jaxfusion.miniatures import torch_reference
 from jaxfusion.miniatures.checkpoints import SIZES, random_params, write_random_tower
 from jaxfusion.nn.bridge import Batch, Bridge, Params
 from jaxfusion.nn.decoder import Decoder, DecoderConfig

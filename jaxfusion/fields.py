@@ -57,7 +57,7 @@ Languages = Annotated[tuple[Text, ...], Field(min_length=1)]
 
 
 @dataclass(frozen=True)
-class EncoderConfig(Schema):
+class EncoderSettings(Schema):
     """The multilingual encoder."""
 
     checkpoint: Text = "google/mt5-large"  # a directory, or a hub id
@@ -70,7 +70,7 @@ class EncoderConfig(Schema):
 
 
 @dataclass(frozen=True)
-class DecoderConfig(Schema):
+class DecoderSettings(Schema):
     """The English-centric LLM."""
 
     checkpoint: Text = "meta-llama/Llama-3.2-1B-Instruct"
@@ -229,8 +229,8 @@ class Config(Schema):
     """A bridge between two checkpoints."""
 
     job: str = "bridge"
-    encoder: EncoderConfig = EncoderConfig()
-    decoder: DecoderConfig = DecoderConfig()
+    encoder: EncoderSettings = EncoderSettings()
+    decoder: DecoderSettings = DecoderSettings()
     fusion: FusionConfig = FusionConfig()
     projector: ProjectorConfig = ProjectorConfig()
     data: DataConfig = DataConfig()
@@ -365,7 +365,7 @@ class LensRunConfig(Schema):
     """An LLM whose languages are probed and moved, with its baselines."""
 
     job: str = "lens"
-    decoder: DecoderConfig = DecoderConfig()
+    decoder: DecoderSettings = DecoderSettings()
     bridge: Text | None = None  # workdir of a bridge: its LLM, reading through it
     data: ParallelConfig = ParallelConfig()
     lens: LensConfig = LensConfig()

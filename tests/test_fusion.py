@@ -5,10 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+import torch_reference as reference
 from conftest import relative
 from flax import linen as nn
 
-from jaxfusion.miniatures import torch_reference as reference
 from jaxfusion.nn import fusion
 from jaxfusion.nn.fusion import GlobalSoftmax, TransformerSoftmax
 

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+import torch_reference as reference
 from conftest import relative
 
 from configs.common import finish
@@ -30,7 +31,6 @@ from jaxfusion.data.tasks.catalogue import TASKS
 from jaxfusion.errors import InputError, Stopped
 from jaxfusion.evaluation.scoring import Scorer
 from jaxfusion.fields import Config, GroupConfig, OptimizerConfig
-from jaxfusion.miniatures import torch_reference as reference
 from jaxfusion.miniatures.checkpoints import write_checkpoints
 from jaxfusion.miniatures.inputs import make_inputs
 from jaxfusion.sharding.mesh import make_mesh

@@ -25,8 +25,8 @@ from jaxfusion.fields import (
     ROLES,
     Config,
     DataConfig,
-    DecoderConfig,
-    EncoderConfig,
+    DecoderSettings,
+    EncoderSettings,
     FusionConfig,
     GroupConfig,
     OptimizerConfig,
@@ -46,7 +46,7 @@ from jaxfusion.hf.tables import (
     mindmerger_table,
     table,
 )
-from jaxfusion.nn.decoder import DecoderConfig as LLMConfig
+from jaxfusion.nn.decoder import DecoderConfig
 from jaxfusion.nn.mt5 import MT5Config
 from jaxfusion.sharding.mesh import make_mesh
 from jaxfusion.training.checkpoint import Checkpoints
@@ -135,9 +135,9 @@ def _ours(path: Path, described, tensors: TensorFiles, named) -> tuple[Config, F
     trained = _read(bridge_table(fusion["name"], projector["name"]), tensors)
     revisions = {role: None if named[role] else part["revision"] for role, part in parts.items()}
     config = Config(
-        encoder=EncoderConfig(names["encoder"], revisions["encoder"],
+        encoder=EncoderSettings(names["encoder"], revisions["encoder"],
                               added_tokens=tuple(described["added_tokens"])),
-        decoder=DecoderConfig(names["decoder"], revisions["decoder"]),
+        decoder=DecoderSettings(names["decoder"], revisions["decoder"]),
         fusion=FusionConfig(fusion["name"], fusion["layer"], d_ff=fusion["d_ff"]),
         projector=ProjectorConfig(projector["name"], projector["d_ff"], projector["latents"]),
         data=DataConfig(text_prompt=described.get("text_prompt", ""),
@@ -147,7 +147,7 @@ def _ours(path: Path, described, tensors: TensorFiles, named) -> tuple[Config, F
 
 
 def _of_towers(
-    config: Config, shapes: dict[str, MT5Config | LLMConfig], tensors: TensorFiles
+    config: Config, shapes: dict[str, MT5Config | DecoderConfig], tensors: TensorFiles
 ) -> Flat:
     """What an export without `--merge` holds of its backbones: the parameters trained in them."""
     bridge = make_bridge(config, shapes["encoder"], shapes["decoder"])
@@ -164,7 +164,7 @@ def _of_towers(
 
 def _check_widths(
     config: Config, trained: Flat, partial: Path, workdir: Path
-) -> dict[str, MT5Config | LLMConfig]:
+) -> dict[str, MT5Config | DecoderConfig]:
     """The backbones' shapes.
 
     Raises:
@@ -203,8 +203,8 @@ def _langbridge(
     latents = len(trained["projector/latents"]) if kind == "latent" else 64
     d_ff = len(trained["projector/hidden/bias"]) if kind == "ffn" else None
     config = Config(
-        encoder=EncoderConfig(str(workdir / "encoder")),
-        decoder=DecoderConfig(str(workdir / "decoder")),
+        encoder=EncoderSettings(str(workdir / "encoder")),
+        decoder=DecoderSettings(str(workdir / "decoder")),
         fusion=FusionConfig("last"),
         projector=ProjectorConfig(ALIGNMENTS[kind], d_ff, latents, end_std=1.0),
         data=DataConfig(target_eos=False),
@@ -239,7 +239,7 @@ def _mindmerger(tensors: TensorFiles, named, start: str) -> tuple[Config, Flat]:
     names = _backbones(named, {})
     trained = _read(mindmerger_table(start), tensors)
     config = Config(
-        encoder=EncoderConfig(names["encoder"]), decoder=DecoderConfig(names["decoder"]),
+        encoder=EncoderSettings(names["encoder"]), decoder=DecoderSettings(names["decoder"]),
         fusion=FusionConfig("last"),
         projector=ProjectorConfig("mapping", d_ff=len(trained["projector/hidden/bias"])),
     )
