@@ -37,7 +37,7 @@ from jaxfusion.hf.known_shapes import BACKBONES, backbone_shape
 from jaxfusion.nn.bridge import Batch
 from jaxfusion.sharding.mesh import make_mesh
 from jaxfusion.training.optimizer import make_optimizer
-from jaxfusion.training.state import State, plain, plan_model, start
+from jaxfusion.training.state import State, initialise, plain, plan_model
 from jaxfusion.training.step import gradient, make_train_step
 
 BOS = 1
@@ -98,7 +98,7 @@ class OurStep:
         mesh = make_mesh(devices=jax.devices()[:1])
         with jax.set_mesh(mesh):
             plan = plan_model(config, shapes, mesh)
-            flat = start(lambda: plan.bridge.init(
+            flat = initialise(lambda: plan.bridge.init(
                 jax.random.key(0), ("encoder", "fusion", "projector", "decoder")), plan.params)
             trainable = {path: flat[path].astype(jnp.float32) for path in plan.groups}
             frozen = {path: x for path, x in flat.items() if path not in plan.groups}

@@ -25,8 +25,8 @@ from jaxfusion.evaluation.generate import prefill
 from jaxfusion.fields import (
     Config,
     DataConfig,
-    DecoderConfig,
-    EncoderConfig,
+    DecoderSettings,
+    EncoderSettings,
     FusionConfig,
     GroupConfig,
     OptimizerConfig,
@@ -57,8 +57,8 @@ def make_run(workdir, tiny, fusion="last", projector="linear", decoder=None, tra
     if fusion in ("last", "layer"):
         groups = {"bridge": GroupConfig(("projector/.*", *trained))}
     config = Config(
-        encoder=EncoderConfig(str(tiny / "encoder")),
-        decoder=DecoderConfig(str(decoder or tiny / "decoder")),
+        encoder=EncoderSettings(str(tiny / "encoder")),
+        decoder=DecoderSettings(str(decoder or tiny / "decoder")),
         fusion=FusionConfig(fusion, layer=2, d_ff=48), projector=ProjectorConfig(projector),
         data=data or DataConfig(), optimizer=OptimizerConfig(groups=groups),
     )
