@@ -91,7 +91,7 @@ def test_runs_are_compared_on_the_same_rows_or_refused(run, bridge, tmp_path):
     details = json.loads((copy / "eval" / "details.json").read_text())
     details["xnli"]["ar"]["queries"][3] += " indeed"
     write_checked(copy / "eval" / "details.json", json.dumps(details))
-    with pytest.raises(InputError, match=r"xnli ar: row 4 is another in .*seed_0 than in .*copy"):
+    with pytest.raises(InputError, match=r"xnli ar: row 4 differs between .*seed_0 and .*copy"):
         compare_runs(read_models([str(bridge), str(copy)]))
     for part in details["xnli"]["en"].values():
         if isinstance(part, list):
@@ -100,13 +100,13 @@ def test_runs_are_compared_on_the_same_rows_or_refused(run, bridge, tmp_path):
     with pytest.raises(InputError, match=r"xnli en: .* was scored on 6 rows, .*copy on 4"):
         compare_runs(read_models([str(bridge), str(copy)]))
     write_checked(copy / "eval" / "details.json", json.dumps({"sib200": {}}))
-    with pytest.raises(InputError, match="no task and language in common"):
+    with pytest.raises(InputError, match="no scored task and language in common"):
         compare_runs(read_models([str(bridge), str(copy)]))
     with pytest.raises(InputError, match=r"no scores yet .*: python eval\.py --workdir"):
         read_models([str(bridge), str(tmp_path / "none")])
-    with pytest.raises(InputError, match="a run is given twice"):
+    with pytest.raises(InputError, match="duplicate run"):
         read_models([str(bridge), f"{bridge}/"])
-    with pytest.raises(InputError, match="a run is given twice"):
+    with pytest.raises(InputError, match="duplicate run"):
         read_models([f"{bridge},{bridge}", other])
     with pytest.raises(InputError, match="unknown scoring 'f1'"):
         compare_runs(read_models([str(bridge), other]), "f1")
@@ -188,7 +188,7 @@ def test_what_differs_between_runs_is_said_or_left_out(bridge, tmp_path, caplog)
     evaluate(copy, limit=6, decoding={"temperature": 0.5})
     (copy / "metrics.jsonl").open("a").write('{"step": 5, "lo')
     c, = compare_runs(read_models([str(bridge), str(copy)]))
-    assert len(c.notes) == 1 and c.notes[0].startswith("Not the same decoding: ")
+    assert len(c.notes) == 1 and c.notes[0].startswith("Different decoding: ")
     assert '"temperature": 0.5' in c.notes[0]
     # The bare LLM on other rows is left out of the report, and an old file of details is refused.
     evaluate(copy, limit=5, llm_only=True)
@@ -196,7 +196,7 @@ def test_what_differs_between_runs_is_said_or_left_out(bridge, tmp_path, caplog)
     details = json.loads((copy / "eval" / "details.json").read_text())
     del details["xnli"]["ar"]["labels"]
     write_checked(copy / "eval" / "details.json", json.dumps(details))
-    with pytest.raises(InputError, match="by an earlier version, which kept no labels; score it"):
+    with pytest.raises(InputError, match="which did not store labels; score it again"):
         compare_runs(read_models([str(bridge), str(copy)]))
 
 
@@ -278,7 +278,7 @@ def test_a_page_shows_each_script_its_own_way(bridge, tmp_path):
     ([], "wanted --workdir DIR, or --compare"),
     (["--workdir", "a", "--input", "x"], "go together"),
     (["--workdir", "a,b", "--ask", "x"], "--ask takes one --workdir"),
-    (["--workdir", "a", "b"], "'b' is no flag"),
+    (["--workdir", "a", "b"], "'b' is not a flag"),
     (["--workdir", "a", "--report", "--limit", "3"], "--limit is for scoring"),
     (["--workdir", "a", "--report", "--ask", "x"], "--ask and --report are one at a time"),
 ])
