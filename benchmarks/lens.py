@@ -6,8 +6,8 @@
 The top two blocks of a Llama train on prompts of a central language and one target, float32, AdamW
 with clipped gradients; weights are random and the same for all, and so are prompts and their order:
 
-  kept      the model is loaded, `keep` reads every prompt once, the model leaves memory, and then
-            steps run the top blocks alone
+  kept      the model is loaded, `cache_activations` reads every prompt once, the model is freed,
+            and steps run only the top blocks
   unkept    the same losses of two models of ours, trained and untouched: each step reads the
             batch's prompts with both, whole; gradients go into the top blocks alone; no logits
   torch     the same with two LlamaForCausalLM, as users run them: a language at a time, padded to
@@ -53,7 +53,14 @@ from jaxfusion.fields import GroupConfig, LensConfig, OptimizerConfig
 from jaxfusion.hf.load import load_params
 from jaxfusion.hf.tables import table as names_of
 from jaxfusion.lens import probe as probing
-from jaxfusion.lens.activations import Kept, KeptBatches, cut, keep, last_and_mean, split
+from jaxfusion.lens.activations import (
+    ActivationBatches,
+    Activations,
+    cache_activations,
+    cut,
+    last_and_mean,
+    split,
+)
 from jaxfusion.lens.objective import Manipulation, aims, make_goals
 from jaxfusion.lens.probe import Probe
 from jaxfusion.miniatures.checkpoints import random_params, write_random_tower
@@ -176,7 +183,7 @@ class Ours:
         flat = load_params(self.work.model, names_of(self.work.size.shape), wanted)
         return traverse_util.unflatten_dict(flat, sep="/")
 
-    def run(self, batches: KeptBatches, setting: Setting, steps: int) -> list[float]:
+    def run(self, batches: ActivationBatches, setting: Setting, steps: int) -> list[float]:
         """Trains from the start with one setting; returns the loss before every step."""
         # Copies: the step takes its state's memory.
         trainable = {path: jnp.copy(self.top[path]) for path in self.groups}
@@ -195,15 +202,16 @@ class Ours:
 class Cached(Ours):
     """The product's way."""
 
-    def prepare(self) -> KeptBatches:
+    def prepare(self) -> ActivationBatches:
         """Loads the model, keeps what the steps read, and lets the model go."""
         params = self.load()
-        kept = keep(Bridge(None, self.decoder, None, "last"), {"decoder": params}, self.work.rows,
-                    TOKENIZERS, BLOCKS, BATCH * len(LANGUAGES), self.work.size.buckets)
+        kept = cache_activations(
+            Bridge(None, self.decoder, None, "last"), {"decoder": params}, self.work.rows,
+            TOKENIZERS, BLOCKS, BATCH * len(LANGUAGES), self.work.size.buckets)
         self.top = flatten(decoder=cut(params, self.first, None))
-        return KeptBatches(kept, BATCH, 0, self.work.size.steps)
+        return ActivationBatches(kept, BATCH, 0, self.work.size.steps)
 
-    def loss(self, params: dict[str, Any], batch: Kept, key=None):
+    def loss(self, params: dict[str, Any], batch: Activations, key=None):
         return self.after(params, batch)
 
 
@@ -218,8 +226,8 @@ class Uncached(Ours):
         del params  # the second model is loaded when the first is in its place
         self.others |= flatten(reference=self.load())  # a copy of its own, as two models have
 
-    def prepare(self) -> KeptBatches:
-        return KeptBatches(self.work.prompts, BATCH, 0, self.work.size.steps)
+    def prepare(self) -> ActivationBatches:
+        return ActivationBatches(self.work.prompts, BATCH, 0, self.work.size.steps)
 
     def loss(self, params: dict[str, Any], batch: Prompts, key=None):
         """Language by language, as the authors' code does: what is kept otherwise is computed
@@ -235,8 +243,8 @@ class Uncached(Ours):
                 last_and_mean(last, place[1]), method="states")
             every.append((hidden, jnp.moveaxis(states[-BLOCKS:], 0, 1)))
         hidden, states = (jnp.stack(x, axis=1) for x in zip(*every, strict=True))
-        kept = Kept(hidden, batch.positions, batch.segments, batch.last, states[:, :, :, 0],
-                    states[:, 0, :, 1], slots=None, tokens=None, answered=None)
+        kept = Activations(hidden, batch.positions, batch.segments, batch.last, states[:, :, :, 0],
+                           states[:, 0, :, 1], slots=None, tokens=None, answered=None)
         return self.after(params, kept)
 
 
@@ -250,10 +258,10 @@ class Torch:
             .eval().requires_grad_(False) for _ in range(2))
         self.top = self.live.model.layers[-BLOCKS:].requires_grad_(True)
 
-    def prepare(self) -> KeptBatches:
-        return KeptBatches(self.work.prompts, BATCH, 0, self.work.size.steps)
+    def prepare(self) -> ActivationBatches:
+        return ActivationBatches(self.work.prompts, BATCH, 0, self.work.size.steps)
 
-    def run(self, batches: KeptBatches, setting: Setting, steps: int) -> list[float]:
+    def run(self, batches: ActivationBatches, setting: Setting, steps: int) -> list[float]:
         """As `Ours.run`."""
         self.top.load_state_dict(self.reference.model.layers[-BLOCKS:].state_dict())
         optimizer = torch.optim.AdamW(
@@ -319,7 +327,7 @@ def make_rows(size: Size) -> dict[str, list[TokenRow]]:
 
 
 def lay_out(rows: dict[str, list[TokenRow]]) -> Prompts:
-    """The prompts as arrays, as long as `keep` makes them."""
+    """The prompts as arrays, as long as `cache_activations` makes them."""
     whole = [[[BOS, *row.text] for row in prompts] for prompts in rows.values()]
     lengths = np.array([[len(ids) for ids in prompts] for prompts in whole], np.int32).T
     slots = np.arange(-(-lengths.max() // DECODER_STEP) * DECODER_STEP, dtype=np.int32)

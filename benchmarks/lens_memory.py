@@ -24,7 +24,7 @@ from jaxfusion.config import from_config_dict
 from jaxfusion.costs.chips import GIB, topology_devices
 from jaxfusion.fields import LensRunConfig
 from jaxfusion.hf.known_shapes import backbone_shape
-from jaxfusion.lens.activations import Kept, cut, reader, top
+from jaxfusion.lens.activations import Activations, cut, reader, top
 from jaxfusion.lens.objective import Manipulation
 from jaxfusion.nn.bridge import Batch, Bridge
 from jaxfusion.nn.decoder import Decoder
@@ -89,7 +89,7 @@ def _step(config: LensRunConfig, decoder: Decoder, params, made):
     rows, length, targets = c.train.batch_size, c.data.max_tokens, len(c.data.targets)
     languages = 1 + targets
     wide = {"dtype": jnp.float32}
-    kept = Kept(
+    kept = Activations(
         hidden=made(rows, languages, length, width, dtype=decoder.dtype),
         positions=made(rows, languages, length), segments=made(rows, languages, length),
         last=made(rows, languages), before=made(rows, languages, blocks, width, **wide),
