@@ -135,5 +135,5 @@ def test_what_makes_no_sense_for_text_is_refused(tmp_path, cache_dir, data):
     with pytest.raises(InputError, match=r"leave data\.pack, text_prompt and chat_template out"):
         train(make_config(tmp_path, **data), tmp_path / "run")
     config = make_config(tmp_path)
-    with pytest.raises(InputError, match="'plain' is unlabelled text and cannot be scored be com"):
+    with pytest.raises(InputError, match="'plain' is text to learn from, where nothing can be com"):
         check(CompareConfig(base=config), {"a": config})

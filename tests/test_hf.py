@@ -317,7 +317,7 @@ def test_quantized_weights_are_refused(checkpoint, dtype):
     file = checkpoint / "decoder" / SINGLE
     tensors, name = load_torch(file), "model.layers.0.mlp.up_proj.weight"
     save_torch(tensors | {name: tensors[name].to(dtype)}, file)
-    with pytest.raises(InputError, match=f"{name} is of type .*quantized checkpoints are not"):
+    with pytest.raises(InputError, match=f"{name} has type .*quantized checkpoints are not"):
         load(checkpoint / "decoder")
 
 

@@ -237,7 +237,7 @@ def test_a_pickle_is_converted_once_and_again_in_another_session(monkeypatch, tm
         raise ModuleNotFoundError("no", name="torch")
 
     monkeypatch.setattr("jaxfusion.hf.convert.convert", without_torch)
-    with pytest.raises(InputError, match=r"torch is missing, .* google/mt5-base: run %pip install"):
+    with pytest.raises(InputError, match=r"torch is missing; .* google/mt5-base: run %pip install"):
         notebook.converted("google/mt5-base")
 
 

@@ -158,10 +158,10 @@ def test_a_file_is_answered_and_a_stopped_run_goes_on(bridge, tmp_path, monkeypa
     left = answer_file(bridge, source, again, decoding=drawn)
     assert 0 < left < 30 and again.read_bytes() == written
     assert answer_file(bridge, source, again, decoding=drawn) == 0
-    with pytest.raises(InputError, match=r"was begun with temperature 0\.9, not 0\.5"):
+    with pytest.raises(InputError, match=r"was started with temperature 0\.9, not 0\.5"):
         answer_file(bridge, source, again, decoding={**drawn, "temperature": 0.5})
     source.write_text("".join(json.dumps(row) + "\n" for row in ROWS[::-1]))
-    with pytest.raises(InputError, match=r"again\.jsonl:1 answers another row than .*in\.jsonl:1"):
+    with pytest.raises(InputError, match=r"again\.jsonl:1 answers a different row than .*in\.jsonl:1"):
         answer_file(bridge, source, again, decoding=drawn)
 
 
@@ -178,7 +178,7 @@ def test_answers_are_written_by_one_and_never_over_the_input(bridge, tmp_path):
         answer_file(bridge, source, out)
     with pytest.raises(InputError, match="is the input"):
         answer_file(bridge, source, source)
-    with pytest.raises(InputError, match=r"wanted the name of a \.jsonl file"):
+    with pytest.raises(InputError, match=r"expected the name of a \.jsonl file"):
         answer_file(bridge, source, tmp_path)
 
 
@@ -206,9 +206,9 @@ def test_text_in_a_table_stays_text():
 
 
 @pytest.mark.parametrize(("row", "said"), [
-    ({"premise": "x"}, r"in\.jsonl:2: column 'hypothesis' is missing; wanted premise, hypothesis"),
+    ({"premise": "x"}, r"in\.jsonl:2: column 'hypothesis' is missing; expected premise"),
     ({"premise": " ", "hypothesis": "x"}, r"in\.jsonl:2: column 'premise' is empty"),
-    ({"premise": "x", "hypothesis": "x", "answer": "y"}, "column 'answer' is one that is written"),
+    ({"premise": "x", "hypothesis": "x", "answer": "y"}, "column 'answer' is an output column"),
 ])
 def test_a_row_that_cannot_be_answered_is_named(bridge, tmp_path, row, said):
     source = tmp_path / "in.jsonl"
@@ -301,7 +301,7 @@ def test_answers_that_are_cut_before_their_end_are_counted_and_said(bridge, tmp_
     found, _ = evaluate(copy, tasks=("mgsm",), languages=("en", "sw"), data_path=str(tmp_path),
                         decoding={"max_new_tokens": 1})
     assert [x["exact_match"].get("unfinished") for x in found["mgsm"].values()] == [2, 1]
-    assert "mgsm en: 2 of 2 answers were cut at 1 new tokens before their end" in caplog.text
+    assert "mgsm en: 2 of 2 answers were truncated at 1 new tokens" in caplog.text
 
 
 def test_a_task_without_test_rows_is_said_before_it_is_trained_on(bridge, caplog):

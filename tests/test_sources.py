@@ -155,7 +155,7 @@ def test_a_parquet_file_cut_short_is_named(tmp_path):
     with pytest.raises(InputError, match=r"train\.parquet cannot be read as Parquet after row"):
         read(file.with_name("{split}.parquet"))
     write(file, [{"text": "x", "label": "neither"}])
-    with pytest.raises(InputError, match=r"train\.parquet row 1: label 'neither' is none of"):
+    with pytest.raises(InputError, match=r"train\.parquet row 1: label 'neither' is not one of"):
         read(file.with_name("{split}.parquet"))
 
 
