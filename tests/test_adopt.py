@@ -186,7 +186,7 @@ def read_as_langbridge(out):
 def test_langbridge_knows_what_it_is_to_make(tiny, tmp_path):
     """Finding 28: a name that LangBridge does not take is refused, with the way out."""
     make_run(tmp_path / "run", tiny)
-    with pytest.raises(InputError, match=r"expects 'mt5' in this encoder's name, got .*; set --enc"):
+    with pytest.raises(InputError, match=r"'mt5' in this encoder's name, got .*; set --enc"):
         export_langbridge(tmp_path / "run", tmp_path / "out", lm=NAMES["lm"])
     with pytest.raises(InputError, match=r"microsoft/Orca-2, .*, got /.*decoder; set --lm"):
         export_langbridge(tmp_path / "run", tmp_path / "out", enc=NAMES["enc"])
@@ -233,7 +233,7 @@ def test_whitespace_has_the_ids_of_langbridges_tokenizer():
 
 def test_langbridge_has_no_fusion(tiny, tmp_path):
     make_run(tmp_path / "run", tiny, "global_softmax", "ffn")
-    with pytest.raises(InputError, match="LangBridge supports fusion 'last' with linear, ffn, resam"):
+    with pytest.raises(InputError, match="supports fusion 'last' with linear, ffn, resam"):
         export_langbridge(tmp_path / "run", tmp_path / "out")
 
 

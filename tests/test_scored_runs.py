@@ -161,7 +161,7 @@ def test_a_file_is_answered_and_a_stopped_run_goes_on(bridge, tmp_path, monkeypa
     with pytest.raises(InputError, match=r"was started with temperature 0\.9, not 0\.5"):
         answer_file(bridge, source, again, decoding={**drawn, "temperature": 0.5})
     source.write_text("".join(json.dumps(row) + "\n" for row in ROWS[::-1]))
-    with pytest.raises(InputError, match=r"again\.jsonl:1 answers a different row than .*in\.jsonl:1"):
+    with pytest.raises(InputError, match=r"jsonl:1 answers a different row than .*in\.jsonl:1"):
         answer_file(bridge, source, again, decoding=drawn)
 
 
