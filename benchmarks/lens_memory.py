@@ -1,8 +1,8 @@
-"""Makes the table of docs/lens.md: `python benchmarks/lens_memory.py [--table]`.
+"""Writes the table of docs/lens.md: `python benchmarks/lens_memory.py [--table]`.
 
-What a Lens run of each LLM takes of one chip: its programs compiled for a TPU v6e by `libtpu`
-(no TPU needed, a minute each on two cores) from shapes alone, at the lengths and batches of its
-config, into benchmarks/results/lens_memory.json; with --table the table alone.
+Memory of a Lens run of each LLM on one chip: `libtpu` compiles its programs for a TPU v6e (no TPU
+needed, a minute each on two cores) from shapes alone, with the lengths and batches of its config.
+Writes benchmarks/results/lens_memory.json; with --table, only the table.
 """
 
 import json
@@ -75,7 +75,7 @@ def needs(config: LensRunConfig) -> dict[str, float]:
 
 
 def _step(config: LensRunConfig, decoder: Decoder, params, made):
-    """A step on kept prompts of full length, compiled."""
+    """A compiled step on cached prompts of full length."""
     c, blocks, width = config, config.lens.blocks, decoder.config.d_model
     upper = jax.eval_shape(lambda x: cut(x, decoder.config.num_layers - blocks, None), params)
     part = {f"decoder/{path}": made(*x.shape, dtype=x.dtype)
