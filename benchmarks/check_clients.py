@@ -1,11 +1,11 @@
-"""What a user writes by habit with an exported bridge, in the PyTorch at hand.
+"""Runs typical client code on an exported bridge, in the installed PyTorch.
 
     python benchmarks/check_clients.py REFERENCE
 
 Needs torch, transformers, accelerate, peft and lm-eval. REFERENCE (.json) has `out` and `merged`
-(exports of one bridge, with its backbones by name and inside), `texts`, `answers` and this
-project's `logits` and greedy `tokens` after them, `queries` and `targets` (its own ids). Prints as
-JSON what became of each client: "works", or "refused" with the one line that says why.
+(exports of one bridge, with its backbones by name and inside), `texts`, `answers` and jaxfusion's
+`logits` and greedy `tokens` after them, `queries` and `targets` (its own ids). Prints the outcome
+of each client as JSON: "works", or "refused" with the one-line reason.
 """
 
 import contextlib
@@ -36,12 +36,12 @@ class Case:
         self.inputs = self.tokenizer(self.texts, padding=True, return_tensors="pt")
 
     def answers(self) -> list[str]:
-        """This project's answers as text."""
+        """jaxfusion's answers as text."""
         return [self.tokenizer.answers.decode(row, skip_special_tokens=True)
                 for row in self.tokens.tolist()]
 
     def answered(self, model=None, tolerance=None) -> None:
-        """Raises unless a model answers as this project does."""
+        """Raises unless a model answers as jaxfusion does."""
         model = model or self.model
         found = model.generate(**self.inputs, max_new_tokens=NEW, eos_token_id=None)
         new = found[:, self.inputs.input_ids.shape[1]:]
@@ -59,11 +59,11 @@ def load_tokenizer(path):
 
 
 class Refused(Exception):
-    """What a client was told."""
+    """The error message that a client got."""
 
 
 def refused(call, *errors) -> None:
-    """Raises `Refused` with the one line that `call` raises; anything else is a fault."""
+    """Raises `Refused` with the one-line error of `call`; anything else is a bug."""
     try:
         call()
     except errors as error:
@@ -434,10 +434,10 @@ CLIENTS = (
 
 
 def outcome(client, reference: dict) -> str:
-    """What became of a client: "works" or "refused: …".
+    """The outcome of a client: "works" or "refused: …".
 
     Raises:
-      Exception: whatever went wrong.
+      Exception: any other error.
     """
     torch.manual_seed(0)
     try:

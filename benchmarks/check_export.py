@@ -1,7 +1,7 @@
-"""One exported bridge in the PyTorch at hand: `python benchmarks/check_export.py OUT REFERENCE`.
+"""Checks an exported bridge in PyTorch: `python benchmarks/check_export.py OUT REFERENCE`.
 
-Needs torch and transformers alone. REFERENCE (.json) has texts, this project's logits after each
-prefix, and its greedy tokens; prints as JSON the largest difference of the logits, relative to the
+Needs only torch and transformers. REFERENCE (.json) has texts, jaxfusion's logits after each
+prefix, and its greedy tokens. Prints as JSON the largest difference of the logits, relative to the
 largest, for padding on either side, and whether the tokens are the same.
 """
 

@@ -1,9 +1,8 @@
-"""What digests cost at 1 GB of trained state: `python benchmarks/checkpoints.py`.
+"""Measures the cost of digests at 1 GB of trained state: `python benchmarks/checkpoints.py`.
 
-Saves and restores a state (parameters and AdamW's two moments) with digests and without, in turns,
-in this process, on the CPU. The device's own digests take less on an accelerator, where
-they run at the speed of its memory. Writes benchmarks/results/checkpoints.json and the sentence of
-docs/scaling.md.
+Saves and restores a state (parameters and AdamW's two moments) with and without digests, in turns,
+in this process, on the CPU. Device digests take less on an accelerator, where they run at memory
+speed. Writes benchmarks/results/checkpoints.json and the sentence in docs/scaling.md.
 """
 
 import json
@@ -36,7 +35,7 @@ def state_of(step: int) -> State:
 
 
 def once(state: State) -> dict[str, float]:
-    """Seconds of a save, of the part of it that a run waits for, and of a restore."""
+    """Seconds of a save, of its blocking part, and of a restore."""
     with tempfile.TemporaryDirectory() as folder:
         checkpoints, clock = Checkpoints(Path(folder)), time.monotonic()
         checkpoints.save(state, {"next_index": int(state.step)}, None)

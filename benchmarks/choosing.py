@@ -1,6 +1,6 @@
-"""Makes the tables of docs/choosing.md from shapes alone: `python benchmarks/choosing.py`.
+"""Writes the tables of docs/choosing.md from shapes alone: `python benchmarks/choosing.py`.
 
-No weight is read and nothing is computed but sums: it is the same on every machine.
+It reads no weights and only computes sums, so the result is the same on every machine.
 """
 
 from pathlib import Path
@@ -21,7 +21,7 @@ TRAINED = {"last, linear projector": ("last", "linear"), "last, ffn": ("last", "
 
 
 def sizes(encoder: str, llm: str, fusion: str = "last", projector: str = "linear") -> dict:
-    """Scalars of each part of a bridge, and of what trains."""
+    """Number of parameters of each part of a bridge, and of the trained ones."""
     config = default_config()
     config.fusion.name, config.projector.name = fusion, projector
     shapes = {"encoder": backbone_shape("encoder", encoder),
@@ -52,7 +52,7 @@ def weights() -> str:
 
 
 def trained() -> str:
-    """What trains, in millions, for pairs of towers."""
+    """Trained parameters in millions, for pairs of towers."""
     pairs = [("google/mt5-large", LLMS[0]), ("google/mt5-xl", "meta-llama/Llama-2-7b-hf"),
              ("google/mt5-xxl", "meta-llama/Llama-2-13b-hf")]
     rows = [[f"`{encoder}`, `{llm}`",

@@ -1,11 +1,10 @@
-"""What the fusion paper claims (arXiv:2508.09091), tested in the pocket world.
+"""Tests the fusion paper's claims (arXiv:2508.09091) in the pocket world.
 
     python benchmarks/claims.py runs/claims --out benchmarks/results/claims.json
 
-The quickstart's bridges over seeds that no choice has seen, and the LLM alone, scored on
-English and on the languages on which nothing was chosen. The best single layer is chosen first, on
-the development languages and other seeds. What is trained and scored in runs/claims is taken as it
-is, so a stopped run goes on.
+Scores the quickstart's bridges on new seeds, and the LLM alone, on English and on languages that
+were not used for any choice. The best single layer is chosen first, on the development languages
+and other seeds. Existing runs and scores in runs/claims are reused, so a stopped run resumes.
 """
 
 import argparse
@@ -52,7 +51,7 @@ Rows = dict[str, np.ndarray]  # language -> [seeds, rows] of 0 and 1
 
 @dataclass(frozen=True)
 class Claim:
-    """That `model` is better than `than` on some languages, or worse by less than `margin`."""
+    """A claim that `model` beats `than` on some languages, or is worse by less than `margin`."""
 
     text: str
     model: str
@@ -92,12 +91,12 @@ def bridges(warm: bool = True) -> dict[str, Config]:
 
 
 def with_noise(config: Config) -> Config:
-    """The same under noise."""
+    """The same bridges trained with noise."""
     return replace(config, fusion=replace(config.fusion, noise=NOISE))
 
 
 def alone(workdir: Path, names: tuple[str, ...]) -> Rows:
-    """The LLM of a bridge's workdir, as if of one seed."""
+    """The scores of the LLM alone in a bridge's workdir, as one seed."""
     file = workdir / "eval" / "llm_only_details.json"
     if not file.is_file():
         evaluate(workdir, languages=names, limit=ROWS, llm_only=True)
@@ -106,7 +105,7 @@ def alone(workdir: Path, names: tuple[str, ...]) -> Rows:
 
 
 def correct(where: Path, config: Config, names: tuple[str, ...], rows: int) -> dict[str, list]:
-    """Right and wrong rows of each language, of a bridge that is trained unless it is there."""
+    """The correct rows of a bridge by language; trains and scores it if missing."""
     file = where / "eval" / "details.json"
     if not file.is_file():
         train(make_inputs(config), where)
@@ -125,9 +124,9 @@ def over_seeds(workdir: Path, name: str, config: Config, seeds, names, rows: int
 
 
 def best_layer(workdir: Path, config: Config) -> tuple[Config, dict[str, float]]:
-    """The bridge of the layer that is best on the development languages, and each layer's mean.
+    """The bridge with the best layer on the development languages, and each layer's mean.
 
-    The last layer is left out: it is the bridge `last`.
+    The last layer is excluded: it is the bridge `last`.
     """
     layers = json.loads((Path(config.encoder.checkpoint) / "config.json").read_text())["num_layers"]
     configs = {n: replace(config, fusion=replace(config.fusion, layer=n))
@@ -141,15 +140,15 @@ def best_layer(workdir: Path, config: Config) -> tuple[Config, dict[str, float]]
 
 
 def mean_over(rows: Rows, languages: tuple[str, ...]) -> np.ndarray:
-    """[seeds, rows]: the share of the languages in which a row is right."""
+    """The share of languages in which a row is correct. [seeds, rows]"""
     return np.mean([rows[x] for x in languages], axis=0)
 
 
 def estimate(values: np.ndarray, resamples: int = 4000) -> dict[str, Any]:
-    """Mean of [seeds, rows], and its 95% interval with seeds and rows both drawn anew.
+    """Mean of [seeds, rows], and its 95% interval with both seeds and rows resampled.
 
-    Each is resampled by itself and the values stay crossed (Owen, 2007, "The pigeonhole
-    bootstrap"): the interval is for other seeds and other rows, and is rather too wide.
+    Each is resampled independently and the values stay crossed (Owen, 2007, "The pigeonhole
+    bootstrap"): the interval generalises to other seeds and rows, and is conservative.
     """
     rng, (seeds, rows) = np.random.default_rng(0), values.shape
     of_seeds = rng.multinomial(seeds, np.full(seeds, 1 / seeds), resamples) / seeds
@@ -161,11 +160,11 @@ def estimate(values: np.ndarray, resamples: int = 4000) -> dict[str, Any]:
 
 
 def p_value(values: np.ndarray) -> float:
-    """Two-sided, of the mean of paired differences [seeds, rows] being 0.
+    """Two-sided p-value of a zero mean of paired differences [seeds, rows].
 
-    The larger one of a t-test over the seeds and of Fisher's randomisation test over the rows
-    (random signs, the observed ones counted in): what is claimed of other seeds and other rows
-    must hold for both of them (Berger, 1982).
+    The larger of a t-test over seeds and Fisher's randomisation test over rows (random signs,
+    including the observed ones): a claim about other seeds and other rows must pass both (Berger,
+    1982).
     """
     over_seeds = float(ttest_1samp(values.mean(axis=1), 0.0).pvalue)
     return max(over_seeds, sign_flip([values.mean(axis=0)], resamples=20_000))
@@ -186,7 +185,7 @@ def judge(rows: dict[str, Rows], claims: tuple[Claim, ...]) -> list[dict[str, An
 
 
 def confirm(workdir: Path, every: dict[str, Config]) -> list[dict[str, Any]]:
-    """What noise seemed to do, on seeds and rows that nothing has seen."""
+    """Tests the apparent effects of noise again, on new seeds and rows."""
     names = (*GROUPS["English"], *GROUPS["poor"])
     models = {claim.model for claim in CONFIRMED} | {claim.than for claim in CONFIRMED}
     rows = {}
@@ -197,7 +196,7 @@ def confirm(workdir: Path, every: dict[str, Config]) -> list[dict[str, Any]]:
 
 
 def missed(result: dict[str, Any]) -> list[str]:
-    """The targets of the quickstart's world that the figures miss, a line each."""
+    """The targets of the quickstart's world that the results miss, a line each."""
     def mean(model: str, group: str) -> float:
         return result["accuracy"][model][group]["mean"]
 

@@ -1,9 +1,9 @@
-"""The quickstart's bridges without the warm start of their projector, which the papers do not have.
+"""Trains the quickstart's bridges without the projector's warm start, which is not in the papers.
 
     python benchmarks/cold_start.py runs/cold --out benchmarks/results/cold_start.json
 
-On the languages of `claims.py`. What is trained and scored in runs/cold is taken as it is,
-so a stopped run goes on.
+Uses the languages of `claims.py`. Existing runs and scores in runs/cold are reused, so a stopped
+run resumes.
 """
 
 import argparse
@@ -21,7 +21,8 @@ SEEDS, ROWS = 5, 300
 
 
 def figures(rows: Rows) -> dict[str, Any]:
-    """By group: mean over seeds and languages with its interval over rows, and each seed's mean."""
+    """For each group the mean over seeds and languages, its interval over rows, and each seed's
+    mean."""
     result = {}
     for group, languages in GROUPS.items():
         values = mean_over(rows, languages)

@@ -1,10 +1,10 @@
-"""Every family of LLMs through loading and export, and the exports in fresh environments.
+"""Tests loading and export for every family of LLMs, and the exports in fresh environments.
 
     python benchmarks/exports.py runs/exports
 
-Makes runs/exports/transformers-4 and -5, virtual environments with the last release of each and
-nothing of this project, and in them opens what export.py wrote, as its clients do. Writes
-docs/checkpoints.md between its marks, benchmarks/results/exports.json and clients.json.
+Creates runs/exports/transformers-4 and -5, virtual environments with the last release of each and
+without jaxfusion, and loads the exports there, as clients do. Writes the marked parts of
+docs/checkpoints.md, benchmarks/results/exports.json and clients.json.
 """
 
 import argparse
@@ -54,7 +54,7 @@ NEW_TOKENS = 64
 
 
 def environments(out: Path) -> dict[str, Path]:
-    """Python of a fresh environment for each release."""
+    """The Python executable of a fresh environment for each release."""
     found = {}
     for name, wanted in RELEASES.items():
         found[name] = out / name / "bin" / "python"
@@ -66,7 +66,7 @@ def environments(out: Path) -> dict[str, Path]:
 
 
 def make_decoder(case: str, tiny: Path, out: Path) -> float:
-    """Writes a decoder of a family; the difference of our logits from transformers' here."""
+    """Writes a decoder of a family; returns the difference of our logits to transformers'."""
     shutil.copytree(tiny / "decoder", out)
     rows = json.loads((out / "config.json").read_text("utf-8"))["vocab_size"]
     config = decoder_of(case, rows)
@@ -81,7 +81,7 @@ def make_decoder(case: str, tiny: Path, out: Path) -> float:
 
 
 def reference(model, file: Path) -> None:
-    """What our bridge gives for the texts: logits, greedy tokens, and how far they are certain."""
+    """Our bridge's output for the texts: logits, greedy tokens, and how many are unambiguous."""
     queries = model.tokenizers.encode_queries(TEXTS)
     rows = [TokenRow(query, [], [], model.bridge.latents) for query in queries]
     # No token ends an answer.
@@ -135,7 +135,7 @@ def main() -> None:
 
 
 def check_clients(tiny: Path, work: Path, pythons: dict[str, Path]) -> None:
-    """What becomes of each client in each environment, into docs/checkpoints.md."""
+    """Writes the outcome of each client in each environment into docs/checkpoints.md."""
     file = client_reference(tiny, work / "clients")
     found = {}
     for release, python in pythons.items():
@@ -154,7 +154,7 @@ def check_clients(tiny: Path, work: Path, pythons: dict[str, Path]) -> None:
 
 
 def client_table(found: dict[str, Any]) -> str:
-    """Markdown: a row for each client, and the lines that refuse."""
+    """Markdown: a row for each client, and the error messages."""
     docs = {x.__name__: x.__doc__.splitlines()[0].rstrip(".")
             for x in importlib.import_module("check_clients").CLIENTS}
     releases = [x["transformers"] for x in found.values()]
@@ -178,7 +178,7 @@ def into_page(mark: str, text: str) -> None:
 
 
 def check_families(tiny: Path, work: Path, pythons: dict[str, Path]) -> None:
-    """Logits and tokens of every family in each environment, into docs/checkpoints.md."""
+    """Writes logits and tokens of every family in each environment into docs/checkpoints.md."""
     results: dict[str, Any] = {}
     cases = [(case, "transformer_softmax") for case in NAMES]
     cases += [("llama31", fusion) for fusion in FUSIONS[:-1]]
@@ -205,7 +205,7 @@ def check_families(tiny: Path, work: Path, pythons: dict[str, Path]) -> None:
 
 
 def failed(results: dict[str, Any]) -> list[str]:
-    """What differs, or was hardly compared."""
+    """The results that differ, or were compared on too few tokens."""
     return [name for name, x in results.items() if x["load"] > 1e-5 or any(
         y["difference"] > 1e-5 or not y["tokens"] or y["compared"] < 8
         for y in x["releases"].values())]

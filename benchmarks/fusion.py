@@ -1,10 +1,10 @@
-"""The collapsed Transformer Softmax against the layer as its authors write it, in PyTorch.
+"""Compares the collapsed Transformer Softmax with the authors' layer in PyTorch.
 
     python benchmarks/fusion.py --out fusion.json
 
-Same parameters, same states, float32, no dropout. Timed are the forward pass, and the gradient
-(forward and backward) of a scalar of the features with respect to the fusion's parameters; the
-states are frozen inputs and get none.
+Same parameters, same states, float32, no dropout. Times the forward pass, and the gradient (forward
+and backward) of a scalar of the features with respect to the fusion's parameters; the states are
+frozen inputs without gradients.
 """
 
 import copy
@@ -27,7 +27,7 @@ BATCH = 4
 
 @dataclass(frozen=True)
 class Problem:
-    """One random fusion with its input, and the vector that makes a scalar of its output."""
+    """One random fusion with its input, and the vector that reduces its output to a scalar."""
 
     module: TransformerSoftmax
     params: Any
@@ -36,7 +36,8 @@ class Problem:
 
 
 def make_problem(tokens: int, d_model: int, layers: int) -> Problem:
-    """Random states of `tokens` tokens; every parameter off its start, so that all of them act."""
+    """Random states of `tokens` tokens; parameters differ from their initial values, so that all of
+    them matter."""
     module = TransformerSoftmax(layers, d_model, dropout=0.0)
     keys = iter(jax.random.split(jax.random.key(0), 4))
     shape = (layers, BATCH, tokens // BATCH, d_model)
@@ -50,7 +51,7 @@ def make_problem(tokens: int, d_model: int, layers: int) -> Problem:
 
 
 def make_ours(problem: Problem) -> tuple[dict[str, Callable], dict[str, float]]:
-    """Our forward and gradient calls, and the seconds that each took to compile."""
+    """Our forward and gradient calls, and the compilation seconds of each."""
     mask = jnp.ones(problem.states.shape[1:3], bool)
 
     def forward(params, states):
@@ -70,7 +71,7 @@ def make_ours(problem: Problem) -> tuple[dict[str, Callable], dict[str, float]]:
 
 
 def make_theirs(problem: Problem) -> tuple[dict[str, Callable], torch.nn.Module]:
-    """PyTorch's forward and gradient calls, and the layer whose gradients the latter fills in."""
+    """PyTorch's forward and gradient calls, and the layer that stores the gradients."""
     layers, _, _, d_model = problem.states.shape
     layer = torch_reference.TransformerSoftmax(layers, d_model, problem.module.d_ff, dropout=0.0)
     torch_reference.copy_params({"fusion": problem.params}, fusion=layer)
@@ -107,7 +108,7 @@ def relative(a: torch.Tensor, b: torch.Tensor) -> float:
 
 
 def measure(problem: Problem, repeats: int) -> dict[str, Any]:
-    """Checks that both compute the same, then times them."""
+    """Checks that both compute the same result, then times them."""
     ours, compile_seconds = make_ours(problem)
     theirs, layer = make_theirs(problem)
     result = {"largest_relative_difference": differences(ours, theirs, layer)}

@@ -1,8 +1,8 @@
-"""What noise on the features costs a training step of the quickstart.
+"""Measures the cost of feature noise in a training step of the quickstart.
 
     python benchmarks/fusion_cost.py --out benchmarks/results/fusion_cost.json
 
-Timed is the gradient of all that trains, on the first batch; the bridges take turns.
+Times the gradient of all trained parameters on the first batch; the bridges take turns.
 """
 
 from collections.abc import Callable

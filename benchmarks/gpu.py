@@ -1,12 +1,12 @@
-"""Full-size training steps on one GPU, beside the papers' pipeline in PyTorch on the same GPU.
+"""Compares full-size training steps with the papers' pipeline in PyTorch on the same GPU.
 
     bash benchmarks/gpu.sh            # both sizes, into benchmarks/results/gpu_*.json
     python benchmarks/gpu.py --size langbridge --out FILE
 
-Random weights, bfloat16 towers, a trained part in float32, every row as long as the limits allow.
-Told are examples and tokens a second, memory, and FLOPs of the model (nothing computed twice)
-against the rate of a large matrix product, which is measured in the same run. Needs neither data
-nor checkpoints, and of this project's dependencies only those of the model.
+Random weights, bfloat16 towers, a trained part in float32, every row of maximum length. Reports
+examples and tokens per second, memory, and model FLOPs (without recomputation) relative to the rate
+of a large matrix product, measured in the same run. Needs neither data nor checkpoints, and only
+the dependencies of the model.
 """
 
 import argparse
@@ -45,7 +45,7 @@ BOS = 1
 
 @dataclass(frozen=True)
 class Size:
-    """Towers, and what a batch holds."""
+    """The towers and the batch size."""
 
     encoder: str
     decoder: str
@@ -84,7 +84,7 @@ def make_batch(size: Size) -> Batch:
 
 
 class OurStep:
-    """The training step of this project."""
+    """jaxfusion's training step."""
 
     def __init__(self, size: Size, batch: Batch, attention: str, remat: str):
         config = Config(
@@ -121,7 +121,7 @@ class OurStep:
 
 
 class TorchStep:
-    """The papers' pipeline, as its authors write it."""
+    """The papers' pipeline, as written by its authors."""
 
     def __init__(self, size: Size, batch: Batch):
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -157,7 +157,7 @@ def _torch_config(name: str, **more):
 
 
 def median_seconds(step, repeats: int) -> float:
-    """Of a call, after three that do not count."""
+    """The median seconds of a call, after three warm-up calls."""
     seconds = []
     for i in range(3 + repeats):
         clock = time.perf_counter()
@@ -169,14 +169,14 @@ def median_seconds(step, repeats: int) -> float:
 
 
 def matmul_rate(width: int) -> float:
-    """FLOPs a second of one large bfloat16 product."""
+    """FLOPs per second of a large bfloat16 matrix product."""
     x = jax.random.normal(jax.random.key(0), (width, width), jnp.bfloat16)
     product = jax.jit(lambda x: x @ x)
     return 2 * width**3 / median_seconds(lambda: jax.block_until_ready(product(x)), 20)
 
 
 def measure(name: str, size: Size, repeats: int) -> dict:
-    """One contender's step, alone on the device; what does not fit is told as such."""
+    """Measures one contender's step, alone on the device; reports if it does not fit."""
     batch = make_batch(size)
     try:
         if name == "torch":
@@ -204,7 +204,7 @@ def measure(name: str, size: Size, repeats: int) -> dict:
 
 
 def compare(args: argparse.Namespace, size: Size) -> dict:
-    """Each contender in a process of its own: a framework keeps the memory that it once took."""
+    """Runs each contender in a separate process, since a framework does not return memory."""
     contenders = {}
     for name in args.contenders:
         with tempfile.TemporaryDirectory() as folder:

@@ -1,4 +1,4 @@
-"""Lens' manipulation: steps on kept states, against whole models run in every step.
+"""Compares Lens' training on cached activations with full models in every step.
 
     python benchmarks/lens.py --size tiny                     # seconds
     python benchmarks/lens.py --size full --rounds 3 --json benchmarks/results/lens.json
@@ -6,20 +6,19 @@
 The top two blocks of a Llama train on prompts of a central language and one target, float32, AdamW
 with clipped gradients; weights are random and the same for all, and so are prompts and their order:
 
-  kept      the model is loaded, `keep` reads every prompt once, the model leaves memory, and then
-            steps run the top blocks alone
-  unkept    the same losses of two models of ours, trained and untouched: each step reads the
-            batch's prompts with both, whole; gradients go into the top blocks alone; no logits
-  torch     the same with two LlamaForCausalLM, as users run them: a language at a time, padded to
-            its longest prompt of the batch, all hidden states, and logits that nobody reads
+  kept      the model is loaded, `cache_activations` reads every prompt once, the model is freed,
+            and steps run only the top blocks
+  unkept    the same losses with two of our models, trained and original: each step runs both in
+            full on the batch's prompts; gradients only for the top blocks; no logits
+  torch     the same with two LlamaForCausalLM, as users run them: one language at a time, padded
+            to its longest prompt of the batch, with all hidden states and unused logits
 
-A run is one setting of (λ, w), for `kept` with the loading and what it keeps; a sweep is 20, for
-`kept` from one reading. The others are loaded before the clock starts, and 2 of their settings are
-timed, the 20 extrapolated. Losses of the first 3 steps must agree before anything is timed. Seconds
-are without those in which XLA compiled, which have a column of their own. Memory is what a short
-run of each, in a process of its own, has at its peak beyond what that process had after its
-imports: the models it loads are counted. At size `full` that run is of a wider model, whose weights
-are more than what XLA's compiler takes.
+A run is one setting of (λ, w), for `kept` including loading and caching; a sweep is 20, for `kept`
+from one cache. The others are loaded before the clock starts; 2 of their settings are timed and
+extrapolated to 20. Losses of the first 3 steps must agree before anything is timed. Times exclude
+XLA's compilation, which has its own column. Memory is the peak of a short run in a separate process
+beyond its memory after the imports, including the models that it loads. At size `full` that run
+uses a wider model, whose weights exceed the memory of XLA's compiler.
 """
 
 import argparse
@@ -53,7 +52,14 @@ from jaxfusion.fields import GroupConfig, LensConfig, OptimizerConfig
 from jaxfusion.hf.load import load_params
 from jaxfusion.hf.tables import table as names_of
 from jaxfusion.lens import probe as probing
-from jaxfusion.lens.activations import Kept, KeptBatches, cut, keep, last_and_mean, split
+from jaxfusion.lens.activations import (
+    ActivationBatches,
+    Activations,
+    cache_activations,
+    cut,
+    last_and_mean,
+    split,
+)
 from jaxfusion.lens.objective import Manipulation, aims, make_goals
 from jaxfusion.lens.probe import Probe
 from jaxfusion.miniatures.checkpoints import random_params, write_random_tower
@@ -81,7 +87,7 @@ SHARE = 0.6
 
 
 class Size(NamedTuple):
-    """A model and what it reads: prompts of each language, half of `length` to all of it long."""
+    """A model and its prompts in each language, from half of `length` to `length` tokens."""
 
     shape: DecoderConfig
     length: int
@@ -111,7 +117,7 @@ Setting = tuple[float, float]  # weight of align and separate; w of the target
 
 
 class Work(NamedTuple):
-    """What all contenders start from."""
+    """The common starting point of all contenders."""
 
     size: Size
     model: Path
@@ -120,7 +126,7 @@ class Work(NamedTuple):
     found: Probe
 
     def aims(self, setting: Setting) -> dict[str, np.ndarray]:
-        """Goals and weights of a setting by path, which every contender takes as arguments."""
+        """Goals and weights of a setting by path, the arguments of every contender."""
         weight, move = setting
         goals = make_goals(self.found, BLOCKS, (), None, {LANGUAGES[1]: move})
         return aims(goals, LensConfig(align=weight, separate=weight))
@@ -140,7 +146,7 @@ class Compilation:
             self.programs += event.endswith("backend_compile_duration")
 
     def take(self) -> tuple[float, int]:
-        """Seconds and programs since it was asked last; functions inside functions count once."""
+        """Seconds and programs since the last call; nested functions count once."""
         total, until = 0.0, 0.0
         for start, end in sorted(self.spans):
             total += max(0.0, end - max(start, until))
@@ -150,11 +156,11 @@ class Compilation:
 
 
 class Ours:
-    """What both contenders of ours share: a jitted step, and runs of it from the start on.
+    """Base of our two contenders: a jitted step, and runs of it from the start.
 
     Attributes:
-      top: parameters of the trained blocks and of what is no block, by path.
-      others: what else the loss reads, by path.
+      top: parameters of the trained blocks and of everything outside blocks, by path.
+      others: other parameters of the loss, by path.
     """
 
     def __init__(self, work: Work):
@@ -176,7 +182,7 @@ class Ours:
         flat = load_params(self.work.model, names_of(self.work.size.shape), wanted)
         return traverse_util.unflatten_dict(flat, sep="/")
 
-    def run(self, batches: KeptBatches, setting: Setting, steps: int) -> list[float]:
+    def run(self, batches: ActivationBatches, setting: Setting, steps: int) -> list[float]:
         """Trains from the start with one setting; returns the loss before every step."""
         # Copies: the step takes its state's memory.
         trainable = {path: jnp.copy(self.top[path]) for path in self.groups}
@@ -193,22 +199,23 @@ class Ours:
 
 
 class Cached(Ours):
-    """The product's way."""
+    """Cached activations, as in jaxfusion."""
 
-    def prepare(self) -> KeptBatches:
-        """Loads the model, keeps what the steps read, and lets the model go."""
+    def prepare(self) -> ActivationBatches:
+        """Loads the model, caches the activations, and frees the model."""
         params = self.load()
-        kept = keep(Bridge(None, self.decoder, None, "last"), {"decoder": params}, self.work.rows,
-                    TOKENIZERS, BLOCKS, BATCH * len(LANGUAGES), self.work.size.buckets)
+        kept = cache_activations(
+            Bridge(None, self.decoder, None, "last"), {"decoder": params}, self.work.rows,
+            TOKENIZERS, BLOCKS, BATCH * len(LANGUAGES), self.work.size.buckets)
         self.top = flatten(decoder=cut(params, self.first, None))
-        return KeptBatches(kept, BATCH, 0, self.work.size.steps)
+        return ActivationBatches(kept, BATCH, 0, self.work.size.steps)
 
-    def loss(self, params: dict[str, Any], batch: Kept, key=None):
+    def loss(self, params: dict[str, Any], batch: Activations, key=None):
         return self.after(params, batch)
 
 
 class Uncached(Ours):
-    """Two models, both run whole in every step."""
+    """Two models that run in full in every step."""
 
     def __init__(self, work: Work):
         super().__init__(work)
@@ -218,12 +225,11 @@ class Uncached(Ours):
         del params  # the second model is loaded when the first is in its place
         self.others |= flatten(reference=self.load())  # a copy of its own, as two models have
 
-    def prepare(self) -> KeptBatches:
-        return KeptBatches(self.work.prompts, BATCH, 0, self.work.size.steps)
+    def prepare(self) -> ActivationBatches:
+        return ActivationBatches(self.work.prompts, BATCH, 0, self.work.size.steps)
 
     def loss(self, params: dict[str, Any], batch: Prompts, key=None):
-        """Language by language, as the authors' code does: what is kept otherwise is computed
-        here."""
+        """The loss language by language, as in the authors' code, without cached activations."""
         live, reference = {"params": params["below"]}, {"params": params["reference"]}
         every = []
         for c in range(batch.last.shape[1]):
@@ -235,8 +241,8 @@ class Uncached(Ours):
                 last_and_mean(last, place[1]), method="states")
             every.append((hidden, jnp.moveaxis(states[-BLOCKS:], 0, 1)))
         hidden, states = (jnp.stack(x, axis=1) for x in zip(*every, strict=True))
-        kept = Kept(hidden, batch.positions, batch.segments, batch.last, states[:, :, :, 0],
-                    states[:, 0, :, 1], slots=None, tokens=None, answered=None)
+        kept = Activations(hidden, batch.positions, batch.segments, batch.last, states[:, :, :, 0],
+                           states[:, 0, :, 1], slots=None, tokens=None, answered=None)
         return self.after(params, kept)
 
 
@@ -250,10 +256,10 @@ class Torch:
             .eval().requires_grad_(False) for _ in range(2))
         self.top = self.live.model.layers[-BLOCKS:].requires_grad_(True)
 
-    def prepare(self) -> KeptBatches:
-        return KeptBatches(self.work.prompts, BATCH, 0, self.work.size.steps)
+    def prepare(self) -> ActivationBatches:
+        return ActivationBatches(self.work.prompts, BATCH, 0, self.work.size.steps)
 
-    def run(self, batches: KeptBatches, setting: Setting, steps: int) -> list[float]:
+    def run(self, batches: ActivationBatches, setting: Setting, steps: int) -> list[float]:
         """As `Ours.run`."""
         self.top.load_state_dict(self.reference.model.layers[-BLOCKS:].state_dict())
         optimizer = torch.optim.AdamW(
@@ -308,7 +314,7 @@ def flatten(**tree: Any) -> Flat:
 
 
 def make_rows(size: Size) -> dict[str, list[TokenRow]]:
-    """Random prompts; each language has half of the vocabulary to itself, so that they differ."""
+    """Random prompts; each language uses its own half of the vocabulary."""
     rng, half = np.random.default_rng(0), size.shape.vocab_size // 2
     found = {}
     for language, low in zip(LANGUAGES, (EOS + 1, half), strict=True):
@@ -319,7 +325,7 @@ def make_rows(size: Size) -> dict[str, list[TokenRow]]:
 
 
 def lay_out(rows: dict[str, list[TokenRow]]) -> Prompts:
-    """The prompts as arrays, as long as `keep` makes them."""
+    """The prompts as arrays, with the length that `cache_activations` uses."""
     whole = [[[BOS, *row.text] for row in prompts] for prompts in rows.values()]
     lengths = np.array([[len(ids) for ids in prompts] for prompts in whole], np.int32).T
     slots = np.arange(-(-lengths.max() // DECODER_STEP) * DECODER_STEP, dtype=np.int32)
@@ -344,10 +350,10 @@ def make_work(size: Size, folder: Path) -> Work:
 
 
 def check(contenders: dict[str, Any], compilation: Compilation) -> dict[str, Any]:
-    """The first losses of all contenders and what each compiled for them.
+    """The first losses of all contenders, and what each compiled for them.
 
     Raises:
-      SystemExit: they differ, so that nobody should compare their times.
+      SystemExit: the losses differ, so the times are not comparable.
     """
     losses, compiled = {}, {}
     for name, contender in contenders.items():
@@ -421,7 +427,7 @@ def resident(what: str) -> int:
 
 
 def peak(name: str, work: Work) -> int:
-    """Bytes that loading and one run of a contender take at most beyond what was there before."""
+    """Peak bytes of loading and one run of a contender, beyond the memory before."""
     jax.block_until_ready(jnp.zeros(()))  # so that no backend starts on the contender's account
     before = resident("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # forgets the imports' own peak
@@ -431,7 +437,7 @@ def peak(name: str, work: Work) -> int:
 
 
 def peaks(size: str, folder: Path) -> dict[str, int]:
-    """The memory of every contender, each in a process of its own."""
+    """The memory of every contender, each in a separate process."""
     found = {}
     for name in CONTENDERS:
         out = subprocess.run(

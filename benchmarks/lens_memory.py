@@ -1,8 +1,8 @@
-"""Makes the table of docs/lens.md: `python benchmarks/lens_memory.py [--table]`.
+"""Writes the table of docs/lens.md: `python benchmarks/lens_memory.py [--table]`.
 
-What a Lens run of each LLM takes of one chip: its programs compiled for a TPU v6e by `libtpu`
-(no TPU needed, a minute each on two cores) from shapes alone, at the lengths and batches of its
-config, into benchmarks/results/lens_memory.json; with --table the table alone.
+Memory of a Lens run of each LLM on one chip: `libtpu` compiles its programs for a TPU v6e (no TPU
+needed, a minute each on two cores) from shapes alone, with the lengths and batches of its config.
+Writes benchmarks/results/lens_memory.json; with --table, only the table.
 """
 
 import json
@@ -24,7 +24,7 @@ from jaxfusion.config import from_config_dict
 from jaxfusion.costs.chips import GIB, topology_devices
 from jaxfusion.fields import LensRunConfig
 from jaxfusion.hf.known_shapes import backbone_shape
-from jaxfusion.lens.activations import Kept, cut, reader, top
+from jaxfusion.lens.activations import Activations, cut, reader, top
 from jaxfusion.lens.objective import Manipulation
 from jaxfusion.nn.bridge import Batch, Bridge
 from jaxfusion.nn.decoder import Decoder
@@ -75,7 +75,7 @@ def needs(config: LensRunConfig) -> dict[str, float]:
 
 
 def _step(config: LensRunConfig, decoder: Decoder, params, made):
-    """A step on kept prompts of full length, compiled."""
+    """A compiled step on cached prompts of full length."""
     c, blocks, width = config, config.lens.blocks, decoder.config.d_model
     upper = jax.eval_shape(lambda x: cut(x, decoder.config.num_layers - blocks, None), params)
     part = {f"decoder/{path}": made(*x.shape, dtype=x.dtype)
@@ -89,7 +89,7 @@ def _step(config: LensRunConfig, decoder: Decoder, params, made):
     rows, length, targets = c.train.batch_size, c.data.max_tokens, len(c.data.targets)
     languages = 1 + targets
     wide = {"dtype": jnp.float32}
-    kept = Kept(
+    kept = Activations(
         hidden=made(rows, languages, length, width, dtype=decoder.dtype),
         positions=made(rows, languages, length), segments=made(rows, languages, length),
         last=made(rows, languages), before=made(rows, languages, blocks, width, **wide),

@@ -1,10 +1,10 @@
-"""configs/lens_quickstart.py over several seeds, each with parallel prompts of its own.
+"""Runs configs/lens_quickstart.py with several seeds, each with different parallel prompts.
 
     python benchmarks/lens_seeds.py runs/lens_seeds --out benchmarks/results/lens_seeds.json
 
-Scored on test rows, on which nothing was chosen; intervals are over rows, with the seeds as they
-are, and the spread between seeds stands beside them. What is trained in runs/lens_seeds is taken as
-it is, so a stopped run goes on.
+Scores test rows, which were not used for any choice. Intervals are over rows, with fixed seeds; the
+spread across seeds is reported separately. Existing runs in runs/lens_seeds are reused, so a
+stopped run resumes.
 """
 
 import argparse

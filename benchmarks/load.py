@@ -1,9 +1,9 @@
-"""Host memory while a checkpoint of several GB is loaded: `python benchmarks/load.py [--out FILE]`.
+"""Measures host memory while a large checkpoint loads: `python benchmarks/load.py [--out FILE]`.
 
-A synthetic Llama in shards of 1 GB, read by a process of its own, on one device and on eight
-simulated ones. Counted is anonymous memory (RssAnon): mapped pages of the files come and go with
-the page cache. The bar: what the loading takes beyond the finished arrays and what the process had
-after its imports stays under 1.2 times the largest stacked parameter's local shard plus 1 GiB.
+A synthetic Llama in shards of 1 GB is read by a separate process, on one device and on eight
+simulated ones. Counts anonymous memory (RssAnon): mapped pages of the files belong to the page
+cache. The limit: memory beyond the finished arrays and the imports stays under 1.2 times the
+largest stacked parameter's local shard plus 1 GiB.
 """
 
 import argparse
@@ -74,7 +74,7 @@ def parameters():
 
 
 def measure(path: Path) -> None:
-    """Loads in this process and prints what it took, as JSON."""
+    """Loads in this process and prints its memory as JSON."""
     import jax
 
     from jaxfusion.hf.load import load_params

@@ -1,9 +1,9 @@
-"""What a compiled program does: FLOPs, bytes and collectives, loop bodies as often as they run.
+"""Counts FLOPs, bytes and collectives of a compiled program, with loop bodies as often as they run.
 
-XLA's own cost analysis counts the body of a loop once, whatever its trip count; here the text of
-the optimised program (one device's share) is read. Memory traffic is that of whole instructions:
-what a fusion keeps to itself costs nothing, of a buffer that it slices only the slice counts, and
-buffers that the compiler placed on the chip are free.
+XLA's own cost analysis counts the body of a loop once, whatever its trip count; this module parses
+the text of the optimised program (one device's share). Memory traffic is counted per instruction:
+intermediate values of a fusion are free, of a buffer that it slices only the slice counts, and
+buffers in on-chip memory are free.
 """
 
 import math
@@ -64,7 +64,7 @@ class Instruction:
 
 
 def _arrays(text: str) -> list[tuple[tuple[int, ...], float, bool]]:
-    """Dimensions, bytes of an element and whether it lies on the chip, of every array in a type."""
+    """Dimensions, bytes per element and whether it is on the chip, for every array in a type."""
     found = []
     for kind, dims, layout in ARRAY.findall(text):
         bits = re.search(r"\d+", kind)
@@ -76,14 +76,14 @@ def _arrays(text: str) -> list[tuple[tuple[int, ...], float, bool]]:
 
 @dataclass
 class Cost:
-    """Of one run of a program on one device.
+    """The cost of one run of a program on one device.
 
     Attributes:
-      flops: of matrix products and kernels that tell theirs.
-      bytes: moved from and to the device's memory.
-      collectives: by kind, how many and how many bytes each device sends.
-      unknown: loops whose trip count the text does not tell, counted once.
-      silent: runs of kernels that do not tell their FLOPs, which are missing.
+      flops: of matrix products and kernels that report theirs.
+      bytes: moved to and from the device's memory.
+      collectives: by kind, their number and the bytes that each device sends.
+      unknown: loops with unknown trip count, counted once.
+      silent: runs of kernels that do not report their FLOPs, which are missing.
     """
 
     flops: float = 0.0
@@ -169,7 +169,7 @@ class _Program:
             total.bytes += self._traffic(x, around)
 
     def _trips(self, loop: Instruction, around: dict[str, Instruction]) -> int | None:
-        """How often a loop runs: from a note of the compiler, or from its counter."""
+        """The trip count of a loop, from the compiler's annotation or from its counter."""
         if known := re.search(r'known_trip_count":\{"n":"(\d+)"', loop.rest):
             return int(known[1])
         condition = self.computations.get(loop.attribute("condition"), {})
@@ -230,7 +230,7 @@ def _integer(x: Instruction) -> int | None:
 
 
 def _increment(name: str, body: dict[str, Instruction]) -> int | None:
-    """What a loop adds to its counter: the constants on the way back to the tuple it came in."""
+    """The increment of a loop's counter: the constants on its path back to the loop's tuple."""
     total, x = 0, body.get(name)
     while x is not None and x.opcode in ("add", "copy"):
         operands = [body[name] for name in x.operands]
@@ -240,7 +240,7 @@ def _increment(name: str, body: dict[str, Instruction]) -> int | None:
 
 
 def _read(number: int, operand: Instruction, inside: dict[str, Instruction]) -> float:
-    """How much of an operand a fusion reads: slices, if it takes nothing else of it."""
+    """The bytes of an operand that a fusion reads: only slices, if it uses nothing else."""
     name = next((y.name for y in inside.values()
                  if y.opcode == "parameter" and y.rest.startswith(f"{number})")), None)
     users = [y for y in inside.values() if name in y.operands]
@@ -254,12 +254,12 @@ def _read(number: int, operand: Instruction, inside: dict[str, Instruction]) -> 
 
 
 def _size(x: Instruction) -> float:
-    """Bytes of an instruction's arrays, wherever they lie."""
+    """Bytes of an instruction's arrays, on the chip or not."""
     return sum(math.prod(dims) * size for dims, size, _ in _arrays(x.type))
 
 
 def _scattered(cost: Cost) -> Cost:
-    """The cost of an all-reduce of which every device keeps its part alone."""
+    """The cost of an all-reduce of which every device uses only its part."""
     count, sent = cost.collectives.get("all-reduce", (0.0, 0.0))
     others = {kind: x for kind, x in cost.collectives.items() if kind != "all-reduce"}
     return replace(cost, collectives={**others, "reduce-scatter": (count, sent / 2)})
@@ -278,7 +278,7 @@ def _sent(kind: str, x: Instruction, around: dict[str, Instruction], devices: in
 
 
 def _group_size(x: Instruction, devices: int) -> int:
-    """How many devices take part together; all of them where the text names none."""
+    """The number of devices in a group; all of them if the text has no groups."""
     groups = x.rest.split("replica_groups=")[-1] if "replica_groups=" in x.rest else ""
     if found := re.match(r"\[\d+,(\d+)\]<=", groups):
         return int(found[1])
@@ -322,7 +322,7 @@ def _convolution(x: Instruction, around: dict[str, Instruction]) -> float:
 
 
 def _kernel(x: Instruction, around: dict[str, Instruction]) -> float:
-    """What a kernel says of itself: Pallas kernels their FLOPs, cuBLAS its dimensions."""
+    """The cost that a kernel reports: Pallas kernels their FLOPs, cuBLAS its dimensions."""
     if found := re.search(r'"flops":\s*"?(\d+)', x.rest):
         return float(found[1])
     if axes := re.search(r'"lhs_contracting_dimensions":\[([^\]]*)\]', x.rest):
@@ -333,7 +333,7 @@ def _kernel(x: Instruction, around: dict[str, Instruction]) -> float:
 
 
 def _is_silent(x: Instruction) -> bool:
-    """Whether a custom call computes, and does not tell how much."""
+    """Whether a custom call computes without reporting its FLOPs."""
     names = r"tpu_custom_call|__cu\w+\$|__onednn|[^\"]*fmha"
     kernel = re.search(rf'custom_call_target="({names})', x.rest)
     return bool(kernel) and not re.search(r'"flops"|lhs_contracting_dimensions', x.rest)

@@ -1,9 +1,9 @@
-"""Real text to pretrain on, in this project's layout: `python benchmarks/realtext.py OUT …`.
+"""Writes real text for pretraining in jaxfusion's layout: `python benchmarks/realtext.py OUT …`.
 
 Writes OUT/text-LANGUAGE.txt (both sides of NTREX-128, and the unlabelled training sentences of
 SIB-200), OUT/pairs-LANGUAGE.tsv (NTREX-128 with English) and OUT/solved-eng_Latn.tsv (SIB-200's
-English training rows with their topics). Sentences of SIB-200's dev and test splits that occur in
-the text are left out, and counted.
+English training rows with their topics). Sentences of SIB-200's dev and test splits are removed
+from the text, and counted.
 """
 
 import argparse

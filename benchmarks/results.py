@@ -1,4 +1,4 @@
-r"""Makes docs/results.md and the README's first table from runs' figures.
+r"""Writes docs/results.md and the README's first table from the results of runs.
 
     python train.py --config configs/quickstart.py
     python benchmarks/claims.py runs/claims --out benchmarks/results/claims.json
@@ -9,7 +9,8 @@ r"""Makes docs/results.md and the README's first table from runs' figures.
     python benchmarks/results.py --quickstart runs/quickstart \
         --lens runs/lens_quickstart --lens_ceiling runs/lens_quickstart_ceiling
 
-Reports given on the command line are first kept in benchmarks/results/, pictures in docs/pictures/.
+Reports given on the command line are first copied to benchmarks/results/, pictures to
+docs/pictures/.
 """
 
 import argparse
@@ -27,7 +28,7 @@ GROUPS = ("English", "reported", "rich", "mid", "poor")
 
 
 def keep(name: str, run: Path) -> None:
-    """Copies a comparison's report, with this machine beside it, and the quickstart's pictures."""
+    """Copies a comparison's report, with this machine's description, and its pictures."""
     report = json.loads((run / "report.json").read_text("utf-8"))
     report = {"table": (run / "report.md").read_text("utf-8"), **report, "machine": machine()}
     file = "lens_report" if name == "lens" else name  # lens.json is the benchmark's
@@ -55,7 +56,7 @@ def table(header: list[str], rows: list[list[str]]) -> list[str]:
 
 
 def cell(x: dict[str, Any], sign: str = "") -> str:
-    """A mean with its interval and the deviation between seeds."""
+    """A mean with its interval and the deviation across seeds."""
     low, high = x["ci95"]
     spread = "" if x["deviation"] is None else f" ± {100 * x['deviation']:.1f}"
     return f"{100 * x['mean']:{sign}.1f} [{100 * low:{sign}.1f}, {100 * high:{sign}.1f}]{spread}"
@@ -72,7 +73,7 @@ def in_short(report: dict[str, Any]) -> list[str]:
 
 
 def lens_seeds(result: dict[str, Any]) -> list[str]:
-    """Accuracy of every method over the seeds, and its change."""
+    """Accuracy of every method over the seeds, and its difference to the LLM."""
     names = list(result["accuracy"]["LLM"])
     rows = [[model, *(cell(by[name]) for name in names)]
             for model, by in result["accuracy"].items()]
@@ -88,7 +89,7 @@ def accuracy(result: dict[str, Any]) -> list[str]:
 
 
 def claims(result: dict[str, Any]) -> list[str]:
-    """What was claimed and how it came out."""
+    """The claims and their verdicts."""
     rows = [
         [x["text"], x["model"], x["than"] + (f" − {100 * x['margin']:.0f}" if x["margin"] else ""),
          x["group"], cell(x, "+"), f"{x['p']:.2g}", f"{x['p_holm']:.2g}", f"**{x['verdict']}**"]
@@ -98,15 +99,15 @@ def claims(result: dict[str, Any]) -> list[str]:
 
 
 def confirmed(result: dict[str, Any]) -> list[str]:
-    """The lines on noise, tested anew."""
+    """The claims on noise, tested again on new seeds and rows."""
     seeds, rows = result["confirmed"]["seeds"], result["rows"]
     return [f"On {len(seeds)} further seeds ({seeds[0]} to {seeds[-1]}) and the next {rows} rows "
-            "of each language, three lines that were written down before:", "",
+            "of each language, three lines that were fixed in advance:", "",
             *claims(result["confirmed"])]
 
 
 def choice(result: dict[str, Any]) -> str:
-    """Which layer was taken as the best one, and why."""
+    """Which single layer was chosen as the best one, and how."""
     means = ", ".join(f"{n}: {100 * x:.1f}" for n, x in result["choice"]["mean"].items())
     return (f"The best single layer is {result['layer']}, by its mean on the development languages "
             f"over {len(result['choice']['seeds'])} other seeds (layer {means}).")
@@ -124,7 +125,7 @@ def seconds(report: dict[str, Any]) -> str:
     phases = [f"{name}: " + ", ".join(f"{phase} {x:.0f} s" for phase, x in by.items())
               for name, by in report["seconds"].items()]
     total = sum(x for by in report["seconds"].values() for x in by.values())
-    return f"Wall time: {'; '.join(phases)}; together {total:.0f} s, compilation counted."
+    return f"Wall time: {'; '.join(phases)}; {total:.0f} s in total, including compilation."
 
 
 def main() -> None:
@@ -172,45 +173,45 @@ was seen in any training; recipes were chosen on development rows and developmen
 """
 CLAIMS = """\
 `benchmarks/claims.py`: the claims of 2508.09091, and Gaussian noise on the features in training
-(`fusion.noise`), which is ours. Test rows scored by likelihood over the labels, on languages and
-with seeds on which nothing was chosen. Mean over seeds and languages in %, its 95% interval with
-seeds and rows both drawn anew (pigeonhole bootstrap: Owen, 2007), and the standard deviation
-between seeds. Chance is 33.3. These runs were made when the warm start drew alike for every seed;
-it draws by the run's seed since, and the spread between seeds leaves out what that adds.
+(`fusion.noise`), which is ours. Test rows are scored by likelihood over the labels, on languages
+and with seeds that were not used for any choice. Mean over seeds and languages in %, its 95%
+interval with both seeds and rows resampled (pigeonhole bootstrap: Owen, 2007), and the standard
+deviation across seeds. Chance is 33.3. In these runs the warm start drew the same samples for every
+seed; it now uses the run's seed, so the spread across seeds does not include its contribution.
 
-Noise came in as a control. A fusion of our own, which weighed layers by their agreement and
-trained under that noise, was chosen on the development languages; on these rows it did no better
-on the poor languages than one layer under the same noise, and is not in the project. So the lines
-on noise are a second look at these rows, and the last three seeds were added after the figures of
-the first seven were seen; the last table below tests the most important of them anew."""
+Noise began as a control. A fusion of our own, which weighted layers by their agreement and trained
+with that noise, was chosen on the development languages. On these rows it was not better in the
+poor languages than one layer with the same noise, so it was removed. The lines on noise are
+therefore a second look at these rows, and the last three seeds were added after the results of the
+first seven were known; the last table below tests the most important of them again."""
 VERDICTS = """\
-Differences in points. `p` is the larger one of two tests of the paired differences, a t-test over
-seeds and a randomisation test over rows; Holm's correction is over all lines, and a claim holds
-where it leaves less than 0.05. English is kept where the loss is shown to be smaller than the
-margin beside `LLM alone`; where the interval lies below 0, some of it is lost."""
+Differences in points. `p` is the larger of two tests of the paired differences, a t-test over seeds
+and a randomisation test over rows. Holm's correction is over all lines; a claim holds if the
+corrected value is below 0.05. English is kept if the loss is significantly smaller than the margin
+after `LLM alone`; if the interval is below 0, some of it is lost."""
 COST = """\
-`benchmarks/fusion_cost.py`: the gradient of a step of the quickstart; the two take turns."""
+`benchmarks/fusion_cost.py`: the gradient of a step of the quickstart, measured in turns."""
 COLD = """\
-`benchmarks/cold_start.py`: 300 rows of each language; intervals are over rows, with the seeds as
-they are. In the quickstart's 80 steps at small rates it is the warm start that carries the
-bridges: from a random projector all of them are still at chance, in English too."""
+`benchmarks/cold_start.py`: 300 rows of each language; intervals are over rows, with fixed seeds. In
+the quickstart's 80 steps with small learning rates, the bridges depend on the warm start: from a
+random projector all of them are still at chance, in English too."""
 LENS = """\
 `configs/lens_quickstart.py`: an LLM that knows English well, latn_a nearly as well and deva
-poorly; 200 parallel prompts, the top two of its four blocks train. Settings were chosen on
+poorly; 200 parallel prompts; the top two of its four blocks train. Settings were chosen on
 development rows."""
 LENS_SEEDS = """\
-`benchmarks/lens_seeds.py`: 600 test rows of each language, other prompts for every seed. Mean in
-%, its 95% interval over rows (bootstrap), and the standard deviation between seeds. **Lens does
-not lift the pocket LLM.** It moves the states as it is meant to (see the picture: both languages
-end up about one and a half times as far from English), and English stays within its interval, but
-no score follows: without `separate` hardly anything changes, with it deva rather loses (the
-interval still holds 0). Steering by `Δ`, away from English, costs most."""
+`benchmarks/lens_seeds.py`: 600 test rows of each language, different prompts for every seed. Mean
+in %, its 95% interval over rows (bootstrap), and the standard deviation across seeds. **Lens does
+not improve the pocket LLM.** It moves the states as intended (see the picture: both languages end
+up about one and a half times as far from English), and English stays within its interval, but
+scores do not follow: without `separate` hardly anything changes, with it deva tends to lose (the
+interval still includes 0). Steering by `Δ`, away from English, costs most."""
 CEILING = """\
-`configs/lens_quickstart.py:ceiling`: why nothing lifts it. Supervised tuning on the answers of
-4,000 parallel prompts, twenty times what Lens sees without answers, is as good as any method on
-its blocks could become. The two blocks that train above gain nothing even so; with the block
-below them deva gains. What the LLM lacks in deva lies below its top two blocks, in what it makes
-of the words, and cannot be mended by moving states above."""
+`configs/lens_quickstart.py:ceiling`: why no method improves it. Supervised tuning on the answers of
+4,000 parallel prompts, twenty times what Lens sees without answers, is an upper bound for any
+method on its blocks. Even so, the two blocks that train above gain nothing; with the block below
+them deva gains. The LLM's weakness in deva is below its top two blocks, in its representation of
+the words, and moving states above cannot fix it."""
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""Memory and time of the start of a run by training rows: `python benchmarks/rows.py [--tables]`.
+"""Measures memory and time of a run's start by rows: `python benchmarks/rows.py [--tables]`.
 
-Each number of rows is read and tokenized by a process of its own, as `train.py` does it before the
-first step. Counted is the process's peak beyond that of a run with a thousand rows.
-Writes benchmarks/results/rows.json and the table of docs/scaling.md; with --tables
-the table alone. The bar: at most 2 KiB a row beyond its text.
+A separate process reads and tokenizes each number of rows, as `train.py` does before the first
+step. Reports the peak beyond that of a run with a thousand rows. Writes
+benchmarks/results/rows.json and the table of docs/scaling.md; with --tables, only the table. The
+limit: 2 KiB per row beyond its text.
 """
 
 import json
@@ -23,7 +23,7 @@ LABELS = ("Entailment", "Neutral", "Contradiction")
 
 
 def write(folder: Path, rows: int) -> None:
-    """Made-up rows of inference, of about 250 bytes each."""
+    """Writes made-up inference rows of about 250 bytes each."""
     from jaxfusion.miniatures.text import word
 
     rng = random.Random(0)
@@ -36,7 +36,7 @@ def write(folder: Path, rows: int) -> None:
 
 
 def measure(folder: Path) -> None:
-    """Prepares a run in this process and prints what it took, as JSON."""
+    """Prepares a run in this process and prints its memory and time as JSON."""
     from resource import RUSAGE_SELF, getrusage
 
     from config_file import get_config

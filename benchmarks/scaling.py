@@ -1,9 +1,8 @@
-"""Makes the tables of docs/scaling.md: `python benchmarks/scaling.py [--tables]`.
+"""Writes the tables of docs/scaling.md: `python benchmarks/scaling.py [--tables]`.
 
 Compiles the step of configs/tpu_v4.py for TPU slices as `train.py --compile_only` does (under a
-minute each on two cores, no TPU needed), counts what the programs do into
-benchmarks/results/scaling.json, and writes the tables from it between their marks; with --tables
-the tables alone.
+minute each on two cores, no TPU needed), writes the programs' costs to
+benchmarks/results/scaling.json, and the tables between their marks; with --tables, only the tables.
 """
 
 import json
@@ -29,7 +28,7 @@ FUSIONS = ("last", "global_softmax", "transformer_softmax")
 
 
 def needs(topology: str, fusion: str) -> dict:
-    """What the step takes of a slice."""
+    """Memory and cost of the step on a slice."""
     config = get_config("tpu_v4", fusion)
     if fusion != "global_softmax":
         config.fusion.backward = "stack"

@@ -1,4 +1,4 @@
-"""Makes docs/benchmarks.md from the JSON of the benchmarks: `python benchmarks/table.py`.
+"""Writes docs/benchmarks.md from the benchmarks' JSON: `python benchmarks/table.py`.
 
     python benchmarks/fusion.py --out benchmarks/results/fusion.json
     python benchmarks/train_step.py --size pocket --out benchmarks/results/train_step_pocket.json
@@ -19,7 +19,7 @@ HEAD = """\
 # Benchmarks
 
 Made by `benchmarks/table.py` from `benchmarks/results/`. Contenders take turns in one process;
-figures are medians; compilation is apart. Weights are random and the same for all, float32.
+figures are medians, without compilation. Weights are random and the same for all, in float32.
 """
 SIZES = {
     "pocket": "mT5 of 6 blocks and width 128, Llama of 4 blocks and width 128, vocabularies 32,000",
@@ -64,7 +64,7 @@ def fusion(result: dict[str, Any]) -> list[str]:
 
 
 def train_step(result: dict[str, Any]) -> list[str]:
-    """A whole training step against the papers' pipeline, idea by idea."""
+    """A full training step against the papers' pipeline, idea by idea."""
     faster = result["jaxfusion_times_faster_than"]
     rows = [
         [name, f"{1e3 * seconds:.0f} ms", f"{result['examples_per_second'][name]:.1f}",
@@ -90,16 +90,16 @@ def load(result: dict[str, Any]) -> list[str]:
     ]
     return [
         "## Host memory while a checkpoint is loaded", "",
-        "`benchmarks/load.py`: a Llama in bfloat16, shards of 1 GB, in a process of its own; "
-        "anonymous memory beyond the finished arrays, against 1.2 times the largest parameter's "
-        "shard on a device and 1 GiB.", "",
-        *table(["devices", "arrays", "largest shard", "beyond", "bar"], rows), "",
+        "`benchmarks/load.py`: a Llama in bfloat16, shards of 1 GB, in a separate process; "
+        "anonymous memory beyond the finished arrays, against a limit of 1.2 times the largest "
+        "parameter's shard on a device plus 1 GiB.", "",
+        *table(["devices", "arrays", "largest shard", "beyond", "limit"], rows), "",
         machine(result), "",
     ]
 
 
 def lens(result: dict[str, Any]) -> list[str]:
-    """Lens' manipulation on what was kept, against whole models run in every step."""
+    """Lens' training on cached activations, against full models in every step."""
     r, timed, settings = result, result["settings_timed_of_others"], len(result["settings"])
     rows = []
     for name, peak in r["peak_bytes"].items():
@@ -108,27 +108,27 @@ def lens(result: dict[str, Any]) -> list[str]:
         rows.append([f"`{name}`", *cells, f"{r['compile_seconds'][name]:.1f} s",
                      f"{peak / (1 << 20):.0f} MiB"])
     return [
-        f"## Lens on kept states, size `{r['size']}`", "",
+        f"## Lens on cached activations, size `{r['size']}`", "",
         f"`benchmarks/lens.py`: a Llama of {r['blocks']} blocks, width {r['width']} and "
         f"{r['vocab']:,} tokens, of which the top {r['trained_blocks']} blocks train; "
         f"{r['prompts']} prompts of at most {r['length']} tokens in {r['languages']} languages, "
         f"{r['steps']} steps of {r['batch']}. A run is one setting, a sweep {settings}: `kept` ran "
         f"all of them, in each of {r['rounds']} rounds; the others ran {timed}, and {settings} are "
         "extrapolated from these. Medians (range), without compilation. Memory is the peak of a "
-        f"short run at width {r['memory_width']} beyond the imports.",
+        f"short run at width {r['memory_width']}, beyond the imports.",
         "", *table(["", "run", f"sweep of {settings}", "compilation", "memory"], rows), "",
-        *table(["`kept`", "is", "wanted", ""], _lens_targets(r)), "",
-        "`kept` loads the model, reads every prompt once and lets the model go, then its steps run "
-        "the trained blocks; `unkept`, loaded before the clock starts as `torch` is, is the "
-        "same with two models of ours, each run whole for every language in every step; `torch` is "
-        "that with two of transformers' models. Losses of the first steps differ by "
-        f"{r['largest_relative_difference']:.0e} at most. {machine(r)} Load average at the start: "
-        f"{r['machine']['load_average']:.1f}.", "",
+        *table(["`kept`", "measured", "target", ""], _lens_targets(r)), "",
+        "`kept` loads the model, reads every prompt once and frees the model, then its steps run "
+        "only the trained blocks; `unkept` is the same with two of our models, which run in full "
+        "for every language in every step; `torch` is that with two of transformers' models. "
+        "`unkept` and `torch` are loaded before the clock starts. Losses of the first steps differ "
+        f"by {r['largest_relative_difference']:.0e} at most. {machine(r)} Load average at the "
+        f"start: {r['machine']['load_average']:.1f}.", "",
     ]
 
 
 def _lens_targets(result: dict[str, Any]) -> list[list[str]]:
-    """What `kept` was to reach: what, figure, target, met or not."""
+    """The targets of `kept`: name, measurement, target, met or not."""
     rows, wanted, peak = [], result["targets"], result["peak_bytes"]
     for what in ("run", "sweep"):
         for name, least in wanted[what].items():
@@ -143,16 +143,16 @@ def _lens_targets(result: dict[str, Any]) -> list[list[str]]:
 
 
 def gpu(results: list[dict[str, Any]]) -> list[str]:
-    """Full-size steps on one GPU, beside the papers' pipeline."""
+    """Full-size steps on one GPU, against the papers' pipeline."""
     towers = {"xnli": "mT5-large, Llama-3.2-1B, Transformer Softmax, 128 + 8 tokens",
               "langbridge": "mT5-XL, Llama-2-7B, Global Softmax, 1,024 + 128 tokens"}
     parts = ["## Full-size steps on one GPU", "",
              "`bash benchmarks/gpu.sh`: random weights, bfloat16 towers, a trained part in "
-             "float32, every row as long as the limits allow; each contender in a process of its "
-             "own (those of the first table shared one). "
-             "`torch` is the papers' pipeline with transformers; `-full` computes the LLM's blocks "
-             "again in the backward pass. The share is that of the rate of a large matrix product "
-             "in the same run, FLOPs of the model alone.", ""]
+             "float32, every row of maximum length; each contender in a separate process (those of "
+             "the first table shared one). "
+             "`torch` is the papers' pipeline with transformers; `-full` recomputes the LLM's "
+             "blocks in the backward pass. The last column is the rate of model FLOPs relative to "
+             "a large matrix product in the same run.", ""]
     for r in results:
         rows = [[f"`{name}`", f"{1e3 * x['seconds']:.0f} ms", f"{x['examples_per_second']:.1f}",
                  f"{x['memory_gib']:.1f} GiB", f"{x['share_of_matmul_rate']:.0%}"]
@@ -160,7 +160,7 @@ def gpu(results: list[dict[str, Any]]) -> list[str]:
         parts += [f"{towers[r['size']]}, {r['rows']} rows:", "",
                   *table(["", "step", "examples/s", "memory", "of the matrix product's rate"],
                          rows), "",
-                  f"The fastest of ours takes {1 / r['times_faster_than_torch']:.0%} of `torch`'s "
+                  f"Our fastest takes {1 / r['times_faster_than_torch']:.0%} of `torch`'s "
                   f"time: **{r['times_faster_than_torch']:.2f}×**. {r['device']}; Python "
                   f"{r['python']}, jax {r['jax']}, torch {r['torch']}, transformers "
                   f"{r['transformers']}.", ""]
@@ -169,11 +169,11 @@ def gpu(results: list[dict[str, Any]]) -> list[str]:
 
 NOTES = """\
 `torch` is the papers' pipeline (fusion as written, full-vocabulary logits, padding to the longest
-row); `plain_jax` the same compiled by XLA, so what lies between them is the compiler's;
-`collapsed_only` and `targets_only` have one idea each; `unpacked` has both, with an example in
-every row; `jaxfusion` packs examples into rows as well. Packing is `--config.data.pack=True`: the
-papers' recipes leave it off and run as `unpacked`, so what they gain over `torch` is the ratio of
-those two rows.
+row); `plain_jax` is the same compiled by XLA, so their difference is the compiler's;
+`collapsed_only` and `targets_only` have one idea each; `unpacked` has both, with one example per
+row; `jaxfusion` also packs examples into rows. Packing is `--config.data.pack=True`: the papers'
+recipes do not use it and run as `unpacked`, so their gain over `torch` is the ratio of those two
+rows.
 """
 
 

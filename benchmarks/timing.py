@@ -1,4 +1,4 @@
-"""What the benchmarks share: alternating timing, compilation apart, and how results are written."""
+"""Benchmark helpers: alternating timing, compilation time, and output of results."""
 
 import argparse
 import json
@@ -22,8 +22,8 @@ jax.config.update("jax_platforms", "cpu")
 def alternate(contenders: dict[str, Callable[[], Any]], repeats: int) -> dict[str, list[float]]:
     """Seconds of every call, the contenders taking turns (A B A B …) after one untimed turn each.
 
-    Taking turns spreads what disturbs a shared machine over all of them. A contender's call must
-    not return before its work is done.
+    Taking turns spreads the disturbances of a shared machine over all of them. A contender's call
+    must not return before its work is done.
     """
     for call in contenders.values():
         call()
@@ -37,7 +37,7 @@ def alternate(contenders: dict[str, Callable[[], Any]], repeats: int) -> dict[st
 
 
 def compiled(jitted: Callable, *args: Any) -> tuple[Callable, float]:
-    """The program of a jitted function for these arguments, and the seconds it took to compile."""
+    """The compiled program of a jitted function for these arguments, and its compilation time."""
     start = time.perf_counter()
     program = jitted.lower(*args).compile()
     return program, time.perf_counter() - start
@@ -49,14 +49,14 @@ def medians(seconds: dict[str, list[float]]) -> dict[str, float]:
 
 
 def speedup(seconds: dict[str, list[float]], fast: str, slow: str) -> dict[str, Any]:
-    """How many times faster `fast` is: by medians, and turn by turn, which shows the spread."""
+    """How many times faster `fast` is, by medians and turn by turn, to show the spread."""
     median = medians(seconds)
     turns = zip(seconds[fast], seconds[slow], strict=True)
     return {"of_medians": median[slow] / median[fast], "of_pairs": [b / a for a, b in turns]}
 
 
 def machine() -> dict[str, Any]:
-    """What the numbers were measured on; the load average tells of others at work there."""
+    """A description of this machine; the load average shows whether others use it."""
     return {
         "cpu": _cpu_model(),
         "cores": len(os.sched_getaffinity(0)),
@@ -70,7 +70,7 @@ def machine() -> dict[str, Any]:
 
 
 def _cpu_model() -> str:
-    """The processor's name, with its family and model where a virtual machine hides the rest."""
+    """The processor's name, with family and model in case a virtual machine hides the rest."""
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     facts = dict(line.replace("\t", "").split(": ", 1) for line in lines if ": " in line)
     known = facts.get("model name", platform.machine())
@@ -78,7 +78,7 @@ def _cpu_model() -> str:
 
 
 def parser(description: str, repeats: int) -> argparse.ArgumentParser:
-    """A command line with the flags that every benchmark has."""
+    """An argument parser with the common flags of all benchmarks."""
     out = argparse.ArgumentParser(description=description.splitlines()[0])
     out.add_argument("--repeats", type=int, default=repeats, help="timed turns of each contender")
     out.add_argument("--out", type=Path, help="JSON file to write (default: standard output)")
@@ -95,7 +95,7 @@ def report(result: dict[str, Any], out: Path | None) -> None:
 
 
 def show(title: str, columns: list[str], rows: list[list[str]]) -> None:
-    """Prints a table for people, on standard error so that standard output stays JSON."""
+    """Prints a table to standard error, so that standard output stays JSON."""
     table = Table(title=title)
     for i, name in enumerate(columns):
         table.add_column(name, justify="right" if i else "left")

@@ -1,7 +1,7 @@
-"""The papers' pipeline in plain PyTorch, as its authors write it, to test and measure against.
+"""The papers' pipeline in plain PyTorch, written as by its authors, for tests and benchmarks.
 
-The fusion runs a whole transformer layer over every token's layers, the batch is padded to its
-longest row, and logits are computed over the whole vocabulary at every position.
+The fusion runs a full transformer layer over every token's layers, the batch is padded to its
+longest row, and logits are computed over the full vocabulary at every position.
 """
 
 from typing import Any

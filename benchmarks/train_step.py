@@ -1,4 +1,4 @@
-"""A whole training step of the bridge: ours, PyTorch's, and ours without its ideas.
+"""Compares a full training step of the bridge: ours, PyTorch's, and ours without its ideas.
 
     python benchmarks/train_step.py --size small --out train_step.json
 
@@ -6,12 +6,12 @@ Encoder and LLM are frozen, the Transformer Softmax and the projector train; the
 and the same for all, float32, no dropout, AdamW with clipped gradients. All take the same batch,
 one of an epoch over examples with lengths like XNLI's. The contenders:
 
-  jaxfusion       collapsed fusion, logits at target slots alone, examples packed into rows
-  unpacked        the same with an example in every row, padded to a bucket
+  jaxfusion       collapsed fusion, logits only at target slots, examples packed into rows
+  unpacked        the same with one example per row, padded to a bucket
   torch           the fusion as written, logits at every slot, padded to the longest row
-  plain_jax       what torch does, compiled by XLA: tells our ideas' gain from the compiler's
+  plain_jax       the same as torch, compiled by XLA: separates our ideas' gain from the compiler's
   collapsed_only  plain_jax with the collapsed fusion
-  targets_only    plain_jax with logits at target slots alone
+  targets_only    plain_jax with logits only at target slots
 """
 
 import math
@@ -58,7 +58,7 @@ TOLERANCE = 1e-4  # by which losses may differ from PyTorch's, relative
 
 
 class WrittenFusion(Bridge):
-    """The bridge with the fusion as its authors write it."""
+    """The bridge with the fusion as written by its authors."""
 
     def fuse(self, params: Params, batch: Batch, key: jax.Array | None = None):
         states = self.encoder.apply(
@@ -69,7 +69,7 @@ class WrittenFusion(Bridge):
 
 
 class FullLogits(Bridge):
-    """The bridge with the loss as it is usually written: logits at every slot of the decoder."""
+    """The bridge with the usual loss: logits at every slot of the decoder."""
 
     def loss(self, params: Params, batch: Batch, key: jax.Array | None = None):
         inputs = self.inputs(params, batch, key)
@@ -88,7 +88,7 @@ class PlainBridge(WrittenFusion, FullLogits):
 
 
 def written_fusion(p: Params, states: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The whole post-norm layer over `[cls, h_1 + p_1, …, h_L + p_L]` of every token.
+    """The full post-norm layer over `[cls, h_1 + p_1, …, h_L + p_L]` of every token.
 
     Args:
       p: the fusion's parameters.
@@ -119,7 +119,7 @@ def _layer_norm(p: Params, x: jax.Array) -> jax.Array:
 
 
 class JaxTrainer:
-    """Training steps of a bridge; every call carries the (donated) state one step on."""
+    """Training steps of a bridge; every call advances the (donated) state by one step."""
 
     def __init__(self, kind: type[Bridge], towers, params: Params, batch: Batch):
         bridge, flat = make_bridge(kind, towers), traverse_util.flatten_dict(params, sep="/")
@@ -175,7 +175,7 @@ def make_bridge(kind: type[Bridge], towers: tuple[MT5Config, DecoderConfig]) -> 
 
 
 def make_params(towers: tuple[MT5Config, DecoderConfig]) -> Params:
-    """Random parameters of all four parts; the towers' are those that `load_torch` reads."""
+    """Random parameters of all four parts; `load_torch` reads the same towers."""
     trained = nn.unbox(make_bridge(Bridge, towers).init(jax.random.key(0)))
     encoder, decoder = (random_params(config, seed=0) for config in towers)
     return {"encoder": encoder, "decoder": decoder, **trained}
@@ -184,7 +184,7 @@ def make_params(towers: tuple[MT5Config, DecoderConfig]) -> Params:
 def load_torch(
     towers: tuple[MT5Config, DecoderConfig], params: Params
 ) -> torch_reference.TorchBridge:
-    """The PyTorch bridge with the same parameters, the towers by way of Hugging Face files."""
+    """The PyTorch bridge with the same parameters; the towers are read from Hugging Face files."""
     with TemporaryDirectory() as place:
         paths = [Path(place) / role for role in ("encoder", "decoder")]
         for path, config in zip(paths, towers, strict=True):
@@ -222,7 +222,7 @@ def make_batches(
 ) -> tuple[list[TokenRow], dict[str, Batch]]:
     """One batch of an epoch: its examples, and their layouts by name.
 
-    The shapes of `packed` and `bucketed` serve the whole epoch; `longest` fits this batch alone.
+    The shapes of `packed` and `bucketed` fit the full epoch; `longest` fits only this batch.
     """
     bos = len(TOKENIZERS.start)
     plan = stratified_plan(np.array([len(row.query) for row in examples]), size, seed=0, epoch=0)

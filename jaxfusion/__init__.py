@@ -9,7 +9,7 @@
     jaxfusion.evaluate(Path("runs/mine"), languages=("si", "ta"))
     jaxfusion.export(Path("runs/mine"), Path("exported"), merge=True)
 
-`open_run` gives a trained bridge to experiment with. What stands on jax is imported on first use.
+`open_run` opens a trained bridge for experiments. Modules that need jax are imported on first use.
 """
 
 from importlib import import_module

@@ -1,4 +1,4 @@
-"""Work that goes on while something else does."""
+"""Work in a background thread."""
 
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -9,7 +9,7 @@ T = TypeVar("T")
 
 
 def in_background(work: Callable[[], T]) -> Future[T]:
-    """Starts the work in a thread; nobody waits for it who does not ask for its result."""
+    """Runs the work in a daemon thread; the process may exit before it finishes."""
     future: Future[T] = Future()
 
     def run() -> None:

@@ -1,4 +1,4 @@
-"""What the scripts share: plain messages, and errors as one line."""
+"""Script helpers: logging, one-line errors, exit codes."""
 
 import logging
 import os
@@ -14,10 +14,10 @@ from jaxfusion.errors import InputError, Stopped, cut
 
 
 def set_up_logging() -> None:
-    """This project's messages as plain lines on stderr; what fails in a library is raised, and said
-    once."""
+    """Logs jaxfusion's messages as plain lines on stderr and silences libraries, whose errors are
+    raised anyway."""
     absl_logging.set_verbosity(absl_logging.FATAL)
-    # That PyTorch is missing: nothing here needs it.
+    # The warning that PyTorch is missing: nothing here needs it.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     sys.unraisablehook = _say_unraisable
     handler = logging.StreamHandler(sys.stderr)
@@ -28,42 +28,41 @@ def set_up_logging() -> None:
 
 
 def _say_unraisable(unraisable) -> None:
-    # Of a checkpoint that cannot be read the first error is raised; further reads end later.
+    # If a checkpoint cannot be read, its first error is raised; other pending reads end later.
     if str(unraisable.exc_value) != "Event loop is closed":
         sys.__unraisablehook__(unraisable)
 
 
 def take_device_memory() -> None:
-    """Lets jax have most of a GPU's memory; by itself it takes three quarters. Before its import.
-    """
+    """Lets jax use most of a GPU's memory (default: 75%). Call it before jax is imported."""
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.92")
 
 
 def end_on_sigterm() -> None:
-    """From now on SIGTERM ends the process with status 75, wherever no run saves on it."""
+    """Makes SIGTERM exit with status 75 from now on, unless a run catches it to save."""
     def end(*_) -> None:
-        print("stopped by SIGTERM, with nothing to save; the same command starts again, or goes "
-              "on from what is saved", file=sys.stderr, flush=True)
+        print("stopped by SIGTERM, with nothing to save; the same command starts again, or resumes "
+              "from the last save", file=sys.stderr, flush=True)
         os._exit(Stopped.EXIT_CODE)  # an exception might be swallowed in a callback
 
     signal.signal(signal.SIGTERM, end)
 
 
 def refuse_words(argv: list[str]) -> None:
-    """Raises InputError if words without dashes stand on the command line."""
+    """Raises InputError if the command line has positional arguments."""
     if len(argv) > 1:
-        raise InputError(f"'{argv[1]}' is no flag; flags begin with --")
+        raise InputError(f"'{argv[1]}' is not a flag; flags begin with --")
 
 
 def local_path(text: str) -> Path:
     """The path of a directory or file.
 
     Raises:
-      InputError: it is an address in a cloud, or a name that no file can have.
+      InputError: it is a cloud address, or not a valid file name.
     """
     if "://" in text:
-        raise InputError(f"{text} is an address, wanted a path: mount the bucket, as with gcsfuse "
-                         "(docs/scaling.md), and give the place where it is mounted")
+        raise InputError(f"{text} is an address, expected a path: mount the bucket, for example "
+                         "with gcsfuse (docs/scaling.md), and give the mounted path")
     try:
         Path(text).exists()
     except OSError as error:
@@ -72,8 +71,8 @@ def local_path(text: str) -> Path:
 
 
 def run_main(main: Callable[[list[str]], None]) -> None:
-    """Runs a script; what the user gave wrong ends it with one line and exit status 1, SIGTERM
-    with status 75 once all is saved."""
+    """Runs a script; an InputError exits with one line and status 1, SIGTERM with status 75 once
+    everything is saved."""
     try:
         app.run(main, flags_parser=_parse_flags)
     except InputError as error:
@@ -84,12 +83,12 @@ def run_main(main: Callable[[list[str]], None]) -> None:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(128 + signal.SIGINT)
-    except OSError as error:  # a full disk, a place that may not be written
+    except OSError as error:  # a full disk, missing write permission
         sys.exit(f"error: {error}")
 
 
 def _parse_flags(argv: list[str]) -> list[str]:
-    """The words that are no flags. Config files run while flags are parsed; so do overrides."""
+    """The positional arguments. Parsing flags runs config files and applies overrides."""
     try:
         return flags.FLAGS(argv)
     except InputError:
@@ -98,12 +97,12 @@ def _parse_flags(argv: list[str]) -> list[str]:
         first = error
         while first.__context__ is not None:
             first = first.__context__
-        if isinstance(first, InputError):  # which the libraries wrap
+        if isinstance(first, InputError):  # wrapped by the libraries
             raise InputError(str(first)) from None
         text = str(error.args[0] if isinstance(error, KeyError) else error)
         if text.strip("\"'").isidentifier():  # ml_collections' own KeyError
             name = text.strip("\"'")
             text = f"the config has no field '{name}'; its fields are in jaxfusion/fields.py"
-        if "Traceback" in text:  # a config file that fails: where and how it did is the last line
+        if "Traceback" in text:  # a config file failed: the last line has the error
             text = text.strip().splitlines()[-1]
         raise InputError(cut(" ".join(text.split()))) from None

@@ -1,53 +1,53 @@
-"""The one error that users see: a line that says what was got, wanted, and how to mend it."""
+"""The one error that users see: one line with what was expected, what was given and the fix."""
 
 import difflib
 import re
 from collections.abc import Iterable
 
-# What would break a line, or could not be printed at all: halves of characters.
+# Characters that would break the line, and surrogates, which cannot be printed.
 BREAKS = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
-MOST_CHARACTERS = 300  # of a library's message, or of names in a row
+MOST_CHARACTERS = 300  # of a library's message or of a list of names
 
 
 class InputError(ValueError):
-    """Something the user gave is wrong. The scripts print its text alone, without a traceback.
+    """Invalid user input. The scripts print its text alone, without a traceback.
 
-    Whatever names and values of others stand in the text, it is one line.
+    The text is always one line, whatever names and values it contains.
     """
 
     def __init__(self, text: str):
-        super().__init__(BREAKS.sub(lambda found: ascii(found[0])[1:-1], text))
+        super().__init__(BREAKS.sub(lambda match: ascii(match[0])[1:-1], text))
 
 
 class Stopped(Exception):
-    """SIGTERM came: the run is saved, and the same command goes on with it."""
+    """SIGTERM was received: the run is saved, and the same command resumes it."""
 
     EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: try again
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an exception's message, or its name where it has none."""
+    """The first line of an exception's message, or its type if the message is empty."""
     return cut(next(iter(str(error).splitlines()), type(error).__name__))
 
 
 def cut(text: str) -> str:
-    """So much of a text as a line can take."""
+    """A text truncated to the length of a line."""
     return text if len(text) <= MOST_CHARACTERS else f"{text[:MOST_CHARACTERS]} …"
 
 
 def listed(names: Iterable[str]) -> str:
-    """Names apart by commas, so many as a line can take."""
+    """Comma-separated names, truncated to the length of a line."""
     return cut(", ".join(map(str, names)))
 
 
 def near_match(name: str, options: Iterable[str]) -> str:
     """`" (did you mean 'x'?)"` for the option closest to `name`, or an empty string."""
-    found = difflib.get_close_matches(name, list(options), n=1, cutoff=0.5)
-    return f" (did you mean '{found[0]}'?)" if found else ""
+    matches = difflib.get_close_matches(name, list(options), n=1, cutoff=0.5)
+    return f" (did you mean '{matches[0]}'?)" if matches else ""
 
 
 def choose(what: str, name: str, options: Iterable[str]) -> str:
-    """`name`, if it is one of `options`; raises InputError with the near match if not."""
+    """`name`, if it is one of `options`; otherwise raises InputError with the closest match."""
     options = list(options)
     if name not in options:
         raise InputError(

@@ -1,4 +1,4 @@
-"""Files and directories that are whole or not there, each with one writer at a time."""
+"""Atomic files and directories, with checksums and one writer at a time."""
 
 import errno
 import fcntl
@@ -22,36 +22,36 @@ from jaxfusion.errors import InputError, first_line
 
 logger = logging.getLogger(__name__)
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-WRITER = ".writer"  # the note in a workdir of who writes there
+WRITER = ".writer"  # the file in a workdir that names its writer
 
 
 def read_object(file: Path) -> dict[str, Any]:
-    """The JSON object that a file of others holds.
+    """The JSON object in a file that this library did not write.
 
     Raises:
-      InputError: the file is missing, not UTF-8, not JSON, or another value.
+      InputError: the file is missing, not UTF-8, not JSON, or not an object.
     """
     try:
-        found = json.loads(file.read_text("utf-8"))
+        content = json.loads(file.read_text("utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{file} is not JSON ({first_line(error)})") from None
-    if not isinstance(found, dict):
-        raise InputError(f"{file} is not a JSON object but a {type(found).__name__}")
-    return found
+    if not isinstance(content, dict):
+        raise InputError(f"{file} is not a JSON object but a {type(content).__name__}")
+    return content
 
 
 def write_whole(file: Path, content: str | bytes) -> None:
-    """Writes a file that appears, or takes its new content, all at once.
+    """Writes a file atomically.
 
     Raises:
       InputError: the disk is full.
     """
     partial = file.with_name(f".{file.name}.partial")
-    partial.unlink(missing_ok=True)  # of a process that was killed
+    partial.unlink(missing_ok=True)  # left by a killed process
     data = content.encode("utf-8") if isinstance(content, str) else content
     with no_room(file):
         try:
-            # A link that somebody put there is not followed.
+            # "x" does not follow an existing link.
             with partial.open("xb") as opened:
                 opened.write(data)
             partial.rename(file)
@@ -61,15 +61,15 @@ def write_whole(file: Path, content: str | bytes) -> None:
 
 
 def sum_of(file: Path) -> Path:
-    """The file beside another that holds the length and digest of what was written there."""
+    """The file next to another that holds the length and digest of its content."""
     return file.with_name(f".{file.name}.sum")
 
 
 def write_checked(file: Path, content: str | bytes) -> None:
-    """As `write_whole`, of a file that is read back: what was written is noted beside it."""
+    """As `write_whole`, and records a checksum for `read_checked` next to the file."""
     data = content.encode("utf-8") if isinstance(content, str) else content
     old = []
-    if file.is_file():  # until it takes its new content, it has the old one
+    if file.is_file():  # the old content stays valid until the rename
         now, noted = length_and_digest(file.read_bytes()), _read_sums(file)
         old = [now] if noted is None or now in noted else noted[:1]
     note_sums(file, [length_and_digest(data), *old])
@@ -77,17 +77,17 @@ def write_checked(file: Path, content: str | bytes) -> None:
 
 
 def note_sums(file: Path, sums: list[list[Any]]) -> None:
-    """Notes the contents that a file may have."""
+    """Records the contents that a file may have."""
     write_whole(sum_of(file), json.dumps(sums) + "\n")
 
 
 def length_and_digest(data: bytes) -> list[Any]:
-    """What is noted of a content."""
+    """The checksum of a content: its length and digest."""
     return [len(data), blake2b(data, digest_size=16).hexdigest()]
 
 
 def _read_sums(file: Path) -> list[list[Any]] | None:
-    """The contents that a file may have; None where that was never noted."""
+    """The recorded checksums of a file; None if there are none."""
     try:
         return [[int(size), str(digest)]
                 for size, digest in json.loads(sum_of(file).read_text("utf-8"))]
@@ -98,10 +98,10 @@ def _read_sums(file: Path) -> list[list[Any]] | None:
 
 
 def is_as_written(file: Path, data: bytes, grows: bool = False) -> bool:
-    """Whether a file's content is one that was noted; true where none was, as by others.
+    """Whether a file's content matches a recorded checksum; True if none is recorded.
 
     Args:
-      grows: more may follow what was noted.
+      grows: more content may follow what the checksum covers.
     """
     sums = _read_sums(file)
     return sums is None or any(
@@ -110,56 +110,56 @@ def is_as_written(file: Path, data: bytes, grows: bool = False) -> bool:
 
 
 def read_checked(file: Path, repair: str) -> bytes:
-    """What `write_checked` wrote, or a file of others.
+    """The content of a file, checked against its checksum if it has one.
 
     Args:
-      repair: what to do where it is damaged.
+      repair: what to do if the file is damaged.
 
     Raises:
-      InputError: it is not what was written.
+      InputError: the file does not match its checksum.
     """
     data = file.read_bytes()
     if not is_as_written(file, data):
-        raise InputError(f"{file} is damaged: it is not what was written; {repair} (if it was "
-                         f"changed on purpose, remove {sum_of(file).name} beside it)")
+        raise InputError(f"{file} is damaged: it does not match its checksum; {repair} (if you "
+                         f"changed it on purpose, remove {sum_of(file).name} next to it)")
     return data
 
 
 def read_json(file: Path, repair: str) -> dict[str, Any]:
-    """The JSON object that `write_checked` wrote, or one of others.
+    """The JSON object in a file, checked as in `read_checked`.
 
     Raises:
-      InputError: it is damaged.
+      InputError: the file is damaged.
     """
     try:
-        found = json.loads(read_checked(file, repair))
+        content = json.loads(read_checked(file, repair))
     except InputError:
         raise
     except (ValueError, RecursionError) as error:
         raise InputError(f"{file} is damaged ({first_line(error)}): {repair}") from None
-    if not isinstance(found, dict):
+    if not isinstance(content, dict):
         raise InputError(f"{file} is damaged, expected a JSON object: {repair}")
-    return found
+    return content
 
 
 @contextmanager
 def no_room(place: Path) -> Iterator[None]:
-    """Says in one line that the disk is full, whatever says so inside.
+    """Turns any error about a full disk inside the block into one line.
 
     Raises:
-      InputError: it is.
+      InputError: the disk is full.
     """
     try:
         yield
     except Exception as error:
         if isinstance(error, InputError) or not _is_full(error):
             raise
-        raise InputError(f"{place} could not be written: {_room(place)}; free some, and start the "
-                         "same command again") from error
+        raise InputError(f"{place} could not be written: {_room(place)}; free some space and run "
+                         "the same command again") from error
 
 
 def _is_full(error: BaseException | None) -> bool:
-    """Whether this error, or one that it came of, is that of a full disk; libraries wrap it."""
+    """Whether this error, or one that it wraps, reports a full disk."""
     while error is not None:
         texts = [os.strerror(number) for number in NO_ROOM]
         if getattr(error, "errno", None) in NO_ROOM or any(x in str(error) for x in texts):
@@ -171,26 +171,25 @@ def _is_full(error: BaseException | None) -> bool:
 def _room(place: Path) -> str:
     place = next(x for x in (place, *place.absolute().parents) if x.exists())
     free = shutil.disk_usage(place).free
-    return f"no space left, {free / 2**20:,.1f} MiB are free on the disk of {place}"
+    return f"no space left, {free / 2**20:,.1f} MiB free on the disk of {place}"
 
 
 @contextmanager
 def only_writer(note: Path, what: Path, wait: bool = False) -> Iterator[bool]:
     """Keeps other processes from writing to the same place while the block runs.
 
-    The note names who writes; it is locked, and removed at the end. A process that is killed
-    holds no lock. Locks of NFS reach other hosts; on a file system without locks there is a
-    warning, and none is held.
+    The note names the writer; it is locked, and removed at the end. A killed process releases its
+    lock. NFS locks work across hosts; a file system without locks gives a warning and no lock.
 
     Args:
-      note: the file. what: the place that it is for, to be named in messages.
-      wait: until the other one is done, in place of the error.
+      note: the file. what: what it protects, for messages.
+      wait: wait for the other process instead of raising.
 
     Yields:
       Whether the lock is held.
 
     Raises:
-      InputError: another process writes there; it is named.
+      InputError: another process is writing; the message names it.
     """
     lock = _take(note, what, wait)
     if lock is None:
@@ -199,13 +198,13 @@ def only_writer(note: Path, what: Path, wait: bool = False) -> Iterator[bool]:
     try:
         yield True
     finally:
-        note.unlink(missing_ok=True)  # while it is locked: who waits for it looks again
+        note.unlink(missing_ok=True)  # while it is locked: a waiting process checks again
         os.close(lock)
 
 
 def _take(file: Path, what: Path, wait: bool) -> int | None:
-    """The locked note, open; None where files cannot be locked."""
-    said = False
+    """The locked note, open; None if files cannot be locked."""
+    reported = False
     while True:
         with no_room(file):
             lock = os.open(file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
@@ -214,26 +213,26 @@ def _take(file: Path, what: Path, wait: bool) -> int | None:
         except BlockingIOError:
             os.close(lock)
             if not wait:
-                raise InputError(f"{what} is being written by {_holder(file)}; wait for its end, "
-                                 "or stop it") from None
-            if not said:
-                logger.info("waiting for %s, which writes %s", _holder(file), what)
-            said = True
+                raise InputError(f"{what} is being written by {_holder(file)}; wait for it to "
+                                 "finish, or stop it") from None
+            if not reported:
+                logger.info("waiting for %s, which is writing %s", _holder(file), what)
+            reported = True
             time.sleep(0.2)
             continue
         except OSError as error:
             os.close(lock)
             file.unlink(missing_ok=True)
-            logger.warning("%s cannot be locked (%s): see to it that no other process writes there",
+            logger.warning("%s cannot be locked (%s): make sure that no other process writes to it",
                            what, error.strerror)
             return None
         if _is_same(lock, file):
             break
-        os.close(lock)  # its holder has taken it away meanwhile
+        os.close(lock)  # its holder removed it meanwhile
     holder = {"host": socket.gethostname(), "pid": os.getpid(),
               "since": datetime.now().astimezone().isoformat(timespec="seconds")}
     os.ftruncate(lock, 0)
-    with suppress(OSError):  # a full disk: the lock holds without a name
+    with suppress(OSError):  # on a full disk the lock works without a name
         os.pwrite(lock, json.dumps(holder).encode(), 0)
     return lock
 
@@ -247,30 +246,31 @@ def _is_same(lock: int, file: Path) -> bool:
 
 def _holder(file: Path) -> str:
     try:
-        found = json.loads(file.read_text("utf-8"))
-        return f"process {found['pid']} on {found['host']} since {found['since']}"
+        holder = json.loads(file.read_text("utf-8"))
+        return f"process {holder['pid']} on {holder['host']} since {holder['since']}"
     except (OSError, ValueError, KeyError, TypeError):
         return "another process"
 
 
 def note_of(file: Path) -> Path:
-    """The note beside a file or directory that names who writes it."""
+    """The note next to a file or directory that names its writer."""
     return file.with_name(f".{file.name}{WRITER}")
 
 
 @contextmanager
 def new_directory(out: Path, overwrite: bool = False) -> Iterator[Path]:
-    """A directory that appears under its name only when the block ends well.
+    """A directory that appears under its name only when the block succeeds.
 
-    Of two processes that write the same one each writes its own, and the last one to end replaces
-    the other's or finds the name taken. What one that was killed has left goes.
+    Two processes that write the same directory each write their own copy; the last one to finish
+    replaces the other's, or fails because the name is taken. Leftovers of killed processes are
+    removed.
 
     Args:
-      overwrite: it takes the place of what is there once it is whole.
+      overwrite: replace an existing directory once the new one is complete.
 
     Raises:
-      InputError: the name is taken by something other than an empty directory, or runs would be
-        removed; the disk is full.
+      InputError: the name is taken by anything but an empty directory, a run would be removed, or
+        the disk is full.
     """
     _check_runs(out)
     out = out.absolute()
@@ -281,13 +281,13 @@ def new_directory(out: Path, overwrite: bool = False) -> Iterator[Path]:
     _check_free(out, overwrite)
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = out.with_name(f".{out.name}.partial-{os.getpid()}-{token_hex(4)}")
-    # Locked as long as it is written: what is not may be cleared.
+    # Locked while it is written: unlocked leftovers may be removed.
     with only_writer(note_of(partial), partial):
         partial.mkdir()
         try:
             with no_room(out):
                 yield partial
-            # Nothing waits for another process inside of this, so that it may wait itself.
+            # Nothing inside waits for another process, so waiting here cannot deadlock.
             with only_writer(note_of(out), out, wait=True):
                 _check_free(out, overwrite)
                 _swap(partial, out)
@@ -297,7 +297,7 @@ def new_directory(out: Path, overwrite: bool = False) -> Iterator[Path]:
 
 
 def _swap(partial: Path, out: Path) -> None:
-    """Puts a directory in the place of another one, or of none."""
+    """Moves a directory to its final name, replacing an existing one."""
     if not out.exists():
         partial.rename(out)
         return
@@ -319,18 +319,19 @@ def _check_free(out: Path, overwrite: bool) -> None:
 
 
 def _check_runs(out: Path) -> None:
-    """Raises InputError where a directory holds a run, or is where a run keeps its checkpoints."""
-    whole = out.resolve()
-    of = {place.parent for place in (whole, *whole.parents) if place.name == "checkpoints"}
-    of |= {place.parent for place in whole.rglob("checkpoints") if place.is_dir()}
-    for workdir in sorted(of):
+    """Raises InputError if a directory contains a run or is inside a run's checkpoints."""
+    resolved = out.resolve()
+    workdirs = {place.parent for place in (resolved, *resolved.parents)
+                if place.name == "checkpoints"}
+    workdirs |= {place.parent for place in resolved.rglob("checkpoints") if place.is_dir()}
+    for workdir in sorted(workdirs):
         if (workdir / "config.json").is_file():
-            raise InputError(f"{out} has to do with the run {workdir}: its checkpoints would be "
+            raise InputError(f"{out} belongs to the run {workdir}: its checkpoints would be "
                              "removed or mixed with others; give another directory")
 
 
 def _clear(out: Path) -> None:
-    """Removes what killed processes have left of `out`; nobody else puts it in its place now."""
+    """Removes leftovers of `out` by killed processes; the caller holds the lock."""
     name = re.compile(rf"\.{re.escape(out.name)}\.(partial|old)-\d+(-[0-9a-f]{{8}})?")
     for left in [path for path in out.parent.iterdir() if name.fullmatch(path.name)]:
         if ".old-" in left.name and not out.exists():
@@ -341,4 +342,4 @@ def _clear(out: Path) -> None:
                 shutil.rmtree(left, ignore_errors=True)
     for note in out.parent.glob(f".{glob.escape(f'.{out.name}.partial-')}*{WRITER}"):
         with suppress(InputError), only_writer(note, out):
-            pass  # which removes the note of one that is gone
+            pass  # leaving the block removes the note of a dead process

@@ -1,4 +1,4 @@
-"""What the notebooks share: the device found, models that fit it, and refusals of one line."""
+"""Notebook helpers: the device, models that fit it, and one-line errors."""
 
 import logging
 import os
@@ -13,12 +13,12 @@ from jaxfusion.cli import set_up_logging
 from jaxfusion.errors import InputError, first_line
 
 GIB = 2.0**30
-# Training a bridge or moving languages takes, by rule of thumb, so many times the weights.
+# Rule of thumb: memory to train a bridge or run Lens, as a multiple of the weights.
 ROOM = 2.0
-UNKNOWN = 8 * GIB  # memory of a device that does not tell: as little as Colab's have
+UNKNOWN = 8 * GIB  # assumed if a device does not report its memory: the least that Colab has
 DRIVE = Path("/content/drive")
 OTHER_RUNTIME = "choose Runtime > Change runtime type > v5e-1 TPU or T4 GPU"
-# Encoder and LLM, the largest first; none of them is gated.
+# Encoder and LLM, largest first; none of them is gated.
 BRIDGES = (
     ("google/mt5-xl", "Qwen/Qwen2.5-7B-Instruct"),
     ("google/mt5-large", "Qwen/Qwen2.5-1.5B-Instruct"),
@@ -31,10 +31,10 @@ Models = tuple[str | None, str]  # encoder (None: the LLM alone) and LLM
 
 @dataclass(frozen=True)
 class Device:
-    """What jax computes on.
+    """The devices that jax uses.
 
     Attributes:
-      name: jax's. count: how many there are. memory: bytes of each; None on a CPU.
+      name: jax's. count: number of devices. memory: bytes of each; None on a CPU.
     """
 
     name: str
@@ -47,14 +47,14 @@ class Device:
 
 
 def start(pocket: bool) -> Device:
-    """Makes messages plain and errors one line, and finds the device.
+    """Sets up logging and one-line errors, and returns the device.
 
     Raises:
-      InputError: another jax than is wanted, or no accelerator for real models.
+      InputError: an unsupported version of jax, or no accelerator for real models.
     """
     # jax reserves three quarters of a GPU's memory unless told otherwise.
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.92")
-    # Progress bars are text where ipywidgets are missing; nothing else is lost.
+    # Without ipywidgets progress bars are text; nothing else is lost.
     warnings.filterwarnings("ignore", message="IProgress not found")
     set_up_logging()
     logging.getLogger("jaxfusion").handlers[0].setStream(sys.stdout)
@@ -66,7 +66,7 @@ def start(pocket: bool) -> Device:
 
 
 def _one_line_errors() -> None:
-    """What the user gave wrong ends a cell with its line alone, without a traceback."""
+    """Makes an InputError end a cell with its message alone, without a traceback."""
     from IPython import get_ipython
 
     def show(shell, kind, error, trace, tb_offset=None):
@@ -77,31 +77,32 @@ def _one_line_errors() -> None:
 
 
 def check_jax() -> None:
-    """Raises InputError unless the jax that is loaded is the one that this project wants."""
+    """Raises InputError unless the installed jax is a supported one and loads."""
     from packaging.requirements import Requirement
 
-    found = metadata.version("jax")
-    wanted = next(x for x in map(Requirement, metadata.requires("jaxfusion")) if x.name == "jax")
-    if found not in wanted.specifier:
-        raise InputError(f"this runtime has jax {found}, jaxfusion wants jax {wanted.specifier}: "
-                         "run the install cell, then Runtime > Restart session and run all")
-    again = "choose Runtime > Restart session, then run all cells"
+    installed = metadata.version("jax")
+    required = next(x for x in map(Requirement, metadata.requires("jaxfusion")) if x.name == "jax")
+    if installed not in required.specifier:
+        raise InputError(f"this runtime has jax {installed}, jaxfusion needs jax "
+                         f"{required.specifier}: run the install cell, then Runtime > Restart "
+                         "session and run all")
+    restart = "choose Runtime > Restart session, then run all cells"
     try:
         import jax
         import jax.numpy
     except (ImportError, AttributeError, RuntimeError) as error:
-        raise InputError(f"jax {found} does not load beside what this runtime had before "
-                         f"({first_line(error)}): {again}") from None
-    if jax.__version__ != found:
-        raise InputError(f"jax {jax.__version__} was loaded before jax {found} was installed: "
-                         f"{again}")
+        raise InputError(f"jax {installed} does not load next to this runtime's other packages "
+                         f"({first_line(error)}): {restart}") from None
+    if jax.__version__ != installed:
+        raise InputError(f"jax {jax.__version__} was loaded before jax {installed} was installed: "
+                         f"{restart}")
 
 
 def find_device(pocket: bool) -> Device:
-    """The first device and the number of its kind.
+    """The first device, and how many there are.
 
     Raises:
-      InputError: jax finds none, or a CPU alone, which is for pocket models only.
+      InputError: jax finds no device, or only a CPU, which is enough for pocket models alone.
     """
     import jax
 
@@ -115,19 +116,19 @@ def find_device(pocket: bool) -> Device:
     if devices[0].platform == "cpu":
         if pocket:
             return Device("CPU", len(devices), None)
-        raise InputError(f"no TPU or GPU is here: {OTHER_RUNTIME} and run all cells; on a CPU set "
-                         "POCKET = True in the first cell, for the pocket models")
-    told = (devices[0].memory_stats() or {}).get("bytes_limit")
+        raise InputError(f"no TPU or GPU found: {OTHER_RUNTIME} and run all cells; on a CPU set "
+                         "POCKET = True in the first cell to use the pocket models")
+    limit = (devices[0].memory_stats() or {}).get("bytes_limit")
     chip = chip_of(devices[0])
     return Device(devices[0].device_kind, len(devices),
-                  float(told or (chip.memory if chip else UNKNOWN)))
+                  float(limit or (chip.memory if chip else UNKNOWN)))
 
 
 def weights(encoder: str | None, llm: str) -> float:
     """Bytes of the models' weights in bfloat16, from their shapes.
 
     Raises:
-      InputError: the shape of one is neither known nor to be had from the hub.
+      InputError: a shape is not known, and the hub does not have it either.
     """
     from jaxfusion.hf.known_shapes import backbone_size
 
@@ -136,10 +137,10 @@ def weights(encoder: str | None, llm: str) -> float:
 
 
 def pick_models(device: Device, known: Sequence[Models], wanted: Models | None = None) -> Models:
-    """The models that were asked for, or the largest of the known ones that fit; and says so.
+    """The requested models, or the largest known ones that fit; prints the choice.
 
     Raises:
-      InputError: they do not fit the device's memory, or the hub does not give them.
+      InputError: they do not fit the device's memory, or the hub denies access.
     """
     fitting = [models for models in known if ROOM * weights(*models) <= device.memory]
     instead = _named(fitting[0]) if fitting else "pocket models, with POCKET = True"
@@ -160,10 +161,10 @@ def _named(models: Models) -> str:
 
 
 def check_access(name: str, instead: str) -> None:
-    """Raises InputError unless a checkpoint is a directory, or the hub gives it.
+    """Raises InputError unless a checkpoint is a directory, is cached, or can be downloaded.
 
     Args:
-      instead: what to choose where a licence is missing.
+      instead: what the message suggests if access is denied.
     """
     from huggingface_hub import auth_check, errors, try_to_load_from_cache
 
@@ -172,13 +173,13 @@ def check_access(name: str, instead: str) -> None:
     if Path(name).is_dir() or isinstance(try_to_load_from_cache(name, "config.json"), str):
         return
     if not hub_in_reach():
-        raise InputError(f"the Hugging Face hub cannot be reached, and {name} is not here: connect "
-                         "this runtime to the internet, or give a directory that holds the model")
+        raise InputError(f"the Hugging Face hub cannot be reached, and {name} is not cached: "
+                         "connect this runtime to the internet, or give a directory with the model")
     try:
         auth_check(name)
     except errors.GatedRepoError:
         raise InputError(
-            f"{name} is gated and no token here opens it: accept its licence at "
+            f"{name} is gated and no token here has access: accept its licence at "
             f"https://huggingface.co/{name} and put a token into Colab's secret HF_TOKEN (or run "
             f"hf auth login); or choose {instead}, which is open") from None
     except errors.RepositoryNotFoundError:
@@ -187,13 +188,13 @@ def check_access(name: str, instead: str) -> None:
 
 
 def converted(checkpoint: str) -> str:
-    """A pickle of the hub as a directory of safetensors, made once.
+    """A directory with a hub's pickled checkpoint as safetensors, converted once.
 
     Args:
-      checkpoint: a hub id; or what this returned in a session that is gone, to have it again.
+      checkpoint: a hub id, or a path that an earlier session returned.
 
     Raises:
-      InputError: the hub does not give it, or PyTorch is missing.
+      InputError: the hub denies access, or PyTorch is missing.
     """
     from jaxfusion.hf.convert import convert
 
@@ -205,8 +206,8 @@ def converted(checkpoint: str) -> str:
         if not out.is_dir():
             convert(name, out)
     except ModuleNotFoundError as error:
-        raise InputError(f"{error.name} is missing, which reads the pickles of {name}: run "
-                         "%pip install torch, then this cell again") from None
+        raise InputError(f"{error.name} is missing; it is needed to read the pickles of {name}: "
+                         "run %pip install torch, then this cell again") from None
     return str(out)
 
 
@@ -214,19 +215,19 @@ def pocket_model(name: str) -> str:
     """The directory of a pocket model: encoder, decoder or lens_decoder.
 
     Raises:
-      InputError: this project was installed without its checkout.
+      InputError: the package was installed without its repository.
     """
-    found = Path(__file__).resolve().parents[1] / "pocket" / name
-    if not found.is_dir():
-        raise InputError(f"{found} is missing: the pocket models come with the repository; clone "
+    path = Path(__file__).resolve().parents[1] / "pocket" / name
+    if not path.is_dir():
+        raise InputError(f"{path} is missing: the pocket models come with the repository; clone "
                          "it and install it from there (pip install -e .)")
-    return str(found)
+    return str(path)
 
 
 def work_folder(name: str, pocket: bool) -> Path:
-    """Where a notebook keeps its runs: on Google Drive in Colab, else in `runs/` here.
+    """The directory of a notebook's runs: on Google Drive in Colab, otherwise `runs/`.
 
-    A session that dies leaves them there, and the same cells go on with them.
+    After a session ends, the same cells resume the runs.
     """
     if "google.colab" in sys.modules and not pocket:
         from google.colab import drive

@@ -166,7 +166,7 @@ for language, sentence in SENTENCES.items():
 # are read as the bridge reads them, prompt and all, and some share a premise.
 
 # %%
-from jaxfusion.evaluation.layers import found_translations
+from jaxfusion.evaluation.layers import retrieval_accuracy
 from jaxfusion.reports.pictures import draw_by_layer, draw_sentences
 
 rows = read_rows(bridge.model.config, (), LANGUAGES, ROWS, None)[TASK]
@@ -174,7 +174,7 @@ texts = {language: [row.query for row in found] for language, found in rows.item
 states = {language: bridge.states_of(found) for language, found in texts.items()}
 searched, *others = LANGUAGES
 found = {
-    title: {x: found_translations(states[x], states[searched], centred) for x in others}
+    title: {x: retrieval_accuracy(states[x], states[searched], centred) for x in others}
     for title, centred in (("as they are", False), ("without each language's mean", True))
 }
 draw_by_layer(found, f"rows whose translation in {searched} is nearest, %", WORK / "retrieval.png")

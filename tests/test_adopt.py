@@ -186,11 +186,11 @@ def read_as_langbridge(out):
 def test_langbridge_knows_what_it_is_to_make(tiny, tmp_path):
     """Finding 28: a name that LangBridge does not take is refused, with the way out."""
     make_run(tmp_path / "run", tiny)
-    with pytest.raises(InputError, match=r"a name with 'mt5' in it, got .*; give --enc"):
+    with pytest.raises(InputError, match=r"'mt5' in this encoder's name, got .*; set --enc"):
         export_langbridge(tmp_path / "run", tmp_path / "out", lm=NAMES["lm"])
-    with pytest.raises(InputError, match=r"microsoft/Orca-2, .*, got /.*decoder; give --lm"):
+    with pytest.raises(InputError, match=r"microsoft/Orca-2, .*, got /.*decoder; set --lm"):
         export_langbridge(tmp_path / "run", tmp_path / "out", enc=NAMES["enc"])
-    with pytest.raises(InputError, match=r"got mistralai/Mistral-7B-v0\.1; give --lm"):
+    with pytest.raises(InputError, match=r"got mistralai/Mistral-7B-v0\.1; set --lm"):
         export_langbridge(tmp_path / "run", tmp_path / "out", enc=NAMES["enc"],
                           lm="mistralai/Mistral-7B-v0.1")
     assert not (tmp_path / "out").exists()
@@ -208,7 +208,7 @@ def test_langbridge_has_few_families(case, family, tiny, tmp_path):
         export_langbridge(tmp_path / "run", tmp_path / "out", **names)
         assert read_as_langbridge(tmp_path / "out") == ("mt5", "mistral")
         return
-    with pytest.raises(InputError, match=r"llama and mistral, .* is of qwen3: use --format jax"):
+    with pytest.raises(InputError, match=r"llama and mistral, .* is a qwen3: use --format jax"):
         export_langbridge(tmp_path / "run", tmp_path / "out", **NAMES)
 
 
@@ -233,12 +233,12 @@ def test_whitespace_has_the_ids_of_langbridges_tokenizer():
 
 def test_langbridge_has_no_fusion(tiny, tmp_path):
     make_run(tmp_path / "run", tiny, "global_softmax", "ffn")
-    with pytest.raises(InputError, match="LangBridge has fusion 'last' with linear, ffn, resam"):
+    with pytest.raises(InputError, match="supports fusion 'last' with linear, ffn, resam"):
         export_langbridge(tmp_path / "run", tmp_path / "out")
 
 
 def test_what_is_no_bridge_is_named(tiny, tmp_path):
-    with pytest.raises(InputError, match="is no bridge: wanted tensors"):
+    with pytest.raises(InputError, match="is not a bridge: expected tensors"):
         adopt(str(tiny / "decoder"), tmp_path / "run")
     assert not (tmp_path / "run").exists()
     make_run(tmp_path / "mine", tiny)

@@ -107,7 +107,7 @@ def test_a_cap_of_the_scores_is_not_lost(tiny, tmp_path):
     write_family("gemma2", tiny, tmp_path / "llm")
     make_run(tmp_path / "run", tiny, decoder=tmp_path / "llm")
     export(tmp_path / "run", tmp_path / "out")
-    with pytest.raises(ValueError, match="leaves out the cap"):
+    with pytest.raises(ValueError, match="ignores the cap"):
         clients.load(tmp_path / "out", attn_implementation="sdpa")
     assert clients.load(tmp_path / "out").decoder.config._attn_implementation == "eager"
 

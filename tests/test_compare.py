@@ -181,7 +181,7 @@ def test_known_words_are_not_called_unknown():
 def test_a_comparison_that_cannot_start_leaves_nothing(debug_run, tmp_path):
     config = debug_run[2]
     encoder = replace(config.base.encoder, checkpoint="/no/where")
-    with pytest.raises(InputError, match="neither a directory here nor a hub id"):
+    with pytest.raises(InputError, match="neither a directory nor a hub id"):
         compare(replace(config, base=replace(config.base, encoder=encoder)), tmp_path / "run")
     assert not (tmp_path / "run").exists()
     with pytest.raises(InputError, match="has no language 'hindi'"):
@@ -234,8 +234,8 @@ def test_runs_of_a_comparison_keep_its_groups(tmp_path):
     places = [str(tmp_path / name / "seed_0") for name in ("one", "two")]
     (found,) = compare_runs(read_models(places))
     assert found.groups == {"far": ("si",)}
-    assert found.notes == ("Recipes were chosen on ta; no mean has them.",)
+    assert found.notes == ("Recipes were chosen on ta; means exclude them.",)
     (tmp_path / "config.json").write_text(json.dumps({**comparison, "groups": {}}))
     (found,) = compare_runs(read_models(places))
     assert found.groups == {"all": ("en", "si")}
-    assert found.notes == ("Recipes were chosen on ta; no mean has them.",)
+    assert found.notes == ("Recipes were chosen on ta; means exclude them.",)

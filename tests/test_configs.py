@@ -116,7 +116,7 @@ def run_script(*words):
     (["--config=configs/xnli_paper.py:debug", "--config.fusion.name=globalsoftmax"],
      "did you mean 'global_softmax'?"),
     (["--config=configs/xnli_paper.py:debug", "--config.encoder.checkpoint=/no/where"],
-     "neither a directory here nor a hub id"),
+     "neither a directory nor a hub id"),
     (["--config=configs/xnli_paper.py:debug", "--config.train.batch_size=many"], "many"),
     (["--config=configs/xnli_paper.py:globl_softmax"], "did you mean 'global_softmax'?"),
     (["--config=configs/absent.py"], "absent.py"),

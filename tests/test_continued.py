@@ -91,7 +91,7 @@ def test_long_texts_are_split_soon(tokenizers):
                            max_encoder_tokens=50, max_decoder_tokens=50, seed=0)
     assert all(len(row.target) == 50 for row in texts.at(0))
     assert time.monotonic() - clock < 6
-    with pytest.raises(InputError, match="none of the 2 texts has two tokens"):
+    with pytest.raises(InputError, match="none of the 2 texts has two encoder tokens"):
         tokenize_texts([Example("x", "", -1)] * 2, tokenizers, max_encoder_tokens=9,
                        max_decoder_tokens=9, seed=0)
 
@@ -126,7 +126,7 @@ def test_a_run_on_text_resumes_exactly_and_is_kept_by_its_likelihood(tmp_path, c
     again = jax.device_get(train(config, workdir))
     assert int(again.step) == 4
     assert jax.tree.all(jax.tree.map(np.array_equal, whole.trainable, again.trainable))
-    with pytest.raises(InputError, match="task 'plain' is text to learn from, where nothing can"):
+    with pytest.raises(InputError, match="task 'plain' is unlabelled text and cannot be scored"):
         evaluate(workdir)
 
 

@@ -229,7 +229,7 @@ def test_a_config_that_was_changed_says_how_to_go_on(copy):
     """Finding 34: a workdir may have been moved, and the paths in it with it."""
     file = copy / "config.json"
     file.write_text(file.read_text().replace('"seed": 0', '"seed": 1'))
-    with pytest.raises(InputError, match=r"on purpose, remove \.config\.json\.sum beside it"):
+    with pytest.raises(InputError, match=r"on purpose, remove \.config\.json\.sum next to it"):
         configs.load(file)
     sum_of(file).unlink()
     assert configs.load(file).train.seed == 1
@@ -241,7 +241,7 @@ def test_damaged_fingerprints_are_one_line(copy, damage):
     """Finding 34."""
     file = copy / "seen.npy"
     file.write_bytes(damage(file.read_bytes()))
-    with pytest.raises(InputError, match=r"seen\.npy is damaged.*start train\.py once more"):
+    with pytest.raises(InputError, match=r"seen\.npy is damaged.*run train\.py again"):
         read_seen(copy)
 
 
@@ -253,7 +253,7 @@ def test_metrics_that_are_no_text_do_not_stop_a_run(copy, caplog):
     with caplog.at_level(logging.WARNING):
         assert read_run(copy).metrics == []
         RunLog(copy, 4, 4).__exit__(None, None, None)
-    assert "its curves are left out" in caplog.text and "what is no record is left out" in (
+    assert "its curves are skipped" in caplog.text and "what is no record is left out" in (
         caplog.text)
     assert len(file.read_bytes().splitlines()) == len(whole.splitlines()) - 1
     assert file.read_bytes().endswith(b"\n")
@@ -270,7 +270,7 @@ def test_damaged_results_are_kept_apart(copy, name, content, caplog):
         found = merge_results(copy / "eval" / "results.json", {"xnli": {"en": {}}}, about)
     assert found == {"xnli": {"en": {}}}
     if not (name == "results.json" and content is None):
-        assert "is damaged: kept as results.damaged.json" in caplog.text
+        assert "is damaged: renamed to results.damaged.json" in caplog.text
         assert json.loads((copy / "eval" / "results.json").read_text()) == found
 
 

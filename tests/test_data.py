@@ -54,9 +54,9 @@ def test_tsv_rows_become_prompts_and_labels(tmp_path):
 
 
 @pytest.mark.parametrize("line,message", [
-    ("3\tsports", r"train\.tsv:3: 2 tab-separated fields, wanted 3"),
+    ("3\tsports", r"train\.tsv:3: 2 tab-separated fields, expected 3"),
     ("", r"train\.tsv:3: 0 tab-separated fields"),
-    ("3\tsport\tx", r"train\.tsv:3: label 'sport' is none of science/technology"),
+    ("3\tsport\tx", r"train\.tsv:3: label 'sport' is not one of science/technology"),
     ("3\tsports\t  ", r"train\.tsv:3: column 'text' is empty"),
 ])
 def test_a_malformed_row_is_named_with_file_and_line(tmp_path, line, message):
@@ -311,9 +311,9 @@ def test_the_first_rows_of_a_stream_are_balanced_if_asked():
     assert first_rows(iter(stream), 4, 0, balanced=True) == stream[:4]  # free text has no classes
     for take in (lambda: first_rows(iter(stream), 2, 3, balanced=True),
                  lambda: subset(stream, 2, balanced=True, seed=0)):
-        with pytest.raises(InputError, match="one row or more of each of the 3 classes"):
+        with pytest.raises(InputError, match="at least one row for each of the 3 classes"):
             take()
-    with pytest.raises(InputError, match="of class 1 it has too few"):
+    with pytest.raises(InputError, match="too few of class 1"):
         first_rows(iter(stream), 9, 3, balanced=True)
-    with pytest.raises(InputError, match="train_rows=10: the stream has ended after 9"):
+    with pytest.raises(InputError, match="train_rows=10: the stream ended after 9"):
         first_rows(iter(stream), 10, 3, balanced=False)

@@ -208,7 +208,7 @@ def test_nothing_that_is_read_is_written_over(tiny, tmp_path):
     for out in (tmp_path / "run", tmp_path, *inside, *others):
         for overwrite in (True, False):
             for write in (export, export_langbridge):
-                with pytest.raises(InputError, match=r"which is read; give a|the workdir"):
+                with pytest.raises(InputError, match=r"an input; give a|the workdir"):
                     write(tmp_path / "run", out, overwrite=overwrite)
     assert (tmp_path / "run" / "config.json").is_file()
     assert trained_part(tmp_path / "runs" / "other")[0] == 3

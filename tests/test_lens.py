@@ -30,7 +30,7 @@ from jaxfusion.hf.load import read_config
 from jaxfusion.hf.save import write_tower
 from jaxfusion.lens import job
 from jaxfusion.lens import sweep as lens_train
-from jaxfusion.lens.activations import KeptBatches, cut, keep, top
+from jaxfusion.lens.activations import ActivationBatches, cache_activations, cut, top
 from jaxfusion.lens.losses import Goal, align, retain, separate
 from jaxfusion.lens.model import Model, load_model
 from jaxfusion.lens.objective import Manipulation, Supervised, aims, make_goals
@@ -93,7 +93,7 @@ def test_float32_would_lose_directions(means):
 def test_what_cannot_be_factorised_is_said(means):
     with pytest.raises(InputError, match="two languages or more, got 1"):
         factorise(means[:1])
-    with pytest.raises(InputError, match="rank is 5, wanted 1 to 4 with 5 languages"):
+    with pytest.raises(InputError, match="rank is 5, expected 1 to 4 with 5 languages"):
         factorise(means, 5)
 
 
@@ -156,7 +156,7 @@ def test_a_step_on_kept_activations_is_one_of_the_whole_model(case, tokenizers):
     rows, first = prompts(), config.num_layers - 2
     found = probe(alone(config), {"decoder": params}, rows, tokenizers, (16,), 4)
     goals = make_goals(found, blocks, (config.num_layers - 1, config.num_layers), None, {"sw": 0.5})
-    kept = keep(alone(config), {"decoder": params}, rows, tokenizers, blocks, 5)
+    kept = cache_activations(alone(config), {"decoder": params}, rows, tokenizers, blocks, 5)
     rng = np.random.default_rng(1)
     trained = jax.tree.map(lambda x: x + jnp.asarray(rng.normal(0, 0.05, x.shape), x.dtype),
                            cut(params, first, None)["blocks"])
@@ -197,13 +197,13 @@ def test_a_step_on_kept_activations_is_one_of_the_whole_model(case, tokenizers):
 def test_what_is_kept_on_disk_is_the_same(tokenizers, tmp_path):
     config = CASES["llama3"]
     params, rows = {"decoder": random_params(config, 0)}, prompts(answers=True)
-    in_memory = keep(alone(config), params, rows, tokenizers, 1, 4)
-    on_disk = keep(alone(config), params, rows, tokenizers, 1, 4, folder=tmp_path)
+    in_memory = cache_activations(alone(config), params, rows, tokenizers, 1, 4)
+    on_disk = cache_activations(alone(config), params, rows, tokenizers, 1, 4, folder=tmp_path)
     assert isinstance(on_disk.hidden, np.memmap) and (tmp_path / "hidden").stat().st_size > 0
     for x, y in zip(jax.tree.leaves(in_memory), jax.tree.leaves(on_disk), strict=True):
         assert np.array_equal(x, y)
     # By lengths, what is real is the same.
-    by_length = keep(alone(config), params, rows, tokenizers, 1, 4, (6, 9))
+    by_length = cache_activations(alone(config), params, rows, tokenizers, 1, 4, (6, 9))
     real = in_memory.segments != 0
     assert relative(by_length.hidden[real], in_memory.hidden[real]) < 1e-5
     for name in ("before", "mean"):
@@ -215,7 +215,7 @@ def test_what_is_kept_on_disk_is_the_same(tokenizers, tmp_path):
 def test_supervised_tuning_foretells_the_answers(tokenizers):
     config = CASES["llama3"]
     decoder, params, rows = Decoder(config), random_params(config, 0), prompts(answers=True)
-    kept = keep(alone(config), {"decoder": params}, rows, tokenizers, 1, 4)
+    kept = cache_activations(alone(config), {"decoder": params}, rows, tokenizers, 1, 4)
     loss, count = Supervised(top(decoder, 1)).loss(
         {"decoder": cut(params, config.num_layers - 1, None)}, kept)
     total = 0.0
@@ -231,13 +231,14 @@ def test_supervised_tuning_foretells_the_answers(tokenizers):
 
 def test_batches_have_every_prompt_once_an_epoch(tokenizers):
     config = CASES["llama3"]
-    kept = keep(alone(config), {"decoder": random_params(config, 0)}, prompts(), tokenizers, 1, 4)
-    batches = KeptBatches(kept, 3, 0, 4)
+    params = {"decoder": random_params(config, 0)}
+    kept = cache_activations(alone(config), params, prompts(), tokenizers, 1, 4)
+    batches = ActivationBatches(kept, 3, 0, 4)
     seen = [batches[i].mean[:, 0, 0].tolist() for i in range(4)]
     every = sorted(kept.mean[:, 0, 0].tolist())
     assert sorted(seen[0] + seen[1]) == sorted(seen[2] + seen[3]) == every
     with pytest.raises(InputError, match="only 6 prompts"):
-        KeptBatches(kept, 7, 0, 4)
+        ActivationBatches(kept, 7, 0, 4)
 
 
 def test_a_probe_reads_the_last_real_token_and_comes_back(tokenizers, tmp_path):
@@ -257,7 +258,7 @@ def test_a_probe_reads_the_last_real_token_and_comes_back(tokenizers, tmp_path):
         load(file, names, {"model": "a", "tokenizer": "c"})
     with pytest.raises(InputError, match="was made with another model"):
         load(file, names, {"model": "c", "tokenizer": "b"})
-    with pytest.raises(InputError, match="is of en, sw, ta, wanted en, ta, the central"):
+    with pytest.raises(InputError, match="has languages en, sw, ta, expected en, ta, the central"):
         load(file, ("en", "ta"), {})
     file.write_bytes(b"no probe")
     with pytest.raises(InputError, match=r"probe\.safetensors is damaged"):
@@ -322,10 +323,10 @@ def test_parallel_prompts_from_every_source(tmp_path):
 
 
 @pytest.mark.parametrize("fields,message", [
-    ({"targets": ()}, "wanted one target or more"),
+    ({"targets": ()}, "expected at least one target"),
     ({"targets": ("zz",)}, r"has no column 'zz'; it has en, xx; set data\.columns"),
     ({"answer": "zz"}, "has no column 'zz'"),
-    ({"path": "none/here.jsonl"}, "is neither a file here nor a hub dataset"),
+    ({"path": "none/here.jsonl"}, "is neither a file nor a readable hub dataset"),
     ({"path": "text-{language}.txt"}, "is missing: data.path names a text file for every language"),
 ])
 def test_bad_parallel_prompts_are_said(fields, message, tmp_path):
@@ -397,7 +398,7 @@ def test_a_whole_run_and_again(cache_dir, tmp_path, monkeypatch):
     page = (tmp_path / "run" / "report.md").read_text()
     assert "| en minus LLM |" in page and "Perplexity, on prompts that were neither" in page
     with monkeypatch.context() as patched:  # what is at its end keeps no prompts again
-        patched.setattr(lens_train, "keep", None)
+        patched.setattr(lens_train, "cache_activations", None)
         again = job.lens(config, tmp_path / "run")
     assert again.correct == first.correct
     with pytest.raises(InputError, match=r"holds no trained LLM; give one of: .*/Lens, "):
@@ -504,18 +505,18 @@ def test_without_losses_nothing_changes(cache_dir, tmp_path):
 
 
 @pytest.mark.parametrize("fields, message", [
-    ({"lens": {"rank": 3}}, "lens.rank is 3, wanted 1 to 2 with 3 languages"),
-    ({"lens": {"loss_layers": (9,)}}, r"lens\.loss_layers has 9, wanted layers that train: "),
-    ({"lens": {"blocks": 99}}, "lens.blocks is 99, the LLM has"),
-    ({"lens": {"method": "steering", "layers": (99,)}}, r"lens\.layers has 99, wanted 1 to"),
-    ({"lens": {"weights": {"xx": 2.0}}}, "lens.weights names xx, which is no target"),
+    ({"lens": {"rank": 3}}, "lens.rank is 3, expected 1 to 2 with 3 languages"),
+    ({"lens": {"loss_layers": (9,)}}, r"lens\.loss_layers has 9, expected layers that train: "),
+    ({"lens": {"blocks": 99}}, "lens.blocks is 99, expected 1 to"),
+    ({"lens": {"method": "steering", "layers": (99,)}}, r"lens\.layers has 99, expected 1 to"),
+    ({"lens": {"weights": {"xx": 2.0}}}, "lens.weights names xx, which is not a target"),
     ({"lens": {"method": "supervised"}, "data": {"answer": None}}, "supervised tuning needs answ"),
-    ({"lens": {"recipe": "paper_code"}}, "is for chats of an LLM alone"),
+    ({"lens": {"recipe": "paper_code"}}, "needs the chat format of an LLM alone"),
     ({"sweep": ({"name": "a", "data": {"central": "xx"}},)}, "'a' sets data, which all runs"),
-    ({"data": {"perplexity_rows": 41}}, "ask for 41 prompts that were neither probed nor"),
-    ({"sweep": ({"name": "LLM"},)}, "named 'LLM', as the untouched LLM is in the tables"),
-    ({"lens": {"method": "disentangle", "strength": -1.0}}, r"lens\.strength is -1.0, wanted 0"),
-    ({"data": {"probe": "none.safetensors"}}, "none.safetensors is no probe of a Lens run"),
+    ({"data": {"perplexity_rows": 41}}, "need 41 prompts that were neither probed nor"),
+    ({"sweep": ({"name": "LLM"},)}, "named 'LLM', the name of the original LLM in"),
+    ({"lens": {"method": "disentangle", "strength": -1.0}}, r"lens\.strength is -1.0, expected 0"),
+    ({"data": {"probe": "none.safetensors"}}, "none.safetensors is not a probe of a Lens run"),
 ])
 def test_what_no_run_can_have_is_said(fields, message, cache_dir, tmp_path):
     with pytest.raises(InputError, match=message):
@@ -528,7 +529,7 @@ def test_a_prompt_of_which_nothing_is_left_is_said(cache_dir):
 
     mute.bos_token_id = 1
     model = Model(alone(CASES["llama3"]), {}, Tokenizers(None, mute), "", {})
-    with pytest.raises(InputError, match="of row 2 in 'xx' no token is left; mend the row"):
+    with pytest.raises(InputError, match="row 2 in 'xx' has no tokens; fix the row"):
         prompt_rows(debug_config(), model, {"en": ["a", "a"], "xx": ["a", "b"]})
 
 
@@ -567,7 +568,7 @@ def test_lens_behind_a_bridge(cache_dir, tmp_path):
     last = decoder_config(read_config(tmp_path / "out"), "").num_layers - 1
     changed = {name for name in was if not np.array_equal(made[name], was[name])}
     assert changed and all(f"layers.{last}." in name for name in changed)
-    with pytest.raises(InputError, match="is for an LLM that reads text itself"):
+    with pytest.raises(InputError, match="needs an LLM that reads text itself"):
         job.lens(debug_config(bridge=str(tmp_path / "bridge"),
                               data={"perplexity_rows": 1}), tmp_path / "x")
 

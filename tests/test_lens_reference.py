@@ -25,7 +25,7 @@ from jaxfusion.hf.load import open_tensors
 from jaxfusion.hf.save import to_tensors, write_tower
 from jaxfusion.hf.tables import table
 from jaxfusion.lens import job
-from jaxfusion.lens.activations import cut, keep, split
+from jaxfusion.lens.activations import cache_activations, cut, split
 from jaxfusion.lens.objective import Manipulation, aims, make_goals
 from jaxfusion.lens.probe import Probe, probe
 from jaxfusion.lens.subspace import displacements, factorise
@@ -241,8 +241,8 @@ def authors_loss(setup: Setup, layers, rank):
 
 def manipulation(setup: Setup, layers, rank):
     """The loss as the project trains on it, as a function of the top blocks; and what is kept."""
-    kept = keep(bare(setup.config), {"decoder": setup.frozen}, setup.rows, setup.tokenizers,
-                BLOCKS, 5)
+    kept = cache_activations(bare(setup.config), {"decoder": setup.frozen}, setup.rows,
+                             setup.tokenizers, BLOCKS, 5)
     goals = make_goals(setup.found, BLOCKS, layers, rank, WEIGHTS)
     weights = LensConfig(align=ALIGN, separate=SEPARATE, retain=RETAIN)
     rest = traverse_util.unflatten_dict(aims(goals, weights), sep="/")

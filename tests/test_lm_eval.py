@@ -86,7 +86,7 @@ def test_settings_are_read_as_the_harness_means_them():
     assert _decoding({"until": "\n", "temperature": 0.7, "max_gen_toks": 5}) == {
         "stop": ("\n",), "max_new_tokens": 5, "temperature": 0.0, "top_p": 1.0}
     assert _decoding({"do_sample": True, "temperature": 0.7})["temperature"] == 0.7
-    with pytest.raises(InputError, match="top_k is not known here"):
+    with pytest.raises(InputError, match="top_k is not supported"):
         _decoding({"top_k": 5})
 
 

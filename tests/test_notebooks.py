@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoTokenizer
 
 from jaxfusion import notebook
 from jaxfusion.errors import InputError
-from jaxfusion.evaluation.layers import found_translations
+from jaxfusion.evaluation.layers import retrieval_accuracy
 from jaxfusion.hf import hub
 from jaxfusion.notebook import BRIDGES, GIB, LLMS, Device
 from jaxfusion.reports.page import token_table
@@ -127,13 +127,13 @@ def test_a_refusal_ends_its_cell_with_one_line(tmp_path):
     with pytest.raises(CellExecutionError):
         run(book, tmp_path, JAX_PLATFORMS="cpu")
     line = said(book, "stderr")
-    assert line.startswith("error: no TPU or GPU is here: choose Runtime") and line.count("\n") == 1
+    assert line.startswith("error: no TPU or GPU found: choose Runtime") and line.count("\n") == 1
     assert not [x for x in outputs(book) if x.output_type == "error"]
 
 
 def test_a_cpu_serves_pocket_models_alone():
     assert notebook.find_device(pocket=True).memory is None
-    with pytest.raises(InputError, match=r"no TPU or GPU is here.*POCKET = True"):
+    with pytest.raises(InputError, match=r"no TPU or GPU found.*POCKET = True"):
         notebook.find_device(pocket=False)
 
 
@@ -164,7 +164,7 @@ def test_another_jax_is_told(monkeypatch):
     notebook.check_jax()
     true = notebook.metadata.version
     monkeypatch.setattr(notebook.metadata, "version", lambda name: "0.4.30")
-    with pytest.raises(InputError, match=r"has jax 0\.4\.30, jaxfusion wants jax .*install cell"):
+    with pytest.raises(InputError, match=r"has jax 0\.4\.30, jaxfusion needs jax .*install cell"):
         notebook.check_jax()
     monkeypatch.setattr(notebook.metadata, "version", true)
     monkeypatch.setattr("jax.__version__", "0.4.30")
@@ -195,7 +195,7 @@ def test_too_little_memory_is_told_with_what_fits(monkeypatch):
 def test_a_hub_out_of_reach_is_told(monkeypatch, tiny):
     monkeypatch.setattr(hub, "hub_in_reach", lambda: False)
     notebook.check_access(str(tiny / "encoder"), "another")
-    with pytest.raises(InputError, match="hub cannot be reached, and google/mt5-large is not here"):
+    with pytest.raises(InputError, match=r"hub cannot .* and google/mt5-large is not cached"):
         notebook.check_access("google/mt5-large", "another")
 
 
@@ -237,7 +237,7 @@ def test_a_pickle_is_converted_once_and_again_in_another_session(monkeypatch, tm
         raise ModuleNotFoundError("no", name="torch")
 
     monkeypatch.setattr("jaxfusion.hf.convert.convert", without_torch)
-    with pytest.raises(InputError, match=r"torch is missing, .* google/mt5-base: run %pip install"):
+    with pytest.raises(InputError, match=r"torch is missing; .* google/mt5-base: run %pip install"):
         notebook.converted("google/mt5-base")
 
 
@@ -246,8 +246,8 @@ def test_translations_are_found_once_the_languages_means_are_gone():
     meaning = rng.normal(size=(2, 20, 8))
     # Layer 1 knows what is meant, layer 2 does not; both know the language.
     other = np.stack([meaning[0], rng.normal(size=(20, 8))]) + 30 * rng.normal(size=8)
-    assert found_translations(other, meaning)[0] < 0.5
-    first, second = found_translations(other, meaning, centred=True)
+    assert retrieval_accuracy(other, meaning)[0] < 0.5
+    first, second = retrieval_accuracy(other, meaning, centred=True)
     assert first == 1.0 and second < 0.5
 
 

@@ -111,7 +111,7 @@ def test_a_pretrained_tower_opens_in_transformers(name, cache_dir, tmp_path):
     export_tower(tmp_path / "run", tmp_path / "given")
     assert (tmp_path / "given" / SINGLE).read_bytes() == (out / SINGLE).read_bytes()
     assert AutoTokenizer.from_pretrained(tmp_path / "given").get_vocab() == tokenizer.get_vocab()
-    with pytest.raises(InputError, match="which is read; give a directory outside"):
+    with pytest.raises(InputError, match="an input; give a directory outside"):
         export_tower(tmp_path / "run", out, overwrite=True)
     export_tower(tmp_path / "run", tmp_path / "half", dtype="bfloat16")
     half = type(model).from_pretrained(tmp_path / "half")
@@ -147,7 +147,7 @@ def test_a_stopped_pretraining_goes_on_bit_for_bit(cache_dir, tmp_path, monkeypa
 
 
 @pytest.mark.parametrize("fields,message", [
-    ({"objective": ObjectiveConfig("causal_lm")}, "a decoder learns by causal_lm"),
+    ({"objective": ObjectiveConfig("causal_lm")}, "use causal_lm for a decoder"),
     ({"objective": ObjectiveConfig("code_swich")}, "did you mean 'code_switch'"),
     ({"data": CorpusConfig("/no/where")}, "holds no text-LANGUAGE.txt"),
 ])
@@ -163,5 +163,5 @@ def test_files_without_a_language_or_with_odd_lines_are_named(tmp_path):
     (tmp_path / "pairs-en.tsv").write_text("a\tb\na b c\n")
     with pytest.raises(InputError, match=r"no text in 'si'; it has en"):
         read_corpus(tmp_path, ("si",))
-    with pytest.raises(InputError, match=r"pairs-en\.tsv:2: 1 tab-separated fields, wanted 2"):
+    with pytest.raises(InputError, match=r"pairs-en\.tsv:2: 1 tab-separated fields, expected 2"):
         read_corpus(tmp_path)

@@ -185,7 +185,7 @@ def run(*words):
     (("train.py", "--config=configs/xnli_paper.py:debug", "--config.train.seed=-1"),
      "config field 'train.seed' is -1, expected 0 or more"),
     (("train.py", "--config=configs/xnli_paper.py:debug", "--config.data.path=/nonexistent"),
-     "/nonexistent is missing: task 'xnli' reads its rows there"),
+     "/nonexistent is missing: task 'xnli' reads its rows from it"),
 ])
 def test_a_command_line_ends_in_one_line(words, said, tmp_path):
     """Findings 42 and 44."""

@@ -38,7 +38,7 @@ def test_xcopa_takes_its_questions_from_the_language_that_has_them_right(tmp_pat
     (tmp_path / "test-sw.jsonl").write_text(json.dumps(rows[0]) + "\n")
     assert "its effect?" in read("xcopa", "sw", tmp_path)[0].query
     write_xcopa(tmp_path, "ta", ["cause"])
-    with pytest.raises(InputError, match="1 rows, but 2 in 'et', from where column 'question'"):
+    with pytest.raises(InputError, match="1 rows, but 2 in 'et', from which column 'question'"):
         read("xcopa", "ta", tmp_path)
 
 
@@ -67,12 +67,12 @@ def test_json_lists_and_places_by_task(tmp_path):
     found, = read("mmmlu", "sw", tmp_path / "{task}")
     assert found.query == "Question: q\nA: 1\nB: 2\nC: 3\nD: 4\nAnswer: " and found.label == 2
     (tmp_path / "mmmlu" / "sw.json").write_text("{}")
-    with pytest.raises(InputError, match="wanted a JSON list of objects"):
+    with pytest.raises(InputError, match="expected a JSON list of objects"):
         read("mmmlu", "sw", tmp_path / "mmmlu")
     (tmp_path / "test-en.jsonl").write_text(json.dumps(
         {**{f"input_sentence_{i}": "s" for i in range(1, 5)}, "sentence_quiz1": "a",
          "sentence_quiz2": "b", "label": 3}) + "\n")
-    with pytest.raises(InputError, match=r"label 3 is none of A, B \(or 1, 2\)"):
+    with pytest.raises(InputError, match=r"label 3 is not one of A, B \(or 1, 2\)"):
         read("xstorycloze", "en", tmp_path)
 
 

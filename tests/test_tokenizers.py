@@ -90,7 +90,7 @@ def test_a_tokenizer_of_another_model_is_refused(tiny):
 
 
 def test_an_absent_tokenizer_is_one_line(tmp_path):
-    with pytest.raises(InputError, match="has no decoder tokenizer that can be read") as error:
+    with pytest.raises(InputError, match="has no readable decoder tokenizer") as error:
         load_tokenizer(tmp_path, 100, "decoder")
     assert "\n" not in str(error.value)
 
@@ -114,7 +114,7 @@ def test_a_model_that_is_read_otherwise_is_refused(real, monkeypatch):
 
     monkeypatch.setattr(sentencepiece, "_bpe", lambda spm, falls_back: models.BPE(
         {spm.id_to_piece(i): i for i in range(len(spm))}, [], unk_token="<unk>"))
-    with pytest.raises(InputError, match=r"otherwise than SentencePiece does: .* gives \["):
+    with pytest.raises(InputError, match=r"tokenizers and SentencePiece differ on .* gives \["):
         load_tokenizer(real / "decoder", 32_000, "decoder")
 
 
@@ -343,9 +343,9 @@ def test_a_chat_round_a_prefix_keeps_both_headers(tokenizers, tiny):
 
 @pytest.mark.parametrize("template,message", [
     (None, r"has no chat template; set data\.chat_template"),
-    ("{{ messages[0].content | upper }}", "wanted the words as they are, once"),
+    ("{{ messages[0].content | upper }}", "expected the words unchanged, once"),
     ("{{ raise_exception('a system message must come first') }}",
-     "does not take a user's words alone: a system message must come first"),
+     "does not accept a single user turn: a system message must come first"),
 ])
 def test_templates_that_cannot_serve_are_said(template, message, tiny):
     decoder = load_tokenizer(tiny / "decoder", 512, "decoder")
@@ -363,5 +363,5 @@ def test_answers_continue_prompts(tokenizers):
 
 
 def test_a_table_that_is_too_small_is_laid_on_neither_file(tiny):
-    with pytest.raises(InputError, match=r"by its config\.json; one of both files is of another"):
+    with pytest.raises(InputError, match=r"by config\.json .*; one of the two files is from"):
         load_tokenizer(tiny / "decoder", 100, "decoder")

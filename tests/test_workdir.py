@@ -75,7 +75,7 @@ def test_a_second_writer_is_refused_and_told_of_the_first(cache_dir, tmp_path):
         clock = time.monotonic()
         with pytest.raises(InputError, match=(
                 rf"run is being written by process {first.pid} on {socket.gethostname()} since "
-                r"20\d\d-.*; wait for its end, or stop it$")):
+                r"20\d\d-.*; wait for it to finish, or stop it$")):
             train(config, workdir)
         assert time.monotonic() - clock < 5 and os.listdir(workdir) == [WRITER]
     finally:
@@ -167,7 +167,7 @@ def test_no_directory_is_written_over_a_run(tmp_path, out):
     run = tmp_path / "runs" / "run"
     (run / "checkpoints" / "4").mkdir(parents=True)
     (run / "config.json").write_text("{}")
-    with pytest.raises(InputError, match=r"has to do with the run .*/runs/run:"), new_directory(
+    with pytest.raises(InputError, match=r"belongs to the run .*/runs/run:"), new_directory(
             run / out, overwrite=True):
         pass
     assert (run / "checkpoints" / "4").is_dir()
@@ -223,8 +223,8 @@ def test_a_full_disk_is_one_line_and_the_run_goes_on(cache_dir, tmp_path, monkey
     with monkeypatch.context() as patch:
         patch.setattr(ocp.CheckpointManager, method, fail)
         with pytest.raises(InputError, match=(
-                r"run/checkpoints could not be written: no space left, [\d,.]+ MiB are free on the "
-                r"disk of .*; free some, and start the same command again")):
+                r"run/checkpoints could not be written: no space left, [\d,.]+ MiB free on the "
+                r"disk of .*; free some space and run the same command again")):
             train(config, tmp_path / "run")
     assert Checkpoints(tmp_path / "run").steps == [2]
     train(config, tmp_path / "run")
@@ -491,7 +491,7 @@ def test_tokenizing_in_parts_is_tokenizing_and_tells_how_far_it_is(
               "with_target": True}
     whole, cut = tokenize(examples, tokenizers, **limits)
     monkeypatch.setattr(batching, "PART", 4)
-    monkeypatch.setattr(batching, "SAID_SECONDS", -1)
+    monkeypatch.setattr(batching, "PROGRESS_SECONDS", -1)
     with caplog.at_level(logging.INFO):
         parts, again = tokenize(examples, tokenizers, **limits)
     assert list(parts) == list(whole) and cut == again and cut.queries

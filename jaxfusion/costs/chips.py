@@ -1,4 +1,4 @@
-"""What a chip can do, and the slices of chips that can be compiled for without having them."""
+"""Peak performance of chips, and TPU slices to compile for without the hardware."""
 
 import importlib.util
 import os
@@ -16,10 +16,10 @@ class Chip:
     """Published peaks of one chip.
 
     Attributes:
-      flops: bfloat16 multiplications and additions a second.
-      memory: bytes that a program may use.
-      bandwidth: bytes a second from and to that memory.
-      network: bytes a second that one chip sends to its neighbours on a ring, both ways together.
+      flops: bfloat16 FLOP per second.
+      memory: bytes available to a program.
+      bandwidth: bytes per second to and from that memory.
+      network: bytes per second that one chip sends on a ring, in both directions together.
     """
 
     flops: float
@@ -28,11 +28,11 @@ class Chip:
     network: float
 
 
-# Of a GPU's memory, what train.py has jax reserve.
+# Share of a GPU's memory that train.py lets jax reserve.
 GPU_SHARE = 0.92
-# By jax's name of the device. TPUs: cloud.google.com/tpu/docs (system architecture), and of the
-# memory what the compiler allows (30.75 GiB of v4's 32); a ring uses two links. GPUs: NVIDIA's data
-# sheets of the SXM modules, dense, NVLink one way.
+# By jax's device kind. TPUs: cloud.google.com/tpu/docs (system architecture), with the memory that
+# the compiler allows (30.75 GiB of v4's 32); a ring uses two links. GPUs: NVIDIA's data sheets of
+# the SXM modules, dense, NVLink in one direction.
 CHIPS = {
     "TPU v4": Chip(275e12, 30.75 * GIB, 1.228e12, 90e9),
     "TPU v5 lite": Chip(197e12, 15.75 * GIB, 0.819e12, 90e9),
@@ -44,7 +44,7 @@ CHIPS = {
     "NVIDIA H200": Chip(989e12, 139.8 * GPU_SHARE * GIB, 4.8e12, 450e9),
 }
 
-# Grids by number of chips. v4 and v5p are sold by cores, of which a chip has two.
+# Grids by number of chips. Names of v4 and v5p slices count cores, two per chip.
 CUBES = {4: "2x2x1", 8: "2x2x2", 16: "2x2x4", 32: "2x4x4", 64: "4x4x4", 128: "4x4x8",
          256: "4x8x8", 512: "8x8x8"}
 SQUARES = {1: "1x1", 4: "2x2", 8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8", 128: "8x16",
@@ -53,12 +53,12 @@ KINDS = {"v4": (CUBES, 2), "v5p": (CUBES, 2), "v5e": (SQUARES, 1), "v6e": (SQUAR
 
 
 def topologies() -> list[str]:
-    """The names that `topology_devices` takes."""
+    """The valid names for `topology_devices`."""
     return [f"{kind}-{chips * cores}" for kind, (grids, cores) in KINDS.items() for chips in grids]
 
 
 def topology_devices(name: str) -> list[jax.Device]:
-    """The devices of a TPU slice such as `v4-32`, for the compiler alone.
+    """The devices of a TPU slice such as `v4-32`, for compilation only.
 
     Needs `libtpu` (the extra `tpu`), but no TPU.
 
@@ -67,7 +67,7 @@ def topology_devices(name: str) -> list[jax.Device]:
     """
     if name not in topologies():
         raise InputError(f"unknown topology '{name}'; known: {', '.join(topologies())}")
-    # libtpu would otherwise ask a cloud's metadata server what machine this is.
+    # Otherwise libtpu asks a cloud's metadata server about this machine.
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v4-8")
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
@@ -80,7 +80,7 @@ def topology_devices(name: str) -> list[jax.Device]:
     kind, _, size = name.partition("-")
     grids, cores = KINDS[kind]
     chips = int(size) // cores
-    # A host has four chips, the smallest slices of v5e and v6e one, four or eight on one host.
+    # A host has four chips; the smallest slices of v5e and v6e have one, four or eight on one host.
     host = {1: (1, 1, 1), 8: (2, 4, 1)}.get(chips, (2, 2, 1)) if cores == 1 else (2, 2, 1)
     try:
         description = get_topology_desc(
@@ -88,10 +88,10 @@ def topology_devices(name: str) -> list[jax.Device]:
             chip_config_name="megacore" if cores == 2 else "default", chips_per_host_bounds=host,
         )
     except Exception as error:
-        raise InputError(f"libtpu gives no devices for '{name}': {first_line(error)}") from None
+        raise InputError(f"libtpu has no devices for '{name}': {first_line(error)}") from None
     return list(description.devices)
 
 
 def chip_of(device: jax.Device) -> Chip | None:
-    """The chip's figures, where they are known."""
+    """The chip's peaks, if known."""
     return CHIPS.get(device.device_kind)

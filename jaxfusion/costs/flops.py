@@ -1,4 +1,4 @@
-"""FLOPs of a function's matrix products, from its jaxpr: loops count as often as they run."""
+"""Counts the FLOPs of a function's matrix products from its jaxpr, including loop iterations."""
 
 import math
 from collections.abc import Callable
@@ -9,10 +9,10 @@ from jax.extend.core import jaxprs_in_params
 
 
 def count_flops(function: Callable, *arguments: Any) -> float:
-    """Multiplications and additions of all matrix products in one call, on all devices together.
+    """Multiplications and additions of all matrix products in one call, summed over all devices.
 
     Args:
-      arguments: arrays, or shapes of them; nothing is computed.
+      arguments: arrays or their shapes; nothing is computed.
     """
     return _of(jax.make_jaxpr(function)(*arguments).jaxpr)
 
@@ -24,7 +24,7 @@ def _of(jaxpr) -> float:
             total += _dot(equation)
         times = equation.params.get("length", 1) if equation.primitive.name == "scan" else 1
         inner = [_of(sub) for sub in jaxprs_in_params(equation.params)]
-        # Of a conditional, the dearest branch.
+        # A conditional counts as its most expensive branch.
         total += times * (max(inner, default=0.0) if equation.primitive.name == "cond"
                           else sum(inner))
     return total

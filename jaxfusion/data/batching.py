@@ -1,4 +1,4 @@
-"""Examples → token rows → batches of a few fixed shapes. NumPy only; everything deterministic."""
+"""Examples → token rows → batches of a few fixed shapes. NumPy only, deterministic."""
 
 import logging
 import time
@@ -14,10 +14,10 @@ from jaxfusion.data.rows.examples import Example
 from jaxfusion.data.tokenizers import Tokenizers
 from jaxfusion.nn.bridge import Batch
 
-PART = 256  # examples that are tokenized at a time: a tokenizer makes 150 bytes of each token
-SAID_SECONDS = 10  # between two lines on how far that is
+PART = 256  # examples tokenized at a time: a tokenizer allocates 150 bytes per token
+PROGRESS_SECONDS = 10  # between two log lines on progress
 logger = logging.getLogger(__name__)
-DECODER_STEP = 8  # text lengths are rounded up to this, so that shapes stay few
+DECODER_STEP = 8  # text lengths are rounded up to a multiple of this, to keep shapes few
 
 
 @dataclass(frozen=True)
@@ -27,8 +27,8 @@ class TokenRow:
     Attributes:
       query: the encoder's ids; empty for the bare LLM.
       text: decoder ids between prefix and answer.
-      target: answer ids and EOS; empty where the answer is to be generated.
-      latents: prefix slots of a resampler; 0 where there is one for each id of the query.
+      target: answer ids and EOS; empty if the answer is to be generated.
+      latents: prefix slots of a resampler; 0: one slot for each id of the query.
     """
 
     query: list[int]
@@ -38,12 +38,12 @@ class TokenRow:
 
     @property
     def prefix(self) -> int:
-        """Decoder slots before the text, the end vector counted."""
+        """Decoder slots before the text, including the end vector."""
         return (self.latents or len(self.query)) + 1 if self.query else 0
 
 
 class Ragged(Sequence[list[int]]):
-    """Rows of ids, end to end in one array of 4 bytes an id: a list takes 8 to 36."""
+    """Rows of ids, concatenated in one array of 4 bytes per id; a list takes 8 to 36."""
 
     def __init__(self):
         self.ids, self.ends = array("i"), array("q", [0])
@@ -55,7 +55,7 @@ class Ragged(Sequence[list[int]]):
 
     @property
     def lengths(self) -> np.ndarray:
-        """Ids of each row. [N]"""
+        """Number of ids in each row. [N]"""
         return np.diff(np.array(self.ends))
 
     def __len__(self) -> int:
@@ -68,7 +68,7 @@ class Ragged(Sequence[list[int]]):
 
 
 class TokenRows(Sequence[TokenRow]):
-    """Many rows in little memory; each is made as it is taken."""
+    """Rows in compact storage; each TokenRow is created on access."""
 
     def __init__(self, latents: int = 0):
         self.queries, self.texts, self.targets = Ragged(), Ragged(), Ragged()
@@ -90,20 +90,20 @@ class TokenRows(Sequence[TokenRow]):
 
 
 def lengths_of(rows: Sequence[TokenRow]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Ids in the query, text and target of each row: three times [N]."""
+    """Number of ids in the query, text and target of each row: three times [N]."""
     if isinstance(rows, TokenRows):
         return rows.queries.lengths, rows.texts.lengths, rows.targets.lengths
-    each = [(len(row.query), len(row.text), len(row.target)) for row in rows]
-    return tuple(np.array(each, np.int64).reshape(-1, 3).T)
+    lengths = [(len(row.query), len(row.text), len(row.target)) for row in rows]
+    return tuple(np.array(lengths, np.int64).reshape(-1, 3).T)
 
 
-# The examples of each row of a batch, and the batch's shape.
+# The examples in each row of a batch, and the batch's shape.
 Placed = tuple[list[list[TokenRow]], "Shape"]
 
 
 @dataclass(frozen=True)
 class Cut:
-    """How many examples were longer than a limit and by what limit they were cut."""
+    """How many examples were truncated, and the limits."""
 
     queries: int
     texts: int
@@ -122,7 +122,7 @@ class Cut:
 
     @property
     def any(self) -> bool:
-        """Whether any example was cut."""
+        """Whether any example was truncated."""
         return self.queries + self.texts + self.targets > 0
 
 
@@ -141,52 +141,53 @@ def tokenize(
     """Rows of a bridge: `start + prefix + end + text prompt + target + EOS`.
 
     Args:
-      text_prompt: what follows the prefix; `{query}` is replaced by the encoder's text.
-      max_encoder_tokens: of the query; its end token is kept when it is cut.
-      max_total_tokens: of query and target together, in place of the target's limit.
-      keeps_end: whether a query that is cut loses its beginning.
-      max_decoder_tokens: of the text prompt, whose end is kept, and of the target with its EOS.
-      with_target: False leaves the answer to be generated.
-      latents: the bridge's.
+      text_prompt: the text after the prefix; `{query}` is replaced by the encoder's text.
+      max_encoder_tokens: limit of the query; truncation keeps its end token.
+      max_decoder_tokens: limit of the text prompt, truncated at its beginning, and of the target
+        with its EOS.
+      with_target: False leaves the target empty, for generation.
+      max_total_tokens: limit of query and target together; replaces the target's limit.
+      keeps_end: whether a query is truncated at its beginning.
+      latents: of the bridge.
     """
     rows, cut = TokenRows(latents), np.zeros(3, int)
-    for some in in_parts(examples):
-        prompts = [text_prompt.replace("{query}", example.query) for example in some]
-        queries = tokenizers.encode_queries([example.query for example in some])
+    for part in in_parts(examples):
+        prompts = [text_prompt.replace("{query}", example.query) for example in part]
+        queries = tokenizers.encode_queries([example.query for example in part])
         texts = _each_once(tokenizers.encode_prompts, prompts)
-        targets = [[] for _ in some]
+        targets = [[] for _ in part]
         if with_target:
             answers = _each_once(tokenizers.encode_answers, prompts,
-                                 [example.target for example in some])
+                                 [example.target for example in part])
             targets = [[*answer, *tokenizers.ending] for answer in answers]
         for query, text, target in zip(queries, texts, targets, strict=True):
-            whole = len(query)
-            if whole > max_encoder_tokens:
+            length = len(query)
+            if length > max_encoder_tokens:
                 query = (query[-max_encoder_tokens:] if keeps_end
                          else [*query[: max_encoder_tokens - 1], query[-1]])
             limit = (max_decoder_tokens if max_total_tokens is None
                      else max(0, max_total_tokens - len(query) - len(tokenizers.start)))
-            cut += (whole > max_encoder_tokens, len(text) > max_decoder_tokens,
+            cut += (length > max_encoder_tokens, len(text) > max_decoder_tokens,
                     len(target) > limit)
             rows.append(query, text[-max_decoder_tokens:], target[:limit])
     return rows, Cut(*cut.tolist(), max_encoder_tokens, max_decoder_tokens, max_total_tokens)
 
 
 def in_parts(examples: Sequence[Example]) -> Iterator[Sequence[Example]]:
-    """A few examples at a time: a fast tokenizer encodes them in parallel, and what it makes of
-    them is large. Says how far it is where that takes long."""
-    begin = said = time.monotonic()
+    """Examples in parts of `PART`: a fast tokenizer encodes a part in parallel, and its output is
+    large. Logs progress every `PROGRESS_SECONDS`."""
+    begin = reported = time.monotonic()
     for start in range(0, len(examples), PART):
         now = time.monotonic()
-        if start and now - said > SAID_SECONDS:
-            said, speed = now, start / (now - begin)
+        if start and now - reported > PROGRESS_SECONDS:
+            reported, speed = now, start / (now - begin)
             logger.info("%s of %s rows tokenized, %s rows/s, %.0f s left", f"{start:,}",
                         f"{len(examples):,}", f"{speed:,.0f}", (len(examples) - start) / speed)
         yield examples[start : start + PART]
 
 
 def _each_once(encode, *columns: list[str]) -> list[list[int]]:
-    """Ids of every row; prompts and labels are few, and rows that are equal are encoded once."""
+    """Ids of every row; equal rows are encoded once, as distinct prompts and labels are few."""
     rows = list(zip(*columns, strict=True))
     if not rows:
         return []
@@ -202,17 +203,17 @@ def tokenize_bare(
 ) -> tuple[TokenRows, Cut]:
     """Rows of the bare LLM: `start + query + target + EOS`.
 
-    A query that is too long loses its beginning, so that it still ends in its `Label:`.
+    A query that is too long is truncated at its beginning, so it still ends in its `Label:`.
 
     Args:
-      with_target: False leaves the answer to be generated.
+      with_target: False leaves the target empty, for generation.
     """
     rows, too_long = TokenRows(), 0
-    for some in in_parts(examples):
-        queries = [example.query for example in some]
-        texts, targets = tokenizers.encode_bare(queries), [[] for _ in some]
+    for part in in_parts(examples):
+        queries = [example.query for example in part]
+        texts, targets = tokenizers.encode_bare(queries), [[] for _ in part]
         if with_target:
-            answers = tokenizers.encode_answers(queries, [example.target for example in some])
+            answers = tokenizers.encode_answers(queries, [example.target for example in part])
             targets = [[*answer, *tokenizers.ending] for answer in answers]
         for text, target in zip(texts, targets, strict=True):
             too_long += len(text) > max_decoder_tokens
@@ -222,7 +223,7 @@ def tokenize_bare(
 
 @dataclass(frozen=True)
 class Shape:
-    """The sizes of one batch: rows, encoder slots, decoder slots and target slots of a row."""
+    """The sizes of one batch: rows, and encoder, decoder and target slots of a row."""
 
     rows: int
     slots: int
@@ -232,11 +233,11 @@ class Shape:
 
 @dataclass(frozen=True)
 class Shapes:
-    """The few batch shapes of a set of rows, one example in each: by buckets of lengths.
+    """The batch shapes of a set of rows, one example per row, by length bucket.
 
     Attributes:
       buckets: encoder lengths, ascending.
-      texts: for each bucket the slots for text and target in the decoder.
+      texts: decoder slots for text and target, for each bucket.
       targets: slots for targets.
       latents: of the rows.
     """
@@ -247,7 +248,7 @@ class Shapes:
     latents: int = 0
 
     def bucket(self, row: TokenRow) -> int:
-        """Index of the smallest bucket that holds the row."""
+        """Index of the smallest bucket that fits the row."""
         fits = zip(self.buckets, self.texts, strict=True)
         return next(
             i for i, (query, text) in enumerate(fits)
@@ -257,12 +258,12 @@ class Shapes:
     def buckets_of(self, rows: Sequence[TokenRow]) -> np.ndarray:
         """`bucket` of every row. [N]"""
         queries, texts, targets = lengths_of(rows)
-        # The first bucket that holds the query, and the first that holds the rest: texts ascend.
+        # The first bucket that fits the query, and the first that fits the rest: texts ascend.
         return np.maximum(np.searchsorted(self.buckets, queries),
                           np.searchsorted(self.texts, texts + targets))
 
     def place(self, rows: Sequence[TokenRow], before: int, batch_size: int) -> Placed:
-        """Each example in a row of its own, in the smallest shape that holds all of them."""
+        """One example per row, in the smallest shape that fits all of them."""
         index = max(self.bucket(row) for row in rows)
         slots = self.buckets[index]
         length = before + (self.latents or slots) + (1 if slots else 0) + self.texts[index]
@@ -270,22 +271,22 @@ class Shapes:
 
 
 def find_shapes(rows: Sequence[TokenRow], buckets: Sequence[int]) -> Shapes:
-    """Shapes that hold all rows, leaving out buckets that would stay empty."""
+    """Shapes that fit all rows, without empty buckets."""
     queries, texts, targets = lengths_of(rows)
     longest = int(queries.max())
     sizes = sorted({*(b for b in buckets if b < longest), _first_at_least(buckets, longest)})
     used, slots, text = [], [], 0
     for low, high in zip([-1, *sizes], sizes, strict=False):
-        held = (texts + targets)[(low < queries) & (queries <= high)]
-        if len(held):
-            text = max(text, int(held.max()))
+        inside = (texts + targets)[(low < queries) & (queries <= high)]
+        if len(inside):
+            text = max(text, int(inside.max()))
             used.append(high)
             slots.append(-(-text // DECODER_STEP) * DECODER_STEP)
     return Shapes(tuple(used), tuple(slots), max(1, int(targets.max())), rows[0].latents)
 
 
 def find_bare_shapes(rows: Sequence[TokenRow], buckets: Sequence[int]) -> Shapes:
-    """Shapes of rows without prefix: buckets of text lengths."""
+    """Shapes of rows without a prefix: buckets of text lengths."""
     lengths = np.unique(lengths_of(rows)[1]).tolist()
     texts = tuple(sorted({_first_at_least(buckets, length) for length in lengths}))
     return Shapes((0,) * len(texts), texts, 1)
@@ -308,7 +309,7 @@ def doubling_buckets(longest: int, first: int = 64) -> tuple[int, ...]:
 def collate(
     groups: Sequence[Sequence[TokenRow]], shape: Shape, tokenizers: Tokenizers
 ) -> Batch:
-    """One batch: the examples of each group side by side in a row, the rest padding."""
+    """One batch: each group's examples packed into a row, the rest padding."""
     encoder, decoder = (shape.rows, shape.slots), (shape.rows, shape.length)
     target = (shape.rows, shape.targets)
     ints = partial(np.zeros, dtype=np.int32)
@@ -349,13 +350,13 @@ def _fill(
 
 
 def epoch_plan(buckets: np.ndarray, batch_size: int, seed: int, epoch: int) -> list[np.ndarray]:
-    """Which rows make which batch of one epoch: every row once, rows of a bucket together.
+    """The row numbers of each batch of one epoch: every row once, grouped by bucket.
 
-    Rows are shuffled, grouped by bucket, cut into batches, and the batches shuffled again; the
-    last one may be short. It depends on nothing but its arguments, so any number of hosts and
-    any place to resume from see the same batches.
+    Rows are shuffled, grouped by bucket and split into batches; then the batches are shuffled. The
+    last batch may be short. The plan depends only on its arguments, so it is the same for any
+    number of hosts and after any restart.
     """
-    # A shuffled grain dataset, repeated, shuffles each repetition anew.
+    # A repeated grain dataset is reshuffled in each repetition.
     n = len(buckets)
     shuffled = grain.MapDataset.range(n).shuffle(seed=seed).repeat()
     order = np.fromiter((shuffled[i] for i in range(epoch * n, (epoch + 1) * n)), np.int64, n)
@@ -369,7 +370,7 @@ def epoch_plan(buckets: np.ndarray, batch_size: int, seed: int, epoch: int) -> l
 def in_order(
     rows: Sequence[TokenRow], shapes: Shapes, tokenizers: Tokenizers, batch_size: int
 ) -> Iterator[tuple[np.ndarray, Batch]]:
-    """Every row once, for evaluation: row numbers and their batch, longest shapes last."""
+    """Every row once, for evaluation: row numbers and their batch, largest shapes last."""
     buckets = shapes.buckets_of(rows)
     order = np.argsort(buckets, kind="stable")
     for start in range(0, len(rows), batch_size):

@@ -1,8 +1,8 @@
-"""Several short examples in one row, so that hardly a slot is padding.
+"""Packs several short examples into one row, so that few slots are padding.
 
-Examples of a row are told apart by their segment; attention, positions and the loss are those of
-each example alone. Every batch holds one example of each stratum of lengths, so that batches are
-alike and one shape serves nearly all of them.
+Segments separate the examples of a row; attention, positions and the loss are as for each example
+alone. Every batch has one example from each stratum of lengths, so that batches are alike and one
+shape fits nearly all of them.
 """
 
 from collections.abc import Sequence
@@ -12,41 +12,41 @@ import numpy as np
 
 from jaxfusion.data.batching import DECODER_STEP, Placed, Shape, TokenRow, lengths_of
 
-STEP = 16  # encoder slots are rounded up to this
-SAMPLE = 512  # examples that the shape is chosen on, in whole batches
+STEP = 16  # encoder slots are rounded up to a multiple of this
+SAMPLE = 512  # examples used to choose the shape, in full batches
 
 
 @dataclass(frozen=True)
 class Packing:
-    """How a batch is packed.
+    """How batches are packed.
 
     Attributes:
-      shape: of nearly every batch; one that does not fit takes more rows, and compiles once more.
-      multiple: of which the number of rows is one, so that devices get the same share.
+      shape: of nearly every batch; one that does not fit gets more rows and another compilation.
+      multiple: the number of rows is a multiple of this, so that devices get equal shares.
     """
 
     shape: Shape
     multiple: int = 1
 
     def place(self, rows: Sequence[TokenRow], before: int, batch_size: int) -> Placed:
-        """The examples first-fit, longest first."""
+        """Packs the examples first-fit, longest first."""
         groups = pack(rows, self.shape, before)
         rows_needed = _round_up(max(self.shape.rows, len(groups)), self.multiple)
         return groups, replace(self.shape, rows=rows_needed)
 
     def shape_for(self, rows: Sequence[TokenRow], before: int) -> Shape:
-        """The shape that these examples take."""
+        """The shape of a batch of these examples."""
         return self.place(rows, before, len(rows))[1]
 
 
 def sizes(row: TokenRow, before: int) -> np.ndarray:
-    """Encoder, decoder and target slots that an example takes."""
+    """Encoder, decoder and target slots of an example."""
     decoder = before + row.prefix + len(row.text) + len(row.target)
     return np.array([len(row.query), decoder, len(row.target)])
 
 
 def pack(rows: Sequence[TokenRow], shape: Shape, before: int) -> list[list[TokenRow]]:
-    """First-fit-decreasing bin packing into rows of `shape` (its number of rows aside)."""
+    """First-fit-decreasing bin packing into rows of `shape`, whose number of rows is ignored."""
     room: list[np.ndarray] = []
     groups: list[list[TokenRow]] = []
     for row in sorted(rows, key=lambda row: len(row.query), reverse=True):
@@ -66,15 +66,15 @@ def find_packing(
     rows: Sequence[TokenRow], batch_size: int, before: int, seed: int, longest_row: int,
     multiple: int = 1,
 ) -> Packing:
-    """The shape with the least work, on average over a sample of batches.
+    """The packing with the least work, averaged over a sample of batches.
 
     Args:
-      longest_row: encoder slots of a row at most (but never fewer than the longest example has).
+      longest_row: most encoder slots of a row (raised to the longest example's if smaller).
     """
     queries, texts, targets = lengths_of(rows)
     plan = stratified_plan(queries, batch_size, seed, epoch=0)
     batches = [[rows[i] for i in numbers] for numbers in plan[: max(1, SAMPLE // batch_size)]]
-    # No example may be too large for an empty row.
+    # Every example must fit into an empty row.
     prefix = np.where(queries > 0, (rows[0].latents or queries) + 1, 0)
     least = np.array([x.max() for x in (queries, before + prefix + texts + targets, targets)])
     first, last = (_round_up(n, STEP) for n in (least[0], max(least[0], longest_row)))
@@ -91,7 +91,7 @@ def find_packing(
 def _candidates(
     batches: list[list[TokenRow]], slots: int, least: np.ndarray, before: int
 ) -> list[Shape]:
-    """Shapes with that many encoder slots: decoders for the fullest row, or for most rows only."""
+    """Shapes with `slots` encoder slots, and decoder slots for all rows or only for most."""
     packed = [pack(rows, Shape(0, slots, 10**9, 10**9), before) for rows in batches]
     used = [sum(sizes(row, before) for row in group) for groups in packed for group in groups]
     targets = int(max(least[2], np.max(used, axis=0)[2]))
@@ -103,7 +103,7 @@ def _candidates(
 
 
 def _work(shape: Shape) -> float:
-    """Slots, with a surcharge for attention, whose work per slot grows with the row."""
+    """Slots, plus a surcharge for attention, whose cost per slot grows with the row."""
     return shape.rows * sum(n * (1 + n / 2048) for n in (shape.slots, shape.length))
 
 
@@ -114,10 +114,10 @@ def _round_up(n: float, step: int) -> int:
 def stratified_plan(
     lengths: np.ndarray, batch_size: int, seed: int, epoch: int
 ) -> list[np.ndarray]:
-    """Which rows make which batch of one epoch: every row once, each batch alike in lengths.
+    """The row numbers of each batch of one epoch: every row once, batches alike in lengths.
 
-    Rows are sorted by length and cut into `batch_size` strata; each batch gets a random row of
-    every stratum. Where the rows do not divide, some batches lack one of the shortest stratum.
+    Rows are sorted by length and divided into `batch_size` strata; each batch gets a random row of
+    every stratum. If the rows do not divide evenly, some batches lack one of the shortest stratum.
     """
     rng = np.random.default_rng((seed, epoch))
     n = len(lengths)

@@ -1,4 +1,4 @@
-"""The training input: a grain dataset of batches, the same whatever the hosts and restarts."""
+"""The training input: a grain dataset of batches, independent of hosts and restarts."""
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -25,7 +25,7 @@ def subset(
     """A seeded sample without replacement; `balanced` draws the same number from every class.
 
     Raises:
-      InputError: the limit is larger than what is there.
+      InputError: there are fewer rows than the limit.
     """
     if limit is None:
         return examples
@@ -33,13 +33,13 @@ def subset(
     if balanced:
         classes = sorted({example.label for example in examples})
         share = _share(limit, len(classes))
-        taken = [[i for i in order if examples[i].label == c][:share] for c in classes]
-        short = [c for c, rows in zip(classes, taken, strict=True) if len(rows) < share]
+        by_class = [[i for i in order if examples[i].label == c][:share] for c in classes]
+        short = [c for c, rows in zip(classes, by_class, strict=True) if len(rows) < share]
         if short:
             raise InputError(
                 f"train_rows={limit}, balanced: class {short[0]} has fewer than {share} rows"
             )
-        chosen = sorted(i for rows in taken for i in rows)
+        chosen = sorted(i for rows in by_class for i in rows)
     elif limit > len(examples):
         raise InputError(f"train_rows={limit}, but there are only {len(examples)} rows")
     else:
@@ -48,9 +48,9 @@ def subset(
 
 
 def _share(limit: int, classes: int) -> int:
-    """Rows of each class."""
+    """Rows per class."""
     if limit < classes:
-        raise InputError(f"train_rows={limit}, balanced: wanted one row or more of each of the "
+        raise InputError(f"train_rows={limit}, balanced: expected at least one row for each of the "
                          f"{classes} classes")
     return limit // classes
 
@@ -58,36 +58,35 @@ def _share(limit: int, classes: int) -> int:
 def first_rows(
     examples: Iterable[Example], limit: int, classes: int, balanced: bool
 ) -> list[Example]:
-    """The first rows of a stream; `balanced`: the first of every class, in equal numbers.
+    """The first rows of a stream; `balanced`: the first of each class, in equal numbers.
 
-    Reads no further than it must, so what it takes is no random sample.
+    Reads no further than it must, so the rows are not a random sample.
 
     Raises:
-      InputError: the stream ends before.
+      InputError: the stream ends too early.
     """
     balanced = balanced and classes > 0
     share = _share(limit, classes) if balanced else limit
     room = Counter(dict.fromkeys(range(classes) if balanced else [-1], share))
-    taken = []
+    chosen = []
     for example in examples:
         key = example.label if balanced else -1
         if room[key] > 0:
             room[key] -= 1
-            taken.append(example)
+            chosen.append(example)
         if not +room:
-            return taken
-    raise InputError(f"train_rows={limit}: the stream has ended after {len(taken)} of the rows "
-                     "that are wanted" + (f"; of class {next(iter(+room))} it has too few"
-                                          if balanced else ""))
+            return chosen
+    raise InputError(f"train_rows={limit}: the stream ended after {len(chosen)} rows"
+                     + (f"; too few of class {next(iter(+room))}" if balanced else ""))
 
 
 class Batches:
-    """All training batches by step number, as grain's random-access source.
+    """All training batches by step number, as a grain random-access source.
 
-    Each host makes its own rows of each global batch; the plan is the same on all of them.
+    Each host builds its own rows of each global batch; all hosts follow the same plan.
 
     Args:
-      place: of the rows of a batch on the devices; None makes all rows here.
+      place: sharding of a batch's rows; None builds all rows on this host.
     """
 
     def __init__(
@@ -107,10 +106,10 @@ class Batches:
             self.keys = layout.buckets_of(rows)
 
     def _epoch(self, epoch: int) -> tuple[Sequence[TokenRow], list[np.ndarray]]:
-        """The rows of an epoch, and which of them make which batch."""
+        """The rows of an epoch, and the row numbers of each batch."""
         plan = stratified_plan if isinstance(self.layout, Packing) else epoch_plan
         rows, keys = self.rows, self.keys
-        if isinstance(rows, Continued):  # split anew
+        if isinstance(rows, Continued):  # split differently in each epoch
             rows = rows.at(epoch)
             keys = np.searchsorted(self.layout.buckets, rows.lengths)
         return rows, plan(keys, self.batch_size, self.seed, epoch)
@@ -122,7 +121,7 @@ class Batches:
         epoch, number = divmod(step, self.per_epoch)
         rows, plan = self.epoch(epoch)
         rows = [rows[i] for i in plan[number]]
-        # All hosts agree on the shape, which only the whole batch tells.
+        # The shape depends on the global batch, so that all hosts agree on it.
         groups, shape = self.layout.place(rows, len(self.tokenizers.start), self.batch_size)
         groups += [[]] * (shape.rows - len(groups))
         own = own_rows(shape.rows, self.place)
@@ -130,7 +129,7 @@ class Batches:
 
 
 def own_rows(rows: int, place: jax.sharding.Sharding | None) -> np.ndarray:
-    """The numbers of a global batch's rows that lie on this host's devices, ascending."""
+    """The global batch's row numbers on this host's devices, ascending."""
     if place is None:
         return np.arange(rows)
     own = {index[0].indices(rows)[:2]
@@ -146,10 +145,10 @@ def steps_per_epoch(rows: int, batch_size: int) -> int:
 def iterate(
     batches: Batches, put: Callable[[Any], Any] = lambda batch: batch
 ) -> grain.DatasetIterator:
-    """An iterator whose state can be saved and set: of the batches taken, not of those read ahead.
+    """An iterator whose state can be saved and restored; prefetched batches do not count.
 
     Args:
-      put: what makes a host's batch one on the devices: done in a thread, a batch ahead.
+      put: transfers a host's batch to the devices; called in a thread, one batch ahead.
     """
     options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=8)
     data = grain.MapDataset.source(batches).to_iter_dataset(options).map(put)
@@ -157,5 +156,5 @@ def iterate(
 
 
 def batches_taken(position: dict[str, Any]) -> int:
-    """How many batches an iterator's saved state has behind it."""
+    """The number of batches consumed at an iterator's saved state."""
     return position["next_index"]

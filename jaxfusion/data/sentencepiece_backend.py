@@ -1,8 +1,8 @@
-"""A bare SentencePiece model as a backend of `tokenizers`, made from what the model file says.
+"""Builds a `tokenizers` backend from a bare SentencePiece model.
 
-transformers guesses at what a file without `tokenizer.json` says: it orders the merges of a BPE
-model by id and not by score, leaves out the space before the first word, and takes T5's places of
-special tokens for granted. The backend here is made from the file, and compared with SentencePiece.
+Without a `tokenizer.json`, transformers guesses: it orders the merges of a BPE model by id instead
+of by score, drops the space before the first word, and assumes T5's ids of special tokens. The
+backend here is built from the model file and compared with SentencePiece.
 """
 
 from pathlib import Path
@@ -47,15 +47,15 @@ def read_model(file: Path):
         return SentencePieceProcessor(model_file=str(file))
     except (RuntimeError, OSError) as error:
         raise InputError(f"{file} is not a SentencePiece model ({first_line(error)}); put the "
-                         "model's own tokenizer.json beside it") from None
+                         "model's own tokenizer.json next to it") from None
 
 
 def read_sentencepiece(file: Path, role: str, vocab_size: int) -> SentencePieceTokenizer:
-    """The tokenizer of a directory that holds a SentencePiece model and no `tokenizer.json`.
+    """The tokenizer of a directory with a SentencePiece model and no `tokenizer.json`.
 
-    Special tokens are those that the files beside the model name, or the model's own. An encoder's
-    text ends with its end token, as T5's do; an LLM's begins with BOS, as Llama's do, unless
-    `tokenizer_config.json` has `add_bos_token` false.
+    Special tokens come from the files next to the model, or from the model itself. An encoder's
+    text ends with its end token, as T5's does; an LLM's begins with BOS, as Llama's does, unless
+    `tokenizer_config.json` sets `add_bos_token` to false.
 
     Args:
       role: 'encoder' or 'decoder'. vocab_size: rows of the model's embedding table.
@@ -81,25 +81,25 @@ def read_sentencepiece(file: Path, role: str, vocab_size: int) -> SentencePieceT
     if normalizes:
         tokenizer.spm = spm
     for text in PROBES + _symbols(proto):
-        found, wanted = tokenizer(text, add_special_tokens=False)["input_ids"], spm.encode(text)
-        if found != wanted:
-            raise InputError(f"tokenizers reads {file} otherwise than SentencePiece does: "
-                             f"{text!r} gives {found}, expected {wanted}; put the model's own "
-                             "tokenizer.json beside it")
+        ids, expected = tokenizer(text, add_special_tokens=False)["input_ids"], spm.encode(text)
+        if ids != expected:
+            raise InputError(f"tokenizers and SentencePiece differ on {file}: {text!r} gives "
+                             f"{ids}, expected {expected}; put the model's own tokenizer.json next "
+                             "to it")
     return tokenizer
 
 
 def _config(path: Path) -> dict[str, Any]:
-    """What the files beside the model say, `tokenizer_config.json` first."""
-    found: dict[str, Any] = {}
+    """The settings in the files next to the model; `tokenizer_config.json` takes precedence."""
+    config: dict[str, Any] = {}
     for name in ("special_tokens_map.json", "tokenizer_config.json"):
         if (path / name).is_file():
-            found |= {key: x for key, x in read_object(path / name).items() if x is not None}
-    return found
+            config |= {key: x for key, x in read_object(path / name).items() if x is not None}
+    return config
 
 
 def _special_tokens(spm, config: dict[str, Any]) -> dict[str, str]:
-    """The named special tokens, by name; what is not configured is the model's own."""
+    """The special tokens by name; the model's own where none is configured."""
     own = {"unk_token": spm.unk_id(), "bos_token": spm.bos_id(), "eos_token": spm.eos_id(),
            "pad_token": spm.pad_id()}
     special = {name: spm.id_to_piece(i) for name, i in own.items() if i >= 0}
@@ -114,7 +114,7 @@ def _content(token: str | dict[str, Any]) -> str:
 
 
 def _add_tokens(backend, spm, config, path: Path, role: str, vocab_size: int) -> None:
-    """Tokens behind the model's pieces: those of the files, and T5's sentinels where they fit."""
+    """Adds tokens after the model's pieces: those of the files, and T5's sentinels if they fit."""
     extra = {int(i): token for i, token in config.get("added_tokens_decoder", {}).items()}
     if not extra and (path / "added_tokens.json").is_file():
         extra = {i: token for token, i in read_object(path / "added_tokens.json").items()}
@@ -123,9 +123,9 @@ def _add_tokens(backend, spm, config, path: Path, role: str, vocab_size: int) ->
                   } if isinstance(token, dict) else {"normalized": False}
         backend.add_tokens([AddedToken(_content(token), **fields)])
         if backend.token_to_id(_content(token)) != i:
-            raise InputError(f"{path}: token {_content(token)!r} has id {i} in its files, but "
-                             f"comes out as {backend.token_to_id(_content(token))}; put the "
-                             "model's own tokenizer.json beside it")
+            raise InputError(f"{path}: token {_content(token)!r} has id {i} in its files, but got "
+                             f"id {backend.token_to_id(_content(token))}; put the model's own "
+                             "tokenizer.json next to it")
     sentinels = config.get("extra_ids", 100)
     has_some = any(backend.token_to_id(f"{start}<extra_id_0>") is not None for start in ("", SPACE))
     if role == "encoder" and not has_some and len(spm) + sentinels <= vocab_size:
@@ -133,7 +133,7 @@ def _add_tokens(backend, spm, config, path: Path, role: str, vocab_size: int) ->
 
 
 def _template(backend, special: dict[str, str], config: dict[str, Any], role: str):
-    """What goes round a text."""
+    """The template with the special tokens around a text."""
     parts = ["$A"]
     if config.get("add_bos_token", role == "decoder") and "bos_token" in special:
         parts.insert(0, special["bos_token"])
@@ -147,7 +147,7 @@ def _make_backend(spm, proto) -> Tokenizer:
     """The backend of a model, without special tokens.
 
     Raises:
-      InputError: a kind of model that `tokenizers` does not have.
+      InputError: a model type that `tokenizers` does not support.
     """
     kinds = proto.trainer_spec.ModelType
     falls_back = any(spm.is_byte(i) for i in range(len(spm)))
@@ -159,17 +159,17 @@ def _make_backend(spm, proto) -> Tokenizer:
             backend = Tokenizer(_bpe(spm, falls_back))
         case other:
             raise InputError(f"a SentencePiece model of type {kinds.Name(other)} is not supported, "
-                             "only UNIGRAM and BPE; put the model's own tokenizer.json beside it")
+                             "only UNIGRAM and BPE; put the model's own tokenizer.json next to it")
     rules, steps, tail = proto.normalizer_spec, [], []
     if rules.precompiled_charsmap:
         steps = [normalizers.Precompiled(rules.precompiled_charsmap)]
     if rules.remove_extra_whitespaces:
-        # Spaces alone: `Strip` takes other white space, too.
+        # Spaces only: `Strip` would remove other white space, too.
         steps += [normalizers.Replace(Regex("^ +| +$"), ""),
                   normalizers.Replace(Regex(" {2,}"), " ")]
     if rules.add_dummy_prefix:
         tail = [decoders.Strip(" ", 1, 0)]
-    if isinstance(backend.model, models.BPE):  # whose pieces may span words
+    if isinstance(backend.model, models.BPE):  # its pieces may span words
         steps += [normalizers.Prepend(SPACE)] * rules.add_dummy_prefix
         steps += [normalizers.Replace(" ", SPACE)]
     else:
@@ -182,7 +182,7 @@ def _make_backend(spm, proto) -> Tokenizer:
 
 
 def _bpe(spm, falls_back: bool) -> models.BPE:
-    """Its merges by their scores, as SentencePiece takes them."""
+    """The BPE model with its merges ordered by score, as in SentencePiece."""
     plain = [i for i in range(len(spm))
              if not (spm.is_control(i) or spm.is_unknown(i) or spm.is_byte(i))]
     vocab = {spm.id_to_piece(i): i for i in range(len(spm))}
@@ -198,7 +198,7 @@ def _bpe(spm, falls_back: bool) -> models.BPE:
 
 
 def _symbols(proto) -> tuple[str, ...]:
-    """Texts with symbols that the model's makers defined, which it cuts out before all else."""
+    """Probe texts with user-defined symbols, which the model splits off before anything else."""
     if proto.trainer_spec.model_type != proto.trainer_spec.ModelType.BPE:
         return ()
     pieces = [x.piece.replace(SPACE, " ") for x in proto.pieces if x.type == x.USER_DEFINED]

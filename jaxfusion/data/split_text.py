@@ -1,9 +1,9 @@
-"""Unlabelled text: the encoder reads a beginning of random length, the LLM learns what follows.
+"""Unlabelled text: the encoder reads a prefix of random length, the LLM learns the rest.
 
 As LangBridge trains on plain corpora (arXiv:2401.10695, section 4.1; `collate_fn` of its authors'
-train_langbridge.py): the length is drawn in encoder tokens, evenly from 32 to the most that the
-encoder takes; the text is cut where the next token begins; no end token follows the rest, which
-goes on in its document. There all texts of a batch share one length, here each has its own.
+train_langbridge.py): the length in encoder tokens is uniform from 32 to the encoder's limit; the
+text is split where the next token begins; no end token follows the rest, since the document goes
+on. There all texts of a batch share one length; here each has its own.
 """
 
 from collections.abc import Sequence
@@ -17,19 +17,19 @@ from jaxfusion.data.rows.examples import Example
 from jaxfusion.data.tokenizers import Tokenizers
 from jaxfusion.errors import InputError
 
-LEAST = 32  # encoder tokens that are read, the end token counted, where a text is long enough
-SPARE = 16  # tokens before a cut that may differ from those of the whole text
+LEAST = 32  # fewest encoder tokens, including the end token, if the text is long enough
+SPARE = 16  # tokens at a truncation that may differ from those of the full text
 
 
 @dataclass(frozen=True)
 class Continued:
-    """Texts that are split anew in every epoch.
+    """Texts that are split differently in every epoch.
 
     Attributes:
-      texts: those of two encoder tokens or more.
-      ids: the first encoder ids of each. begins: where in the text each of these begins.
-      short: how many texts were left out, as there is nothing to split.
-      latents: the bridge's.
+      texts: those of at least two encoder tokens.
+      ids: the first encoder ids of each text. begins: the text offset of each id.
+      short: how many texts were skipped because they are too short to split.
+      latents: of the bridge.
     """
 
     texts: list[str]
@@ -46,11 +46,11 @@ class Continued:
         return len(self.texts)
 
     def at(self, epoch: int) -> "Split":
-        """The texts as they are split in an epoch."""
+        """The texts as split in an epoch."""
         return Split(self, epoch)
 
     def shapes(self, buckets: Sequence[int]) -> Shapes:
-        """Shapes that hold every split: the rest may be as long as it may."""
+        """Shapes that fit every split: the rest has its maximum length."""
         longest = self.max_encoder_tokens
         sizes = (*(b for b in sorted(buckets) if b < longest), longest)
         text = -(-self.max_decoder_tokens // DECODER_STEP) * DECODER_STEP
@@ -59,7 +59,7 @@ class Continued:
 
 @dataclass(frozen=True)
 class Split(Sequence[TokenRow]):
-    """The rows of one epoch, made as they are taken."""
+    """The rows of one epoch, created on access."""
 
     whole: Continued
     epoch: int
@@ -69,7 +69,7 @@ class Split(Sequence[TokenRow]):
 
     @cached_property
     def heads(self) -> np.ndarray:
-        """Encoder tokens that are read of each text, without the end token."""
+        """Encoder tokens read of each text, without the end token."""
         most = self.whole.ids.lengths - 1
         least = np.minimum(LEAST - 1, most)
         chance = np.random.default_rng((self.whole.seed, self.epoch)).random(len(most))
@@ -77,11 +77,11 @@ class Split(Sequence[TokenRow]):
 
     @property
     def lengths(self) -> np.ndarray:
-        """Encoder tokens of each row, its end token counted."""
+        """Encoder tokens of each row, including its end token."""
         return self.heads + 1
 
     def parts(self, i: int) -> tuple[str, str]:
-        """What the encoder reads of a text, and the rest."""
+        """The prefix of a text that the encoder reads, and the rest."""
         cut = self.whole.begins[i][self.heads[i]]
         return self.whole.texts[i][:cut], self.whole.texts[i][cut:]
 
@@ -99,20 +99,20 @@ def tokenize_texts(
     examples: Sequence[Example], tokenizers: Tokenizers, *, max_encoder_tokens: int,
     max_decoder_tokens: int, seed: int, latents: int = 0,
 ) -> Continued:
-    """Texts ready to be split, of at most `max_encoder_tokens` for the encoder, its end counted.
+    """Texts ready to be split, with at most `max_encoder_tokens` for the encoder, end included.
 
     Raises:
-      InputError: no text has two tokens, or the encoder's tokenizer does not tell where in a text
-        its tokens begin.
+      InputError: no text has two tokens, or the encoder's tokenizer does not give the offsets of
+        its tokens.
     """
     if not tokenizers.encoder.is_fast:
-        raise InputError("unlabelled text needs an encoder tokenizer that knows its offsets (a "
+        raise InputError("unlabelled text needs an encoder tokenizer with offsets (a "
                          "tokenizer.json)")
     texts, ids, begins, short = [], Ragged(), Ragged(), 0
     for part in in_parts(examples):
-        some = [example.query for example in part]
-        found = tokenizers.encoder(some, add_special_tokens=False, return_offsets_mapping=True)
-        for text, tokens, offsets in zip(some, found["input_ids"], found["offset_mapping"],
+        queries = [example.query for example in part]
+        encoded = tokenizers.encoder(queries, add_special_tokens=False, return_offsets_mapping=True)
+        for text, tokens, offsets in zip(queries, encoded["input_ids"], encoded["offset_mapping"],
                                          strict=True):
             starts = [start for start, _ in offsets[:max_encoder_tokens]]
             if not any(starts):
@@ -122,7 +122,6 @@ def tokenize_texts(
             ids.append(tokens[:max_encoder_tokens])
             begins.append(starts)
     if not texts:
-        raise InputError(f"none of the {short} texts has two tokens of the encoder: nothing to "
-                         "split")
+        raise InputError(f"none of the {short} texts has two encoder tokens: nothing to split")
     return Continued(texts, ids, begins, short, tokenizers, max_encoder_tokens,
                      max_decoder_tokens, seed, latents)

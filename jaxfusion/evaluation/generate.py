@@ -1,4 +1,4 @@
-"""Answers, greedy or sampled, and likelihoods of given ones: both from one pass over the prompt."""
+"""Generates answers and scores given ones, both from one pass over the prompt."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,10 +21,10 @@ class Decoding:
     """How an answer's tokens are chosen.
 
     Attributes:
-      max_new_tokens: of an answer. eos: what ends it, and fills what is left behind it.
-      temperature: 0 takes the most likely token; above, tokens are drawn.
-      top_p: drawn among the fewest likeliest tokens that have this much probability together
-        (nucleus sampling, arXiv:1904.09751). seed: of what is drawn.
+      max_new_tokens: of an answer. eos: ends it, and pads the rest.
+      temperature: 0: greedy; above 0: sampled.
+      top_p: sample from the smallest set of most likely tokens with this total probability
+        (nucleus sampling, arXiv:1904.09751). seed: of the samples.
     """
 
     max_new_tokens: int
@@ -36,14 +36,14 @@ class Decoding:
 
 @lru_cache(8)  # the development scores and the final ones share their compiled programs
 def make_scorer(bridge: Bridge, decoding: Decoding, bare: bool) -> Score:
-    """The jitted `(params, batch, options, mask, ends=None, numbers=None)` to what follows.
+    """The jitted `(params, batch, options, mask, ends=None, numbers=None)`, which returns
+    `(tokens, scores, greedy)`.
 
-    `options` [C B T] are the ids of each row's possible answers, `mask` is True at real ones.
-    `ends` [V] is True at tokens after which an answer has ended, besides `eos`; `numbers` [B] are
-    what the rows' draws depend on, whatever batch they are in. Of the result, `tokens`
-    [B max_new_tokens] is the answer, padded with `eos` from its end on, `scores` [C B] the
-    log-likelihood of each option, summed over its tokens, and `greedy` [C B] whether each of its
-    tokens is the likeliest one.
+    `options` [C B T] are the ids of each row's possible answers, `mask` is True at real ids.
+    `ends` [V] is True at tokens that end an answer, besides `eos`; `numbers` [B] seed each row's
+    samples, independently of its batch. `tokens` [B max_new_tokens] is the answer, padded with
+    `eos` after its end, `scores` [C B] the log-likelihood of each option, summed over its tokens,
+    and `greedy` [C B] whether all of its tokens are the most likely ones.
 
     Args:
       bare: the LLM alone, on batches whose rows are text.
@@ -70,14 +70,14 @@ def make_scorer(bridge: Bridge, decoding: Decoding, bare: bool) -> Score:
 def prefill(
     bridge: Bridge, params: Params, batch: Batch, slots: int, bare: bool
 ) -> tuple[Cache, Float[Array, "B V"]]:
-    """Reads the prompts: their cache with `slots` free ones behind, and each row's next logits."""
+    """Reads the prompts; returns the cache with `slots` free slots, and each row's next logits."""
     inputs = bridge.embed(params, batch.dec_tokens) if bare else bridge.inputs(params, batch)
     rows, length, _ = inputs.shape
     cache = init_cache(bridge.decoder.config, rows, length + slots, bridge.decoder.dtype)
     hidden, cache = bridge.decode(
         params, inputs, batch.dec_positions, batch.dec_segments, cache, 0
     )
-    # Positions are 0 at padding, so the last real slot is the one with the largest.
+    # Positions are 0 at padding, so the last real slot has the largest position.
     last = jnp.argmax(batch.dec_positions, axis=1)
     final = jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]
     return cache, bridge.logits(params, final)
@@ -88,13 +88,13 @@ def generate(
     position: Int[Array, "B"], start: int, decoding: Decoding, done: Bool[Array, "B"],
     ends: Bool[Array, "V"] | None, numbers: Int[Array, "B"] | None,
 ) -> Int[Array, "B T"]:
-    """A next token, again and again, until every row has ended.
+    """Generates tokens until every row has ended. [B max_new_tokens]
 
     Args:
       cache, logits: from `prefill`.
       position: of the first new token in each row. start: its slot in the cache.
       done: rows that need no answer.
-      ends, numbers: as `make_scorer` has them.
+      ends, numbers: as in `make_scorer`.
     """
     rows, eos = position.shape[0], decoding.eos
     tokens = jnp.full((rows, decoding.max_new_tokens), eos, jnp.int32)
@@ -126,7 +126,7 @@ def choose_tokens(
     logits: Float[Array, "B V"], decoding: Decoding, numbers: Int[Array, "B"] | None,
     step: Int[Array, ""] | int,
 ) -> Int[Array, "B"]:
-    """Each row's next token; draws depend on the seed, the row's number and the step alone."""
+    """Each row's next token; samples depend only on the seed, the row's number and the step."""
     if not decoding.temperature:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
     logits = logits.astype(jnp.float32) / decoding.temperature
@@ -147,12 +147,12 @@ def log_likelihood(
 ) -> tuple[Float[Array, "B"], Bool[Array, "B"]]:
     """Summed log-probability of each row's `option` after its prompt, and whether it is greedy.
 
-    Options of one token cost nothing more: the prompt's last logits foretell them.
+    Options of one token need no extra pass: the prompt's last logits score them.
     """
-    before, read = logits[:, None], option[:, :-1]
-    if read.shape[1]:
-        positions = position[:, None] + jnp.arange(read.shape[1])
-        hidden, _ = bridge.decode(params, bridge.embed(params, read), positions,
+    before, inputs = logits[:, None], option[:, :-1]
+    if inputs.shape[1]:
+        positions = position[:, None] + jnp.arange(inputs.shape[1])
+        hidden, _ = bridge.decode(params, bridge.embed(params, inputs), positions,
                                   mask[:, :-1].astype(jnp.int32), cache, start)
         before = jnp.concatenate([before, bridge.logits(params, hidden)], axis=1)
     losses = optax.softmax_cross_entropy_with_integer_labels(before, option)

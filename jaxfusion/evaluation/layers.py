@@ -1,4 +1,4 @@
-"""Which encoder layers a fusion takes, and what each of them knows."""
+"""Analysis of encoder layers: fusion weights, mean states, translation retrieval."""
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
@@ -16,13 +16,13 @@ from jaxfusion.fields import EvalConfig
 from jaxfusion.nn.bridge import Batch, Bridge, Params
 from jaxfusion.sharding.rules import replicated
 
-ROWS = 100  # of each language are looked at
+ROWS = 100  # examples per language
 
 
 def layer_weigher(
     bridge: Bridge, tokenizers: Tokenizers, config: EvalConfig
 ) -> Callable[[Params, Sequence[Example]], list[float]] | None:
-    """`(params, examples) -> mean weight of each layer 1 … L`, over all real tokens.
+    """The function `(params, examples) -> mean weight of each layer 1 … L` over all real tokens.
 
     None for a fusion without weights (`last`, `layer`).
     """
@@ -46,7 +46,7 @@ def layer_weigher(
 def token_weights(
     bridge: Bridge, tokenizers: Tokenizers, config: EvalConfig, params: Params, example: Example
 ) -> dict[str, Any] | None:
-    """`tokens` of an example's query, and their `weights`: of each token those of layers 1 … L.
+    """The `tokens` of an example's query, and the `weights` of layers 1 … L for each token.
 
     None for a fusion without weights.
     """
@@ -55,7 +55,7 @@ def token_weights(
     (_, batch), = _batches(bridge, tokenizers, config, [example], 1)
     weights = np.asarray(_fuser(bridge)(params, batch), float)
     ids = batch.enc_tokens[batch.enc_segments != 0]
-    if weights.ndim == 1:  # the same for all
+    if weights.ndim == 1:  # the same for all tokens
         weights = np.broadcast_to(weights[:, None, None], (len(weights), 1, len(ids)))
     return {"tokens": tokenizers.encoder.convert_ids_to_tokens(ids.tolist()),
             "weights": weights[:, 0, : len(ids)].T.round(4).tolist()}
@@ -65,25 +65,25 @@ def mean_states(
     bridge: Bridge, tokenizers: Tokenizers, config: EvalConfig, params: Params,
     examples: Sequence[Example],
 ) -> Float[np.ndarray, "L N D"]:
-    """Of each layer 1 … L the mean of the states of every query's real tokens."""
-    read, found = _reader(bridge), {}
+    """The mean state over each query's real tokens, for each layer 1 … L."""
+    read, by_example = _reader(bridge), {}
     for numbers, batch in _batches(bridge, tokenizers, config, examples, config.batch_size):
         means = np.asarray(read(params, batch))
-        found |= {int(number): means[:, i] for i, number in enumerate(numbers)}
-    return np.stack([found[i] for i in range(len(examples))], axis=1)
+        by_example |= {int(number): means[:, i] for i, number in enumerate(numbers)}
+    return np.stack([by_example[i] for i in range(len(examples))], axis=1)
 
 
-def found_translations(
+def retrieval_accuracy(
     states: Float[np.ndarray, "L N D"], central: Float[np.ndarray, "L N D"],
     centred: bool = False,
 ) -> list[float]:
-    """In each layer, of how many sentences the nearest one of another language is the translation.
+    """The share of sentences whose nearest sentence in the central language is their translation.
 
-    Nearest by cosine, among all N of the central language.
+    One value per layer; nearest by cosine, among all N sentences of the central language.
 
     Args:
       states, central: of the same sentences in the same order.
-      centred: each language's mean over its sentences is taken away first.
+      centred: whether each language's mean over its sentences is subtracted first.
     """
     pair = [x - x.mean(axis=1, keepdims=True) if centred else x for x in (states, central)]
     ours, theirs = (x / np.linalg.norm(x, axis=-1, keepdims=True) for x in pair)
@@ -93,7 +93,7 @@ def found_translations(
 
 @lru_cache(4)
 def _reader(bridge: Bridge) -> Callable[[Params, Batch], jax.Array]:
-    """The jitted means of a batch's states. [L B D]"""
+    """The jitted mean states of a batch. [L B D]"""
     def read(params: Params, batch: Batch) -> Float[Array, "L B D"]:
         states = bridge.encoder.apply({"params": params["encoder"]}, batch.enc_tokens,
                                       batch.enc_segments, states=True)

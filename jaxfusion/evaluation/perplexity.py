@@ -1,4 +1,4 @@
-"""What an LLM makes of text in a language: its perplexity, and whether it answers in it."""
+"""Perplexity of an LLM on text in a language, and language fidelity of its answers."""
 
 from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
@@ -21,13 +21,13 @@ def perplexity(
     bridge: Bridge, params: Params, texts: Sequence[str], tokenizers: Tokenizers,
     max_tokens: int, batch_size: int,
 ) -> dict[str, float]:
-    """Of plain texts, each after BOS (or EOS, where there is no BOS), under the LLM alone.
+    """Perplexity of plain texts under the LLM alone, each after BOS (or EOS if there is no BOS).
 
     Args:
-      max_tokens: of a text; what is longer is left out of it.
+      max_tokens: texts are truncated to this length.
 
     Returns:
-      `perplexity`, by token; and `bits_per_byte` of UTF-8, which compares tokenizers, too.
+      `perplexity` per token, and `bits_per_byte` of UTF-8, which is comparable across tokenizers.
     """
     bos, eos = tokenizers.decoder.bos_token_id, tokenizers.decoder.eos_token_id
     first = SimpleNamespace(start=[eos if bos is None else bos])
@@ -37,8 +37,8 @@ def perplexity(
     for _, batch in in_order(rows, shapes, first, batch_size):
         lost, counted = jax.device_get(_surprise(bridge)(params, batch))
         total, tokens = total + float(lost), tokens + int(counted)
-    read = tokenizers.decoder.batch_decode([row.text for row in rows])
-    size = sum(len(text.encode()) for text in read)
+    truncated = tokenizers.decoder.batch_decode([row.text for row in rows])
+    size = sum(len(text.encode()) for text in truncated)
     return {"perplexity": float(np.exp(total / max(tokens, 1))),
             "bits_per_byte": total / np.log(2) / max(size, 1)}
 
@@ -53,7 +53,7 @@ def _surprise(bridge: Bridge) -> Callable[[Params, Batch], tuple[Array, Array]]:
                                   batch.dec_positions, batch.dec_segments)
 
         def of_row(row) -> Float[Array, ""]:
-            # Row by row: the logits of all slots of a batch are larger than many a model.
+            # Row by row: the logits of a full batch may be larger than the model.
             state, tokens, real = row
             losses = optax.softmax_cross_entropy_with_integer_labels(
                 bridge.logits(params, state[:-1]), tokens[1:])
@@ -67,9 +67,9 @@ def _surprise(bridge: Bridge) -> Callable[[Params, Batch], tuple[Array, Array]]:
 
 
 def load_identifier() -> Callable[[str], str]:
-    """Names the language of a text, ISO 639-1 where there is such a code; of none, nothing.
+    """The function `text -> language`, an ISO 639-1 code if there is one; "" for an empty text.
 
-    fastText's compressed lid.176 (Joulin et al., arXiv:1612.03651), which needs no download.
+    Uses fastText's compressed lid.176 (Joulin et al., arXiv:1612.03651), which needs no download.
 
     Raises:
       InputError: the package is not installed.
@@ -84,5 +84,5 @@ def load_identifier() -> Callable[[str], str]:
 
 
 def fidelity(texts: Sequence[str], code: str, identify: Callable[[str], str]) -> float:
-    """The share of texts that are in the language of that code; empty ones are in none."""
+    """The share of texts that are in the language with this code; empty texts count as wrong."""
     return sum(identify(text) == code for text in texts) / len(texts)

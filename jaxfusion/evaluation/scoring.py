@@ -1,4 +1,4 @@
-"""Scores a bridge, or its bare LLM: exact match of the answer, and likelihood of the labels."""
+"""Scores a bridge or its bare LLM: exact match of answers, and likelihood of labels."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -29,14 +29,14 @@ from jaxfusion.nn.bridge import Bridge, Params
 
 @dataclass(frozen=True)
 class Scored:
-    """What came out for each example, in their order.
+    """The results for each example, in order.
 
     Attributes:
       answers: the text, stripped, without the stop string that ended it.
       likelihoods: [rows, labels] log-likelihood of each label.
       correct: by scoring name (see `Scorer`).
-      cut: how many examples were longer than the limits.
-      unfinished: whether each answer met `max_new_tokens` before its end.
+      cut: how many examples were truncated.
+      unfinished: whether each answer reached `max_new_tokens` before its end.
     """
 
     answers: list[str]
@@ -46,14 +46,14 @@ class Scored:
     unfinished: list[bool]
 
     def part(self, start: int, end: int) -> "Scored":
-        """What came out for some of the examples; `cut` is still that of all."""
+        """The results for a slice of the examples; `cut` still counts all of them."""
         correct = {name: right[start:end] for name, right in self.correct.items()}
         return Scored(self.answers[start:end], self.likelihoods[start:end], correct, self.cut,
                       self.unfinished[start:end])
 
 
 def for_task(config: EvalConfig, task: Task, language: str | None = None) -> EvalConfig:
-    """The settings with what a task wants, where they leave it open."""
+    """The settings with the task's defaults for fields that are not set."""
     most = task.max_new_tokens if config.max_new_tokens is None else config.max_new_tokens
     return replace(config, max_new_tokens=most,
                    stop=config.stop or task.stop.get(language, ()))
@@ -62,11 +62,11 @@ def for_task(config: EvalConfig, task: Task, language: str | None = None) -> Eva
 class Scorer:
     """Scores examples with one compiled program per batch shape.
 
-    `exact_match`: the answer equals the target after strip, as the papers score; where the task
-    extracts something of both, that. Greedy unless the config has a temperature.
-    `likelihood`: the correct label has the largest summed log-probability; behind a bridge with
-    the end token that training put after every answer, for the bare LLM without it.
-    `likelihood_norm`: the same, over the label's length in characters, as `acc_norm` of
+    `exact_match`: the answer equals the target after strip, as in the papers; if the task extracts
+    a part of both, the parts are compared. Greedy unless the config has a temperature.
+    `likelihood`: the correct label has the largest summed log-probability; for a bridge including
+    the end token that training puts after every answer, for the bare LLM without it.
+    `likelihood_norm`: the same, divided by the label's length in characters, as `acc_norm` in
     EleutherAI's lm-evaluation-harness.
     """
 
@@ -74,10 +74,10 @@ class Scorer:
         self, bridge: Bridge, tokenizers: Tokenizers, config: EvalConfig,
         text_prompt: str = "", bare: bool = False,
     ):
-        """`config` is that of a task: see `for_task`.
+        """`config` is specific to a task: see `for_task`.
 
         Raises:
-          InputError: answers longer than what the LLM reads.
+          InputError: answers may be longer than the LLM's maximum length.
         """
         longest = bridge.decoder.config.max_length
         if config.max_new_tokens > longest:
@@ -98,20 +98,20 @@ class Scorer:
         """Scores the examples.
 
         Args:
-          progress: is told how many rows each batch had.
-          numbers: of the examples, for what is drawn; their places unless given.
+          progress: called with the number of rows of each batch.
+          numbers: of the examples, to seed their samples; default: their indices.
         """
         rows, cut = self.rows(examples, task.keeps_end)
         labels = task.labels
-        places = np.arange(len(rows)) if numbers is None else np.asarray(numbers)
+        row_numbers = np.arange(len(rows)) if numbers is None else np.asarray(numbers)
         answers, likelihoods = [""] * len(rows), np.zeros((len(rows), len(labels)))
         unfinished = [False] * len(rows)
         for chosen, batch in in_order(rows, self.shapes(rows), self.tokenizers,
                                       self.config.batch_size):
             options, mask = self._options([examples[i] for i in chosen], labels)
-            drawn = np.resize(places[chosen], self.config.batch_size).astype(np.int32)
+            seeds = np.resize(row_numbers[chosen], self.config.batch_size).astype(np.int32)
             tokens, scores, _ = jax.device_get(
-                self.score(params, batch, options, mask, self._ends, drawn))
+                self.score(params, batch, options, mask, self._ends, seeds))
             for row, number in enumerate(chosen):
                 answers[number], unfinished[number] = self._text(tokens[row])
                 likelihoods[number] = scores[: len(labels), row]
@@ -120,15 +120,15 @@ class Scorer:
         return Scored(answers, likelihoods, correct, cut, unfinished)
 
     def shapes(self, rows: Sequence[TokenRow]) -> Shapes:
-        """The few shapes that batches of these rows take."""
+        """The batch shapes of these rows."""
         if self.bare:
             return find_bare_shapes(rows, doubling_buckets(self.config.max_decoder_tokens))
         return find_shapes(rows, doubling_buckets(self.config.max_encoder_tokens))
 
     @cached_property
     def _ends(self) -> np.ndarray | None:
-        """[V] True at tokens behind which nothing is wanted: the LLM's other end tokens, and those
-        that a stop string is part of."""
+        """[V] True at tokens that end an answer: the LLM's other end tokens, and tokens that
+        contain a stop string."""
         others = set(self.tokenizers.ends) - {self.tokenizers.eos}
         if not self.config.stop and not others:
             return None
@@ -144,7 +144,7 @@ class Scorer:
     def rows(
         self, examples: Sequence[Example], keeps_end: bool = False
     ) -> tuple[Sequence[TokenRow], Cut]:
-        """The examples as ids, without their answers."""
+        """The examples as ids, without answers."""
         c = self.config
         if self.bare:
             return tokenize_bare(examples, self.tokenizers, c.max_decoder_tokens)
@@ -169,11 +169,11 @@ class Scorer:
         return pad_options(ids, self.config.batch_size)
 
     def _text(self, tokens: np.ndarray) -> tuple[str, bool]:
-        """The answer up to its end token, or to the first stop string; and whether it met neither
-        within its limit."""
+        """The answer up to its end token or first stop string, and whether it had neither within
+        the limit."""
         ended = np.flatnonzero(np.isin(tokens, self.tokenizers.ends))
-        kept = tokens[: ended[0]] if len(ended) else tokens
-        text = self.tokenizers.decoder.decode(kept.tolist(), skip_special_tokens=True)
+        answer = tokens[: ended[0]] if len(ended) else tokens
+        text = self.tokenizers.decoder.decode(answer.tolist(), skip_special_tokens=True)
         stops = [text.find(x) for x in self.config.stop if x in text]
         unfinished = len(tokens) > 0 and not len(ended) and not stops
         return text[: min(stops or [None])].strip(), unfinished
@@ -182,9 +182,9 @@ class Scorer:
 def pad_options(
     ids: Sequence[Sequence[Sequence[int]]], batch_size: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Ids and mask [C B T] of C options of each row, in few shapes."""
+    """Ids and mask [C B T] of C options for each row, padded to few lengths."""
     longest = max((len(answer) for rows in ids for answer in rows), default=0)
-    # Letters are read from the prompt's last logits; longer answers share few shapes.
+    # One token needs only the prompt's last logits; longer answers are padded to powers of 2.
     longest = longest if longest <= 1 else max(8, 1 << (longest - 1).bit_length())
     shape = (len(ids), batch_size, longest)
     options, mask = np.zeros(shape, np.int32), np.zeros(shape, bool)
@@ -202,8 +202,8 @@ def _correct(
     extract = task.extract or str.strip
     pairs = [(extract(answer), extract(example.target))
              for answer, example in zip(answers, examples, strict=True)]
-    # Where nothing is found in either, nothing was answered.
-    correct = {"exact_match": [ours == wanted != "" for ours, wanted in pairs]}
+    # Two empty extractions are not a match: there was no answer.
+    correct = {"exact_match": [answer == target != "" for answer, target in pairs]}
     if not task.labels:
         return correct
     right, lengths = np.array([example.label for example in examples]), [*map(len, task.labels)]

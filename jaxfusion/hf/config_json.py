@@ -1,4 +1,4 @@
-"""`config.json` of a checkpoint → our config of its tower. transformers 4 and 5 spell it apart."""
+"""`config.json` of a checkpoint → our tower config, in the spelling of transformers 4 or 5."""
 
 import math
 from typing import Any, TypeVar
@@ -15,58 +15,58 @@ ARCHITECTURES = {
     "gemma2": "Gemma2ForCausalLM", "gemma3_text": "Gemma3ForCausalLM",
 }
 DECODER_FAMILIES = tuple(ARCHITECTURES)
-# What a config.json that leaves them out means in transformers; other families have as many kv
-# heads as heads.
+# transformers' defaults for fields missing from config.json; in other families the number of kv
+# heads defaults to the number of heads.
 KV_HEADS = {"mistral": 8, "qwen2": 32, "qwen3": 32, "gemma": 16, "gemma2": 4, "gemma3_text": 4}
 HEAD_DIMS = {"qwen3": 128, "gemma": 256, "gemma2": 256, "gemma3_text": 256}
 WINDOWS = {"mistral": 4096, "qwen2": 4096, "qwen3": 4096, "gemma2": 4096, "gemma3_text": 4096}
 MOST_LAYERS = 1000
-LARGEST = 10_000_000  # of any count: what is larger is damage, and would exhaust memory
-MOST = 1e30  # of any other number: float32 holds it
+LARGEST = 10_000_000  # of any count: a larger one is damage and would exhaust memory
+MOST = 1e30  # of any other number: fits float32
 Shape = TypeVar("Shape", MT5Config, DecoderConfig)
-PERIODS = {"gemma2": 2, "gemma3_text": 6}  # one layer of so many has no window
+PERIODS = {"gemma2": 2, "gemma3_text": 6}  # one of this many layers has no window
 
 
 def encoder_config(json: dict[str, Any], where: str) -> MT5Config:
     """The shape of an mT5, umT5 or T5 v1.1 encoder.
 
     Raises:
-      InputError: another family, or a feed-forward that these families do not have.
+      InputError: unsupported family or feed-forward layer.
     """
     _check_family(json, ENCODER_FAMILIES, "encoder", where)
     return _checked(_encoder_config(json, where), where)
 
 
 def decoder_config(json: dict[str, Any], where: str) -> DecoderConfig:
-    """The shape and features of an LLM, by the defaults of its family in transformers.
+    """The shape and features of an LLM, with its family's defaults in transformers.
 
     Raises:
-      InputError: another family, a feature that the decoder does not have, or a field that is
-        missing, of the wrong type or out of range.
+      InputError: unsupported family or feature, or a field that is missing, has the wrong type or
+        is out of range.
     """
     _check_family(json, DECODER_FAMILIES, "decoder", where)
     return _checked(_decoder_config(json, where), where)
 
 
 def _buckets(json: dict[str, Any], where: str) -> dict[str, int]:
-    """T5's relative positions: half of them for each direction, half of these exact, the others by
-    logarithm up to the distance."""
+    """T5's relative positions: half of the buckets for each direction; half of those for exact
+    distances, the others logarithmic up to the maximum distance."""
     names = [f"relative_attention_{x}" for x in ("num_buckets", "max_distance")]
     buckets, distance = _count(json, names[0], 32, where), _count(json, names[1], 128, where)
     if buckets < 4:
         raise InputError(f"{where}: {names[0]} is {buckets}, expected 4 or more")
     if distance <= (exact := buckets // 2 // 2):
-        raise InputError(f"{where}: {names[1]} is {distance}, expected more than the {exact} "
-                         f"distances that {names[0]} = {buckets} has exactly")
+        raise InputError(f"{where}: {names[1]} is {distance}, expected more than the {exact} exact "
+                         f"distances of {names[0]} = {buckets}")
     return {"num_buckets": buckets, "max_distance": distance}
 
 
 def _checked(shape: Shape, where: str) -> Shape:
-    """The shape, if a model can have it."""
+    """The shape, checked for consistency."""
     heads, kv_heads = shape.num_heads, getattr(shape, "num_kv_heads", shape.num_heads)
     if heads % kv_heads:
-        raise InputError(f"{where}: {heads} attention heads do not divide by {kv_heads} key and "
-                         "value heads")
+        raise InputError(f"{where}: {heads} attention heads are not divisible by {kv_heads} key "
+                         "and value heads")
     if shape.num_layers > MOST_LAYERS:
         raise InputError(f"{where}: {shape.num_layers:,} layers, expected at most {MOST_LAYERS:,}")
     if isinstance(shape, DecoderConfig):
@@ -76,28 +76,28 @@ def _checked(shape: Shape, where: str) -> Shape:
 
 def _check_rope(shape: DecoderConfig, where: str) -> None:
     if shape.head_dim % 2 or not shape.head_dim:
-        raise InputError(f"{where}: head_dim is {shape.head_dim}, expected an even number, as "
-                         "rotary embeddings turn pairs")
+        raise InputError(f"{where}: head_dim is {shape.head_dim}, expected an even number, since "
+                         "rotary embeddings rotate pairs")
     for rope in filter(None, (shape.rope, shape.local_rope)):
-        turned = int(shape.head_dim * rope.partial)
-        if turned % 2 or not turned:
-            raise InputError(f"{where}: partial_rotary_factor {rope.partial} has {turned} of "
-                             f"head_dim {shape.head_dim} turn, expected an even number above 0")
+        rotated = int(shape.head_dim * rope.partial)
+        if rotated % 2 or not rotated:
+            raise InputError(f"{where}: partial_rotary_factor {rope.partial} rotates {rotated} of "
+                             f"head_dim {shape.head_dim}, expected an even number above 0")
         if isinstance(rope.scaling, LongScaling):
             lengths = {len(rope.scaling.short), len(rope.scaling.long)}
-            if lengths != {turned // 2}:
+            if lengths != {rotated // 2}:
                 raise InputError(f"{where}: short_factor and long_factor have "
                                  f"{' and '.join(map(str, sorted(lengths)))} numbers, expected "
-                                 f"{turned // 2}: one for each pair that turns")
+                                 f"{rotated // 2}: one for each rotated pair")
 
 
 def _encoder_config(json: dict[str, Any], where: str) -> MT5Config:
-    # What a config.json that leaves it out means in transformers.
+    # transformers' default for a missing field.
     activation = json.get("feed_forward_proj", "relu" if json["model_type"] == "t5"
                           else "gated-gelu")
     if activation != "gated-gelu":
         raise InputError(
-            f"{where}: feed_forward_proj is {activation!r:.80}, supported is 'gated-gelu' "
+            f"{where}: feed_forward_proj is {activation!r:.80}, expected 'gated-gelu' "
             "(mT5, umT5, T5 v1.1)"
         )
     return MT5Config(
@@ -150,7 +150,7 @@ def _activation(json: dict[str, Any], where: str) -> str:
     family = json["model_type"]
     if family.startswith("gemma"):
         field, names = "hidden_activation", {"gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu"}
-        if family == "gemma":  # whose first configs say gelu and mean its tanh form
+        if family == "gemma":  # its first configs say gelu but mean the tanh form
             field, names = "hidden_act", dict.fromkeys(names, "gelu_tanh")
     else:
         field, names = "hidden_act", {"silu": "silu"}
@@ -158,12 +158,12 @@ def _activation(json: dict[str, Any], where: str) -> str:
     if name is None:
         name = next(iter(names))
     if not isinstance(name, str) or name not in names:
-        raise InputError(f"{where}: {field} is {name!r:.80}, supported is {' or '.join(names)}")
+        raise InputError(f"{where}: {field} is {name!r:.80}, expected {' or '.join(names)}")
     return names[name]
 
 
 def _cap(json: dict[str, Any], name: str, default: float, where: str) -> float | None:
-    """A bound of logits: Gemma 2 has one by default, Gemma 3 none."""
+    """A soft cap of logits: Gemma 2 has one by default, Gemma 3 does not."""
     if name not in json and json["model_type"] == "gemma2":
         return default
     return None if json.get(name) is None else _number(json, name, where)
@@ -182,7 +182,7 @@ def _gemma_features(json: dict[str, Any], family: str, width: int, where: str) -
 
 
 def _windows(json: dict[str, Any], layers: int, where: str) -> tuple[int | None, ...]:
-    """How far back each layer looks; empty if no layer has a window."""
+    """The attention window of each layer; empty if no layer has one."""
     family = json["model_type"]
     window = _count(json, "sliding_window", None if "sliding_window" in json
                     else WINDOWS.get(family), where)
@@ -210,7 +210,7 @@ def _windows(json: dict[str, Any], layers: int, where: str) -> tuple[int | None,
 
 
 def encoder_json(config: MT5Config) -> dict[str, Any]:
-    """The `config.json` of an encoder; `encoder_config` reads it back."""
+    """The `config.json` of an encoder; the inverse of `encoder_config`."""
     umt5 = config.bias_per_layer
     return {
         "model_type": "umt5" if umt5 else "mt5",
@@ -225,8 +225,7 @@ def encoder_json(config: MT5Config) -> dict[str, Any]:
 
 
 def decoder_json(config: DecoderConfig) -> dict[str, Any]:
-    """The `config.json` of an LLM as transformers 4 and 5 read it; `decoder_config` reads it back.
-    """
+    """The `config.json` of an LLM for transformers 4 and 5; the inverse of `decoder_config`."""
     family = config.family
     json = {
         "model_type": family, "architectures": [ARCHITECTURES[family]],
@@ -236,7 +235,7 @@ def decoder_json(config: DecoderConfig) -> dict[str, Any]:
         "head_dim": config.head_dim, "rms_norm_eps": config.norm_eps, "attention_bias": False,
         "max_position_embeddings": config.max_length, "rope_theta": config.rope.theta,
         "rope_scaling": _scaling_json(config), "tie_word_embeddings": config.tie_embeddings,
-        "pad_token_id": None,  # a family's default may lie outside the vocabulary
+        "pad_token_id": None,  # a family's default may be outside the vocabulary
     }
     window = next((w for w in config.windows if w), None)
     if family == "llama":
@@ -245,7 +244,7 @@ def decoder_json(config: DecoderConfig) -> dict[str, Any]:
         json["sliding_window"] = window
     if family in ("qwen2", "qwen3"):
         json["use_sliding_window"] = window is not None
-        # Windows begin at this layer, where there are no layer_types.
+        # Without layer_types, windows begin at this layer.
         json["max_window_layers"] = sum(w is None for w in config.windows)
     if family == "phi3":
         json["partial_rotary_factor"] = config.rope.partial
@@ -272,7 +271,7 @@ def _scaling_json(config: DecoderConfig) -> dict[str, Any] | None:
         case LinearScaling(factor):
             return {"rope_type": "linear", "factor": factor}
         case LongScaling(short, long, length, magnitude):
-            # Phi-3 in transformers 4 takes these three alone, and has the length beside them.
+            # Phi-3 in transformers 4 allows only these three here; the length is at the top level.
             json = {"type": "longrope", "short_factor": list(short), "long_factor": list(long)}
             if config.family != "phi3":
                 json["original_max_position_embeddings"] = length
@@ -285,9 +284,9 @@ def _scaling_json(config: DecoderConfig) -> dict[str, Any] | None:
 
 
 def _ropes(json: dict[str, Any], where: str) -> tuple[Rope, Rope | None]:
-    """RoPE of the layers, and of those with a window if it is another, from any spelling.
+    """RoPE of the layers, and of layers with a window if different, from any spelling.
 
-    transformers 5 has `rope_parameters` (by kind of layer for Gemma 3), 4 has `rope_theta`,
+    transformers 5 has `rope_parameters` (by layer type for Gemma 3), 4 has `rope_theta`,
     `rope_scaling` and `rope_local_base_freq`.
     """
     new = _object(json, "rope_parameters", where)
@@ -304,7 +303,7 @@ def _ropes(json: dict[str, Any], where: str) -> tuple[Rope, Rope | None]:
 def _rope(json: dict[str, Any], rope: dict[str, Any], where: str) -> Rope:
     default = 1_000_000.0 if json["model_type"] == "gemma3_text" else 10_000.0
     rope = {name: value for name, value in rope.items() if value is not None}
-    either = {**json, **rope}  # what stands beside it in one version stands inside in the other
+    either = {**json, **rope}  # some fields are outside the group in one version, inside in another
     theta = _number(either, "rope_theta", where, default)
     partial = _number(either, "partial_rotary_factor", where, 1.0)
     if partial > 1:
@@ -344,7 +343,7 @@ def _rope(json: dict[str, Any], rope: dict[str, Any], where: str) -> Rope:
 def _number(
     json: dict[str, Any], name: str, where: str, default: float | None = None
 ) -> float:
-    """A number above 0, or the default, if any, where there is none."""
+    """A number above 0; the default, if there is one, if it is missing."""
     value = json.get(name)
     if value is None and default is not None:
         return default
@@ -362,7 +361,7 @@ def _factors(rope: dict[str, Any], name: str, where: str) -> tuple[float, ...]:
 
 
 def _object(json: dict[str, Any], name: str, where: str) -> dict[str, Any]:
-    """A group of fields; empty where there is none."""
+    """A group of fields; empty if it is missing."""
     value = json.get(name)
     if value is not None and not isinstance(value, dict):
         raise InputError(f"{where}: {name} is {value!r:.80}, expected a JSON object")
@@ -370,7 +369,7 @@ def _object(json: dict[str, Any], name: str, where: str) -> dict[str, Any]:
 
 
 def _magnitude(length: int, original: int) -> float:
-    """LongRoPE's sqrt(1 + ln s / ln L) of the stretch s over the original length L."""
+    """LongRoPE's sqrt(1 + ln s / ln L), with s = length / L and the original length L."""
     stretch = length / original
     return math.sqrt(1 + math.log(stretch) / math.log(original)) if stretch > 1 else 1.0
 
@@ -385,18 +384,18 @@ def _check_family(json, families, role, where) -> None:
     if quantized := json.get("quantization_config"):
         method = quantized.get("quant_method") if isinstance(quantized, dict) else quantized
         raise InputError(f"{where}: the checkpoint is quantized ({method!r:.80}), which is not "
-                         "supported; give the original in float32, bfloat16 or float16")
+                         "supported; use the original in float32, bfloat16 or float16")
 
 
 def _field(json: dict[str, Any], name: str, where: str) -> int:
-    """A count that has to be there."""
+    """A required count."""
     if json.get(name) is None:
         raise InputError(f"{where}: field '{name}' is missing")
     return _count(json, name, None, where)
 
 
 def _flag(json: dict[str, Any], name: str, where: str, default: bool = False) -> bool:
-    """True or false, or the default where there is neither."""
+    """A boolean; the default if it is missing."""
     value = json.get(name)
     if value is None:
         return default
@@ -408,11 +407,11 @@ def _flag(json: dict[str, Any], name: str, where: str, default: bool = False) ->
 def _count(
     json: dict[str, Any], name: str, default: int | None, where: str, least: int = 1
 ) -> int | None:
-    """A count from `least` to `LARGEST`, or the default where there is none."""
+    """A count from `least` to `LARGEST`; the default if it is missing."""
     value = json.get(name)
     if value is None:
         return default
     if type(value) is not int or not least <= value <= LARGEST:
-        raise InputError(f"{where}: {name} is {value!r:.80}, expected a whole number from {least} "
-                         f"to {LARGEST:,}")
+        raise InputError(f"{where}: {name} is {value!r:.80}, expected an integer from {least} to "
+                         f"{LARGEST:,}")
     return value

@@ -1,8 +1,8 @@
-"""Turns a pickle checkpoint into safetensors, once: `python -m jaxfusion.hf.convert SRC OUT`.
+"""Converts a pickle checkpoint to safetensors: `python -m jaxfusion.hf.convert SRC OUT`.
 
 SRC is a directory with `pytorch_model.bin` (or shards and an index), or a hub id. Needs the extra
 `convert` (PyTorch). Tensors are unpickled with `weights_only=True`, one shard at a time, memory-
-mapped where the file's format allows it.
+mapped if the file format allows it.
 """
 
 import argparse
@@ -23,15 +23,15 @@ def convert(source: str, out: Path, revision: str | None = None) -> None:
     """Writes the checkpoint `source` as safetensors to the new directory `out`.
 
     Raises:
-      InputError: no pickle is there, a shard is missing or unreadable, or `out` is not empty.
+      InputError: no pickle, a shard that is missing or unreadable, or `out` is not empty.
     """
     path = find_files(source, [*NOT_WEIGHTS, "pytorch_model*"], revision)
     shards = _shards(path)
     with new_directory(Path(out)) as partial:
         weight_map: dict[str, str] = {}
         for i, shard in enumerate(shards):
-            many = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
-            file = SINGLE if len(shards) == 1 else many
+            numbered = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
+            file = SINGLE if len(shards) == 1 else numbered
             names = _convert_shard(path / shard, partial / file)
             weight_map |= dict.fromkeys(names, file)
             print(f"{shard} -> {file}: {len(names)} tensors", flush=True)
@@ -50,52 +50,52 @@ def _shards(path: Path) -> list[str]:
     elif (path / single).is_file():
         shards = [single]
     else:
-        raise InputError(f"{path} holds neither {single} nor {index}: nothing to convert")
+        raise InputError(f"{path} has neither {single} nor {index}: nothing to convert")
     return shards
 
 
 def _convert_shard(source: Path, out: Path) -> list[str]:
-    """Writes one shard and returns its tensors' names; aliases of one tensor are written once."""
+    """Writes one shard and returns its tensors' names; aliases of a tensor are written once."""
     import torch
     from safetensors.torch import save_file
 
     tensors = _unpickle(source)
-    kept: dict[str, torch.Tensor] = {}
+    unique: dict[str, torch.Tensor] = {}
     seen: dict[tuple, str] = {}
     for name, tensor in tensors.items():
-        place = (tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype)
-        if place in seen:
-            print(f"{name} is the same tensor as {seen[place]} and is left out", flush=True)
+        storage = (tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype)
+        if storage in seen:
+            print(f"{name} is the same tensor as {seen[storage]}: skipped", flush=True)
             continue
-        seen[place] = name
-        kept[name] = tensor.contiguous().clone()
-    save_file(kept, out, metadata={"format": "pt"})
-    return list(kept)
+        seen[storage] = name
+        unique[name] = tensor.contiguous().clone()
+    save_file(unique, out, metadata={"format": "pt"})
+    return list(unique)
 
 
 def _unpickle(source: Path) -> dict[str, Any]:
-    """Tensors by name. A file of training may hold them inside one dictionary of several, as that
-    of MindMerger does in `model_state_dict`."""
+    """Tensors by name. A training checkpoint may nest them in a dictionary, as MindMerger's does in
+    `model_state_dict`."""
     import torch
 
     load = {"map_location": "cpu", "weights_only": True}
     try:
         try:
-            found = torch.load(source, mmap=True, **load)
+            content = torch.load(source, mmap=True, **load)
         except RuntimeError:  # written before PyTorch 1.6: a format that cannot be mapped
-            found = torch.load(source, **load)
-    except pickle.UnpicklingError:  # PyTorch's own words advise to load it unsafely
-        raise InputError(f"{source} cannot be read: it is damaged, or holds more than tensors, "
-                         "which could run code; get safetensors, or the state dict alone") from None
+            content = torch.load(source, **load)
+    except pickle.UnpicklingError:  # PyTorch's own message suggests loading it unsafely
+        raise InputError(f"{source} cannot be read: it is damaged, or has more than tensors, which "
+                         "could run code; use safetensors, or the state dict alone") from None
     except Exception as error:
         raise InputError(f"{source} cannot be read: {first_line(error)}") from None
-    inside = [x for x in found.values() if _are_tensors(x)] if isinstance(found, dict) else []
-    if len(inside) == 1 and not _are_tensors(found):
-        found = inside[0]
-    if not _are_tensors(found):
-        raise InputError(f"{source} holds a {type(found).__name__} without tensors by name; "
-                         "expected a state dict, alone or as the only one in a dictionary")
-    return found
+    nested = [x for x in content.values() if _are_tensors(x)] if isinstance(content, dict) else []
+    if len(nested) == 1 and not _are_tensors(content):
+        content = nested[0]
+    if not _are_tensors(content):
+        raise InputError(f"{source} has a {type(content).__name__} without named tensors; expected "
+                         "a state dict, alone or as the only one in a dictionary")
+    return content
 
 
 def _are_tensors(value: Any) -> bool:

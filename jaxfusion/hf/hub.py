@@ -1,4 +1,4 @@
-"""A checkpoint's name → a directory on disk: a local path, or a hub id at a pinned revision."""
+"""Resolves a checkpoint name to a directory: a local path, or a hub id at a pinned revision."""
 
 import logging
 import os
@@ -20,39 +20,40 @@ WANTED = [
     "tokenizer*", "special_tokens_map.json", "added_tokens.json", "*.model", "vocab*", "merges.txt",
     "chat_template.jinja", "README.md",
 ]
-# The same weights in other formats, and states of training: gigabytes that nobody reads. A `*` of a
-# pattern matches a `/`, too.
+# The same weights in other formats, and training states: gigabytes that are never read. A `*` in a
+# pattern also matches a `/`.
 UNWANTED = ["consolidated*", "*/*"]
-# Everything of a model directory but its weights.
+# All files of a model directory except its weights.
 NOT_WEIGHTS = [pattern for pattern in WANTED if "safetensors" not in pattern]
 HUB_ID = re.compile(r"(?!\.)[\w.-]+/(?!\.)[\w.-]+")
-COMMIT = re.compile(r"[0-9a-f]{40}")  # what a branch or tag is resolved to
-# Seconds for a first answer of the hub: until it is said that it is slow, and in all.
+COMMIT = re.compile(r"[0-9a-f]{40}")  # branches and tags resolve to one
+# Seconds to wait for the hub's first answer: until a warning, and in total.
 PATIENCE, MOST_PATIENCE = 4.0, 30.0
 logger = logging.getLogger(__name__)
 
 
 @lru_cache(1)
 def hub_in_reach() -> bool:
-    """Whether the hub answers, through the proxy that the environment names; asked once.
+    """Whether the hub answers, through the environment's proxy if any; checked once.
 
-    Where it does not, the Hugging Face libraries are told so: they would try for half a minute.
+    If it does not, the Hugging Face libraries are set offline: they would retry for half a minute.
     """
     from huggingface_hub import constants
 
     if constants.HF_HUB_OFFLINE:
         return False
-    found = in_background(lambda: answers(constants.ENDPOINT))
+    answer = in_background(lambda: answers(constants.ENDPOINT))
     try:
-        in_reach = found.result(PATIENCE)
-    except TimeoutError:  # a slow hub is no hub out of reach, for the whole run at that
-        logger.warning("%s has not answered for %.0f s: waiting %.0f s at most (HF_HUB_OFFLINE=1 "
-                       "spares it)", constants.ENDPOINT, PATIENCE, MOST_PATIENCE - PATIENCE)
+        in_reach = answer.result(PATIENCE)
+    except TimeoutError:  # a slow hub must not count as unreachable for the rest of the run
+        logger.warning("%s has not answered for %.0f s: waiting at most %.0f s more "
+                       "(HF_HUB_OFFLINE=1 skips this)", constants.ENDPOINT, PATIENCE,
+                       MOST_PATIENCE - PATIENCE)
         in_reach = False
         with suppress(TimeoutError):
-            in_reach = found.result(MOST_PATIENCE - PATIENCE)
+            in_reach = answer.result(MOST_PATIENCE - PATIENCE)
         if not in_reach:
-            logger.warning("it is taken to be out of reach")
+            logger.warning("the hub did not answer and is treated as unreachable")
     if in_reach:
         return True
     os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = "1"
@@ -63,12 +64,12 @@ def hub_in_reach() -> bool:
 
 
 def answers(url: str) -> bool:
-    """Whether a server answers, with whatever it says."""
+    """Whether a server answers at all."""
     try:
         request.urlopen(request.Request(url, method="HEAD"), timeout=MOST_PATIENCE).close()
     except HTTPError:
         return True
-    except (OSError, ValueError) as error:  # its certificate is for others to judge
+    except (OSError, ValueError) as error:  # a server with an untrusted certificate did answer
         return isinstance(getattr(error, "reason", error), ssl.SSLError)
     return True
 
@@ -76,49 +77,49 @@ def answers(url: str) -> bool:
 def resolve(
     name: str, revision: str | None = None, also: tuple[str, ...] = ()
 ) -> tuple[Path, str | None]:
-    """The checkpoint's directory, and the hub commit it is (None for a local path).
+    """The checkpoint's directory, and its hub commit (None for a local path).
 
     Args:
       name: a directory, or a hub id such as `google/mt5-large`.
-      revision: branch, tag or commit of a hub id; None is the newest of the main branch. Callers
-        keep the returned commit, so that a later start reads the same bytes.
-      also: patterns of further files.
+      revision: branch, tag or commit of a hub id; None: the head of the main branch. Callers
+        store the returned commit, so that a later start reads the same bytes.
+      also: patterns of additional files.
 
     Raises:
-      InputError: no such directory; or the hub repository is absent, gated, out of reach, or
-        holds only pickles.
+      InputError: no such directory; or the hub repository is missing, gated, unreachable, or has
+        only pickles.
     """
     local = Path(name).expanduser()
     if local.is_dir():
         return local, None
     if not HUB_ID.fullmatch(name) or name.startswith(("./", "../")):
         raise InputError(
-            f"'{name}' is neither a directory here nor a hub id of the form owner/name"
+            f"'{name}' is neither a directory nor a hub id of the form owner/name"
         )
     path = Path(download(name, revision, WANTED))
     if also:
         download(name, path.name, list(also), ignore=[])
     if not list(path.glob("*.safetensors")):
-        raise InputError(convert_hint(name, "holds no safetensors weights", name.split("/")[-1]))
+        raise InputError(convert_hint(name, "has no safetensors weights", name.split("/")[-1]))
     return path, path.name
 
 
 def find_files(name: str, patterns: list[str], revision: str | None = None) -> Path:
-    """A directory here, or the files of a hub id that match the patterns.
+    """A local directory, or the downloaded files of a hub id that match the patterns.
 
     Raises:
-      InputError: neither of them.
+      InputError: the name is neither.
     """
     local = Path(name).expanduser()
     if local.is_dir():
         return local
     if not HUB_ID.fullmatch(name):
-        raise InputError(f"'{name}' is neither a directory here nor a hub id owner/name")
+        raise InputError(f"'{name}' is neither a directory nor a hub id of the form owner/name")
     return Path(download(name, revision, patterns))
 
 
 def convert_hint(source: str, problem: str, out: str) -> str:
-    """The refusal of a pickle checkpoint, with the command that mends it."""
+    """The error message for a pickle checkpoint, with the command that converts it."""
     return (
         f"{source} {problem}; pickles are never loaded here. Convert it once (needs the extra "
         f"'convert'): python -m jaxfusion.hf.convert {source} checkpoints/{out}"
@@ -128,11 +129,11 @@ def convert_hint(source: str, problem: str, out: str) -> str:
 def download(
     name: str, revision: str | None, patterns: list[str], ignore: Sequence[str] = UNWANTED
 ) -> str:
-    """`snapshot_download` with each of its failures as one line."""
+    """`snapshot_download` with one-line errors."""
     from huggingface_hub import errors, snapshot_download
 
     page = f"https://huggingface.co/{name}"
-    hub_in_reach()  # if it is not, this says so at once
+    hub_in_reach()  # if not, this sets the libraries offline, so that they fail at once
     try:
         return snapshot_download(name, revision=revision, allow_patterns=patterns,
                                  ignore_patterns=list(ignore))
@@ -149,6 +150,6 @@ def download(
         ) from None
     except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, ConnectionError):
         raise InputError(
-            f"{name} is no directory here and the hub cannot be reached: download it elsewhere "
+            f"{name} is not a directory, and the hub cannot be reached: download it elsewhere "
             f"from {page} and give its directory (gated models also need `hf auth login`)"
         ) from None

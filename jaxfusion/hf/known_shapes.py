@@ -1,5 +1,5 @@
-"""Shapes of well-known checkpoints as their `config.json` has them, so that a program can be
-compiled for them where no hub is in reach. Where a checkpoint is read, its own file decides.
+"""Shapes of well-known checkpoints, copied from their `config.json`, to compile programs without
+the hub. When a checkpoint is loaded, its own file is used instead.
 """
 
 from typing import Any
@@ -39,7 +39,7 @@ def _llama_3(*shape: int, factor: float | None = None, **more: Any) -> dict[str,
 
 
 def _qwen(hidden: int, inner: int, layers: int, heads: int, kv: int) -> dict[str, Any]:
-    """The smaller ones of Qwen2.5, which share their two tables."""
+    """The smaller models of Qwen2.5, with tied embeddings."""
     return {"model_type": "qwen2", "vocab_size": 151_936, "hidden_size": hidden,
             "intermediate_size": inner, "num_hidden_layers": layers, "num_attention_heads": heads,
             "num_key_value_heads": kv, "rope_theta": 1e6, "rms_norm_eps": 1e-6,
@@ -70,7 +70,7 @@ BACKBONES: dict[str, dict[str, Any]] = {
         "intermediate_size": 18_944, "num_hidden_layers": 28, "num_attention_heads": 28,
         "num_key_value_heads": 4, "rope_theta": 1e6, "rms_norm_eps": 1e-6,
         "tie_word_embeddings": False, "max_position_embeddings": 32_768},
-    # Without the factors of its longer contexts, which change no shape.
+    # Without the RoPE factors for long contexts, which do not affect shapes.
     "microsoft/Phi-3.5-mini-instruct": {
         **_llama(3072, 8192, 32, 32, 32, 32_064), "model_type": "phi3", "pad_token_id": 32_000},
 }
@@ -79,26 +79,26 @@ BACKBONES: dict[str, dict[str, Any]] = {
 def backbone_shape(
     role: str, checkpoint: str, revision: str | None = None
 ) -> MT5Config | DecoderConfig:
-    """A tower's shape: of a named backbone from the table above, else from its `config.json`.
+    """A tower's shape, from the table above or from its `config.json`.
 
     Raises:
-      InputError: it is in neither place.
+      InputError: neither exists.
     """
-    described = BACKBONES.get(checkpoint)
-    if described is None:
+    json = BACKBONES.get(checkpoint)
+    if json is None:
         try:
-            described = read_config(find_files(checkpoint, NOT_WEIGHTS, revision))
+            json = read_config(find_files(checkpoint, NOT_WEIGHTS, revision))
         except InputError as error:
-            raise InputError(f"{error}; shapes known without it: {', '.join(BACKBONES)}") from None
+            raise InputError(f"{error}; built-in shapes: {', '.join(BACKBONES)}") from None
     read = encoder_config if role == "encoder" else decoder_config
-    return read(described, checkpoint)
+    return read(json, checkpoint)
 
 
 def backbone_size(role: str, checkpoint: str) -> int:
-    """How many parameters a tower has.
+    """The number of a tower's parameters.
 
     Raises:
-      InputError: as `backbone_shape`.
+      InputError: as in `backbone_shape`.
     """
     shape, tokens = backbone_shape(role, checkpoint), jnp.zeros((1, 2), jnp.int32)
 

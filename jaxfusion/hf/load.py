@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import ml_dtypes  # noqa: F401  (gives NumPy the bfloat16 that safetensors hands over)
+import ml_dtypes  # noqa: F401  (gives NumPy the bfloat16 that safetensors returns)
 import numpy as np
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 from safetensors import SafetensorError, safe_open
@@ -25,8 +25,8 @@ from jaxfusion.nn.mt5 import MT5Config
 PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 logger = logging.getLogger(__name__)
-FLOATS = ("F32", "BF16", "F16", "F64")  # as safetensors calls them
-SHOWN_BYTES = 1 << 28  # what takes long enough to show how far it is
+FLOATS = ("F32", "BF16", "F16", "F64")  # safetensors' names
+SHOWN_BYTES = 1 << 28  # checkpoints from this size on show a progress bar
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -44,11 +44,11 @@ def read_config(path: Path) -> dict[str, Any]:
 def read_shape(role: str, path: Path) -> MT5Config | DecoderConfig:
     """The shape of a tower, from the `config.json` of its directory.
 
-    Where an LLM's config ties the head to the embeddings, but the file has a head that differs, the
-    file is right, as in transformers 5 (4 goes by the config).
+    If an LLM's config ties the head to the embeddings but the weights have a different head, the
+    weights win, as in transformers 5 (4 follows the config).
 
     Raises:
-      InputError: as of `encoder_config`, `decoder_config` and `open_tensors`.
+      InputError: as in `encoder_config`, `decoder_config` and `open_tensors`.
     """
     json, where = read_config(path), f"{path}/config.json"
     if role == "encoder":
@@ -62,13 +62,13 @@ def read_shape(role: str, path: Path) -> MT5Config | DecoderConfig:
     if np.array_equal(tensors.read(head), tensors.read(table)):
         return shape
     logger.warning("%s: config.json ties the head to the embeddings, but %s differs from %s: "
-                   "it is used, as in transformers 5", path, head, table)
+                   "using the separate head, as in transformers 5", path, head, table)
     return replace(shape, tie_embeddings=False)
 
 
 @dataclass(frozen=True)
 class TensorFiles:
-    """The tensors of a directory by name; bytes are read when asked for."""
+    """The tensors of a directory by name, read lazily."""
 
     path: Path
     files: dict[str, str]  # tensor name -> file name
@@ -77,61 +77,61 @@ class TensorFiles:
         """A tensor, or a block of it.
 
         Raises:
-          InputError: its numbers are integers (of a quantized checkpoint), or not all finite.
+          InputError: it has integers (a quantized checkpoint), NaN or infinity.
         """
         file = self.path / self.files[name]
         with safe_open(file, framework="numpy") as opened:
-            held = opened.get_slice(name)
-            if held.get_dtype() not in FLOATS:
-                raise InputError(f"{file}: {name} is of type {held.get_dtype()}, expected "
+            stored = opened.get_slice(name)
+            if stored.get_dtype() not in FLOATS:
+                raise InputError(f"{file}: {name} has type {stored.get_dtype()}, expected one of "
                                  f"{', '.join(FLOATS)}: quantized checkpoints are not supported, "
-                                 "get the original")
-            block = held[index] if index else opened.get_tensor(name)
+                                 "use the original")
+            block = stored[index] if index else opened.get_tensor(name)
         if not np.isfinite(block).all():
-            raise InputError(f"{file}: {name} holds NaN or infinity; the checkpoint is damaged, "
-                             "get it again")
+            raise InputError(f"{file}: {name} has NaN or infinity; the checkpoint is damaged, "
+                             "download it again")
         return block
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Every tensor's shape, from the files' headers."""
-        found = {}
+        shapes = {}
         for file_name in sorted(set(self.files.values())):
             with safe_open(self.path / file_name, framework="numpy") as file:
-                held = set(file.keys())
-                for name in (n for n, f in self.files.items() if f == file_name and n in held):
-                    found[name] = tuple(file.get_slice(name).get_shape())
-        return found
+                present = set(file.keys())
+                for name in (n for n, f in self.files.items() if f == file_name and n in present):
+                    shapes[name] = tuple(file.get_slice(name).get_shape())
+        return shapes
 
 
 def open_tensors(path: Path) -> TensorFiles:
-    """Finds the tensors of a directory, single file or sharded with an index.
+    """Finds the tensors of a directory: a single file, or shards with an index.
 
     Raises:
-      InputError: only pickles are there, a shard is missing, or a file is damaged.
+      InputError: there are only pickles, a shard is missing, or a file is damaged.
     """
-    if (path / SINGLE).is_file():  # which transformers takes where both are there
+    if (path / SINGLE).is_file():  # transformers prefers it if both exist
         files = dict.fromkeys(_keys(path / SINGLE), SINGLE)
         if (path / INDEX).is_file():
-            logger.warning("%s holds %s and %s: the first is read, as in transformers", path,
+            logger.warning("%s has both %s and %s: reading the first, as in transformers", path,
                            SINGLE, INDEX)
     elif (path / INDEX).is_file():
         files = read_weight_map(path / INDEX)
     elif any((path / name).is_file() for name in PICKLES):
-        raise InputError(convert_hint(str(path), "holds a pickle checkpoint", path.name))
+        raise InputError(convert_hint(str(path), "has a pickle checkpoint", path.name))
     else:
-        raise InputError(f"{path} is half a checkpoint: {SINGLE} (or {INDEX}) is missing")
-    held = {file: set(_keys(path / file)) for file in sorted(set(files.values()))}
-    if absent := [name for name, file in files.items() if name not in held[file]]:
+        raise InputError(f"{path} is an incomplete checkpoint: {SINGLE} (or {INDEX}) is missing")
+    keys = {file: set(_keys(path / file)) for file in sorted(set(files.values()))}
+    if absent := [name for name, file in files.items() if name not in keys[file]]:
         raise InputError(f"{path / INDEX} is damaged: {absent[0]:.80} is missing from "
                          f"{files[absent[0]]}")
     return TensorFiles(path, files)
 
 
 def read_weight_map(index: Path) -> dict[str, str]:
-    """Tensor name -> file name, from the index of a checkpoint in shards.
+    """Tensor name -> file name, from the index of a sharded checkpoint.
 
     Raises:
-      InputError: the index is damaged, or names files elsewhere or such as are missing.
+      InputError: the index is damaged, or names files that are missing or outside the directory.
     """
     files = read_object(index).get("weight_map")
     if not isinstance(files, dict) or not files or not all(
@@ -141,11 +141,11 @@ def read_weight_map(index: Path) -> dict[str, str]:
     if outside:
         raise InputError(f"{index} points to {outside[0]!r:.80}, expected names of files in the "
                          "same directory")
-    # isfile takes names that no file can have, too.
+    # os.path.isfile accepts invalid names, unlike Path.is_file.
     missing = sorted({x for x in files.values() if not os.path.isfile(index.with_name(x))})
     if missing:
         names = ", ".join(f"{name:.80}" for name in missing)
-        raise InputError(f"{index.parent} is half a checkpoint: {names} missing")
+        raise InputError(f"{index.parent} is an incomplete checkpoint: {names} missing")
     return files
 
 
@@ -154,11 +154,11 @@ def _keys(file: Path) -> list[str]:
         with safe_open(file, framework="numpy") as opened:
             return list(opened.keys())
     except (SafetensorError, OSError) as error:
-        raise InputError(f"{file} is damaged or cut short{_sizes(file)}: {error}") from None
+        raise InputError(f"{file} is damaged or truncated{_sizes(file)}: {error}") from None
 
 
 def _sizes(file: Path) -> str:
-    """How many bytes a safetensors file has and should have, if its header can be read."""
+    """The actual and expected size of a safetensors file, if its header can be read."""
     with file.open("rb") as opened:
         length = int.from_bytes(opened.read(8), "little")
         try:
@@ -166,16 +166,16 @@ def _sizes(file: Path) -> str:
             ends = [x["data_offsets"][1] for name, x in header.items() if name != "__metadata__"]
         except (ValueError, LookupError, TypeError):
             return ""
-    wanted = 8 + length + max(ends, default=0)
-    return f" ({file.stat().st_size:,} bytes, wanted {wanted:,})"
+    expected = 8 + length + max(ends, default=0)
+    return f" ({file.stat().st_size:,} bytes, expected {expected:,})"
 
 
 def load_params(
     path: Path, table: Table, wanted: dict[str, jax.ShapeDtypeStruct]
 ) -> dict[str, jax.Array]:
-    """Reads a tower's parameters, each shard straight from the file to its devices.
+    """Reads a tower's parameters, each shard directly from the file to its devices.
 
-    Of what is not yet at its place, at most one parameter's shard of one device is in memory.
+    Host memory holds at most one parameter's shard for one device at a time.
 
     Args:
       path: the directory.
@@ -183,10 +183,10 @@ def load_params(
       wanted: by path in the tree: shape (stacked along blocks), dtype and sharding.
 
     Raises:
-      InputError: tensors missing, unused, of another shape or with NaN, all named.
+      InputError: tensors are missing, unused, have another shape or NaN; the message lists all.
     """
     tensors = open_tensors(path)
-    _check(path, table, wanted, tensors.shapes())
+    _check_shapes(path, table, wanted, tensors.shapes())
     total = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in wanted.values())
     columns = (TextColumn(f"{path.name}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
     params = {}
@@ -200,18 +200,18 @@ def load_params(
 
 
 def _names(row: Row, layers: int) -> list[tuple[str, ...]]:
-    """The possible names of each tensor a row stacks (one tensor if it stacks none)."""
+    """The possible names of each tensor that a row stacks (or of its only tensor)."""
     if not row.stacked:
         return [(row.theirs, *row.also)]
     return [(row.theirs.format(i=i),) for i in range(layers)]
 
 
 def _read_row(row: Row, leaf: jax.ShapeDtypeStruct, tensors: TensorFiles) -> jax.Array:
-    """One parameter of ours, in its dtype and at its place."""
+    """One parameter of ours, with its dtype and sharding."""
     transform = TRANSFORMS[row.transform]
     shape = leaf.shape[1:] if row.stacked else leaf.shape
-    names = [next(name for name in each if name in tensors.files)
-             for each in _names(row, leaf.shape[0])]
+    names = [next(name for name in options if name in tensors.files)
+             for options in _names(row, leaf.shape[0])]
 
     def shard(index: Index) -> np.ndarray:
         layers, index = (index[0], index[1:]) if row.stacked else (slice(0, 1), index)
@@ -222,26 +222,26 @@ def _read_row(row: Row, leaf: jax.ShapeDtypeStruct, tensors: TensorFiles) -> jax
             slot[...] = transform.to_ours(tensors.read(name, theirs), slot.shape)
         return out if row.stacked else out[0]
 
-    # Device by device: jax.make_array_from_callback would first read the shards of all of them.
+    # Device by device: jax.make_array_from_callback would read the shards of all devices first.
     places = leaf.sharding.addressable_devices_indices_map(leaf.shape)
-    held, last, block = [], None, None
+    arrays, last, block = [], None, None
     for device, index in sorted(places.items(), key=lambda place: str(place[1])):
-        if str(index) != last:  # devices that hold the same block share what was read
+        if str(index) != last:  # read a block once for all devices that hold it
             last, block = str(index), shard(index)
-        held.append(jax.device_put(block, device))
-    return jax.make_array_from_single_device_arrays(leaf.shape, leaf.sharding, held)
+        arrays.append(jax.device_put(block, device))
+    return jax.make_array_from_single_device_arrays(leaf.shape, leaf.sharding, arrays)
 
 
 def _at(row: Row, index: Index, shape: tuple[int, ...]) -> Index:
-    """The index with plain bounds; of a row's part, in the whole."""
+    """The index with explicit bounds, relative to the full tensor if the row is a part."""
     bounds = [cut.indices(n)[:2] for cut, n in zip(index, shape, strict=True)]
     if row.part is not None:
         bounds[0] = tuple(row.part[0] + bound for bound in bounds[0])
     return tuple(slice(*bound) for bound in bounds)
 
 
-def _check(path: Path, table: Table, wanted: dict[str, Any], found: dict[str, Any]) -> None:
-    """Raises with every missing, unused and mis-shaped tensor; one row must serve each leaf."""
+def _check_shapes(path: Path, table: Table, wanted: dict[str, Any], shapes: dict[str, Any]) -> None:
+    """Raises InputError with all missing, unused and mis-shaped tensors; each leaf needs a row."""
     if {row.ours for row in table.rows} != set(wanted):
         raise AssertionError("the table and the parameter tree disagree")
     problems, used = {"missing": [], "mis-shaped": [], "unused": []}, set()
@@ -252,18 +252,18 @@ def _check(path: Path, table: Table, wanted: dict[str, Any], found: dict[str, An
         if row.part is not None:
             theirs = (row.part[2], *theirs[1:])
         for names in _names(row, layers):
-            present = [name for name in names if name in found]
+            present = [name for name in names if name in shapes]
             used.update(present)
             if not present and names[0] not in problems["missing"]:
                 problems["missing"].append(names[0])
             problems["mis-shaped"] += [
-                f"{name} is {list(found[name])}, wanted {list(theirs)}"
-                for name in present
-                if found[name] != theirs and (row.part is None or row.part[0] == 0)  # said once
+                f"{name} is {list(shapes[name])}, expected {list(theirs)}"
+                for name in present  # reported once, for the first of several parts
+                if shapes[name] != theirs and (row.part is None or row.part[0] == 0)
             ]
     problems["unused"] = sorted(
-        name for name in found if name not in used and not table.ignores(name)
+        name for name in shapes if name not in used and not table.ignores(name)
     )
     if any(problems.values()):
         lines = [f"{kind}: {', '.join(names)}" for kind, names in problems.items() if names]
-        raise InputError(f"{path} does not fit its config.json; {'; '.join(lines)}")
+        raise InputError(f"{path} does not match its config.json; {'; '.join(lines)}")

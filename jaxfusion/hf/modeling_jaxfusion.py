@@ -5,8 +5,8 @@
     inputs = tokenizer(texts, padding=True, return_tensors="pt")
     tokenizer.batch_decode(model.generate(**inputs), skip_special_tokens=True)
 
-Needs torch, transformers (4 or 5), safetensors and `tokenization_jaxfusion.py`, which says what the
-ids are. Methods: LangBridge (arXiv:2401.10695), Global and Transformer Softmax (arXiv:2508.09091).
+Needs torch, transformers (4 or 5), safetensors and `tokenization_jaxfusion.py`, which defines the
+ids. Methods: LangBridge (arXiv:2401.10695), Global and Transformer Softmax (arXiv:2508.09091).
 """
 
 import copy
@@ -41,26 +41,26 @@ AUTO_MAP = {"AutoConfig": "modeling_jaxfusion.BridgeConfig",
             "AutoModelForCausalLM": "modeling_jaxfusion.BridgeForCausalLM"}
 ROLES = {"encoder": "reader", "decoder": "writer"}
 IGNORED = -100  # the label of a token that is not predicted
-# Of loading: 4.56 has renamed it.
+# The argument of from_pretrained, renamed in 4.56.
 OLD = tuple(int(x) for x in transformers.__version__.split(".")[:2]) < (4, 56)
 DTYPE = "torch_dtype" if OLD else "dtype"
 logger = logging.getLogger(__name__)
 
 
 class BridgeConfig(PretrainedConfig):
-    """The four parts.
+    """The four parts of a bridge.
 
     Args:
-      reader, writer: of encoder and LLM `checkpoint` (a hub id, or a folder inside this one where
+      reader, writer: of encoder and LLM: `checkpoint` (a hub id, or a folder inside this one if
         `inside` is true), `revision`, `width`, `dtype`; of the reader also `layers` and `family`,
-        of the writer `capped`: its attention scores have a soft cap.
+        of the writer `capped`: whether its attention scores have a soft cap.
       fusion: `name`, `layer` and `d_ff`.
       projector: `name`, `d_ff` and `latents`.
-      start_ids: what every row of the LLM starts with: BOS, or the header of a chat.
-      after_ids: what follows the prefix; None where every query has a prompt of its own.
+      start_ids: at the start of every row of the LLM: BOS, or the header of a chat.
+      after_ids: after the prefix; None if every query has its own prompt.
       query_offset, prompt_offset: the first ids of queries and of their prompts.
-      query_end_id: the last id of every query; None where the encoder has none.
-      query_pad_id: the id that fills rows.
+      query_end_id: the last id of every query; None if the encoder has none.
+      query_pad_id: the padding id.
       unfrozen: names of the parameters of encoder and LLM that train.
     """
 
@@ -77,12 +77,12 @@ class BridgeConfig(PretrainedConfig):
         self.query_end_id, self.query_pad_id = query_end_id, query_pad_id
         self.unfrozen = list(unfrozen)
         super().__init__(**kwargs)
-        # Set last: transformers 5 checks above that ids lie below it, and those of queries do not.
+        # Set last: transformers 5 checks above that ids are below it, and those of queries are not.
         self.vocab_size = vocab_size
 
 
 class Float32(nn.Module):
-    """A part that stays float32 when the model is cast: it is small, and its scales are large."""
+    """A module that stays float32 when the model is cast: it is small, with large scales."""
 
     def _apply(self, fn, *args, **kwargs):
         def cast(x):
@@ -123,9 +123,9 @@ class GlobalSoftmax(Float32):
 
 
 class TransformerSoftmax(Float32):
-    """Weights of every token, by one post-norm transformer layer over `[cls, h_1+p_1, …]`.
+    """Weights for every token, from one post-norm transformer layer over `[cls, h_1+p_1, …]`.
 
-    Only the cls row is read, and its query is the same for every token: so the layer collapses to
+    Only the cls row is used, and its query is the same for every token, so the layer reduces to
     one score per state and one mean.
     """
 
@@ -153,7 +153,7 @@ class TransformerSoftmax(Float32):
 
 
 class Projector(Float32):
-    """Encoder width → LLM width for each token, and the end vector after them.
+    """Encoder width → LLM width for each token, followed by the end vector.
 
     `linear`; `ffn` with exact GELU (LangBridge); `mapping` with ReLU (MindMerger).
     """
@@ -235,14 +235,14 @@ def read_weights(path, revision, hub):
 
 
 def fingerprint(x):
-    """The sum of a tensor's bits as numbers, to notice that it has changed."""
+    """A checksum of a tensor's bits, to detect changes."""
     bits = x.detach().contiguous().flatten().view(torch.uint8)
     wide = bits.view(torch.int32) if bits.numel() % 4 == 0 else bits
     return x.dtype, wide.sum(dtype=torch.int64).item()
 
 
 class WithPrompt:
-    """A user's logits processor or stopping criterion, which counts on the ids of the prompt."""
+    """Wraps a user's logits processor or stopping criterion, which expects the prompt's ids."""
 
     def __init__(self, inner, prompt):
         self.inner, self.prompt = inner, prompt
@@ -253,11 +253,11 @@ class WithPrompt:
 
 
 class BridgeForCausalLM(PreTrainedModel, GenerationMixin):
-    """Reads with the encoder, answers with the LLM; padding may lie on either side.
+    """Reads with the encoder, answers with the LLM; padding may be on either side.
 
-    A row of `input_ids` is a query, its prompt where the bridge has one for each query, and what
-    has been answered so far: see `tokenization_jaxfusion.py`. Encoder and LLM are frozen, but for
-    what was trained in them.
+    A row of `input_ids` is a query, its prompt (if the bridge has one for each query) and the
+    answer so far: see `tokenization_jaxfusion.py`. Encoder and LLM are frozen, except for
+    parameters that were trained.
     """
 
     config_class = BridgeConfig
@@ -280,23 +280,22 @@ class BridgeForCausalLM(PreTrainedModel, GenerationMixin):
             eos_token_id=config.eos_token_id, pad_token_id=config.query_pad_id,
             bos_token_id=config.bos_token_id)
         self.all_tied_weights_keys = {}  # of this module; its two models tie their own
-        self._read = {}  # what was read: fingerprints, the backbones' config.json, where from
+        self._read = {}  # what was loaded: fingerprints and their source
 
     @classmethod
     def from_pretrained(cls, path, *args, config=None, **kwargs):
         """As in transformers; the trained part is float32.
 
-        Keyword arguments go to both backbones (device_map, token, …), `attn_implementation` to the
-        LLM alone. `dtype` is that of the backbones; without it each has the one it was stored in.
+        Keyword arguments go to both backbones (device_map, token, …), `attn_implementation` only to
+        the LLM. `dtype` applies to the backbones; by default each keeps its stored dtype.
 
         Raises:
-          ValueError: an argument that a bridge does not take, or weights that do not fit.
+          ValueError: an unsupported argument, or weights that do not match.
         """
         refused = [name for name in ("subfolder", "state_dict", "output_loading_info", "gguf_file",
                                      "variant", "adapter_name") if kwargs.pop(name, None)]
         if args or refused:
-            raise ValueError(f"a bridge is not loaded with {', '.join(refused) or args}; leave it "
-                             "out")
+            raise ValueError(f"a bridge does not take {', '.join(refused) or args}; remove it")
         for name in ("trust_remote_code", "code_revision", "_from_auto", "adapter_kwargs"):
             kwargs.pop(name, None)
         revision = kwargs.pop("revision", None)
@@ -328,33 +327,33 @@ class BridgeForCausalLM(PreTrainedModel, GenerationMixin):
             name: None if x.is_meta else fingerprint(x) for name, x in model._of_backbones()}}
         model._load_trained(read_weights(path, revision, hub), path)
         places = {role: getattr(getattr(model, role), "hf_device_map", None) for role in ROLES}
-        if all(places.values()):  # accelerate has placed them; nobody is to move them
+        if all(places.values()):  # accelerate placed them; they must not be moved
             model.hf_device_map = {f"{role}.{name}".rstrip("."): place
-                                   for role, found in places.items()
-                                   for name, place in found.items()}
+                                   for role, device_map in places.items()
+                                   for name, place in device_map.items()}
         try:
             model.generation_config = GenerationConfig.from_pretrained(
                 path, revision=revision or "main", **hub)
-        except OSError:  # a directory that has none
+        except OSError:  # the directory has none
             logger.warning("%s has no generation_config.json: set max_new_tokens", path)
         return model.eval()
 
     @staticmethod
-    def _attention(asked, capped):
-        """The LLM's attention, as an argument.
+    def _attention(requested, capped):
+        """The LLM's attention, as a keyword argument.
 
         Raises:
-          ValueError: one that leaves out the cap of the scores.
+          ValueError: an implementation that ignores the cap of the scores.
         """
-        if capped and asked in (None, "eager"):
-            return {"attn_implementation": "eager"}  # faster kernels leave out the cap
-        if capped and asked == "sdpa":
-            raise ValueError("attn_implementation='sdpa' leaves out the cap of this LLM's "
-                             "attention scores; leave it out, or set it to 'eager'")
-        return {} if asked is None else {"attn_implementation": asked}
+        if capped and requested in (None, "eager"):
+            return {"attn_implementation": "eager"}  # faster kernels ignore the cap
+        if capped and requested == "sdpa":
+            raise ValueError("attn_implementation='sdpa' ignores the cap of this LLM's attention "
+                             "scores; remove it, or set it to 'eager'")
+        return {} if requested is None else {"attn_implementation": requested}
 
     def _load_trained(self, trained, path):
-        """Puts the trained part in its place, and freezes the rest."""
+        """Loads the trained part and freezes the rest."""
         own = {name for name in self.state_dict() if name.startswith(("fusion.", "projector."))}
         outcome = self.load_state_dict(trained, strict=False)
         missing = own - trained.keys()
@@ -374,7 +373,7 @@ class BridgeForCausalLM(PreTrainedModel, GenerationMixin):
             for name, x in getattr(self, role).named_parameters():
                 yield f"{role}.{name}", x
 
-    # What is computed.
+    # Forward and generate.
 
     def prefix(self, input_ids, attention_mask=None):
         """Encoder ids [B S] → the prefix [B P E], its mask [B P], and the end vector [E]."""
@@ -388,7 +387,7 @@ class BridgeForCausalLM(PreTrainedModel, GenerationMixin):
         return self.projector(self.fusion(states, mask), mask)
 
     def _mask(self, input_ids, attention_mask):
-        """Where rows [B S] have tokens [B S].
+        """The mask of tokens that are not padding. [B S]
 
         Raises:
           ValueError: rows that are not query, prompt, answer in this order.
@@ -399,8 +398,8 @@ class BridgeForCausalLM(PreTrainedModel, GenerationMixin):
                 raise ValueError(f"attention_mask is {list(attention_mask.shape)}, expected the "
                                  f"{list(input_ids.shape)} of input_ids")
             real &= attention_mask.bool()
-        for row, (ids, kept) in enumerate(zip(input_ids, real, strict=True)):
-            ids = ids[kept]
+        for row, (ids, is_real) in enumerate(zip(input_ids, real, strict=True)):
+            ids = ids[is_real]
             kinds = (ids < c.query_offset).int() + (ids < c.prompt_offset).int()
             query = ids[kinds == 1]
             if not len(query):
@@ -415,27 +414,27 @@ class BridgeForCausalLM(PreTrainedModel, GenerationMixin):
             if c.query_end_id is not None and query[-1] != c.query_end_id:
                 raise ValueError(
                     f"the query in row {row} of input_ids does not end in the encoder's end token: "
-                    "it was cut, or an answer was given as a query (lm-eval's `--model hf` does; "
-                    "use `python -m jaxfusion.runs.lm_harness`)")
+                    "it was truncated, or an answer was given as a query (as lm-eval's `--model "
+                    "hf` does; use `python -m jaxfusion.runs.lm_harness`)")
             if (c.after_ids is None) != bool((kinds == 0).any()):
                 raise ValueError(f"row {row} of input_ids has "
                                  f"{'no' if c.after_ids is None else 'a'} prompt after its query: "
-                                 "it is not of this bridge's tokenizer")
+                                 "it is not from this bridge's tokenizer")
         return real
 
     def splice(self, input_ids, attention_mask=None):
-        """Every row as the LLM reads it: `start + prefix + end + prompt + answer` without gaps.
+        """The LLM's input rows: `start + prefix + end + prompt + answer` without gaps.
 
         Returns:
           Embeddings [B T E] with padding on the left, their mask [B T], and for every id the slot
-          whose logits say what follows it [B S]; -1 before the end of the query.
+          whose logits predict the next id [B S]; -1 before the end of the query.
 
         Raises:
-          ValueError: ids that are not of this bridge's tokenizer.
+          ValueError: ids that are not from this bridge's tokenizer.
         """
         c, real = self.config, self._mask(input_ids, attention_mask)
-        queries = [ids[kept & (ids >= c.query_offset) & (ids < c.prompt_offset)] - c.query_offset
-                   for ids, kept in zip(input_ids, real, strict=True)]
+        queries = [ids[is_real & (ids >= c.query_offset) & (ids < c.prompt_offset)] - c.query_offset
+                   for ids, is_real in zip(input_ids, real, strict=True)]
         enc_ids = nn.utils.rnn.pad_sequence(queries, batch_first=True)
         enc_mask = nn.utils.rnn.pad_sequence([torch.ones_like(x) for x in queries],
                                              batch_first=True)
@@ -446,14 +445,15 @@ class BridgeForCausalLM(PreTrainedModel, GenerationMixin):
         start, after = (torch.tensor(ids or [], dtype=torch.long, device=prefix.device)
                         for ids in (c.start_ids, c.after_ids))
         rows, slots = [], []
-        for i, (ids, kept) in enumerate(zip(input_ids, real, strict=True)):
-            text = kept & ((ids < c.query_offset) | (ids >= c.prompt_offset))
+        for i, (ids, is_real) in enumerate(zip(input_ids, real, strict=True)):
+            text = is_real & ((ids < c.query_offset) | (ids >= c.prompt_offset))
             tokens = torch.where(ids < c.query_offset, ids, ids - c.prompt_offset)[text]
             before = torch.cat([table(start), prefix[i][mask[i].bool()], end[None], table(after)])
             rows.append(torch.cat([before, table(tokens.to(prefix.device))]))
-            last = torch.where(kept & (ids >= c.query_offset) & (ids < c.prompt_offset))[0][-1]
-            told = len(before) - 1 + text.cumsum(0)
-            slots.append(torch.where(torch.arange(len(ids), device=ids.device) < last, -1, told))
+            last = torch.where(is_real & (ids >= c.query_offset) & (ids < c.prompt_offset))[0][-1]
+            next_slots = len(before) - 1 + text.cumsum(0)
+            before_end = torch.arange(len(ids), device=ids.device) < last
+            slots.append(torch.where(before_end, -1, next_slots))
         longest = max(map(len, rows))
         left = [longest - len(row) for row in rows]
         embeds = torch.stack([functional.pad(row, (0, 0, n, 0))
@@ -465,8 +465,8 @@ class BridgeForCausalLM(PreTrainedModel, GenerationMixin):
         return embeds, real, slots.to(embeds.device)
 
     def _scale(self, table):
-        """What the LLM multiplies its inputs by, where its embedding table does not (Gemma 1 and 2
-        in some releases)."""
+        """The factor that the LLM applies to its input embeddings after the table (Gemma 1 and 2 in
+        some releases)."""
         if self.decoder.config.model_type not in ("gemma", "gemma2") or hasattr(
                 table, "embed_scale"):
             return 1.0
@@ -477,41 +477,41 @@ class BridgeForCausalLM(PreTrainedModel, GenerationMixin):
     def forward(self, input_ids=None, attention_mask=None, labels=None, *, inputs_embeds=None,
                 position_ids=None, past_key_values=None, use_cache=None, output_attentions=None,
                 output_hidden_states=None, return_dict=None, num_items_in_batch=None):
-        """Logits [B S V] of what follows each id; 0 before the end of the query.
+        """Logits [B S V] for the id after each id; 0 before the end of the query.
 
         Args:
-          input_ids, attention_mask: [B S], as the tokenizer makes them.
-          labels: [B S], the answers' ids of `input_ids` where they are to be learned, -100
-            elsewhere; gives a mean loss, or the sum over `num_items_in_batch`.
-          output_hidden_states: also the LLM's states [B S E], in the places of the logits.
+          input_ids, attention_mask: [B S], from the tokenizer.
+          labels: [B S], the ids of answers in `input_ids` to be learned, -100 elsewhere; the loss
+            is their mean, or the sum over `num_items_in_batch`.
+          output_hidden_states: also return the LLM's states [B S E], aligned with the logits.
 
         Raises:
-          ValueError: ids of another tokenizer, labels that `input_ids` does not have, or something
-            that a bridge has not.
+          ValueError: ids of another tokenizer, labels that are not in `input_ids`, or an
+            unsupported argument.
         """
         given = {"inputs_embeds": inputs_embeds, "position_ids": position_ids,
                  "past_key_values": past_key_values, "use_cache": use_cache,
                  "output_attentions": output_attentions}
         if refused := [name for name, x in given.items() if x is not None and x is not False]:
-            raise ValueError(f"a bridge's forward takes no {', '.join(refused)}: its rows are "
-                             "queries, which the encoder reads whole; generate keeps its own cache")
+            raise ValueError(f"a bridge's forward takes no {', '.join(refused)}: its rows are full "
+                             "queries for the encoder; generate has its own cache")
         if input_ids is None:
             raise ValueError("input_ids are missing")
         if output_hidden_states is None:
             output_hidden_states = bool(getattr(self.config, "output_hidden_states", False))
         embeds, real, slots = self.splice(input_ids, attention_mask)
         positions = (real.cumsum(1) - 1).clamp(min=0)
-        found = self.decoder(inputs_embeds=embeds, attention_mask=real, position_ids=positions,
+        outputs = self.decoder(inputs_embeds=embeds, attention_mask=real, position_ids=positions,
                              use_cache=False, output_hidden_states=output_hidden_states)
 
         def placed(x):
-            taken = x[torch.arange(len(x), device=x.device)[:, None], slots.clamp(min=0)]
-            return taken * (slots >= 0)[..., None]
+            gathered = x[torch.arange(len(x), device=x.device)[:, None], slots.clamp(min=0)]
+            return gathered * (slots >= 0)[..., None]
 
-        logits = placed(found.logits)
+        logits = placed(outputs.logits)
         loss = None if labels is None else self._loss(logits, input_ids, labels,
                                                       num_items_in_batch)
-        states = tuple(map(placed, found.hidden_states)) if output_hidden_states else None
+        states = tuple(map(placed, outputs.hidden_states)) if output_hidden_states else None
         output = CausalLMOutput(loss=loss, logits=logits, hidden_states=states)
         if return_dict is None:
             return_dict = getattr(self.config, "return_dict", True)
@@ -521,17 +521,17 @@ class BridgeForCausalLM(PreTrainedModel, GenerationMixin):
         """Mean negative log-likelihood of the labels.
 
         Raises:
-          ValueError: labels that are not answers of `input_ids`.
+          ValueError: labels that are not answers in `input_ids`.
         """
         if labels.shape != input_ids.shape:
             raise ValueError(f"labels are {list(labels.shape)}, expected the "
-                             f"{list(input_ids.shape)} of input_ids: make both at once with "
+                             f"{list(input_ids.shape)} of input_ids: make both with "
                              "tokenizer(texts, text_target=answers)")
-        wanted = labels != IGNORED
-        if (wanted & ((labels != input_ids) | (labels >= self.config.query_offset))).any():
-            raise ValueError("labels are answers' ids of input_ids or -100, got others: make them "
-                             "with tokenizer(texts, text_target=answers)")
-        chosen = wanted[:, 1:].to(logits.device)
+        is_label = labels != IGNORED
+        if (is_label & ((labels != input_ids) | (labels >= self.config.query_offset))).any():
+            raise ValueError("expected labels that are -100 or ids of answers in input_ids, got "
+                             "others: make them with tokenizer(texts, text_target=answers)")
+        chosen = is_label[:, 1:].to(logits.device)
         targets = labels[:, 1:].to(logits.device)[chosen]
         total = functional.cross_entropy(logits[:, :-1][chosen].float(), targets, reduction="sum")
         return total / (max(len(targets), 1) if count is None else count)
@@ -543,12 +543,12 @@ class BridgeForCausalLM(PreTrainedModel, GenerationMixin):
                  **kwargs):
         """The LLM's `generate`; returns `input_ids` and the new tokens after them.
 
-        `generation_config` stands above this model's own, and arguments above both; the LLM's
-        `generation_config.json` counts for nothing.
+        `generation_config` overrides this model's own, and arguments override both; the LLM's
+        `generation_config.json` is ignored.
 
         Raises:
-          ValueError: ids that are not of this bridge's tokenizer.
-          TypeError: an argument that `generate` does not have.
+          ValueError: ids that are not from this bridge's tokenizer.
+          TypeError: an unsupported argument.
         """
         ids = inputs if input_ids is None else input_ids
         if ids is None or (inputs is not None and input_ids is not None):
@@ -557,7 +557,7 @@ class BridgeForCausalLM(PreTrainedModel, GenerationMixin):
             raise TypeError(f"generation_config is a {type(generation_config).__name__}, expected "
                             "GenerationConfig; give attention_mask by its name")
         settings, unknown = self._prepare_generation_config(generation_config, **kwargs)
-        states = ("output_attentions", "output_hidden_states")  # which the settings hold too
+        states = ("output_attentions", "output_hidden_states")  # also in the settings
         unknown = [name for name, x in unknown.items()
                    if x is not None and x is not False and name not in states]
         if unknown:
@@ -572,30 +572,32 @@ class BridgeForCausalLM(PreTrainedModel, GenerationMixin):
         if prefix_allowed_tokens_fn is not None:
             more["prefix_allowed_tokens_fn"] = lambda i, new: prefix_allowed_tokens_fn(
                 i, torch.cat([prompt[i], new]))
-        # What is not set there would be filled in from the LLM's own.
+        # generate would fill unset fields from the LLM's own config.
         own, self.decoder.generation_config = self.decoder.generation_config, settings
         try:
-            found = self.decoder.generate(
+            output = self.decoder.generate(
                 inputs_embeds=embeds, attention_mask=real, generation_config=settings,
                 streamer=streamer,
                 tokenizer=getattr(tokenizer, "answers", tokenizer), synced_gpus=synced_gpus, **more)
         finally:
             self.decoder.generation_config = own
-        new = found if isinstance(found, torch.Tensor) else found.sequences
-        whole = torch.cat([prompt.repeat_interleave(len(new) // len(prompt), dim=0), new], dim=1)
-        if isinstance(found, torch.Tensor):
-            return whole
-        found.sequences = whole
-        return found
+        new = output if isinstance(output, torch.Tensor) else output.sequences
+        repeats = len(new) // len(prompt)
+        sequences = torch.cat([prompt.repeat_interleave(repeats, dim=0), new], dim=1)
+        if isinstance(output, torch.Tensor):
+            return sequences
+        output.sequences = sequences
+        return output
 
     def _settle(self, settings, asked, chosen):
-        """What the LLM counts otherwise than its users: lengths, and the token that fills rows.
+        """Adapts lengths and the padding token to the LLM, which does not see `input_ids`.
 
         Args:
-          settings: is changed. asked: ids of a row of input. chosen: what the call asks for.
+          settings: modified in place. asked: number of ids in a row of input. chosen: the call's
+            own settings.
 
         Raises:
-          ValueError: a total length that the input has already.
+          ValueError: a total length that the input already has.
         """
         unset = GenerationConfig()
         for kind in ("max", "min"):
@@ -614,31 +616,31 @@ class BridgeForCausalLM(PreTrainedModel, GenerationMixin):
             settings.pad_token_id = next((x for x in ends if x is not None), 0)
 
     def _prepare_generation_config(self, generation_config, use_model_defaults=None, **kwargs):
-        """As in transformers; a pipeline's own defaults count for nothing."""
+        """As in transformers, without a pipeline's own defaults."""
         if use_model_defaults:
             generation_config = None
         return super()._prepare_generation_config(generation_config, **kwargs)
 
-    # What transformers, peft and others ask of a model.
+    # The interface that transformers, peft and others expect of a model.
 
     def prepare_inputs_for_generation(self, input_ids, attention_mask=None, **kwargs):
-        """What `forward` takes."""
+        """The arguments of `forward`."""
         return {"input_ids": input_ids, "attention_mask": attention_mask}
 
     def _apply(self, fn, *args, **kwargs):
-        """As in torch, but that tables as the rotary frequencies keep their precision, as they do
-        where a model is loaded in another dtype."""
-        held = [(module, name, x) for module in self.modules()
+        """As in torch, but buffers such as rotary frequencies keep their precision, as they do when
+        a model is loaded in another dtype."""
+        buffers = [(module, name, x) for module in self.modules()
                 for name, x in module.named_buffers(recurse=False)]
         super()._apply(fn, *args, **kwargs)
-        for module, name, x in held:
+        for module, name, x in buffers:
             now = getattr(module, name)
             if now.dtype != x.dtype:
                 setattr(module, name, x.to(now.device))
         return self
 
     def train(self, mode=True):
-        """As in torch; the encoder has no dropout where it does not train."""
+        """As in torch; the encoder has no dropout unless it trains."""
         super().train(mode)
         if not any(x.requires_grad for x in self.encoder.parameters()):
             self.encoder.eval()
@@ -661,7 +663,7 @@ class BridgeForCausalLM(PreTrainedModel, GenerationMixin):
         self.decoder.set_output_embeddings(value)
 
     def tie_weights(self, *args, **kwargs):
-        """Each of the two models ties its own."""
+        """Each of the two models ties its own weights."""
         for role in ROLES:
             getattr(self, role).tie_weights(*args, **kwargs)
 
@@ -671,13 +673,13 @@ class BridgeForCausalLM(PreTrainedModel, GenerationMixin):
 
     def save_pretrained(self, save_directory, is_main_process=True, state_dict=None,
                         push_to_hub=False, **kwargs):
-        """Writes a directory that loads again: backbones by name, or inside as they were read.
+        """Writes a directory that loads again: backbones by name, or inside it as when loaded.
 
-        Of backbones by name, what has changed in them goes along. The tokenizers go along where
-        they can still be read.
+        Changed parameters of backbones by name are written, too. The tokenizers are written if
+        their files can still be read.
 
         Raises:
-          ValueError: adapters in it, or weights that are not in memory.
+          ValueError: the model has adapters, or weights that are not in memory.
         """
         if not is_main_process:
             return
@@ -715,7 +717,7 @@ class BridgeForCausalLM(PreTrainedModel, GenerationMixin):
             self.push_to_hub(kwargs.pop("repo_id", os.path.basename(out)), **kwargs)
 
     def _save_backbone(self, role, part, out, state):
-        """One model in a directory of its own, with the config.json that it was read with."""
+        """Writes one model to its own directory, with the config.json that it was loaded with."""
         path, hub = self._read["from"]
         folder = os.path.join(out, part["checkpoint"])
         os.makedirs(folder, exist_ok=True)
@@ -727,18 +729,18 @@ class BridgeForCausalLM(PreTrainedModel, GenerationMixin):
                                _raise_exceptions_for_missing_entries=False, **hub)
             if file is not None:
                 with open(file, encoding="utf-8") as opened:
-                    held = json.load(opened)
+                    content = json.load(opened)
                 if name == "config.json":
-                    held |= {"dtype": part["dtype"], "torch_dtype": part["dtype"]}
+                    content |= {"dtype": part["dtype"], "torch_dtype": part["dtype"]}
                 with open(os.path.join(folder, name), "w", encoding="utf-8") as opened:
-                    json.dump(held, opened, indent=2)
+                    json.dump(content, opened, indent=2)
 
     def _save_tokenizers(self, config, out):
         path, hub = self._read["from"]
         try:
             tokenizer = BridgeTokenizer.from_pretrained(path, **hub)
         except OSError as error:
-            logger.warning("the tokenizers are not written (%s): save them with "
+            logger.warning("the tokenizers were not written (%s): save them with "
                            "tokenizer.save_pretrained", str(error).splitlines()[0])
             return
         tokenizer.save_pretrained(out)
@@ -748,7 +750,7 @@ class BridgeForCausalLM(PreTrainedModel, GenerationMixin):
 
 
 def _write(file, tensors):
-    """Writes tensors, whatever they share; what loads again from the same file can be written."""
+    """Writes tensors, shared or not, through a temporary file: they may be mapped from `file`."""
     tensors = {name: x.detach().to("cpu", copy=True).contiguous() for name, x in tensors.items()}
     save_file(tensors, f"{file}.partial", metadata={"format": "pt"})
     os.replace(f"{file}.partial", file)

@@ -24,7 +24,7 @@ SHARD_BYTES = 5_000_000_000
 
 
 def to_tensors(rows: Table, params: dict[str, Any]) -> Iterator[tuple[str, np.ndarray]]:
-    """Every Hugging Face tensor of a parameter tree, by name."""
+    """The Hugging Face tensors of a parameter tree, by name."""
     flat = traverse_util.flatten_dict(params, sep="/")
     for theirs, parts in groupby(rows.rows, key=lambda row: row.theirs):
         parts = list(parts)
@@ -49,7 +49,7 @@ def write_tower(
 
 
 def usual_names(rows: Table, layers: int) -> dict[str, tuple[str, ...]]:
-    """Every tensor of a tower by its usual name, with all names that it may have."""
+    """The tensors of a tower: usual name -> all possible names."""
     names = {}
     for theirs, also in dict.fromkeys((row.theirs, row.also) for row in rows.rows):
         for i in range(layers if "{i}" in theirs else 1):
@@ -58,16 +58,16 @@ def usual_names(rows: Table, layers: int) -> dict[str, tuple[str, ...]]:
 
 
 def tower_names(rows: Table, layers: int, files: Container[str]) -> dict[str, str]:
-    """Every tensor of a tower by its usual name, and the name it has among `files`.
+    """The tensors of a tower: usual name -> name in `files`.
 
     Raises:
-      InputError: some are missing, all of them named.
+      InputError: tensors are missing; the message lists all.
     """
     usual = usual_names(rows, layers)
-    found = {name: next((x for x in names if x in files), None) for name, names in usual.items()}
-    if missing := [name for name, there in found.items() if there is None]:
+    stored = {name: next((x for x in names if x in files), None) for name, names in usual.items()}
+    if missing := [name for name, stored_name in stored.items() if stored_name is None]:
         raise InputError(f"tensors are missing: {', '.join(missing)}")
-    return found
+    return stored
 
 
 def tower_tensors(
@@ -76,22 +76,22 @@ def tower_tensors(
     """The tensors of one tower of a checkpoint, one by one.
 
     Args:
-      names: its tensors by their usual name, and the name each has in `source`.
-      replaced: tensors that take the place of the source's, in its dtype.
-      dtype: of all tensors; None keeps each one's.
+      names: its tensors: usual name -> name in `source`.
+      replaced: tensors to use instead of the source's, in the source's dtype.
+      dtype: of all tensors; None keeps the dtype of each.
     """
-    held = open_tensors(source)
-    for name, there in names.items():
-        tensor = held.read(there)
-        wanted = jnp.dtype(dtype) if dtype else tensor.dtype
-        yield name, replaced.get(name, tensor).astype(wanted, copy=False)
+    files = open_tensors(source)
+    for name, stored_name in names.items():
+        tensor = files.read(stored_name)
+        new_dtype = jnp.dtype(dtype) if dtype else tensor.dtype
+        yield name, replaced.get(name, tensor).astype(new_dtype, copy=False)
 
 
 def copy_tower(
     source: Path, out: Path, config: dict[str, Any], names: dict[str, str],
     replaced: dict[str, np.ndarray], dtype: str | None,
 ) -> None:
-    """Writes one tower of a checkpoint as a directory of its own; see `tower_tensors`.
+    """Writes one tower of a checkpoint to its own directory; see `tower_tensors`.
 
     Args:
       config: its `config.json`.
@@ -106,7 +106,7 @@ def copy_tower(
 
 
 def write_tokenizer(out: Path, tokenizer) -> None:
-    """Writes a tokenizer so that transformers 4 and 5 read the same; exports do it on their own."""
+    """Writes a tokenizer that transformers 4 and 5 read alike; exports have the same function."""
     from jaxfusion.hf import tokenization_jaxfusion  # imports transformers, which takes seconds
 
     tokenization_jaxfusion.write_tokenizer(out, tokenizer)
@@ -115,25 +115,25 @@ def write_tokenizer(out: Path, tokenizer) -> None:
 def write_shards(
     out: Path, tensors: Iterable[tuple[str, np.ndarray]], shard_bytes: int = SHARD_BYTES
 ) -> None:
-    """Writes tensors as `model.safetensors`, or as shards with an index where one is too large."""
+    """Writes tensors as `model.safetensors`, or as shards with an index if they are too large."""
     shards: list[list[str]] = []
-    held: dict[str, np.ndarray] = {}
+    pending: dict[str, np.ndarray] = {}
     total = 0
 
     def flush() -> None:
-        # Contiguous on purpose: `save_file` writes a transposed array's buffer as it lies.
-        arrays = {name: np.asarray(array, order="C") for name, array in held.items()}
+        # Contiguous on purpose: `save_file` writes a transposed array's buffer in memory order.
+        arrays = {name: np.asarray(array, order="C") for name, array in pending.items()}
         try:
             save_file(arrays, out / f"shard-{len(shards)}", metadata={"format": "pt"})
-        except SafetensorError as error:  # a full disk, for one
+        except SafetensorError as error:  # for example, a full disk
             raise InputError(f"{out} cannot be written: {error}") from None
-        shards.append(list(held))
-        held.clear()
+        shards.append(list(pending))
+        pending.clear()
 
     for name, array in tensors:
-        if held and sum(a.nbytes for a in held.values()) + array.nbytes > shard_bytes:
+        if pending and sum(a.nbytes for a in pending.values()) + array.nbytes > shard_bytes:
             flush()
-        held[name] = array
+        pending[name] = array
         total += array.nbytes
     flush()
     if len(shards) == 1:

@@ -1,4 +1,4 @@
-"""Which Hugging Face tensor is which parameter of ours: one row serves loading and export."""
+"""Maps Hugging Face tensors to our parameters: one row serves loading and export."""
 
 import math
 import re
@@ -19,10 +19,10 @@ Index = tuple[slice, ...]
 
 @dataclass(frozen=True)
 class Transform:
-    """How a tensor of theirs becomes one of ours, and back; `shape` is always ours.
+    """Converts a tensor of theirs to ours and back; `shape` is always ours.
 
-    `their_index` is where a block of ours lies in theirs: of the axes that theirs has as one, only
-    the first may be cut.
+    `their_index` maps a block of our tensor to a block of theirs: of several axes that they merge
+    into one, only the first may be sharded.
     """
 
     to_ours: Callable[[np.ndarray, Shape], np.ndarray]
@@ -32,7 +32,7 @@ class Transform:
 
 
 def _joined(index: Index, shape: Shape) -> slice:
-    """The block of the axes of `shape` seen as one."""
+    """The block as a slice of the flattened axes of `shape`."""
     start, stop, _ = index[0].indices(shape[0])
     if any(cut.indices(n) != (0, n, 1) for cut, n in zip(index[1:], shape[1:], strict=True)):
         raise ValueError(f"axes {shape} cut at {index}: only the first may be sharded")
@@ -57,7 +57,7 @@ TRANSFORMS = {
         lambda shape: (shape[-1], math.prod(shape[:-1])),
         lambda index, shape: (index[-1], _joined(index[:-1], shape[:-1])),
     ),
-    # A vector that they keep with two leading axes of one.
+    # A vector that they store with two leading axes of size 1.
     "vector": Transform(
         lambda x, shape: x.reshape(shape), lambda x: x.reshape(1, 1, -1),
         lambda shape: (1, 1, *shape), lambda index, shape: (slice(0, 1), slice(0, 1), *index),
@@ -73,14 +73,15 @@ TRANSFORMS = {
 
 @dataclass(frozen=True)
 class Row:
-    """One parameter of ours and where Hugging Face keeps it.
+    """One parameter of ours and its Hugging Face tensor.
 
     Attributes:
-      theirs: tensor name; `{i}` is the block, whose tensors we stack along a leading axis.
+      theirs: tensor name; `{i}` is the block; we stack the tensors of all blocks along a leading
+        axis.
       ours: path in the tower's parameter tree.
       transform: a name in `TRANSFORMS`.
-      also: other names the same tensor may have.
-      part: first row, row after the last, and number of rows, where ours is a part of theirs.
+      also: alternative names of the same tensor.
+      part: start, stop and total number of rows, if ours is a part of theirs.
     """
 
     theirs: str
@@ -91,19 +92,19 @@ class Row:
 
     @property
     def stacked(self) -> bool:
-        """Whether ours holds the tensors of all blocks."""
+        """Whether our parameter stacks the tensors of all blocks."""
         return "{i}" in self.theirs
 
 
 @dataclass(frozen=True)
 class Table:
-    """All rows of a family, and patterns of their tensors that we leave alone on purpose."""
+    """All rows of a family, and patterns of tensors that we skip on purpose."""
 
     rows: tuple[Row, ...]
     ignored: tuple[str, ...] = ()
 
     def ignores(self, name: str) -> bool:
-        """Whether a tensor of theirs is left out on purpose."""
+        """Whether a tensor of theirs is skipped on purpose."""
         return any(re.fullmatch(pattern, name) for pattern in self.ignored)
 
 
@@ -116,7 +117,7 @@ def mt5_table(config: MT5Config) -> Table:
     else:
         bias_row = Row(f"encoder.block.0.layer.{bias}", "relative_bias/embedding")
     rows = (
-        # The last is MADLAD-400's, whose files hold the shared table under the decoder's name.
+        # MADLAD-400's files have the shared table under the last name, the decoder's.
         Row("shared.weight", "embed/embedding",
             also=("encoder.embed_tokens.weight", "decoder.embed_tokens.weight")),
         bias_row,
@@ -134,7 +135,7 @@ def mt5_table(config: MT5Config) -> Table:
 
 
 def decoder_table(config: DecoderConfig) -> Table:
-    """Every supported family of LLMs: they name the same tensors alike."""
+    """Every supported family of LLMs: they use the same tensor names."""
     block, blocks = "model.layers.{i}", "blocks"
     attn, mlp = f"{block}.self_attn", f"{block}.mlp"
     mlp_norm = "pre_feedforward" if config.post_norms else "post_attention"
@@ -161,7 +162,7 @@ def decoder_table(config: DecoderConfig) -> Table:
 
 
 def _inputs(config: DecoderConfig) -> list[Row]:
-    """What reads a block's input: Phi-3 keeps q, k, v in one tensor, and gate and up in another."""
+    """The input projections of a block; Phi-3 merges q, k, v into one tensor, gate and up too."""
     block, blocks = "model.layers.{i}", "blocks"
     heads = (config.num_heads, config.num_kv_heads, config.num_kv_heads)
     widths = {"self_attn": [n * config.head_dim for n in heads], "mlp": [config.d_ff] * 2}
@@ -180,7 +181,7 @@ def _inputs(config: DecoderConfig) -> list[Row]:
 
 
 def bridge_table(fusion: str, projector: str) -> Table:
-    """Fusion and projector, as `modeling_jaxfusion.py` names them."""
+    """Fusion and projector, with the names of `modeling_jaxfusion.py`."""
     rows: list[Row] = []
     if fusion == "global_softmax":
         rows += [Row(f"fusion.{x}", f"fusion/{x}") for x in "wt"]
@@ -210,7 +211,7 @@ ALIGNMENTS = {"linear": "linear", "ffn": "ffn", "latent": "resampler"}
 
 
 def langbridge_names(role: str, names: Iterable[str]) -> dict[str, str]:
-    """Where LangBridge keeps the tensors of a tower: usual name -> its name."""
+    """LangBridge's names of a tower's tensors: usual name -> its name."""
     if role == "encoder":
         return {name: f"lb.enc.{name}" for name in names}
     return {name: f"lb.{name}" if name == "lm_head.weight"
@@ -241,7 +242,7 @@ def langbridge_table(projector: str) -> Table:
 
 
 def mindmerger_table(start: str) -> Table:
-    """MindMerger's mapping (github.com/CONE-MT/MindMerger), its names beginning with `start`."""
+    """MindMerger's mapping (github.com/CONE-MT/MindMerger), with names that begin with `start`."""
     return Table((
         *_dense(f"{start}mlp.linear1", "projector/hidden"),
         *_dense(f"{start}mlp.linear2", "projector/out"),

@@ -1,11 +1,11 @@
-"""One tokenizer of an exported bridge: ids of queries for its encoder, text of its answers::
+"""The tokenizer of an exported bridge: query ids for the encoder, text of the LLM's answers::
 
     tokenizer = AutoTokenizer.from_pretrained(DIR, trust_remote_code=True)
     inputs = tokenizer(texts, padding=True, return_tensors="pt")
     tokenizer.batch_decode(model.generate(**inputs), skip_special_tokens=True)
 
-Self-contained: needs transformers (4 or 5). What is asked and what is answered have ids of their
-own, so that ids of any other tokenizer are noticed::
+Self-contained: needs transformers (4 or 5). Queries and answers have separate id ranges, so that
+ids of another tokenizer are detected::
 
     0 … query_offset - 1               the LLM's ids: answers
     query_offset … prompt_offset - 1   the encoder's ids: queries
@@ -24,10 +24,10 @@ from transformers.utils import PaddingStrategy, cached_file
 
 QUERIES, ANSWERS = "encoder_tokenizer", "decoder_tokenizer"
 CONFIG = "tokenizer_config.json"
-# In a tokenizer's config: the SentencePiece model beside it, which normalizes texts first.
+# Key in a tokenizer's config: the SentencePiece model next to it, which normalizes texts.
 NORMALIZER, SPM = "sentencepiece_normalizer", "spiece.model"
 SPACE = "▁"
-QUERY, PROMPT = "query:", "prompt:"  # begin the names of tokens that are asked
+QUERY, PROMPT = "query:", "prompt:"  # prefixes of the names of a query's and a prompt's tokens
 IGNORED = -100  # the label of a token that is not predicted
 HUB = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "token")
 SETTINGS = ("query_offset", "prompt_offset", "eos_token_id", "target_eos", "text_prompt",
@@ -38,14 +38,14 @@ WORDS = "the user's words"
 def write_tokenizer(out, tokenizer):
     """Writes a tokenizer so that transformers 4 and 5 read the same `tokenizer.json`.
 
-    5 writes a class that 4 does not know, and special tokens beyond the usual as a list under a
-    name that in 4 wants a dictionary.
+    Version 5 writes a class that 4 does not know, and extra special tokens as a list under a name
+    for which 4 expects a dictionary.
     """
     tokenizer.save_pretrained(out)
     if not os.path.isfile(os.path.join(out, "tokenizer.json")):
         return  # a slow tokenizer has its own class in both
     def change(config):
-        for name in ("backend", "is_local", "local_files_only"):  # how it was read just now
+        for name in ("backend", "is_local", "local_files_only"):  # loading options
             config.pop(name, None)
         config["tokenizer_class"] = "PreTrainedTokenizerFast"
         config["model_input_names"] = ["input_ids", "attention_mask"]  # 4 would add token types
@@ -80,22 +80,22 @@ def _read_tokenizer(path, subfolder, hub):
 
 
 class SentencePieceTokenizer(FastTokenizer):
-    """A tokenizer whose texts SentencePiece normalizes before its backend reads them.
+    """A tokenizer whose texts are normalized by SentencePiece before the backend.
 
-    The backend's own copy of the normalizer takes a text apart into graphemes first, and so leaves
-    decomposed characters decomposed (github.com/huggingface/tokenizers, issue 2116).
+    The backend's own normalizer splits a text into graphemes first, and so leaves decomposed
+    characters decomposed (github.com/huggingface/tokenizers, issue 2116).
     """
 
-    spm = None  # SentencePieceProcessor; a model whose normalizer is not the identity
+    spm = None  # SentencePieceProcessor of a model whose normalizer is not the identity
 
     def __call__(self, text, *args, **kwargs):
-        """As in transformers, of one text or a list of texts."""
+        """As in transformers, for one text or a list of texts."""
         one = isinstance(text, str)
         texts = self._normalize([text] if one else list(text))
         return super().__call__(texts[0] if one else texts, *args, **kwargs)
 
     def save_pretrained(self, save_directory, **kwargs):
-        """As in transformers, with the model that normalizes beside it."""
+        """As in transformers; also writes the SentencePiece model."""
         written = super().save_pretrained(save_directory, **kwargs)
         with open(os.path.join(save_directory, SPM), "wb") as file:
             file.write(self.spm.serialized_model_proto())
@@ -103,12 +103,12 @@ class SentencePieceTokenizer(FastTokenizer):
         return written
 
     def _normalize(self, texts):
-        """Between added tokens, which are cut out of the text as it is."""
+        """Normalizes the text between added tokens, which are matched before normalization."""
         added = sorted(self.get_added_vocab(), key=len, reverse=True)
         parts = [re.split(f"({'|'.join(map(re.escape, added))})", text) if added else [text]
                  for text in texts]
         plain = [part for text in parts for part in text[::2]]
-        # The space before the first word is the backend's to add.
+        # The backend adds the space before the first word.
         normal = iter(self.spm.normalize(plain))
         return ["".join(part if i % 2 else next(normal).removeprefix(SPACE).replace(SPACE, " ")
                         for i, part in enumerate(text)) for text in parts]
@@ -122,8 +122,8 @@ class BridgeTokenizer(PreTrainedTokenizerBase):
 
     Args:
       settings: `query_offset` and `prompt_offset`; `eos_token_id`, which ends an answer, and
-        `target_eos`, whether it is trained on behind one;
-        `text_prompt`, the text after the prefix, with `{query}` where the query stands again;
+        `target_eos`, whether training targets end in it;
+        `text_prompt`, the text after the prefix, with `{query}` where the query is repeated;
         `turn`: `after` and `lead` of the chat template that the bridge was trained with, or None.
     """
 
@@ -140,7 +140,7 @@ class BridgeTokenizer(PreTrainedTokenizerBase):
 
     @classmethod
     def from_pretrained(cls, path, *inputs, **kwargs):
-        """As in transformers; `subfolder` and special tokens of one's own are refused."""
+        """As in transformers; `subfolder` and custom special tokens are rejected."""
         refused = [name for name, x in kwargs.items()
                    if x and (name == "subfolder" or "_token" in name)]
         if inputs or refused:
@@ -150,9 +150,9 @@ class BridgeTokenizer(PreTrainedTokenizerBase):
         with open(cached_file(path, CONFIG, **hub), encoding="utf-8") as file:
             config = json.load(file)
         chosen = ("model_max_length", "padding_side", "truncation_side")
-        kept = {name: x for name, x in {**config, **kwargs}.items() if name in chosen}
+        options = {name: x for name, x in {**config, **kwargs}.items() if name in chosen}
         return cls(_read_tokenizer(path, QUERIES, hub), _read_tokenizer(path, ANSWERS, hub),
-                   {name: config[name] for name in SETTINGS}, name_or_path=str(path), **kept)
+                   {name: config[name] for name in SETTINGS}, name_or_path=str(path), **options)
 
     def save_pretrained(self, save_directory, push_to_hub=False, **kwargs):
         """Writes a directory that `AutoTokenizer` reads; returns its files."""
@@ -174,7 +174,7 @@ class BridgeTokenizer(PreTrainedTokenizerBase):
             self.push_to_hub(kwargs.pop("repo_id", os.path.basename(out)), **kwargs)
         return tuple(os.path.join(out, name) for name in (CONFIG, QUERIES, ANSWERS))
 
-    # What is asked and answered, as ids.
+    # Text to ids.
 
     def __call__(self, text=None, text_pair=None, *, text_target=None, add_special_tokens=True,
                  padding=False, truncation=None, max_length=None, pad_to_multiple_of=None,
@@ -184,16 +184,16 @@ class BridgeTokenizer(PreTrainedTokenizerBase):
 
         Args:
           text: one query, or a list: `input_ids` are its ids, and those of the text prompt.
-          add_special_tokens: False gives the LLM's ids of `text` (or of `text_target`), as an
-            answer has them: what stop strings and forbidden words are made of.
+          add_special_tokens: False gives the LLM's ids of `text` (or of `text_target`) as part of
+            an answer, for stop strings and forbidden words.
           text_target: answers. With `text` they follow the query, with the end token, and
             `labels` are -100 before them; alone they are `input_ids`.
           truncation, max_length: of a query, which keeps its end token, and of its prompt, which
-            keeps its end.
+            is truncated at its beginning.
 
         Raises:
-          ValueError: a pair, nothing at all, or both without special tokens.
-          TypeError: an argument that is not one of a bridge.
+          ValueError: a pair, no text, or both texts without special tokens.
+          TypeError: an unsupported argument.
         """
         if unknown := [name for name, x in others.items() if x]:
             raise TypeError(f"BridgeTokenizer takes no {', '.join(unknown)}")
@@ -238,7 +238,7 @@ class BridgeTokenizer(PreTrainedTokenizerBase):
         return self.convert_ids_to_tokens(self.encode(text, pair))
 
     def apply_chat_template(self, conversation, tokenize=True, return_dict=True, **kwargs):
-        """The ids of one message of a user: round it stands what the bridge was trained with.
+        """The ids of one user message, in the format that the bridge was trained with.
 
         Raises:
           ValueError: any other conversation; the encoder reads one text.
@@ -253,10 +253,10 @@ class BridgeTokenizer(PreTrainedTokenizerBase):
             raise ValueError("a bridge reads one text: expected one message of the user, got "
                              + ", ".join(message["role"] for chat in chats for message in chat))
         texts = [chat[0]["content"] for chat in chats]
-        found = texts if batched else texts[0]
+        content = texts if batched else texts[0]
         if not tokenize:
-            return found
-        encoded = self(found, **kwargs)
+            return content
+        encoded = self(content, **kwargs)
         return encoded if return_dict else encoded["input_ids"]
 
     def _strings(self, texts, single):
@@ -292,25 +292,25 @@ class BridgeTokenizer(PreTrainedTokenizerBase):
         return prompt.rstrip() if turn is None else prompt.strip() + turn["after"]
 
     def _prompts(self, texts):
-        """Ids of the LLM's prompts as the bridge was trained with them."""
+        """Ids of the LLM's prompts, as in training."""
         prompts = self._filled(texts)
         if self.settings["turn"] is None:
             return self._llm([self._context(prompt) for prompt in prompts])
-        # Where there is no text, the header follows the prefix as it follows words.
+        # Without a text prompt, the prefix takes the place of the user's words.
         lead = [WORDS if not prompt.strip() else "" for prompt in prompts]
         wholes = [words + self._context(x) for words, x in zip(lead, prompts, strict=True)]
         return self._following(lead, wholes)
 
     def _answers(self, texts, targets):
-        """Ids of answers as they continue their prompts.
+        """Ids of answers that continue their prompts.
 
         Raises:
-          ValueError: the prompt holds the query, which is not given; or not as many of each.
+          ValueError: the prompt includes the query, which is missing; or the numbers differ.
         """
         if texts is None:
             if "{query}" in self.settings["text_prompt"]:
                 raise ValueError("the query is part of this bridge's prompt, and an answer "
-                                 "continues it: give text beside text_target")
+                                 "continues it: give text with text_target")
             texts = [""] * len(targets)
         if len(texts) != len(targets):
             raise ValueError(f"got {len(texts)} texts and {len(targets)} of text_target")
@@ -321,20 +321,20 @@ class BridgeTokenizer(PreTrainedTokenizerBase):
         return self._following(contexts, wholes)
 
     def _following(self, contexts, wholes):
-        """Ids of what follows each context in its whole. A token may span a space; where one spans
-        the seam itself, what follows is encoded alone."""
+        """Ids of the continuation of each context in its full text. A token may include a space; if
+        one spans the boundary, the continuation is encoded alone."""
         return [whole[len(context):] if whole[: len(context)] == context
                 else self._alone(text[len(start):])
                 for context, whole, start, text in zip(
                     self._llm(contexts), self._llm(wholes), contexts, wholes, strict=True)]
 
     def _alone(self, text):
-        """Ids of a text as they are inside another."""
+        """Ids of a text inside another one."""
         for before in ("\n", "|", "\u2603"):
             start, whole = self._llm([before, before + text])
             if whole[: len(start)] == start:
                 return whole[len(start):]
-        raise ValueError(f"the LLM's tokenizer joins {text!r} to whatever is before it")
+        raise ValueError(f"the LLM's tokenizer merges {text!r} with any text before it")
 
     def _padded(self, rows, labels, strategy, max_length, multiple, side):
         data = {"input_ids": rows, "attention_mask": [[1] * len(row) for row in rows]}
@@ -348,11 +348,11 @@ class BridgeTokenizer(PreTrainedTokenizerBase):
                               for pad, row in zip(fill, labels, strict=True)]
         return data
 
-    # Ids as text.
+    # Ids to text.
 
     def _decode(self, token_ids, skip_special_tokens=False, clean_up_tokenization_spaces=None,
                 **kwargs):
-        """The text of ids; without special tokens that of the answer alone."""
+        """The text of ids; with `skip_special_tokens`, of the answer alone."""
         ids = [token_ids] if isinstance(token_ids, int) else list(token_ids)
         text = ""
         for kind, run in groupby(ids, self._kind):
@@ -365,16 +365,16 @@ class BridgeTokenizer(PreTrainedTokenizerBase):
         return text
 
     def _kind(self, token):
-        """0 of an answer's token, 1 of a query's, 2 of a prompt's."""
+        """0 for an answer's token, 1 for a query's, 2 for a prompt's."""
         return (token >= self.settings["query_offset"]) + (token >= self.settings["prompt_offset"])
 
     def _part(self, kind):
-        """The tokenizer of a kind, its first id, and what its tokens' names begin with."""
+        """The tokenizer of a kind, its first id, and the prefix of its token names."""
         return ((self.answers, 0, ""), (self.queries, self.settings["query_offset"], QUERY),
                 (self.answers, self.settings["prompt_offset"], PROMPT))[kind]
 
     def convert_ids_to_tokens(self, ids, skip_special_tokens=False):
-        """Names of tokens; those that are asked begin with `query:` or `prompt:`."""
+        """Names of tokens; those of queries and prompts begin with `query:` or `prompt:`."""
         if isinstance(ids, int):
             tokenizer, offset, start = self._part(self._kind(ids))
             return start + tokenizer.convert_ids_to_tokens(ids - offset)
@@ -383,7 +383,7 @@ class BridgeTokenizer(PreTrainedTokenizerBase):
                 if not skip_special_tokens or not (self._kind(i) or i in special)]
 
     def convert_tokens_to_ids(self, tokens):
-        """Ids of tokens by name; a name without `query:` or `prompt:` is the LLM's."""
+        """Ids of tokens by name; names without `query:` or `prompt:` are the LLM's."""
         if tokens is None:
             return None
         if not isinstance(tokens, str):
@@ -400,13 +400,13 @@ class BridgeTokenizer(PreTrainedTokenizerBase):
         return self.decode(self.convert_tokens_to_ids(tokens))
 
     def get_vocab(self):
-        """Every token's id by name."""
+        """Token name -> id."""
         return {start + name: offset + i for tokenizer, offset, start in map(self._part, (2, 1, 0))
                 for name, i in tokenizer.get_vocab().items()}
 
     @property
     def vocab_size(self):
-        """So many ids there are; an answer's lie below the LLM's own number."""
+        """The number of ids; those of answers are below the LLM's own vocabulary size."""
         return self.settings["prompt_offset"] + len(self.answers)
 
     def __len__(self):
@@ -418,7 +418,7 @@ class BridgeTokenizer(PreTrainedTokenizerBase):
         return self.answers.added_tokens_decoder
 
     def add_tokens(self, new_tokens, special_tokens=False):
-        """Raises ValueError: the tables of the two models are what they are."""
+        """Raises ValueError: the tables of the two models are fixed."""
         raise ValueError("a bridge's tokens are those of its two models: none can be added")
 
     def add_special_tokens(self, special_tokens_dict, *args, **kwargs):
@@ -426,5 +426,5 @@ class BridgeTokenizer(PreTrainedTokenizerBase):
         return self.add_tokens(list(special_tokens_dict))
 
     def num_special_tokens_to_add(self, pair=False):
-        """What a query gets beside its words."""
+        """The number of special tokens added to a query."""
         return self.queries.num_special_tokens_to_add(pair)

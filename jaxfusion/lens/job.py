@@ -1,4 +1,4 @@
-"""A Lens run: probe an LLM's languages, move them, score it beside its baselines, draw."""
+"""A Lens run: probes an LLM's languages, trains or edits it, scores it against baselines."""
 
 import json
 import logging
@@ -25,7 +25,7 @@ from jaxfusion.lens.parallel_text import read_parallel
 from jaxfusion.lens.probe import Probe
 from jaxfusion.lens.prompts import probe_as_authors, prompt_rows
 from jaxfusion.lens.scores import UNTOUCHED, measure, read_questions, report
-from jaxfusion.lens.sweep import KEPT, folder_of, train_all
+from jaxfusion.lens.sweep import CACHE, folder_of, train_all
 from jaxfusion.nn.bridge import Params
 from jaxfusion.nn.decoder import make_edits
 from jaxfusion.reports.comparison import Comparison
@@ -44,11 +44,11 @@ logger = logging.getLogger(__name__)
 
 
 def lens(config: LensRunConfig, workdir: Path) -> Comparison | None:
-    """Probes, runs every method of the sweep (or the config's own), scores them and reports.
+    """Probes the LLM, runs every method of the sweep (or the config's own), and reports scores.
 
     Writes `probe.safetensors`, `languages.png`, a directory with checkpoints for each method that
-    trains, and with anything to score `report.md`, `report.json` and `accuracy.png`. Started again,
-    it goes on where it stopped.
+    trains, and, if anything is scored, `report.md`, `report.json` and `accuracy.png`. The same call
+    resumes a stopped run.
 
     Returns:
       The comparison on the first task, if there are tasks.
@@ -63,7 +63,7 @@ def lens(config: LensRunConfig, workdir: Path) -> Comparison | None:
 
 
 def _with_llm(config: LensRunConfig) -> LensRunConfig:
-    """The config with its bridge's LLM, where it has a bridge."""
+    """The config with its bridge's LLM, if it has a bridge."""
     if not config.bridge:
         return config
     return replace(config, decoder=open_run(Path(config.bridge)).config.decoder)
@@ -81,20 +81,20 @@ def _lens(config: LensRunConfig, workdir: Path) -> Comparison | None:
             rows = prompt_rows(config, model, probed)
         if is_first():
             configs.save(config, workdir / CONFIG_FILE)
-            for left in workdir.glob(f"{KEPT}*"):  # by a run that was killed
-                shutil.rmtree(left)
-        found = _probe(config, model, probed, rows, workdir)
-        # Another probe's prompts are not those that are read afterwards.
-        shown = found if config.lens.recipe == "default" and not config.data.probe else (
+            for leftover in workdir.glob(f"{CACHE}*"):  # of a killed run
+                shutil.rmtree(leftover)
+        probe = _probe(config, model, probed, rows, workdir)
+        # The picture compares probes of the same prompts, which another probe does not have.
+        shown = probe if config.lens.recipe == "default" and not config.data.probe else (
             _read(config, model, rows))
         scores, moved = {UNTOUCHED: measure(config, model, questions)}, {}
         training = {name: run for name, run in runs.items() if run.lens.method in TRAINING}
         for name, run in runs.items():
             if name not in training:
                 edits = None if run.lens.method == "none" else partial(
-                    make_language_edits, run, found)
+                    make_language_edits, run, probe)
                 scores[name] = measure(config, model, questions, edits)
-        model, seconds = train_all(config, training, texts, answers, model, found, workdir, mesh)
+        model, seconds = train_all(config, training, texts, answers, model, probe, workdir, mesh)
         for name in training:
             with all_or_none():
                 _, part = trained_part(folder_of(name, workdir))
@@ -109,10 +109,10 @@ def _lens(config: LensRunConfig, workdir: Path) -> Comparison | None:
 
 
 def probe_texts(c: ParallelConfig, texts: dict[str, list[str]]) -> dict[str, list[str]]:
-    """The prompts to probe by language: of a file of their own, or the first of `texts`.
+    """The prompts to probe by language: from their own file, or the first of `texts`.
 
     Raises:
-      InputError: as of `read_parallel`.
+      InputError: as in `read_parallel`.
     """
     if c.probe_path is not None:
         texts, _ = read_parallel(replace(c, path=c.probe_path, answer=None))
@@ -120,10 +120,10 @@ def probe_texts(c: ParallelConfig, texts: dict[str, list[str]]) -> dict[str, lis
 
 
 def prepare(config: LensRunConfig, workdir: Path, mesh):
-    """Everything that is read and checked before anything is computed.
+    """Reads and checks all inputs before anything is computed.
 
     Returns:
-      The config as resolved, its runs, prompts by language, their answers, what is asked of every
+      The resolved config, its runs, prompts by language, their answers, the questions for every
       method, and the model.
     """
     config = check_workdir(config, workdir)
@@ -141,16 +141,16 @@ def prepare(config: LensRunConfig, workdir: Path, mesh):
     questions = read_questions(config, runs, texts)
     model, config = load_model(config, mesh)
     check_layers(runs, model.bridge.decoder.config.num_layers)
-    # What a run saves must name the LLM that it was trained on.
+    # A saved run must name the LLM that it was trained on.
     runs = {name: replace(run, decoder=config.decoder) for name, run in runs.items()}
     return config, runs, texts, answers, questions, model
 
 
 def variants(config: LensRunConfig) -> dict[str, LensRunConfig]:
-    """The runs of a sweep by name, each a config of its own; without a sweep the config's own.
+    """The configs of a sweep's runs by name; without a sweep the config's own.
 
     Raises:
-      InputError: names that are unknown, or settings that make no sense together.
+      InputError: unknown names, or settings that contradict each other.
     """
     runs = configs.sweep(config) if config.sweep else {config.lens.method: config}
     for name, run in runs.items():
@@ -158,32 +158,32 @@ def variants(config: LensRunConfig) -> dict[str, LensRunConfig]:
         choose("lens.recipe", run.lens.recipe, RECIPES)
         choose("lens.keep", run.lens.keep, PLACES)
         if name == UNTOUCHED:
-            raise InputError(f"a run of a sweep is named '{name}', as the untouched LLM is in the "
+            raise InputError(f"a run of a sweep is named '{name}', the name of the original LLM in "
                              "tables; choose another name")
         if run.lens.method == "disentangle" and run.lens.strength < 0:
-            raise InputError(f"lens.strength is {run.lens.strength}, wanted 0 or more where a "
-                             "subspace is taken out")
+            raise InputError(f"lens.strength is {run.lens.strength}, expected 0 or more to remove "
+                             "a subspace")
         if unknown := sorted(set(run.lens.weights) - set(config.data.targets)):
-            raise InputError(f"lens.weights names {', '.join(unknown)}, which is no target; "
+            raise InputError(f"lens.weights names {', '.join(unknown)}, which is not a target; "
                              f"targets are {', '.join(config.data.targets)}")
         _check_shared(config, name, run)
         rank, most = run.lens.rank, len(config.data.targets)
         if rank is not None and rank > most:
-            raise InputError(f"lens.rank is {rank}, wanted 1 to {most} with {most + 1} languages")
+            raise InputError(f"lens.rank is {rank}, expected 1 to {most} with {most + 1} languages")
         losses = (run.lens.align, run.lens.separate, run.lens.retain)
         decay = [group for group, x in run.optimizer.groups.items() if x.weight_decay]
         if run.lens.method == "lens" and not any(losses) and decay:
             raise InputError(f"lens.align, separate and retain of '{name}' are all 0, but "
-                             f"optimizer.groups.{decay[0]} has a weight decay, which alone would "
+                             f"optimizer.groups.{decay[0]} has a weight decay, which would only "
                              "shrink the blocks; set a loss's weight, or weight_decay=0")
     if config.lens.recipe == "paper_code" and (config.bridge or not config.data.chat_template):
-        raise InputError("lens.recipe='paper_code' is for chats of an LLM alone: leave bridge out "
-                         "and set data.chat_template=True")
+        raise InputError("lens.recipe='paper_code' needs the chat format of an LLM alone: remove "
+                         "bridge and set data.chat_template=True")
     return runs
 
 
 def _check_shared(config: LensRunConfig, name: str, run: LensRunConfig) -> None:
-    """Raises InputError where a run of a sweep wants another of what all of them share."""
+    """Raises InputError if a run of a sweep changes a setting that all of them share."""
     def shared(c: LensRunConfig) -> dict[str, Any]:
         data = replace(c.data, rows=0)
         return {"decoder": c.decoder, "bridge": c.bridge, "data": data, "mesh": c.mesh,
@@ -191,61 +191,61 @@ def _check_shared(config: LensRunConfig, name: str, run: LensRunConfig) -> None:
 
     ours, theirs = shared(config), shared(run)
     if other := [field for field in ours if ours[field] != theirs[field]]:
-        raise InputError(f"sweep '{name}' sets {other[0]}, which all runs of a sweep share; of "
-                         "data only rows may differ")
+        raise InputError(f"sweep '{name}' sets {other[0]}, which all runs of a sweep share; only "
+                         "data.rows may differ")
 
 
 def check_layers(runs: dict[str, LensRunConfig], layers: int) -> None:
-    """Raises InputError for a layer that the LLM does not have."""
+    """Raises InputError for layers that the LLM does not have."""
     for run in runs.values():
         c = run.lens
         if c.method in TRAINING:
             first = layers - c.blocks + 1
             if not 1 <= c.blocks < layers:
-                raise InputError(f"lens.blocks is {c.blocks}, the LLM has {layers} blocks: wanted "
-                                 f"1 to {layers - 1}")
+                raise InputError(f"lens.blocks is {c.blocks}, expected 1 to {layers - 1}, since "
+                                 f"the LLM has {layers} blocks")
             if outside := [x for x in c.loss_layers if not first <= x <= layers]:
-                raise InputError(f"lens.loss_layers has {outside[0]}, wanted layers that train: "
+                raise InputError(f"lens.loss_layers has {outside[0]}, expected layers that train: "
                                  f"{first} to {layers}")
-        # The last layer's states are after the final norm, which no edit of the stream reaches.
+        # The last layer's states are after the final norm, where edits do not apply.
         elif outside := [x for x in c.layers if not 1 <= x < layers]:
-            raise InputError(f"lens.layers has {outside[0]}, wanted 1 to {layers - 1}")
+            raise InputError(f"lens.layers has {outside[0]}, expected 1 to {layers - 1}")
 
 
 def _probe(config: LensRunConfig, model: Model, texts, rows, workdir: Path) -> Probe:
-    """The probe of the untouched LLM: this run's own, another run's, or a new one."""
+    """The probe of the original LLM: this run's, another run's, or a new one."""
     own, languages = workdir / PROBE_FILE, tuple(texts)
     if config.data.probe or own.is_file():
-        found = probing.load(Path(config.data.probe or own), languages, model.identity)
+        probe = probing.load(Path(config.data.probe or own), languages, model.identity)
     elif config.lens.recipe == "paper_code":
-        found = probe_as_authors(model, texts)
+        probe = probe_as_authors(model, texts)
     else:
-        found = _read(config, model, rows)
+        probe = _read(config, model, rows)
     if is_first():
-        probing.save(found, own, model.identity, asdict(config))
-    say_probe(found)
-    return found
+        probing.save(probe, own, model.identity, asdict(config))
+    log_probe(probe)
+    return probe
 
 
 def _read(config: LensRunConfig, model: Model, rows) -> Probe:
-    """A probe of the LLM as it is now."""
+    """A probe of the LLM in its current state."""
     return probing.probe(model.bridge, model.params, rows, model.tokenizers, config.data.buckets,
                          config.eval.batch_size)
 
 
-def say_probe(found: Probe) -> None:
-    """How far the languages lie from the central one in the last layer, against their spread."""
-    spread = np.sqrt(found.variances[-1].sum(axis=-1).mean())
-    distances = np.linalg.norm(found.means[-1] - found.means[-1][0], axis=-1)
+def log_probe(probe: Probe) -> None:
+    """Logs the languages' distances to the central one in the last layer, in units of spread."""
+    spread = np.sqrt(probe.variances[-1].sum(axis=-1).mean())
+    distances = np.linalg.norm(probe.means[-1] - probe.means[-1][0], axis=-1)
     logger.info("%d prompts probed; distance to %s in the last layer, in units of the spread: %s",
-                found.rows, found.languages[0],
+                probe.rows, probe.languages[0],
                 ", ".join(f"{name} {d / spread:.2f}" for name, d in zip(
-                    found.languages[1:], distances[1:], strict=True)))
+                    probe.languages[1:], distances[1:], strict=True)))
 
 
 @contextmanager
 def top_blocks(params: Params, part: Flat) -> Iterator[None]:
-    """Other top blocks in the LLM while the block runs; see `swap_top`."""
+    """Replaces the LLM's top blocks inside the block; see `swap_top`."""
     own = swap_top(params, part)
     try:
         yield
@@ -254,46 +254,46 @@ def top_blocks(params: Params, part: Flat) -> Iterator[None]:
 
 
 def swap_top(params: Params, part: Flat) -> Flat:
-    """Puts other top blocks into the LLM, in its place: a second LLM would not fit beside it.
+    """Replaces the LLM's top blocks in place: a second LLM would not fit into memory.
 
     Args:
       params: with `decoder`, which is replaced. part: by path, from `decoder/blocks/` on.
 
     Returns:
-      What was there.
+      The previous blocks.
     """
     flat = traverse_util.flatten_dict({"decoder": params["decoder"]}, sep="/")
     places = {name: flat[name].sharding for name in part}
     part = {name: jax.device_put(x.astype(flat[name].dtype), places[name])
             for name, x in part.items()}
     old, new = _swap({name: flat[name] for name in part}, part)
-    new = jax.device_put(new, places)  # the same places by the same names
+    new = jax.device_put(new, places)  # restores the shardings' own spelling
     params["decoder"] = traverse_util.unflatten_dict({**flat, **new}, sep="/")["decoder"]
     return old
 
 
 @partial(jax.jit, donate_argnums=0)
-def _swap(whole: Flat, part: Flat) -> tuple[Flat, Flat]:
-    first = {name: len(x) - len(part[name]) for name, x in whole.items()}
-    old = {name: x[first[name]:] for name, x in whole.items()}
-    new = {name: x.at[first[name]:].set(part[name]) for name, x in whole.items()}
+def _swap(params: Flat, part: Flat) -> tuple[Flat, Flat]:
+    first = {name: len(x) - len(part[name]) for name, x in params.items()}
+    old = {name: x[first[name]:] for name, x in params.items()}
+    new = {name: x.at[first[name]:].set(part[name]) for name, x in params.items()}
     return old, new
 
 
-def make_language_edits(run: LensRunConfig, found: Probe, language: str) -> dict[str, Any]:
-    """What steering and disentangling change in the LLM when it reads a language."""
-    c, layers, width = run.lens, found.layers, found.means.shape[-1]
+def make_language_edits(run: LensRunConfig, probe: Probe, language: str) -> dict[str, Any]:
+    """The edits of steering or disentangling when the LLM reads a language."""
+    c, layers, width = run.lens, probe.layers, probe.means.shape[-1]
     third = layers // 3
     chosen = c.layers or tuple(range(third + 1, layers - third + 1))
-    rank = c.rank or len(found.languages) - 1
+    rank = c.rank or len(probe.languages) - 1
     shift, basis = np.zeros((layers, width)), np.zeros((layers, width, rank))
     strength = np.zeros(layers)
     for layer in chosen:
-        spaces = found.subspaces(layer, c.rank)
+        spaces = probe.subspaces(layer, c.rank)
         if c.method == "steering":
             weight = c.strength * c.weights.get(language, 1.0)
-            shift[layer - 1] = weight * found.displacements(layer, c.rank)[
-                found.languages.index(language)]
+            shift[layer - 1] = weight * probe.displacements(layer, c.rank)[
+                probe.languages.index(language)]
         else:
             basis[layer - 1], strength[layer - 1] = spaces.specific, c.strength
     return make_edits(*(jnp.asarray(x, jnp.float32) for x in (shift, basis, strength)))

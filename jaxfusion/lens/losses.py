@@ -1,7 +1,7 @@
-"""Align, separate, retain (Lens, arXiv:2410.04407, eq. 5 to 8), in coordinates of the subspaces.
+"""Align, separate, retain (Lens, arXiv:2410.04407, eq. 5 to 8), in subspace coordinates.
 
-A projection on orthonormal columns and the coordinates along them have the same length, so every
-loss is taken in r numbers and divided by E: the mean squared error of the full vectors.
+A projection on orthonormal columns and its coordinates have the same norm, so every loss is
+computed in r numbers and divided by E, which equals the mean squared error of the full vectors.
 """
 
 from dataclasses import dataclass
@@ -12,10 +12,10 @@ from jaxtyping import Array, Float
 
 @dataclass(frozen=True)
 class Goal:
-    """What the losses aim at, at one layer.
+    """The goals of the losses at one layer.
 
     Attributes:
-      direction: [E], `m_a` at length one.
+      direction: [E], `m_a` normalised.
       specific: [E r], `M_s`.
       moves: [K r], `w_k Δ_k` in coordinates of `M_s`, for each target.
     """
@@ -26,7 +26,7 @@ class Goal:
 
 
 def align(states: Float[Array, "B C E"], goal: Goal) -> Float[Array, "B"]:
-    """`Σ_k MSE(P_a h_central, P_a h_k)`; the gradient goes into both sides.
+    """`Σ_k MSE(P_a h_central, P_a h_k)`; gradients flow into both sides.
 
     Args:
       states: of the central language and the K targets, C = 1 + K.

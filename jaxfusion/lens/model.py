@@ -1,4 +1,4 @@
-"""What a Lens run reads its languages in: an LLM, or the LLM behind a trained bridge."""
+"""The model of a Lens run: an LLM, or the LLM behind a trained bridge."""
 
 import hashlib
 import json
@@ -28,9 +28,9 @@ class Model:
     """An LLM on the mesh, alone or behind a bridge.
 
     Attributes:
-      bridge: without an encoder where the LLM is alone.
-      text_prompt: what follows a bridge's prefix.
-      identity: digests of `model` and `tokenizer`, by which a probe is known to be of this one.
+      bridge: without an encoder if the LLM is alone.
+      text_prompt: the text after a bridge's prefix.
+      identity: digests of `model` and `tokenizer`, to check that a probe belongs to them.
     """
 
     bridge: Bridge
@@ -41,15 +41,15 @@ class Model:
 
     @property
     def bare(self) -> bool:
-        """Whether the LLM reads prompts itself."""
+        """Whether the LLM reads prompts without a bridge."""
         return self.bridge.encoder is None
 
 
 def load_model(config: LensRunConfig, mesh) -> tuple[Model, LensRunConfig]:
-    """The model, and the config with the hub commit that was resolved.
+    """The model, and the config with the resolved hub commit.
 
     Raises:
-      InputError: whatever is wrong with the checkpoint or the bridge's workdir.
+      InputError: an invalid checkpoint, or an invalid workdir of the bridge.
     """
     return _behind_bridge(config) if config.bridge else _alone(config, mesh)
 
@@ -77,38 +77,37 @@ def _alone(config: LensRunConfig, mesh) -> tuple[Model, LensRunConfig]:
 def _behind_bridge(config: LensRunConfig) -> tuple[Model, LensRunConfig]:
     workdir = Path(config.bridge)
     run = open_run(workdir)
-    found = replace(run, config=replace(run.config, mesh=config.mesh)).model
-    if own := [path for path in found.groups if path.startswith("decoder/")]:
-        raise InputError(f"{workdir} trained {own[0]}, too: wanted a bridge whose LLM stayed as it "
-                         "was, so that what Lens makes of it can be exported")
-    tokenizers = found.tokenizers
-    path, _ = resolve(found.config.decoder.checkpoint, found.config.decoder.revision)
+    model = replace(run, config=replace(run.config, mesh=config.mesh)).model
+    if own := [path for path in model.groups if path.startswith("decoder/")]:
+        raise InputError(f"{workdir} also trained {own[0]}: expected a bridge with a frozen LLM, "
+                         "so that the LLM can be exported after Lens")
+    tokenizers = model.tokenizers
+    path, _ = resolve(model.config.decoder.checkpoint, model.config.decoder.revision)
     trained = hashlib.sha256(digest(path).encode())
-    for name, x in sorted(found.trainable.items()):
+    for name, x in sorted(model.trainable.items()):
         trained.update(name.encode() + np.asarray(fetch(x)).tobytes())
     both = digest_tokenizer(tokenizers.encoder) + digest_tokenizer(tokenizers.decoder)
-    model = Model(found.bridge, merge(found.trainable, found.frozen), tokenizers,
-                  run.config.data.text_prompt,
-                  {"model": trained.hexdigest(), "tokenizer": both})
-    return model, config
+    loaded = Model(model.bridge, merge(model.trainable, model.frozen), tokenizers,
+                   run.config.data.text_prompt,
+                   {"model": trained.hexdigest(), "tokenizer": both})
+    return loaded, config
 
 
-SAMPLE = 64  # bytes from the middle of every tensor
+SAMPLE = 64  # bytes from the middle row of every tensor
 
 
 def digest(path: Path) -> str:
-    """Tells checkpoints apart without reading them whole: every tensor's name, shape, and some of
-    its bytes."""
-    found, tensors = hashlib.sha256(), open_tensors(path)
+    """A digest of every tensor's name, shape and some of its bytes, without reading all weights."""
+    hasher, tensors = hashlib.sha256(), open_tensors(path)
     for name, shape in sorted(tensors.shapes().items()):
         row = tensors.read(name, (slice(shape[0] // 2, shape[0] // 2 + 1),)) if shape else None
         sample = b"" if row is None else row.tobytes()[:SAMPLE]
-        found.update(f"{name} {shape}".encode() + sample)
-    return found.hexdigest()
+        hasher.update(f"{name} {shape}".encode() + sample)
+    return hasher.hexdigest()
 
 
 def digest_tokenizer(tokenizer) -> str:
-    """Tells tokenizers apart, their chat templates counted."""
-    about = [sorted(tokenizer.get_vocab().items()), tokenizer.chat_template,
+    """A digest of a tokenizer, including its chat template."""
+    content = [sorted(tokenizer.get_vocab().items()), tokenizer.chat_template,
              str(tokenizer.special_tokens_map)]
-    return hashlib.sha256(json.dumps(about, ensure_ascii=False).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(content, ensure_ascii=False).encode()).hexdigest()

@@ -1,8 +1,8 @@
-"""Training of an LLM's top blocks alone, on what was kept of every prompt.
+"""The losses of an LLM's top blocks on cached activations.
 
-A step runs only the trained blocks: no second model and, but for supervised tuning, no logits.
-What the losses aim at comes in as parameters, below `lens/`, so that every setting of a sweep runs
-the same compiled step.
+A step runs only the trained blocks: no second model and, except for supervised tuning, no logits.
+The losses' goals are passed as parameters below `lens/`, so that all settings of a sweep share one
+compiled step.
 """
 
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ from flax import traverse_util
 from jaxtyping import Array, Float, Int
 
 from jaxfusion.fields import LensConfig
-from jaxfusion.lens.activations import Kept, cut, last_and_mean, split, top
+from jaxfusion.lens.activations import Activations, cut, last_and_mean, split, top
 from jaxfusion.lens.losses import Goal, align, retain, separate
 from jaxfusion.lens.probe import Probe
 from jaxfusion.nn.decoder import Decoder, weighted_sums
@@ -26,40 +26,40 @@ from jaxfusion.sharding.rules import constrain
 
 @dataclass(frozen=True)
 class Manipulation:
-    """The loss of the top blocks on kept prompts.
+    """The loss of the top blocks on cached prompts.
 
     Attributes:
-      upper: the top blocks as a decoder of their own.
-      layers: behind which of them the losses act, numbered from 0 on.
+      upper: the top blocks as a separate decoder.
+      layers: the blocks whose output the losses use, numbered from 0.
     """
 
     upper: Decoder
     layers: tuple[int, ...]
 
-    def loss(self, params: dict[str, Any], batch: Kept, key: Array | None = None):
-        """`Σ_layers (λ_retain retain + Σ_k (λ_sep separate_k + λ_align align_k))`, mean over
-        prompts, and their number.
+    def loss(self, params: dict[str, Any], batch: Activations, key: Array | None = None):
+        """`Σ_layers (λ_retain retain + Σ_k (λ_sep separate_k + λ_align align_k))`, averaged over
+        prompts, and the number of prompts.
 
         Args:
-          params: `decoder`, and `lens` of `aims`.
+          params: `decoder`, and `lens` from `aims`.
         """
         aims, total = params["lens"], 0.0
-        for layer, (at, mean) in zip(self.layers, self.states(params["decoder"], batch),
+        for layer, (states, mean) in zip(self.layers, self.states(params["decoder"], batch),
                                      strict=True):
             goal = Goal(**aims["goals"][str(layer)])
-            total += aims["align"] * align(at, goal)
-            total += aims["separate"] * separate(at, batch.before[:, :, layer], goal)
+            total += aims["align"] * align(states, goal)
+            total += aims["separate"] * separate(states, batch.before[:, :, layer], goal)
             total += aims["retain"] * retain(mean, batch.mean[:, layer])
         return jnp.mean(total), jnp.array(len(batch.last))
 
-    def states(self, params, batch: Kept) -> list[tuple[Array, Array]]:
-        """Behind every layer the prompts' last states [R C E], and the central ones' mean [R E].
+    def states(self, params, batch: Activations) -> list[tuple[Array, Array]]:
+        """For every layer the prompts' last states [R C E], and the central prompts' mean [R E].
 
-        In the last block only central prompts run whole, for their mean: of the others nothing but
-        the last slot is asked for.
+        In the last block only central prompts run in full, for their mean; the others run only
+        their last slot.
         """
         rows, languages = batch.last.shape
-        stream = side_by_side(batch)
+        stream = flatten(batch)
         read = last_and_mean(stream.last, stream.segments)
         hidden, below = run_below_last(self.upper, params, stream, read)
 
@@ -68,26 +68,26 @@ class Manipulation:
                                 .reshape(-1, *x.shape[1:]), stream._replace(hidden=hidden))
 
         central, targets = of(slice(1)), of(slice(1, None))
-        whole = run_last(self.upper, params, central)
+        central_states = run_last(self.upper, params, central)
         ends = run_last(self.upper, params, targets, targets.last[:, None])
-        last, mean = jnp.moveaxis(
-            weighted_sums(last_and_mean(central.last, central.segments), whole), 1, 0)
+        weights = last_and_mean(central.last, central.segments)
+        last, mean = jnp.moveaxis(weighted_sums(weights, central_states), 1, 0)
         ends = ends.reshape(rows, languages - 1, -1)
-        found = [(jnp.concatenate([last[:, None], ends], axis=1), mean)]
+        by_layer = [(jnp.concatenate([last[:, None], ends], axis=1), mean)]
         below = below.reshape(len(below), rows, languages, *below.shape[2:])
-        found = [(x[:, :, 0], x[:, 0, 1]) for x in below] + found
-        return [found[layer] for layer in self.layers]
+        by_layer = [(x[:, :, 0], x[:, 0, 1]) for x in below] + by_layer
+        return [by_layer[layer] for layer in self.layers]
 
 
 @dataclass(frozen=True)
 class Supervised:
-    """The same blocks tuned on answers: mean cross-entropy of their tokens, in all languages."""
+    """Supervised tuning of the same blocks: mean cross-entropy of answers, in all languages."""
 
     upper: Decoder
 
-    def loss(self, params: dict[str, Any], batch: Kept, key: Array | None = None):
-        """The loss, and the number of answers' tokens."""
-        stream, decoder = side_by_side(batch), params["decoder"]
+    def loss(self, params: dict[str, Any], batch: Activations, key: Array | None = None):
+        """The loss, and the number of answer tokens."""
+        stream, decoder = flatten(batch), params["decoder"]
         slots, tokens, answered = (
             x.reshape(len(stream.last), -1) for x in (batch.slots, batch.tokens, batch.answered))
         hidden, _ = run_below_last(self.upper, decoder, stream)
@@ -99,7 +99,7 @@ class Supervised:
 
 
 class Stream(NamedTuple):
-    """What the blocks read of R prompts in C languages, side by side as B = R C rows."""
+    """The blocks' inputs for R prompts in C languages, flattened to B = R C rows."""
 
     hidden: Float[Array, "B N E"]
     positions: Int[Array, "B N"]
@@ -107,8 +107,8 @@ class Stream(NamedTuple):
     last: Int[Array, "B"]
 
 
-def side_by_side(batch: Kept) -> Stream:
-    """Every prompt of every language as a row."""
+def flatten(batch: Activations) -> Stream:
+    """Flattens prompts and languages to rows."""
     rows, languages = batch.last.shape
     hidden, *others = (x.reshape(rows * languages, *x.shape[2:]) for x in (
         batch.hidden, batch.positions, batch.segments, batch.last))
@@ -118,8 +118,8 @@ def side_by_side(batch: Kept) -> Stream:
 def run_below_last(
     upper: Decoder, params, stream: Stream, read: Float[Array, "B P N"] | None = None
 ) -> tuple[Float[Array, "B N E"], Float[Array, "n B P E"] | None]:
-    """All trained blocks but the last: what that one reads, and behind each the sums over the slots
-    by the weights `read`."""
+    """Runs all trained blocks but the last: returns the last one's input, and for each block the
+    sums over slots weighted by `read`."""
     blocks = upper.config.num_layers - 1
     if not blocks:
         none = None if read is None else jnp.zeros((0, *read.shape[:2], stream.hidden.shape[-1]))
@@ -132,7 +132,7 @@ def run_below_last(
 def run_last(
     upper: Decoder, params, stream: Stream, at: Int[Array, "B Q"] | None = None
 ) -> Float[Array, "B Q E"]:
-    """The last block and the final norm, at the slots `at` alone; None is all."""
+    """Runs the last block and the final norm, only at the slots `at`; None: at all slots."""
     blocks = upper.config.num_layers
     last = top(upper, 1) if blocks > 1 else upper
     return last.apply({"params": cut(params, blocks - 1, blocks)}, stream.hidden, stream.positions,
@@ -140,27 +140,26 @@ def run_last(
 
 
 def make_goals(
-    found: Probe, blocks: int, layers: Sequence[int], rank: int | None, weights: dict[str, float]
+    probe: Probe, blocks: int, layers: Sequence[int], rank: int | None, weights: dict[str, float]
 ) -> dict[int, Goal]:
-    """What to aim at behind the trained blocks, by their number from 0 on.
+    """The goals of the trained blocks, by their number from 0.
 
     Args:
-      layers: numbered from 1 on in the whole LLM; empty is the last.
-      weights: w_k of languages; 1 unless given.
-
+      layers: numbered from 1 in the full LLM; empty: the last.
+      weights: w_k of languages; default 1.
     """
-    first, goals = found.layers - blocks, {}
-    scale = np.array([weights.get(name, 1.0) for name in found.languages[1:]])
-    for layer in layers or (found.layers,):
-        spaces = found.subspaces(layer, rank)
-        moves = scale[:, None] * (found.displacements(layer, rank)[1:] @ spaces.specific)
+    first, goals = probe.layers - blocks, {}
+    scale = np.array([weights.get(name, 1.0) for name in probe.languages[1:]])
+    for layer in layers or (probe.layers,):
+        spaces = probe.subspaces(layer, rank)
+        moves = scale[:, None] * (probe.displacements(layer, rank)[1:] @ spaces.specific)
         goals[layer - first - 1] = Goal(*(
             x.astype(np.float32) for x in (spaces.direction, spaces.specific, moves)))
     return goals
 
 
 def aims(goals: dict[int, Goal], lens: LensConfig) -> dict[str, np.ndarray]:
-    """What `Manipulation.loss` takes besides the LLM, by path: goals, and the losses' weights."""
+    """The goals and weights of `Manipulation.loss`, by path."""
     tree = {"goals": {str(layer): asdict(goal) for layer, goal in goals.items()},
             **{name: np.float32(getattr(lens, name)) for name in ("align", "separate", "retain")}}
     return traverse_util.flatten_dict({"lens": tree}, sep="/")

@@ -1,4 +1,4 @@
-"""Prompts that mean the same in several languages, row by row."""
+"""Reads parallel prompts: the same content in several languages, row by row."""
 
 from pathlib import Path
 
@@ -10,7 +10,7 @@ from jaxfusion.hf.hub import hub_in_reach
 
 
 def read_parallel(config: ParallelConfig) -> tuple[dict[str, list[str]], list[str] | None]:
-    """The prompts of the central language and of the targets, and the answers if there are any.
+    """The prompts of the central language and of the targets, and the answers if configured.
 
     Raises:
       InputError: a file, dataset or column is missing, a prompt is empty, or lengths differ.
@@ -18,34 +18,34 @@ def read_parallel(config: ParallelConfig) -> tuple[dict[str, list[str]], list[st
     languages = (config.central, *config.targets)
     if not config.targets or len(set(languages)) < len(languages):
         raise InputError(f"data.central is '{config.central}' and data.targets {config.targets}: "
-                         "wanted one target or more, each once and none of them central")
+                         "expected at least one target, without duplicates or the central language")
     if not config.path:
-        raise InputError("data.path is empty: wanted a .jsonl, .csv, .tsv or .parquet file with a "
-                         "column for each language, a pattern of text files with {language}, or a "
-                         "hub dataset")
+        raise InputError("data.path is empty: expected a .jsonl, .csv, .tsv or .parquet file with "
+                         "a column for each language, a pattern of text files with {language}, or "
+                         "a hub dataset")
     columns = {name: config.columns.get(name, name) for name in languages}
     if "{language}" in config.path:
-        found = {name: _lines(Path(config.path.replace("{language}", column)).expanduser())
+        prompts = {name: _lines(Path(config.path.replace("{language}", column)).expanduser())
                  for name, column in columns.items()}
-        shortest, longest = (pick(found, key=lambda x: len(found[x])) for pick in (min, max))
-        if (n := len(found[shortest])) < len(found[longest]):
-            raise InputError(f"{config.path}: '{longest}' has {len(found[longest])} lines, "
-                             f"'{shortest}' {n}: line {n + 1} has no counterpart; wanted the same "
-                             "line in each to mean the same")
+        shortest, longest = (pick(prompts, key=lambda x: len(prompts[x])) for pick in (min, max))
+        if (n := len(prompts[shortest])) < len(prompts[longest]):
+            raise InputError(f"{config.path}: '{longest}' has {len(prompts[longest])} lines, "
+                             f"'{shortest}' {n}: line {n + 1} has no counterpart; expected "
+                             "translations line by line")
         answers = None
     else:
         path = Path(config.path).expanduser()
         rows = list(read_file(path)) if path.is_file() else _hub(config.path)
-        found = {name: _column(rows, column, config.path) for name, column in columns.items()}
+        prompts = {name: _column(rows, column, config.path) for name, column in columns.items()}
         answers = _column(rows, config.answer, config.path) if config.answer else None
-    for name, texts in found.items():
+    for name, texts in prompts.items():
         if empty := [i + 1 for i, text in enumerate(texts) if not text.strip()]:
             raise InputError(f"{config.path}: row {empty[0]} is empty in '{name}'")
-    return found, answers
+    return prompts, answers
 
 
 def _column(rows: list[Placed], column: str, path: str) -> list[str]:
-    """A column of all rows; what is null is empty."""
+    """A column of all rows; null becomes an empty text."""
     if not rows or not any(column in row for row, _ in rows):
         raise InputError(f"{path} has no column '{column}'; it has "
                          f"{', '.join(rows[0][0]) if rows else 'no rows'}; set data.columns")
@@ -67,11 +67,11 @@ def _lines(file: Path) -> list[str]:
 def _hub(name: str) -> list[Placed]:
     import datasets
 
-    hub_in_reach()  # if it is not, what follows says so at once
+    hub_in_reach()  # if not, this sets the library offline, so that it fails at once
     try:
         rows = datasets.load_dataset(name, split="train")
         return [(row, f"{name} row {number}") for number, row in enumerate(rows)]
     except Exception as error:
-        raise InputError(f"'{name}' is neither a file here nor a hub dataset that can be read "
+        raise InputError(f"'{name}' is neither a file nor a readable hub dataset "
                          f"({first_line(error)}); data.path may also be a pattern with "
                          "{language}") from None

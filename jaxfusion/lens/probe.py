@@ -1,4 +1,4 @@
-"""Where an LLM keeps its languages: means of the last prompt token's states, layer by layer."""
+"""Probes an LLM's languages: mean states of the last prompt token, layer by layer."""
 
 import json
 from collections.abc import Callable, Sequence
@@ -29,7 +29,7 @@ class Probe:
 
     Attributes:
       languages: K of them, the central one first.
-      means, variances: [L K E], float64; layer l is `h_l` as Hugging Face numbers states, the last
+      means, variances: [L K E], float64; layer l is `h_l` in Hugging Face's numbering, the last one
         after the final norm.
       rows: prompts of each language.
     """
@@ -41,17 +41,17 @@ class Probe:
 
     @property
     def layers(self) -> int:
-        """Their number, L."""
+        """The number of layers, L."""
         return len(self.means)
 
     def subspaces(self, layer: int, rank: int | None = None) -> Subspaces:
-        """Of layer 1 … L.
+        """The subspaces of layer 1 … L.
 
         Raises:
-          InputError: there is no such layer, or the languages have no such rank.
+          InputError: no such layer, or the rank is too high for the languages.
         """
         if not 1 <= layer <= self.layers:
-            raise InputError(f"layer {layer} is none of 1 to {self.layers}")
+            raise InputError(f"layer {layer} is not in 1 to {self.layers}")
         return factorise(self.means[layer - 1], rank)
 
     def displacements(self, layer: int, rank: int | None = None) -> Float[np.ndarray, "K E"]:
@@ -60,32 +60,32 @@ class Probe:
 
 
 class Sums:
-    """One language's states as they come, batch by batch: their number, mean and squared distance
-    from it (Chan, Golub and LeVeque, 1979), so that no large sums cancel."""
+    """Streaming count, mean and squared deviations of one language's states (Chan, Golub and
+    LeVeque, 1979), so that no large sums cancel."""
 
     def __init__(self):
         self.rows, self.mean, self.square = 0, 0.0, 0.0
 
     def add(self, states: Float[np.ndarray, "L B E"]) -> None:
-        """Adds the states of a few more rows (Chan et al., 1979)."""
+        """Adds the states of a batch of rows."""
         rows, mean = states.shape[1], states.mean(axis=1)
-        whole, apart = self.rows + rows, mean - self.mean
+        total, delta = self.rows + rows, mean - self.mean
         self.square = self.square + ((states - mean[:, None]) ** 2).sum(axis=1) + (
-            apart**2 * (self.rows * rows / whole))
-        self.mean, self.rows = self.mean + apart * (rows / whole), whole
+            delta**2 * (self.rows * rows / total))
+        self.mean, self.rows = self.mean + delta * (rows / total), total
 
     @staticmethod
     def probe(languages: tuple[str, ...], sums: "Sequence[Sums]") -> Probe:
-        """The probe of what was added for each language.
+        """The probe from the sums of each language.
 
         Raises:
-          InputError: a mean that is no number.
+          InputError: a mean that is not finite.
         """
-        for name, one in zip(languages, sums, strict=True):
-            if len(bad := np.flatnonzero(~np.isfinite(one.mean).all(axis=1))):
+        for name, language_sums in zip(languages, sums, strict=True):
+            if len(bad := np.flatnonzero(~np.isfinite(language_sums.mean).all(axis=1))):
                 raise InputError(f"the states of '{name}' overflow in layer {bad[0] + 1}; set "
-                                 "decoder.dtype='float32', and leave lens.recipe='paper_code' out, "
-                                 "which reads in float16")
+                                 "decoder.dtype='float32', and do not use lens.recipe="
+                                 "'paper_code', which reads in float16")
         return Probe(languages, np.stack([x.mean for x in sums], axis=1),
                      np.stack([x.square / x.rows for x in sums], axis=1), sums[0].rows)
 
@@ -94,7 +94,7 @@ def probe(
     bridge: Bridge, params: Params, rows: dict[str, Sequence[TokenRow]], tokenizers: Tokenizers,
     buckets: Sequence[int], batch_size: int,
 ) -> Probe:
-    """Reads every prompt once; of the states only sums are kept.
+    """Reads every prompt once and accumulates its states.
 
     Args:
       bridge: the LLM alone, or behind a bridge.
@@ -104,10 +104,11 @@ def probe(
     find = find_bare_shapes if bridge.encoder is None else find_shapes
     sums = []
     for texts in rows.values():
-        one = Sums()
+        language_sums = Sums()
         for numbers, batch in in_order(texts, find(texts, buckets), tokenizers, batch_size):
-            one.add(np.asarray(read(params, batch), np.float64)[:, : len(numbers)])
-        sums.append(one)
+            states = np.asarray(read(params, batch), np.float64)
+            language_sums.add(states[:, : len(numbers)])
+        sums.append(language_sums)
     return Sums.probe(tuple(rows), sums)
 
 
@@ -117,7 +118,7 @@ def _reader(bridge: Bridge) -> Callable[[Params, Batch], Array]:
 
 
 def last_states(bridge: Bridge, params: Params, batch: Batch) -> Float[Array, "L B E"]:
-    """`h_1 … h_L` of every row's last real slot, wherever the padding is."""
+    """`h_1 … h_L` at every row's last real slot, with padding on either side."""
     batch = jax.tree.map(lambda x: constrain(x, "rows", None), batch)
     length = batch.dec_segments.shape[1]
     last = length - 1 - jnp.argmax(batch.dec_segments[:, ::-1] != 0, axis=1)
@@ -125,22 +126,22 @@ def last_states(bridge: Bridge, params: Params, batch: Batch) -> Float[Array, "L
     return bridge.states(params, batch, read)[0][:, :, 0]
 
 
-def save(found: Probe, file: Path, identity: dict[str, str], about: dict[str, Any]) -> None:
-    """Writes a probe as safetensors; per layer also `m_a`, `M_s` and `Δ`.
+def save(probe: Probe, file: Path, identity: dict[str, str], about: dict[str, Any]) -> None:
+    """Writes a probe as safetensors; for each layer also `m_a`, `M_s` and `Δ`.
 
     Args:
-      identity: by which `load` knows the model and tokenizer again.
-      about: what made it.
+      identity: digests of model and tokenizer, checked by `load`.
+      about: the config that made it.
     """
-    tensors = {"means": found.means, "variances": found.variances}
-    for layer in range(1, found.layers + 1):
-        rank = directions(found.means[layer - 1])
-        spaces = found.subspaces(layer, rank)
+    tensors = {"means": probe.means, "variances": probe.variances}
+    for layer in range(1, probe.layers + 1):
+        rank = directions(probe.means[layer - 1])
+        spaces = probe.subspaces(layer, rank)
         tensors |= {f"layer.{layer}.agnostic": spaces.agnostic,
                     f"layer.{layer}.specific": spaces.specific,
                     f"layer.{layer}.singular_values": spaces.singular_values,
-                    f"layer.{layer}.displacements": found.displacements(layer, rank)}
-    header = {"languages": json.dumps(found.languages), "rows": str(found.rows),
+                    f"layer.{layer}.displacements": probe.displacements(layer, rank)}
+    header = {"languages": json.dumps(probe.languages), "rows": str(probe.rows),
               "identity": json.dumps(identity), "about": json.dumps(about)}
     write_checked(file, safetensors.numpy.save(
         {name: np.ascontiguousarray(x) for name, x in tensors.items()}, header))
@@ -150,25 +151,24 @@ def load(file: Path, languages: tuple[str, ...], identity: dict[str, str]) -> Pr
     """Reads what `save` wrote.
 
     Raises:
-      InputError: there is no probe, or one of other languages, another model or tokenizer; or it
-        is damaged.
+      InputError: the probe is missing or damaged, or has other languages, model or tokenizer.
     """
     try:
         read_checked(file, "remove it to probe again")
     except OSError as error:
-        raise InputError(f"{file} is no probe of a Lens run: {first_line(error)}") from None
+        raise InputError(f"{file} is not a probe of a Lens run: {first_line(error)}") from None
     try:
         with safe_open(file, framework="numpy") as opened:
             header = opened.metadata()
-            found = Probe(tuple(json.loads(header["languages"])), opened.get_tensor("means"),
+            probe = Probe(tuple(json.loads(header["languages"])), opened.get_tensor("means"),
                           opened.get_tensor("variances"), int(header["rows"]))
-            was = json.loads(header["identity"])
+            saved_identity = json.loads(header["identity"])
     except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
-        raise InputError(f"{file} is no probe of a Lens run: {first_line(error)}") from None
-    for part in [name for name in identity if was.get(name) != identity[name]]:
-        raise InputError(f"{file} was made with another {part} than this config's; leave "
-                         "data.probe out to probe again")
-    if found.languages != languages:
-        raise InputError(f"{file} is of {', '.join(found.languages)}, wanted "
+        raise InputError(f"{file} is not a probe of a Lens run: {first_line(error)}") from None
+    for part in [name for name in identity if saved_identity.get(name) != identity[name]]:
+        raise InputError(f"{file} was made with another {part} than this config's; remove "
+                         "data.probe to probe again")
+    if probe.languages != languages:
+        raise InputError(f"{file} has languages {', '.join(probe.languages)}, expected "
                          f"{', '.join(languages)}, the central language first")
-    return found
+    return probe

@@ -1,12 +1,12 @@
-"""Parallel prompts as ids: as they should be, and as Lens' authors' code has them.
+"""Tokenizes parallel prompts: correctly, or exactly as the code of Lens' authors.
 
-The authors' code (`lens.recipe='paper_code'`) probes under a system prompt, tokenizes the filled-in
-template once more with special tokens (so that BOS is doubled), cuts on the right, in float16, in
-batches of 50 whose remainder is dropped, all padded to the language's longest, and takes the last
-slot whatever it holds: padding on the right sees the prompt there, not itself. It trains under an
-empty system prompt (Phi-3.5: under that of the probe). It writes templates out by hand, without the
-dates of Llama 3.1's, and keeps a prompt's last line ends. Its mean over a prompt is not masked, but
-its prompts run one by one, where there is nothing to mask.
+The authors' code (`lens.recipe='paper_code'`) probes with a system prompt. It tokenizes the
+rendered template with special tokens (which doubles BOS) and truncates on the right. It runs in
+float16, in batches of 50, drops the remainder, and pads to the language's longest prompt. It reads
+the last slot even if that is padding, which on the right attends to the prompt but not to itself.
+It trains with an empty system prompt (Phi-3.5: that of the probe). Its hand-written templates lack
+the dates of Llama 3.1's and keep a prompt's trailing line ends. Its mean over a prompt is not
+masked, but its prompts run one by one, without padding.
 """
 
 import logging
@@ -27,25 +27,25 @@ from jaxfusion.lens.model import Model
 from jaxfusion.lens.probe import Probe, Sums
 from jaxfusion.sharding.rules import replicated
 
-AS_WRITTEN = SimpleNamespace(start=[])  # in the tokenizers' place: rows that hold their start
+AS_WRITTEN = SimpleNamespace(start=[])  # replaces the tokenizers for rows that include their start
 logger = logging.getLogger(__name__)
 Rows = dict[str, list[TokenRow]]
 
 AUTHORS_SYSTEM, AUTHORS_BATCH = "You are a helpful assistant.", 50
 AUTHORS_DATES = re.compile(r"Cutting Knowledge Date: [^\n]*\nToday Date: [^\n]*\n\n")
-PADDED_BATCH = 64  # 50 rows divide on few meshes
-AUTHORS_PROBED, AUTHORS_TRAINED = 64, 128  # tokens that are left of a prompt
+PADDED_BATCH = 64  # few meshes divide 50 rows
+AUTHORS_PROBED, AUTHORS_TRAINED = 64, 128  # prompts are truncated to this many tokens
 
 
 def training_rows(
     config: LensRunConfig, model: Model, texts: dict[str, list[str]],
     answers: list[str] | None = None,
 ) -> tuple[Rows, Tokenizers]:
-    """The prompts to train on, by language, with their answers for supervised tuning (which has no
-    recipe of the authors); and the tokenizers that know what comes before them.
+    """The training prompts by language, with answers for supervised tuning (which has no authors'
+    recipe); and the tokenizers with the ids before them.
 
     Raises:
-      InputError: a prompt of which nothing is left.
+      InputError: a prompt without tokens.
     """
     if config.lens.recipe == "paper_code" and answers is None:
         system = AUTHORS_SYSTEM if model.bridge.decoder.config.family == "phi3" else ""
@@ -59,12 +59,12 @@ def prompt_rows(
     config: LensRunConfig, model: Model, texts: dict[str, list[str]],
     answers: list[str] | None = None,
 ) -> Rows:
-    """Prompts as rows, by language; too long ones lose their beginning, which is said.
+    """Prompts as rows by language; long ones are truncated at their beginning, with a warning.
 
     Raises:
-      InputError: a prompt of which nothing is left.
+      InputError: a prompt without tokens.
     """
-    found, most = {}, config.data.max_tokens
+    by_language, most = {}, config.data.max_tokens
     for name, prompts in texts.items():
         examples = [Example(prompt, answer, -1) for prompt, answer in zip(
             prompts, answers or [""] * len(prompts), strict=True)]
@@ -76,57 +76,57 @@ def prompt_rows(
                 max_encoder_tokens=most, max_decoder_tokens=most,
                 with_target=answers is not None, latents=model.bridge.latents)
         if empty := [i + 1 for i, row in enumerate(rows) if not row.text and not row.query]:
-            raise InputError(f"{config.data.path}: of row {empty[0]} in '{name}' no token is left; "
-                             "mend the row, or set data.max_tokens higher")
+            raise InputError(f"{config.data.path}: row {empty[0]} in '{name}' has no tokens; fix "
+                             "the row, or set data.max_tokens higher")
         if cut.any:
-            logger.warning("%s: %d prompts are cut at %d tokens", name, cut.queries + cut.texts,
-                           most)
-        found[name] = rows
-    return found
+            logger.warning("%s: %d prompts are truncated to %d tokens", name,
+                           cut.queries + cut.texts, most)
+        by_language[name] = rows
+    return by_language
 
 
 def authors_ids(
     tokenizers: Tokenizers, prompts: list[str], system: str, most: int, again: bool
 ) -> list[list[int]]:
-    """Ids of prompts in the chat template under a system prompt, cut on the right.
+    """Ids of prompts in the chat template with a system prompt, truncated on the right.
 
     Args:
-      again: tokenizes what the template gives as the authors' probing does: with special tokens.
+      again: tokenize the rendered template with special tokens, as the authors' probing does.
 
     Raises:
-      InputError: a template that takes no system prompt.
+      InputError: a template without a system prompt.
     """
     tokenizer = tokenizers.decoder
     try:
         written = tokenizer.apply_chat_template(
             [{"role": "system", "content": system}, {"role": "user", "content": WORDS}],
             tokenize=False, add_generation_prompt=True)
-    except Exception as error:  # whatever a template raises, or that there is none
+    except Exception as error:  # whatever a template raises, or a missing template
         raise InputError("lens.recipe='paper_code' needs a chat template with a system prompt: "
                          f"{first_line(error)}") from None
     if written.count(WORDS) != 1:
-        raise InputError("lens.recipe='paper_code' needs a chat template that takes a user's words "
-                         f"as they are, once; it gives {written!r}")
+        raise InputError("lens.recipe='paper_code' needs a chat template with the user's words "
+                         f"unchanged, once; got {written!r}")
     written = AUTHORS_DATES.sub("", written)
     texts = [written.replace(WORDS, prompt) for prompt in prompts]
     return [ids[:most] for ids in tokenizer(texts, add_special_tokens=again)["input_ids"]]
 
 
 def probe_as_authors(model: Model, texts: dict[str, list[str]]) -> Probe:
-    """A probe of the LLM as the authors' code makes it.
+    """A probe of the LLM as in the authors' code.
 
     Raises:
-      InputError: fewer prompts than one of its batches has.
+      InputError: fewer prompts than one of its batches.
     """
     decoder = model.bridge.decoder.clone(dtype=jnp.float16, attention="plain")
 
     @jax.jit
     def read(params, tokens, segments):
-        params = {"params": params}  # cast block by block: a whole copy would need a larger GPU
+        params = {"params": params}  # cast block by block: a full copy would need a larger GPU
         last = jnp.zeros(tokens.shape).at[:, -1].set(1.0)[:, None]
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
         embedded = decoder.apply(params, tokens, method="embed")
-        # The last slot is read, be it padding: it sees the prompt, and nothing sees it.
+        # The last slot is read even if it is padding: it attends to the prompt, nothing to it.
         states, _ = decoder.apply(
             params, embedded, positions, segments.at[:, -1].set(1), last, key_segments=segments,
             method="states")
@@ -138,15 +138,16 @@ def probe_as_authors(model: Model, texts: dict[str, list[str]]) -> Probe:
             raise InputError(f"lens.recipe='paper_code' probes batches of {AUTHORS_BATCH}, got "
                              f"{len(prompts)} prompts in '{name}'")
         ids = authors_ids(model.tokenizers, prompts, AUTHORS_SYSTEM, AUTHORS_PROBED, again=True)
-        one = Sums()
+        language_sums = Sums()
         for tokens, segments in _authors_batches(ids, model.tokenizers.decoder):
-            one.add(np.asarray(read(model.params["decoder"], tokens, segments), np.float64))
-        sums.append(one)
+            states = read(model.params["decoder"], tokens, segments)
+            language_sums.add(np.asarray(states, np.float64))
+        sums.append(language_sums)
     return Sums.probe(tuple(texts), sums)
 
 
 def _authors_batches(ids: list[list[int]], tokenizer) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Tokens and segments of whole batches, padded on the tokenizer's own side."""
+    """Tokens and segments of full batches, padded on the tokenizer's own side."""
     pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     left = tokenizer.padding_side == "left"
     longest = max(map(len, ids))

@@ -1,4 +1,4 @@
-"""What every method of a Lens run is measured by, and its report."""
+"""Scores every method of a Lens run, and writes its report."""
 
 import json
 import logging
@@ -18,19 +18,19 @@ from jaxfusion.lens.model import Model
 from jaxfusion.reports.comparison import Comparison, as_json, markdown
 from jaxfusion.reports.pictures import draw_accuracy
 
-UNTOUCHED = "LLM"  # the model as it was, in tables
-REPLY = Task("{text}", (), ())  # a prompt that is answered freely
+UNTOUCHED = "LLM"  # the original model's name in tables
+REPLY = Task("{text}", (), ())  # a prompt with a free answer
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Questions:
-    """What is asked of every method.
+    """The questions for every method.
 
     Attributes:
       tasks: test rows, by task and language.
-      texts: whose perplexity is measured, by language. replies: prompts to answer.
-      identify: names the language of a text; None where nothing is answered.
+      texts: for perplexity, by language. replies: prompts to answer, by language.
+      identify: identifies the language of a text; None if there are no replies.
     """
 
     tasks: dict[tuple[str, str], list[Example]]
@@ -41,11 +41,12 @@ class Questions:
 
 @dataclass
 class Scores:
-    """What one method reached.
+    """The scores of one method.
 
     Attributes:
-      correct: 0 or 1 of every row, by task and language.
-      text: of `perplexity`, `bits per byte` and `replies in their language`: by language.
+      correct: 0 or 1 for every row, by task and language.
+      text: `perplexity`, `bits per byte` and the share of replies in the prompt's language, by
+        language.
     """
 
     correct: dict[str, dict[str, list[int]]] = field(default_factory=dict)
@@ -55,10 +56,10 @@ class Scores:
 def read_questions(
     config: LensRunConfig, runs: dict[str, LensRunConfig], texts: dict[str, list[str]]
 ) -> Questions:
-    """Everything that is asked of all runs, read before anything is computed.
+    """Reads the questions for all runs, before anything is computed.
 
     Raises:
-      InputError: a task's data is missing, or too few prompts are left to measure text by.
+      InputError: a task's data is missing, or too few held-out prompts are left.
     """
     c, languages = config.data, (config.data.central, *config.data.targets)
     tasks = {}
@@ -74,43 +75,42 @@ def read_questions(
             tasks[name, language] = read_examples(
                 name, task, c.task_split, language, c.task_path)[: c.task_rows]
     if config.bridge and c.perplexity_rows:
-        raise InputError("data.perplexity_rows is for an LLM that reads text itself; leave bridge "
-                         "out")
-    # Never on rows that the probe or the blocks were fitted on.
-    have = len(texts[c.central])
-    probed = 0 if c.probe_path else have if c.probe_rows is None else c.probe_rows
+        raise InputError("data.perplexity_rows needs an LLM that reads text itself; remove bridge")
+    # Only on prompts that were neither probed nor trained on.
+    available = len(texts[c.central])
+    probed = 0 if c.probe_path else available if c.probe_rows is None else c.probe_rows
     used = max(probed, *(run.data.rows for run in runs.values()))
-    wanted = max(c.perplexity_rows, c.reply_rows)
-    if wanted > max(0, have - used):
-        raise InputError(f"data.perplexity_rows and reply_rows ask for {wanted} prompts that were "
-                         f"neither probed nor trained on; of {have} prompts {used} are: set "
-                         "data.probe_rows and data.rows lower")
+    held_out = max(c.perplexity_rows, c.reply_rows)
+    if held_out > max(0, available - used):
+        raise InputError(f"data.perplexity_rows and reply_rows need {held_out} prompts that were "
+                         f"neither probed nor trained on, but {used} of {available} prompts are: "
+                         "set data.probe_rows and data.rows lower")
     identify = load_identifier() if c.reply_rows else None
     questions = Questions(
         tasks, *({name: rows[used : used + number] for name, rows in texts.items() if number}
                  for number in (c.perplexity_rows, c.reply_rows)), identify)
     for name, prompts in questions.replies.items():
         if not fidelity(prompts, c.codes.get(name, name), identify):
-            raise InputError(f"no prompt in '{name}' is found to be in it; set data.codes to its "
-                             f"ISO 639-1 code, found: {identify(prompts[0])}")
+            raise InputError(f"no prompt in '{name}' is identified as that language; set "
+                             f"data.codes to its ISO 639-1 code, got: {identify(prompts[0])}")
     return questions
 
 
 def measure(
     config: LensRunConfig, model: Model, questions: Questions, edits=None
 ) -> Scores:
-    """Asks the LLM as it is now all questions.
+    """The scores of the LLM in its current state on all questions.
 
     Args:
-      edits: language -> what is changed while the LLM reads that language.
+      edits: language -> edits of the LLM while it reads that language.
     """
-    found, c = Scores(), config.eval
+    scores, c = Scores(), config.eval
 
     def params(language: str):
         return model.params if edits is None else {**model.params, "edits": edits(language)}
 
     def ask(task: Task, language: str, rows: list[Example]):
-        # Letters need no decoding.
+        # Labels are scored by likelihood and need no decoding.
         asked = for_task(replace(c, max_new_tokens=0) if task.labels else c, task, language)
         scorer = Scorer(model.bridge, model.tokenizers, asked, model.text_prompt, model.bare)
         return scorer(params(language), rows, task)
@@ -118,24 +118,24 @@ def measure(
     for (name, language), rows in questions.tasks.items():
         task = get_task(name, config.tasks)
         right = ask(task, language, rows).correct[task.scoring]
-        found.correct.setdefault(name, {})[language] = [int(x) for x in right]
+        scores.correct.setdefault(name, {})[language] = [int(x) for x in right]
     for language, texts in questions.texts.items():
         measured = perplexity(model.bridge, params(language), texts, model.tokenizers,
                               c.max_decoder_tokens, c.batch_size)
         for name, value in measured.items():
-            found.text.setdefault(name.replace("_", " "), {})[language] = value
+            scores.text.setdefault(name.replace("_", " "), {})[language] = value
     for language, prompts in questions.replies.items():
         answers = ask(REPLY, language, [Example(x, "", -1) for x in prompts]).answers
         code = config.data.codes.get(language, language)
-        found.text.setdefault("replies in the prompt's language", {})[language] = fidelity(
+        scores.text.setdefault("replies in the prompt's language", {})[language] = fidelity(
             answers, code, questions.identify)
-    return found
+    return scores
 
 
 def report(
     config: LensRunConfig, scores: dict[str, Scores], seconds: dict[str, float], workdir: Path
 ) -> Comparison | None:
-    """Writes the tables; returns the first task's comparison."""
+    """Writes and prints the report; returns the first task's comparison."""
     pages, figures, comparisons = [], {"seconds": seconds}, []
     central = config.data.central
     for task in next(iter(scores.values())).correct:
@@ -149,13 +149,14 @@ def report(
         pages.append(markdown(comparison))
         figures[task] = as_json(comparison)
     for measure, by_language in next(iter(scores.values())).text.items():
-        found = {name: x.text[measure] for name, x in scores.items()}
-        lines = [["", *found], ["---"] * (len(found) + 1),
-                 *([x, *(f"{values[x]:.3g}" for values in found.values())] for x in by_language)]
+        by_method = {name: x.text[measure] for name, x in scores.items()}
+        lines = [["", *by_method], ["---"] * (len(by_method) + 1),
+                 *([x, *(f"{values[x]:.3g}" for values in by_method.values())]
+                   for x in by_language)]
         pages.append("\n".join("| " + " | ".join(line) + " |" for line in lines)
                      + f"\n\n{measure.capitalize()}, on prompts that were neither probed nor "
                      "trained on.\n")
-        figures[measure] = found
+        figures[measure] = by_method
     if not pages:
         return None
     write_whole(workdir / "report.md", "\n".join(pages))

@@ -1,8 +1,8 @@
-"""Small checkpoints in Hugging Face format, with random weights: for tests and first steps.
+"""Writes small checkpoints with random weights in Hugging Face format, for tests and first steps.
 
     python -m jaxfusion.miniatures.checkpoints OUT --size tiny
 
-writes OUT/encoder (mT5) and OUT/decoder (Llama). Weights are drawn so that logits spread over
+writes OUT/encoder (mT5) and OUT/decoder (Llama). Weights are scaled so that logits spread over
 several units (matrices at 1/sqrt(fan_in), head at 3/sqrt(d_model)).
 """
 
@@ -28,7 +28,7 @@ from jaxfusion.nn.rope import Llama3Scaling, Rope
 
 LLAMA32_ROPE = Rope(500_000.0, Llama3Scaling(32.0, 1.0, 4.0, 8192))
 
-# Vocabulary sizes are those of the tokenizers that go with them, and some spare rows.
+# Vocabulary sizes are set from the tokenizers, with some spare rows.
 SIZES: dict[str, tuple[MT5Config, DecoderConfig]] = {
     "tiny": (
         MT5Config(0, d_model=64, d_ff=128, num_layers=4, num_heads=4, head_dim=16),
@@ -61,7 +61,7 @@ def random_params(config: MT5Config | DecoderConfig, seed: int) -> dict[str, Any
 
 
 def write_random_tower(out: Path, config: MT5Config | DecoderConfig, *, seed: int = 0) -> None:
-    """Writes config and random weights of one tower into an existing directory."""
+    """Writes the config and random weights of one tower into an existing directory."""
     write_tower(out, config, random_params(config, seed))
 
 

@@ -1,4 +1,4 @@
-"""What a config's `:debug` runs on: checkpoints and rows made on first use, kept in a cache."""
+"""Inputs of `:debug` configs: checkpoints and rows, created on first use and cached."""
 
 import os
 from collections.abc import Callable
@@ -17,18 +17,17 @@ from jaxfusion.miniatures.checkpoints import SIZES, write_checkpoints
 from jaxfusion.miniatures.text import write_rows
 
 MADE = "made:"
-# Parts of the pocket world by the name after `made:`: shares of its texts and training rows.
+# Sizes of the pocket world by the name after `made:`, as shares of its texts and training rows.
 WORLDS = {"pocket": 1.0, "pocket_tenth": 0.1, "pocket_debug": 0.01}
 ROWS = {"train": 300, "dev": 60, "test": 60}
-# Part of the directories' names, so that those of another version are left alone.
+# Part of the directories' names, so that other versions are not reused.
 VERSION = 1
 
 
 def make_inputs(config: Job) -> Job:
     """The config with `made:SIZE` checkpoints, `made:rows` and `made:pocket` as directories.
 
-    They are made where they do not exist yet, below `$JAXFUSION_CACHE` (default
-    `~/.cache/jaxfusion`).
+    They are created if missing, below `$JAXFUSION_CACHE` (default `~/.cache/jaxfusion`).
     """
     cache = Path(os.environ.get("JAXFUSION_CACHE", Path.home() / ".cache" / "jaxfusion"))
     if isinstance(config, LensRunConfig):
@@ -45,7 +44,7 @@ def make_inputs(config: Job) -> Job:
         config = replace(config, **{role: _tower(config, role, cache)})
     if config.data.path == f"{MADE}rows":
         task = get_task(config.data.task, config.tasks)
-        # Two configs may give their own tasks the same name.
+        # Two configs may define different tasks with the same name.
         own = config.tasks.get(config.data.task, "") and (
             f"-{crc32(repr(config.tasks[config.data.task]).encode()):x}")
         rows = cache / f"rows-{config.data.task}{own}-v{VERSION}"
@@ -67,7 +66,7 @@ def _lens_inputs(config: LensRunConfig, cache: Path) -> LensRunConfig:
 
 
 def _tower(config: Job, role: str, cache: Path):
-    """A tower's fields, `made:SIZE` as a directory."""
+    """A tower's fields, with `made:SIZE` replaced by a directory."""
     tower = getattr(config, role)
     if not tower.checkpoint.startswith(MADE):
         return tower
@@ -78,7 +77,7 @@ def _tower(config: Job, role: str, cache: Path):
 
 
 def _world(path: str, part: str, write: Callable[[Path, float], None], cache: Path) -> Path:
-    """A directory of the world's texts, tasks or parallel prompts."""
+    """The directory of the world's texts, tasks or parallel prompts."""
     size = choose("pocket world", path.removeprefix(MADE), WORLDS)
     out = cache / f"{size}-{part}-v{WORLD}"
 
@@ -102,5 +101,5 @@ def _make(out: Path, make: Callable[[Path], None]) -> None:
     try:
         make(out)
     except (OSError, InputError):
-        if not out.is_dir():  # another process may have made it meanwhile
+        if not out.is_dir():  # another process may have created it meanwhile
             raise

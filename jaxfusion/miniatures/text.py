@@ -1,4 +1,4 @@
-"""Made-up text: tokenizers and task rows for tests and for every config's `:debug`."""
+"""Made-up text: tokenizers and task rows for tests and `:debug` configs."""
 
 import json
 import random
@@ -25,8 +25,8 @@ def made_up_tokenizer(role: str):
 def write_rows(out: Path, task: Task, *, rows: dict[str, int], seed: int = 0) -> None:
     """Writes `{split}-{language}.jsonl` for a task's first two languages.
 
-    The answer can be learned: each class has a word of its own, which begins the first column of
-    the prompt (free text answers with that word). Languages share no such word.
+    The answer can be learned: each class has its own word at the beginning of the prompt's first
+    column (free text answers with that word). Languages use different words.
     """
     rng = random.Random(seed)
     columns = re.findall(r"{(\w+)}", task.prompt)

@@ -1,4 +1,4 @@
-"""Text to pretrain on: files of a directory, and a bilingual lexicon induced from its pairs."""
+"""Reads pretraining text from a directory, and induces bilingual lexicons from its pairs."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ Pair = tuple[str, str]
 
 @dataclass(frozen=True)
 class Document:
-    """One text; `answer` is what an LLM is asked for after it, or empty."""
+    """One text; `answer` is the LLM's answer after it, or empty."""
 
     language: str
     text: str
@@ -22,11 +22,12 @@ class Document:
 
 @dataclass(frozen=True)
 class Corpus:
-    """What a directory holds.
+    """The text of a directory.
 
     Attributes:
-      documents: of `text-LANGUAGE.txt`, a text a line, and `solved-LANGUAGE.tsv`, text and answer.
-      pairs: of `pairs-LANGUAGE.tsv`: the pivot (English) and the language, by language.
+      documents: from `text-LANGUAGE.txt`, a text per line, and `solved-LANGUAGE.tsv`, text and
+        answer.
+      pairs: from `pairs-LANGUAGE.tsv`: the pivot (English) and the language, by language.
     """
 
     documents: list[Document]
@@ -34,19 +35,19 @@ class Corpus:
 
 
 def read_corpus(path: Path, languages: Sequence[str] = ()) -> Corpus:
-    """Reads a directory's texts and pairs, of all its languages or of these.
+    """Reads a directory's texts and pairs, in all its languages or in the given ones.
 
     Raises:
-      InputError: no such files, or a line with another number of fields.
+      InputError: missing files, or a line with the wrong number of fields.
     """
-    found = sorted(file.stem.removeprefix("text-") for file in path.glob("text-*.txt"))
-    if not found:
-        raise InputError(f"{path} holds no text-LANGUAGE.txt to pretrain on")
-    absent = [name for name in languages if name not in found]
+    available = sorted(file.stem.removeprefix("text-") for file in path.glob("text-*.txt"))
+    if not available:
+        raise InputError(f"{path} has no text-LANGUAGE.txt to pretrain on")
+    absent = [name for name in languages if name not in available]
     if absent:
-        raise InputError(f"{path} has no text in '{absent[0]}'; it has {', '.join(found)}")
+        raise InputError(f"{path} has no text in '{absent[0]}'; it has {', '.join(available)}")
     documents, pairs = [], {}
-    for name in languages or found:
+    for name in languages or available:
         documents += [Document(name, line) for _, line in _lines(path / f"text-{name}.txt")]
         for text, answer in _fields(path / f"solved-{name}.tsv"):
             documents.append(Document(name, text, answer))
@@ -58,7 +59,7 @@ def read_corpus(path: Path, languages: Sequence[str] = ()) -> Corpus:
 
 
 def _lines(file: Path) -> list[tuple[int, str]]:
-    """Lines that are not blank, with their numbers."""
+    """Non-blank lines with their numbers."""
     try:
         text = file.read_text("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -71,7 +72,7 @@ def _fields(file: Path) -> list[Pair]:
     for number, line in _lines(file) if file.is_file() else ():
         fields = tuple(line.split("\t"))
         if len(fields) != 2:
-            raise InputError(f"{file}:{number}: {len(fields)} tab-separated fields, wanted 2")
+            raise InputError(f"{file}:{number}: {len(fields)} tab-separated fields, expected 2")
         rows.append(fields)
     return rows
 
@@ -79,21 +80,21 @@ def _fields(file: Path) -> list[Pair]:
 def induce_lexicon(
     pairs: Sequence[Pair], rounds: int = 8, least: float = 0.3
 ) -> tuple[dict[str, str], dict[str, str]]:
-    """Word translations in both directions: IBM Model 1 (Brown et al., 1993), a run each way.
+    """Word translations in both directions, with IBM Model 1 (Brown et al., 1993) for each.
 
     Args:
-      pairs: sentences and their translations, words apart by spaces.
+      pairs: sentences and their translations, words separated by spaces.
       rounds: of expectation maximisation.
-      least: probability below which a translation is left out.
+      least: translations with a lower probability are dropped.
     """
     forward = _model_1(pairs, rounds, least)
     return forward, _model_1([(b, a) for a, b in pairs], rounds, least)
 
 
 def _model_1(pairs: Sequence[Pair], rounds: int, least: float) -> dict[str, str]:
-    """The likeliest translation of every source word: argmax_f t(f | e).
+    """The most likely translation of every source word: argmax_f t(f | e).
 
-    Each target token is explained by one source token of its sentence or by none (NULL).
+    Each target token is aligned to one source token of its sentence, or to none (NULL).
     """
     sources: dict[str, int] = {"": 0}
     targets: dict[str, int] = {}
@@ -116,7 +117,7 @@ def _model_1(pairs: Sequence[Pair], rounds: int, least: float) -> dict[str, str]
         t = t / np.bincount(cell_source, t, len(sources))[cell_source]
     source_words, target_words = list(sources), list(targets)
     best: dict[str, str] = {}
-    for i in np.argsort(t):  # ascending, so that the likeliest is written last
+    for i in np.argsort(t):  # ascending, so that the most likely one overwrites the others
         if t[i] >= least and cell_source[i] != 0:
             best[source_words[cell_source[i]]] = target_words[cells[i] % len(targets)]
     return best

@@ -1,4 +1,4 @@
-"""Pretraining of one tower from nothing, on text files, into a Hugging Face directory."""
+"""Pretrains one tower from scratch on text files, into a Hugging Face directory."""
 
 import dataclasses
 import json
@@ -45,8 +45,8 @@ def pretrain(
     """Trains a tower and writes `WORKDIR/hf`, an ordinary Hugging Face directory.
 
     Raises:
-      InputError: whatever is wrong with the config, text, checkpoints, workdir or other processes.
-      Stopped: SIGTERM came; the state is saved.
+      InputError: invalid config, text, checkpoints or workdir, or processes that disagree.
+      Stopped: SIGTERM was received; the state is saved.
     """
     with begin(config, workdir) as start:
         with all_or_none():
@@ -57,13 +57,13 @@ def pretrain(
             about = _about(config, run.score(state.trainable))
             params = fetch(state.trainable)
             if is_first():
-                shutil.rmtree(out, ignore_errors=True)  # of fewer steps
+                shutil.rmtree(out, ignore_errors=True)  # from fewer steps
                 write_checkpoint(out, tower, tokenizer, params, about)
     return state
 
 
 def _about(config: PretrainConfig, dev: dict[str, float]) -> dict[str, Any]:
-    """What made a tower: the config, the pocket world's version if it learned from one, scores."""
+    """The origin of a tower: config, version of the pocket world if there is one, scores."""
     world = Path(config.data.path) / WORLD_FILE
     fields = dataclasses.asdict(config)
     fields["data"]["path"] = Path(config.data.path).name
@@ -72,7 +72,7 @@ def _about(config: PretrainConfig, dev: dict[str, float]) -> dict[str, Any]:
 
 
 def _is_of(out: Path, config: PretrainConfig) -> bool:
-    """True if the directory was written by a run as long as this one, and says so."""
+    """Whether the directory was written by a run of the same length."""
     try:
         was = json.loads((out / ABOUT_FILE).read_text("utf-8"))["config"]["train"]
         return (was["steps"], was["epochs"]) == (config.train.steps, config.train.epochs)
@@ -81,17 +81,17 @@ def _is_of(out: Path, config: PretrainConfig) -> bool:
 
 
 def prepare(config: PretrainConfig, mesh, fresh: bool = True):
-    """The run, its tower's shape, and the tokenizer that was trained on the same text."""
+    """Returns the run, its tower's shape, and the tokenizer trained on the same text."""
     name = choose("objective", config.objective.name, OBJECTIVES)
     role = choose("tower.role", config.tower.role, ROLES)
     if (name == "causal_lm") != (role == "decoder"):
-        raise InputError(f"objective '{name}' does not train a tower of role '{role}': a decoder "
-                         "learns by causal_lm, an encoder by masked_lm or code_switch")
+        raise InputError(f"objective '{name}' does not train a tower of role '{role}': use "
+                         "causal_lm for a decoder, masked_lm or code_switch for an encoder")
     batch_shares(config.train, mesh)
     path = Path(config.data.path).expanduser()
     check_version(path)
     corpus = read_corpus(path, config.data.languages)
-    # Solved rows teach an LLM to answer; an encoder reads plain text.
+    # Only an LLM learns to answer from solved rows; an encoder reads plain text.
     texts = [d for d in corpus.documents if role == "decoder" or not d.answer]
     if config.data.translations and role == "decoder":
         texts += [Document(language, f"{a} = {b}") for language, rows in corpus.pairs.items()
@@ -107,17 +107,18 @@ def prepare(config: PretrainConfig, mesh, fresh: bool = True):
         config.tower.vocab_size,
     )
     order = np.random.default_rng(config.train.seed).permutation(len(texts))
-    held, kept = np.split(order, [config.data.dev_rows])
-    # What is repeated in the text is not held out by taking one copy away.
-    seen = {texts[i].text for i in kept}
-    held = [i for i in held if texts[i].text not in seen]
-    if not len(kept):
+    dev_rows, train_rows = np.split(order, [config.data.dev_rows])
+    # A text with duplicates in the training rows is not held out.
+    seen = {texts[i].text for i in train_rows}
+    dev_rows = [i for i in dev_rows if texts[i].text not in seen]
+    if not len(train_rows):
         raise InputError(f"data.dev_rows is {config.data.dev_rows}, but there are only "
                          f"{len(order)} texts")
     tower = tower_shape(config.tower, len(tokenizer))
     model = TextLM(role, MT5Encoder(tower) if role == "encoder" else Decoder(tower),
                    config.objective.noise)
-    steps = config.train.steps or config.train.epochs * -(-len(kept) // config.train.batch_size)
+    per_epoch = -(-len(train_rows) // config.train.batch_size)
+    steps = config.train.steps or config.train.epochs * per_epoch
 
     if role == "decoder":
         rows, cut = causal_rows(texts, tokenizer, config.objective, config.data.max_tokens)
@@ -125,11 +126,11 @@ def prepare(config: PretrainConfig, mesh, fresh: bool = True):
         rows, cut = denoising_rows(texts, corpus.pairs, tokenizer, config.objective,
                                    config.data.pivot, config.data.max_tokens)
     if cut:
-        logger.warning("%d texts are cut at %d tokens", cut, config.data.max_tokens)
-    batches = TextBatches(rows, [d.language for d in texts], kept, config.data,
+        logger.warning("%d texts are truncated to %d tokens", cut, config.data.max_tokens)
+    batches = TextBatches(rows, [d.language for d in texts], train_rows, config.data,
                           config.train.batch_size, config.train.seed, steps,
                           sharding(mesh, "batch"))
-    logger.info("%s texts, %d tokens in the vocabulary", f"{len(kept):,}", len(tokenizer))
+    logger.info("%s texts, %d tokens in the vocabulary", f"{len(train_rows):,}", len(tokenizer))
 
     def init() -> Params:
         return model.init(jax.random.key(config.train.seed))
@@ -140,12 +141,12 @@ def prepare(config: PretrainConfig, mesh, fresh: bool = True):
         trainable = replaced(trainable, trained_part(source)[1], str(source))
     run = Run(config, model.loss, trainable, {},
               group_of_each(trainable, config.optimizer.groups), batches, steps,
-              _dev_scorer(model, batches, held, mesh, config), "accuracy", model.loss)
+              _dev_scorer(model, batches, dev_rows, mesh, config), "accuracy", model.loss)
     return run, tower, tokenizer
 
 
 def tower_shape(config: TowerConfig, vocab_size: int) -> MT5Config | DecoderConfig:
-    """The tower's config; its table has a multiple of 32 rows."""
+    """The tower's shape; the rows of its table are a multiple of 32."""
     rows = -(-vocab_size // 32) * 32
     shape = (rows, config.d_model, config.d_ff, config.num_layers, config.num_heads)
     if config.role == "encoder":
@@ -160,7 +161,7 @@ def write_checkpoint(
     """Writes `config.json`, `model.safetensors`, the tokenizer's files and `pretraining.json`.
 
     Args:
-      about: what made it, for `pretraining.json`.
+      about: its origin, for `pretraining.json`.
     """
     params, = traverse_util.unflatten_dict(flat, sep="/").values()
     with new_directory(out) as partial:
@@ -170,7 +171,7 @@ def write_checkpoint(
 
 
 def _balanced(documents: Sequence[Document], sampling: float, seed: int) -> list[str]:
-    """Texts for the tokenizer, each language's share as in training (n**sampling)."""
+    """Texts for the tokenizer, with each language's share as in training (n**sampling)."""
     by_language: dict[str, list[str]] = {}
     for d in documents:
         by_language.setdefault(d.language, []).append(f"{d.text} {d.answer}".strip())
@@ -185,16 +186,17 @@ def _balanced(documents: Sequence[Document], sampling: float, seed: int) -> list
 
 
 def _dev_scorer(
-    model: TextLM, batches: TextBatches, held: Sequence[int], mesh, config: PretrainConfig
+    model: TextLM, batches: TextBatches, held_out: Sequence[int], mesh, config: PretrainConfig
 ):
-    """Trained parameters -> weighted loss, and accuracy where the objective has its full weight
-    (what was hidden or replaced; an answer), on the texts held out in whole batches."""
+    """Trained parameters -> weighted loss, and accuracy at slots with the full weight (hidden or
+    replaced words; answers), on full batches of the held-out texts."""
     full = max(1.0, config.objective.answer_weight) if model.role == "decoder" else 1.0
     size, rng = batches.batch_size, np.random.default_rng(0)
-    if len(held) < size:
-        raise InputError(f"only {len(held)} texts are held out, wanted train.batch_size ({size}) "
-                         "or more; set data.dev_rows higher")
-    dev = [batches.batch(held[i : i + size], rng) for i in range(0, len(held) - size + 1, size)]
+    if len(held_out) < size:
+        raise InputError(f"only {len(held_out)} texts are held out, expected at least "
+                         f"train.batch_size ({size}); set data.dev_rows higher")
+    dev = [batches.batch(held_out[i : i + size], rng)
+           for i in range(0, len(held_out) - size + 1, size)]
 
     @jax.jit
     def measure(trainable, batch):

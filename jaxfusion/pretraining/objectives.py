@@ -1,4 +1,4 @@
-"""Pretraining batches: what is hidden, replaced and predicted (objectives by name)."""
+"""Pretraining batches: inputs, targets and weights of each objective."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,16 +12,16 @@ from jaxfusion.fields import CorpusConfig, ObjectiveConfig
 from jaxfusion.pretraining.corpus import Document, Pair, induce_lexicon
 from jaxfusion.pretraining.text_lm import TextBatch
 
-# One text as ids: what is read, what is predicted, and the weight of each prediction.
+# One text as ids: inputs, targets, and the weight of each prediction.
 Row = tuple[list[int], list[int], list[float]]
 
 
 @dataclass(frozen=True)
 class CausalRows:
-    """`[BOS] text answer [EOS]`, each token predicting the next; an answer's weigh more."""
+    """`[BOS] text answer [EOS]`, each token predicting the next; answers have a larger weight."""
 
     tokens: Ragged
-    answers: list[int]  # how many of a text's last tokens, before EOS, are its answer
+    answers: list[int]  # number of a text's last tokens, before EOS, that are its answer
     answer_weight: float
 
     def lengths(self) -> np.ndarray:
@@ -36,35 +36,36 @@ class CausalRows:
 
 
 def causal_rows(documents: Sequence[Document], tokenizer, config: ObjectiveConfig, most: int):
-    """Every document with the decoder's tokenizer, cut at `most` tokens; and how many were cut."""
+    """The documents as ids, truncated to `most` tokens, and how many were truncated."""
     bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     tokens, answers, cut = Ragged(), [], 0
-    for some in in_parts(documents):
-        texts, wholes = (tokenizer(part, add_special_tokens=False)["input_ids"] for part in (
-            [d.text for d in some], [f"{d.text} {d.answer}".strip() for d in some]))
-        for document, text, whole in zip(some, texts, wholes, strict=True):
-            ids = [*bos, *whole, tokenizer.eos_token_id]
+    for batch in in_parts(documents):
+        texts, full_ids = (tokenizer(part, add_special_tokens=False)["input_ids"] for part in (
+            [d.text for d in batch], [f"{d.text} {d.answer}".strip() for d in batch]))
+        for document, text, full in zip(batch, texts, full_ids, strict=True):
+            ids = [*bos, *full, tokenizer.eos_token_id]
             cut += len(ids) > most + 1
             tokens.append(ids[: most + 1])
-            whole_fits = len(ids) <= most + 1
-            answers.append(len(whole) - len(text) if document.answer and whole_fits else 0)
+            fits = len(ids) <= most + 1
+            answers.append(len(full) - len(text) if document.answer and fits else 0)
     return CausalRows(tokens, answers, config.answer_weight), cut
 
 
 @dataclass(frozen=True)
 class DenoisingRows:
-    """Texts as words, some of them hidden or replaced by a translation; all are to be restored.
+    """Texts as words, some of them masked or replaced by a translation; all are to be restored.
 
-    `masked_lm` hides words (BERT, arXiv:1810.04805). `code_switch` also replaces words by their
+    `masked_lm` masks words (BERT, arXiv:1810.04805). `code_switch` also replaces words by their
     translation into another language of the corpus (as in RAS, arXiv:2010.03142), so that a word
-    and its translation are read alike; translations come from the corpus's own sentence pairs.
+    and its translation get similar representations; translations come from the corpus's own
+    sentence pairs.
 
     Attributes:
-      words: each text's words, as numbers into `pieces`.
+      words: each text's words, as indices into `pieces`.
       pieces: the ids of every word of the corpus.
       languages: of each text.
       translations: language -> other language -> word -> word.
-      end, mask: ids of the end token and of what stands for a hidden piece.
+      end, mask: ids of the end token and of the mask.
     """
 
     words: Ragged
@@ -88,7 +89,7 @@ class DenoisingRows:
         lexicon: dict[int, int] = {}
         if c.name == "code_switch" and partners and rng.random() < c.switched_texts:
             lexicon = partners[list(partners)[rng.integers(len(partners))]]
-        read, wanted, weights = [], [], []
+        inputs, targets, weights = [], [], []
         for word, chance in zip(words, rng.random(len(words)), strict=True):
             true = self.pieces[word]
             shown, weight = true, c.unchanged_weight
@@ -96,12 +97,12 @@ class DenoisingRows:
                 shown, weight = [self.mask] * len(true), 1.0
             elif chance < c.masked + c.switched_words and word in lexicon:
                 shown, weight = self.pieces[lexicon[word]], 1.0
-            # Where the translation has more pieces, the last ones restore the word's last piece.
-            read += shown
-            wanted += [true[min(j, len(true) - 1)] for j in range(len(shown))]
+            # If the translation has more pieces, the extra ones restore the word's last piece.
+            inputs += shown
+            targets += [true[min(j, len(true) - 1)] for j in range(len(shown))]
             weights += [weight] * len(shown)
         cut = self.most - 1
-        return ([*read[:cut], self.end], [*wanted[:cut], self.end],
+        return ([*inputs[:cut], self.end], [*targets[:cut], self.end],
                 [*weights[:cut], c.unchanged_weight])
 
 
@@ -109,7 +110,7 @@ def denoising_rows(
     documents: Sequence[Document], pairs: dict[str, list[Pair]], tokenizer,
     config: ObjectiveConfig, pivot: str, most: int,
 ) -> tuple[DenoisingRows, int]:
-    """Every document as words of the encoder's tokenizer; and how many are longer than `most`.
+    """The documents as words of the encoder's tokenizer, and how many are longer than `most`.
 
     Args:
       pivot: the language of the pairs' first column.
@@ -127,7 +128,7 @@ def denoising_rows(
 
 
 def _translations(pairs: dict[str, list[Pair]], index: dict[str, int], pivot: str):
-    """Lexicons between all languages: with the pivot from the pairs, others by way of it."""
+    """Lexicons between all languages: from pairs with the pivot, and through it."""
     out_of: dict[str, dict[str, str]] = {}  # pivot -> language
     into: dict[str, dict[str, str]] = {}
     for language, rows in pairs.items():
@@ -135,7 +136,7 @@ def _translations(pairs: dict[str, list[Pair]], index: dict[str, int], pivot: st
     text: dict[str, dict[str, dict[str, str]]] = {pivot: out_of}
     for language in pairs:
         text[language] = {
-            # The pivot as often as all others together: lexicons through it lose words.
+            # The pivot as often as all others combined: lexicons through it lose words.
             **{f"{pivot} {n}": into[language] for n in range(max(1, len(pairs) - 1))},
             **{other: {a: out_of[other][b] for a, b in into[language].items()
                        if b in out_of[other]}
@@ -152,14 +153,14 @@ def _translations(pairs: dict[str, list[Pair]], index: dict[str, int], pivot: st
 
 
 class TextBatches:
-    """All pretraining batches by step number, as grain's random-access source.
+    """All pretraining batches by step number, as a grain random-access source.
 
-    A step first draws a bucket of lengths, then texts of that bucket: a language with n texts in
-    proportion to n**sampling (mT5, arXiv:2010.11934, section 3.1), its texts evenly.
+    A step first samples a length bucket, then texts of that bucket: a language with n texts in
+    proportion to n**sampling (mT5, arXiv:2010.11934, section 3.1), its texts uniformly.
 
     Args:
-      rows, languages: of all texts. drawn: the numbers of those that are learned from.
-      place: of the rows of a batch on the devices; None makes all rows here.
+      rows, languages: of all texts. drawn: the numbers of the training texts.
+      place: sharding of a batch's rows; None builds all rows on this host.
     """
 
     def __init__(
@@ -194,13 +195,14 @@ class TextBatches:
         return jax.tree.map(lambda x: x[own], batch)
 
     def batch(self, numbers: Sequence[int], rng: np.random.Generator) -> TextBatch:
-        """The batch of these texts, in the smallest bucket that holds what came of them."""
-        made = [self.rows.row(i, rng) for i in numbers]
-        longest = max(len(read) for read, _, _ in made)
-        shape = (len(made), next(b for b in self.buckets if b >= longest))
+        """The batch of these texts, in the smallest bucket that fits their rows."""
+        built = [self.rows.row(i, rng) for i in numbers]
+        longest = max(len(inputs) for inputs, _, _ in built)
+        shape = (len(built), next(b for b in self.buckets if b >= longest))
         ids = [np.zeros(shape, np.int32) for _ in range(3)]
         weights = np.zeros(shape, np.float32)
-        for i, (read, wanted, weight) in enumerate(made):
-            n = len(read)
-            ids[0][i, :n], ids[1][i, :n], ids[2][i, :n], weights[i, :n] = read, 1, wanted, weight
+        for i, (inputs, targets, weight) in enumerate(built):
+            n = len(inputs)
+            ids[0][i, :n], ids[1][i, :n], ids[2][i, :n] = inputs, 1, targets
+            weights[i, :n] = weight
         return TextBatch(*ids, weights)

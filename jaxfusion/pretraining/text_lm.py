@@ -1,4 +1,4 @@
-"""Language models of one tower alone, for pretraining miniatures."""
+"""Language models with a single tower, for pretraining miniatures."""
 
 from dataclasses import dataclass
 from functools import partial
@@ -15,12 +15,12 @@ from jaxfusion.nn.mt5 import MT5Encoder
 
 @dataclass(frozen=True)
 class TextBatch:
-    """One batch of texts and what is to be predicted at each slot.
+    """One batch of texts and targets.
 
     Attributes:
-      tokens: [B S] ids as they are read.
+      tokens: [B S] input ids.
       segments: [B S] 0 at padding.
-      targets: [B S] id to predict at each slot: the next token, or the one that stood here.
+      targets: [B S] id to predict at each slot: the next token, or the original one.
       weights: [B S] of each prediction in the loss; 0 at padding.
     """
 
@@ -37,11 +37,11 @@ jax.tree_util.register_dataclass(
 
 @dataclass(frozen=True)
 class TextLM:
-    """An encoder that restores tokens, or a decoder that foretells them.
+    """An encoder that restores tokens, or a decoder that predicts the next ones.
 
-    The encoder's head is its own embedding table; it is no part of the checkpoint, as mT5 encoders
-    have none. Its table starts at a tenth of T5's standard deviation: Adam would take hundreds of
-    steps to leave that.
+    The encoder's head is its own embedding table and not part of the checkpoint, since mT5 encoders
+    do not have one. The table starts at a tenth of T5's standard deviation: from T5's, Adam would
+    need hundreds of steps more.
     """
 
     role: str
@@ -64,7 +64,7 @@ class TextLM:
         """Logits of the token at each slot, or of the one after it.
 
         Args:
-          key: of the noise; None (evaluation) has none.
+          key: of the noise; None (evaluation): no noise.
         """
         params = params[self.role]
         if self.role == "decoder":
@@ -86,18 +86,18 @@ class TextLM:
         return jnp.sum(batch.weights * losses) / jnp.maximum(weight, 1e-9), weight
 
     def hits(self, params: dict[str, Any], batch: TextBatch, least: float):
-        """Of the slots that weigh at least `least`, how many have the target as likeliest token,
-        and how many there are."""
+        """How many slots with a weight of at least `least` have the target as most likely token,
+        and how many such slots there are."""
         right = jnp.argmax(self.logits(params, batch), axis=-1) == batch.targets
         counted = batch.weights >= least
         return jnp.sum(counted & right), jnp.sum(counted)
 
 
 def _noise(key: Array, shape: tuple[int, int, int]) -> Float[Array, "B S D"]:
-    """Unit noise of each token (NEFTune, arXiv:2310.05914) and as much of each text as a whole.
+    """Unit noise for each token (NEFTune, arXiv:2310.05914), plus the same amount for each text.
 
-    What a bridge hands over misses the embeddings in both ways: token by token, and by the offset
-    between the languages of the encoder. Large LLMs bear that; a miniature has to learn it.
+    A bridge's output deviates from the embeddings in both ways: token by token, and by the offset
+    between the encoder's languages. Large LLMs tolerate that; a miniature has to learn it.
     """
     token, text = jax.random.split(key)
     return jax.random.normal(token, shape) + jax.random.normal(text, (shape[0], 1, shape[2]))

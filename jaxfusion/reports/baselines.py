@@ -1,26 +1,26 @@
-"""What an inference task gives away without being understood."""
+"""Baselines that solve an inference task from surface features alone."""
 
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 
-# English words that say nothing of the content: quantifiers, negation, and their company.
+# English function words: quantifiers, negation, auxiliaries.
 CUES = frozenset(("the", "every", "no", "not", "does", "do"))
 Row = dict[str, str]
 
 
 def surface(row: Row) -> tuple:
-    """Word overlap, lengths, and the quantifiers and negations of both sentences."""
+    """Surface features: word overlap, lengths, quantifiers and negations of both sentences."""
     a, b = (row[column].split() for column in ("premise", "hypothesis"))
     cues = [tuple(word for word in words if word in CUES) for words in (a, b)]
     return (len(set(a) - set(b)), len(set(b) - set(a)), len(a), len(b), *cues)
 
 
 def lookup_correct(train: Sequence[Row], test: Sequence[Row], features=surface) -> list[bool]:
-    """Which test rows the most frequent label among training rows of the same features gets right.
+    """Whether each test row's label is the most frequent one of training rows with its features.
 
     Args:
       train, test: rows with `premise`, `hypothesis` and `label`.
-      features: of a row, hashable; ones never seen get the most frequent label of all.
+      features: of a row, hashable; unseen features get the overall most frequent label.
     """
     seen: dict = defaultdict(Counter)
     for row in train:

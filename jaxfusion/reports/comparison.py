@@ -1,4 +1,4 @@
-"""Several models on the same rows of the same languages: the table, with intervals."""
+"""Compares several models on the same rows: tables with intervals and significance."""
 
 import html
 from collections.abc import Sequence
@@ -22,18 +22,18 @@ Cell = tuple[float, Interval]  # a fraction and its 95% interval
 
 @dataclass(frozen=True)
 class Comparison:
-    """What each model got right.
+    """The results of several models on one task.
 
     Attributes:
-      task, scoring: whose rows, and how an answer counts.
+      task, scoring: the task, and the scoring of its answers.
       correct: model -> language -> 0 or 1 for each row, or for each row of every seed
-        [seeds, rows]. Rows are the same in all models.
+        [seeds, rows]. Rows are the same for all models.
       groups: of languages, by name.
       reference: the model that others are compared with.
-      baselines: accuracy of what needs no understanding, by name.
+      baselines: accuracy of baselines without understanding, by name.
       layer_weights: model -> language -> weight of each layer.
-      notes: what a reader must know, a line each.
-      central: the language that must not lose; its difference to the reference is shown.
+      notes: remarks for the reader, a line each.
+      central: the language that should not get worse; its difference to the reference is shown.
     """
 
     task: str
@@ -48,14 +48,14 @@ class Comparison:
 
     @property
     def languages(self) -> tuple[str, ...]:
-        """Those of the groups in their order, before them all others."""
+        """All languages: those without a group first, then by group."""
         scored = next(iter(self.correct.values()))
         grouped = dict.fromkeys(name for names in self.groups.values() for name in names)
         return (*(name for name in scored if name not in grouped),
                 *(name for name in grouped if name in scored))
 
     def rows(self, model: str, language: str, minus: str | None = None) -> np.ndarray:
-        """Of each row the share of the seeds that got it right, or its difference. [rows]"""
+        """The share of seeds that got each row right, or its difference to `minus`. [rows]"""
         rows = self._seeds(model, language).mean(axis=0)
         return rows if minus is None else rows - self.rows(minus, language)
 
@@ -63,52 +63,52 @@ class Comparison:
         return np.atleast_2d(np.asarray(self.correct[model][language], float))
 
     def seeds(self, model: str) -> int:
-        """How many runs of a model there are."""
+        """The number of a model's runs."""
         return max(len(self._seeds(model, name)) for name in self.correct[model])
 
     def deviation(self, model: str, languages: Sequence[str]) -> float | None:
-        """Standard deviation between the seeds of the mean over languages; None for one seed."""
+        """Standard deviation across seeds of the mean over languages; None for one seed."""
         if self.seeds(model) == 1:
             return None
-        each = [self._seeds(model, name).mean(axis=1) for name in languages]
-        return float(np.std(np.mean(each, axis=0), ddof=1))
+        by_language = [self._seeds(model, name).mean(axis=1) for name in languages]
+        return float(np.std(np.mean(by_language, axis=0), ddof=1))
 
     def cell(self, model: str, language: str) -> Cell:
-        """Accuracy in a language: of one seed with Wilson's interval, of several by bootstrap."""
+        """Accuracy in a language; Wilson's interval for one seed, bootstrap for several."""
         rows = self.rows(model, language)
         if self.seeds(model) > 1:
             return bootstrap_mean([rows])
         return float(rows.mean()), wilson_interval(int(rows.sum()), len(rows))
 
     def mean(self, model: str, group: str, minus: str | None = None) -> Cell:
-        """Mean over a group's languages, or its difference to another model's; bootstrap."""
+        """Mean over a group's languages, or its difference to `minus`; bootstrap."""
         return bootstrap_mean([self.rows(model, name, minus) for name in self.group(group)])
 
     def change(self, model: str, language: str) -> Cell:
-        """How much more of a language a model gets right than the reference; bootstrap."""
+        """Difference of a model's accuracy in a language to the reference; bootstrap."""
         return bootstrap_mean([self.rows(model, language, self.reference)])
 
     def p_value(self, model: str, languages: Sequence[str]) -> float:
-        """That a model differs from the reference: McNemar's test of one language and one seed,
-        else the permutation test of pairs."""
+        """P-value of the difference to the reference: McNemar's test for one language and one seed,
+        otherwise the paired permutation test."""
         alone = self.seeds(model) == self.seeds(self.reference) == len(languages) == 1
         if alone:
             return mcnemar(self.rows(self.reference, languages[0]), self.rows(model, languages[0]))
         return sign_flip([self.rows(model, name, self.reference) for name in languages])
 
     def group(self, name: str) -> tuple[str, ...]:
-        """The languages of a group; of `all groups` those of every one."""
+        """The languages of a group; `all groups` is their union."""
         every = dict.fromkeys(x for names in self.groups.values() for x in names)
         grouped = every if name == ALL_GROUPS else self.groups[name]
         return tuple(x for x in grouped if x in self.languages)
 
     def groups_of(self, language: str) -> list[str]:
-        """The groups that a language is in, without the one of all."""
+        """The groups of a language, except `all`."""
         return [name for name, names in self.groups.items() if language in names and name != "all"]
 
     @property
     def group_names(self) -> tuple[str, ...]:
-        """The groups, and `all groups` unless one of them is all of them; that one comes last."""
+        """The groups, and `all groups` unless the last group includes all languages."""
         names = [name for name in self.groups if self.group(name)]
         every = set(self.group(ALL_GROUPS))
         if not names or set(self.group(names[-1])) == every:
@@ -117,13 +117,13 @@ class Comparison:
 
 
 def table(c: Comparison) -> list[list[str]]:
-    """Header and rows: languages, then means of groups, then differences to the reference."""
+    """Header and rows: languages, means of groups, differences to the reference."""
     models = list(c.correct)
     others = [m for m in models if m != c.reference]
 
     def spread(model: str, *languages: str) -> str:
-        found = c.deviation(model, languages)
-        return "" if found is None else f" ± {100 * found:.1f}"
+        deviation = c.deviation(model, languages)
+        return "" if deviation is None else f" ± {100 * deviation:.1f}"
 
     rows = [["", "", *models]]
     rows += [[name, ", ".join(c.groups_of(name)),
@@ -143,9 +143,9 @@ def table(c: Comparison) -> list[list[str]]:
 
 
 def differences(c: Comparison, model: str) -> list[list[str]]:
-    """Header and rows: what a model gets right more than the reference, by language and group.
+    """Header and rows: a model's differences to the reference, by language and group.
 
-    P-values are given as they are and, in the last column, corrected for their number (Holm).
+    P-values are uncorrected and, in the last column, corrected for their number (Holm).
     """
     named = {name: (name,) for name in c.languages}
     named |= {f"mean of {group}": c.group(group) for group in c.group_names}
@@ -164,24 +164,24 @@ def differences(c: Comparison, model: str) -> list[list[str]]:
 
 
 def show_p(p: float) -> str:
-    """Three digits, and never 0."""
+    """A p-value with three digits, never 0."""
     return "<0.001" if p < 0.001 else f"{p:.3f}"
 
 
 def as_markdown(rows: list[list[str]]) -> str:
-    """A table whose first row is its header."""
+    """A Markdown table; the first row is its header."""
     header, *rest = rows
     return "\n".join("| " + " | ".join(row) + " |"
                      for row in (header, ["---"] * len(header), *rest)) + "\n"
 
 
 def as_texts(rows: list[list[str]]) -> list[list[str]]:
-    """The cells of a table as `as_text` has them."""
+    """A table with `as_text` applied to its cells."""
     return [[as_text(cell) for cell in row] for row in rows]
 
 
 def as_text(cell: str) -> str:
-    """Text that Markdown shows as it is: no tags, and no ends of cells."""
+    """Text escaped for a Markdown table: no tags, no ends of cells."""
     return html.escape(cell, quote=False).replace("|", "\\|").replace("\n", " ")
 
 
@@ -196,12 +196,12 @@ def markdown(c: Comparison) -> str:
 
 
 def remarks(c: Comparison) -> list[str]:
-    """What a reader of the table must know, a line each."""
+    """The remarks below the table, a line each."""
     numbers = sorted({c.rows(c.reference, name).size for name in c.languages})
     n = " to ".join(f"{n:,}" for n in {numbers[0]: 0, numbers[-1]: 0})
     seeds = {model: c.seeds(model) for model in c.correct if c.seeds(model) > 1}
     counted = ", ".join(f"{model}: {number}" for model, number in seeds.items())
-    spread = [f"± is the standard deviation between seeds ({counted}); intervals are over rows."]
+    spread = [f"± is the standard deviation across seeds ({counted}); intervals are over rows."]
     return [f"Accuracy in % on `{c.task}`, {c.scoring}, {n} rows per language, 95% intervals.",
             *(spread if seeds else ()),
             *(f"Without understanding: {name} {100 * x:.1f}." for name, x in c.baselines.items()),
@@ -214,7 +214,7 @@ def as_json(c: Comparison) -> dict[str, Any]:
         return {"accuracy": value[0], "ci95": list(value[1])}
 
     def spread(names: Sequence[str]) -> dict[str, float]:
-        return {m: found for m in c.correct if (found := c.deviation(m, names)) is not None}
+        return {m: x for m in c.correct if (x := c.deviation(m, names)) is not None}
 
     named = {**{name: (name,) for name in c.languages}, **{g: c.group(g) for g in c.group_names}}
     return {
@@ -225,7 +225,7 @@ def as_json(c: Comparison) -> dict[str, Any]:
                         for m in c.correct if m != c.reference},
         "p_values": {m: {x: c.p_value(m, names) for x, names in named.items()}
                      for m in c.correct if m != c.reference},
-        "deviations": {x: found for x, names in named.items() if (found := spread(names))},
+        "deviations": {x: by_model for x, names in named.items() if (by_model := spread(names))},
         **({"central": {m: cell(c.change(m, c.central)) for m in c.correct if m != c.reference}}
            if c.central in c.languages else {}),
         "layer_weights": c.layer_weights, "notes": list(c.notes),

@@ -2,8 +2,8 @@
 
 from collections.abc import Iterable
 
-# Classes 0 to 3 of Joshi et al. (arXiv:2004.09095, "The State and Fate of Linguistic Diversity"),
-# of the languages of this project's tasks; ISO 639-1 and, as SIB-200 and Belebele have them, -3.
+# Classes 0 to 3 of Joshi et al. (arXiv:2004.09095, "The State and Fate of Linguistic Diversity")
+# among the tasks' languages; ISO 639-1 and, for SIB-200 and Belebele, 639-3.
 LOW_RESOURCE = (
     "am as asm ben bg bn bul el ell est et guj gu hat ht id ind ka kan kk kn lo mal mar ml mr mya "
     "my ne npi or ory pa pan qu quy si sin sw swh ta tam te tel th tha ur urd uz yo yor"
@@ -16,12 +16,12 @@ INDIC = (
 
 
 def standard_groups(languages: Iterable[str]) -> dict[str, tuple[str, ...]]:
-    """Those of `low-resource`, `Indic` and `all` that hold some of the languages but not just as
-    many as a wider one."""
+    """The groups `low-resource`, `Indic` and `all`, without those of fewer than two languages or
+    equal to `all`."""
     languages = tuple(languages)
-    found = {
+    groups = {
         name: tuple(x for x in languages if x.split("_")[0] in codes.split())
         for name, codes in (("low-resource", LOW_RESOURCE), ("Indic", INDIC))
     }
-    kept = {name: names for name, names in found.items() if 1 < len(names) < len(languages)}
-    return {**kept, **({"all": languages} if len(languages) > 1 else {})}
+    proper = {name: names for name, names in groups.items() if 1 < len(names) < len(languages)}
+    return {**proper, **({"all": languages} if len(languages) > 1 else {})}

@@ -1,4 +1,4 @@
-"""A report as one HTML file that needs nothing else, and as Markdown with pictures beside it."""
+"""Writes a report as one self-contained HTML file, and as Markdown with pictures."""
 
 import json
 import platform
@@ -27,13 +27,13 @@ from jaxfusion.reports.comparison import (
 from jaxfusion.reports.pictures import draw_accuracy, draw_curves, draw_layers
 from jaxfusion.reports.scored_runs import Models
 
-EXAMPLES = 3  # gained and lost rows that are shown of each language
+EXAMPLES = 3  # gained and lost rows shown for each language
 LIBRARIES = ("jaxfusion", "jax", "flax", "optax", "transformers", "numpy")
 
 
 @dataclass(frozen=True)
 class Example:
-    """A row that two models answer differently."""
+    """A row that two models answer differently, one of them correctly."""
 
     query: str
     target: str
@@ -48,7 +48,7 @@ def write_page(
 
     Args:
       comparisons: one for each task; see `compare_runs`.
-      models: what they were made of.
+      models: their runs.
     """
     folder.mkdir(parents=True, exist_ok=True)
     prefix = "" if name == "report" else f"{name}_"
@@ -72,9 +72,9 @@ def write_page(
     return page
 
 
-def token_table(found: dict[str, Any]) -> str:
-    """The `tokens` of a text and the `weights` of the layers behind each, as an HTML table."""
-    return str(_environment().get_template("tokens.html.jinja").module.token_rows(found))
+def token_table(tokens: dict[str, Any]) -> str:
+    """The `tokens` of a text and their layer `weights`, as an HTML table."""
+    return str(_environment().get_template("tokens.html.jinja").module.token_rows(tokens))
 
 
 def _environment() -> jinja2.Environment:
@@ -85,7 +85,7 @@ def _environment() -> jinja2.Environment:
 
 
 def _section(c: Comparison, models: Models, folder: Path, prefix: str) -> dict[str, Any]:
-    """What the page says of one task."""
+    """The page's section on one task."""
     first = next(iter(models.values()))[0].details[c.task]
     labels = len(next(iter(first.values()))["likelihoods"][0])
     accuracy, layers = folder / f"{prefix}accuracy.png", folder / f"{prefix}layers.png"
@@ -98,7 +98,7 @@ def _section(c: Comparison, models: Models, folder: Path, prefix: str) -> dict[s
         "reference": c.reference, "layers": layers if c.layer_weights else None,
         "differences": {model: differences(c, model) for model in others},
         "changed": {model: _changed(c, models, model) for model in others},
-        "tokens": {model: found for model, runs in models.items() if (found := {
+        "tokens": {model: by_language for model, runs in models.items() if (by_language := {
             language: {**x, "text": part["queries"][0]} for language in c.languages
             if (x := (part := runs[0].details[c.task][language]).get("tokens"))
             and len({tuple(weights) for weights in x["weights"]}) > 1})},
@@ -108,8 +108,8 @@ def _section(c: Comparison, models: Models, folder: Path, prefix: str) -> dict[s
 def _changed(
     c: Comparison, models: Models, model: str
 ) -> dict[str, dict[str, list[Example]]]:
-    """By language the first rows gained and lost against the reference, of the first seeds."""
-    found = {}
+    """The first rows gained and lost against the reference by language, for the first seeds."""
+    changed = {}
     for language in c.languages:
         before, after = (models[x][0].details[c.task][language] for x in (c.reference, model))
         right = [x["correct"][c.scoring] for x in (before, after)]
@@ -120,12 +120,12 @@ def _changed(
                 answers = [_answer(x, i, c.scoring) for x in (before, after)]
                 rows[kind].append(Example(before["queries"][i], before["targets"][i], *answers))
         if any(rows.values()):
-            found[language] = rows
-    return found
+            changed[language] = rows
+    return changed
 
 
 def _answer(details: dict[str, Any], row: int, scoring: str) -> str:
-    """What a model said: its text, or the label that it found likeliest."""
+    """A model's answer: its text, or its most likely label."""
     scores = details["likelihoods"][row]
     if scoring == "exact_match" or not scores:
         return details["answers"][row]
@@ -135,11 +135,12 @@ def _answer(details: dict[str, Any], row: int, scoring: str) -> str:
 
 
 def _about(runs) -> dict[str, Any]:
-    """What a model's scores are of, for a reader."""
+    """The settings of a model's scores, for the reader."""
     names = dict.fromkeys(name for run in runs for name in run.about)
-    each = {name: list(dict.fromkeys(str(run.about.get(name)) for run in runs)) for name in names}
+    values_of = {name: list(dict.fromkeys(str(run.about.get(name)) for run in runs))
+                 for name in names}
     shown = {"workdir": ", ".join(run.place for run in runs),
-             **{name: ", ".join(values) for name, values in each.items()}}
+             **{name: ", ".join(values) for name, values in values_of.items()}}
     return {name: value for name, value in shown.items() if value not in ("None", "False", "")}
 
 
@@ -148,15 +149,15 @@ def _embed(picture: Path) -> str:
 
 
 def _shade(weight: float) -> str:
-    """A cell's colours: the more weight, the more colour."""
+    """The CSS of a cell: more colour for more weight."""
     colour = "#fff" if weight > 0.6 else "inherit"
     return f"background: rgb(33 110 160 / {weight:.2f}); color: {colour}"
 
 
 def _direction(text: str) -> str:
-    """`rtl` where most letters run from right to left: a prompt's first words may be English."""
-    found = Counter(unicodedata.bidirectional(letter) for letter in text)
-    return "rtl" if found["R"] + found["AL"] > found["L"] else "ltr"
+    """`rtl` if most letters are right-to-left: a prompt's first words may be English."""
+    counts = Counter(unicodedata.bidirectional(letter) for letter in text)
+    return "rtl" if counts["R"] + counts["AL"] > counts["L"] else "ltr"
 
 
 def _markdown(content: dict[str, Any]) -> str:

@@ -1,6 +1,6 @@
-"""Pictures as files. Labels are Latin: matplotlib's own font has few other scripts.
+"""Draws figures to files. Labels are Latin: matplotlib's font has few other scripts.
 
-Figures are made without pyplot: no display is needed, and a notebook's own stays as it is.
+Figures do not use pyplot: they need no display and do not change a notebook's state.
 """
 
 from collections import Counter
@@ -15,12 +15,12 @@ from matplotlib.figure import Figure
 
 from jaxfusion.reports.comparison import Comparison
 
-rcParams["text.parse_math"] = False  # a model may be named like a formula
-WIDTH = 0.8  # of a language's bars together
+rcParams["text.parse_math"] = False  # a model's name may look like a formula
+WIDTH = 0.8  # of all bars of a language
 
 
 def draw_accuracy(comparison: Comparison, out: Path, chance: float | None = None) -> None:
-    """A bar per language and model, with intervals, and the level of chance."""
+    """Draws a bar per language and model, with intervals, and the chance level."""
     c, languages = comparison, comparison.languages
     columns = min(5, len(c.correct) + 1)  # of the legend
     lines = -(-(len(c.correct) + 1) // columns)
@@ -51,7 +51,7 @@ def draw_accuracy(comparison: Comparison, out: Path, chance: float | None = None
 
 
 def draw_layers(comparison: Comparison, out: Path) -> None:
-    """The weight of each layer: a panel per fusion, a row per language."""
+    """Draws the weight of each layer: a panel per fusion, a row per language."""
     draw_by_layer({fusion: {x: by_language[x] for x in comparison.languages if x in by_language}
                    for fusion, by_language in comparison.layer_weights.items()},
                   "mean weight, %", out)
@@ -60,10 +60,10 @@ def draw_layers(comparison: Comparison, out: Path) -> None:
 def draw_by_layer(
     panels: dict[str, dict[str, Sequence[float]]], label: str, out: Path
 ) -> None:
-    """A panel for each title, in it a row per language and a column for each layer 1 … L.
+    """Draws a panel for each title, with a row per language and a column for each layer 1 … L.
 
     Args:
-      panels: title -> language -> a fraction of every layer. label: what the fractions are, in %.
+      panels: title -> language -> a fraction for each layer. label: of the fractions, in %.
     """
     rows = max(len(by_language) for by_language in panels.values())
     figure = Figure(figsize=(1.0 + 4.2 * len(panels), max(2.8, 1.4 + 0.28 * rows)),
@@ -87,11 +87,11 @@ def draw_by_layer(
 def draw_sentences(
     panels: dict[str, dict[str, Float[np.ndarray, "N D"]]], out: Path, joined: int = 0
 ) -> None:
-    """Sentences as points in the plane of their first two principal components.
+    """Draws sentences in the plane of their first two principal components.
 
     Args:
-      panels: title -> language -> the vectors of the same sentences in each language.
-      joined: of the first so many a grey line goes through the language's points.
+      panels: title -> language -> vectors of the same sentences in each language.
+      joined: the number of sentences whose translations are connected by a grey line.
     """
     figure = Figure(figsize=(1.0 + 4.6 * len(panels), 4.4), layout="constrained")
     for axes, (title, by_language) in zip(
@@ -99,11 +99,11 @@ def draw_sentences(
         every = np.stack(list(by_language.values()))  # [languages, sentences, D]
         flat = every.reshape(-1, every.shape[-1])
         plane = np.linalg.svd(flat - flat.mean(axis=0), full_matrices=False)[2][:2]
-        at = (every - flat.mean(axis=0)) @ plane.T
+        points_of = (every - flat.mean(axis=0)) @ plane.T
         for sentence in range(joined):
-            axes.plot(*at[:, sentence].T, color="0.8", linewidth=0.6, zorder=0)
-        colours = colormaps["tab20"](np.arange(len(at)) % 20)
-        for name, points, colour in zip(by_language, at, colours, strict=True):
+            axes.plot(*points_of[:, sentence].T, color="0.8", linewidth=0.6, zorder=0)
+        colours = colormaps["tab20"](np.arange(len(points_of)) % 20)
+        for name, points, colour in zip(by_language, points_of, colours, strict=True):
             axes.scatter(*points.T, s=12, color=colour, label=name)
         axes.set(title=title, xticks=[], yticks=[])
         axes.spines[["top", "right"]].set_visible(False)
@@ -113,10 +113,10 @@ def draw_sentences(
 
 
 def draw_curves(metrics: dict[str, list[list[dict[str, float]]]], out: Path) -> bool:
-    """Loss and development score by step: a line for each run, a colour for each model.
+    """Draws loss and development score by step: a line per run, a colour per model.
 
     Args:
-      metrics: of every model, by seed, the records of `metrics.jsonl`.
+      metrics: model -> for each seed the records of `metrics.jsonl`.
 
     Returns:
       Whether there was anything to draw.
@@ -125,7 +125,7 @@ def draw_curves(metrics: dict[str, list[list[dict[str, float]]]], out: Path) -> 
             for records in seeds]
     counts = Counter(name for _, _, records in runs for x in records for name in x)
     dev = [name for name in ("dev/likelihood", "dev/exact_match")
-           if counts[name] > len(runs)][:1]  # one point is no curve
+           if counts[name] > len(runs)][:1]  # one point is not a curve
     if not runs:
         return False
     figure = Figure(figsize=(4.8 * (1 + len(dev)), 3.6), layout="constrained")
@@ -146,24 +146,24 @@ def draw_curves(metrics: dict[str, list[list[dict[str, float]]]], out: Path) -> 
 
 
 def draw_languages(before, after: dict[str, Any], out: Path) -> None:
-    """Languages in the plane of the first two specific directions of the last layer, before and
+    """Draws languages in the plane of the last layer's first two specific directions, before and
     after; and the singular values by layer.
 
     Args:
-      before: the `Probe` of the LLM as it was. after: those of trained ones, by name.
+      before: the `Probe` of the original LLM. after: those of trained LLMs, by name.
     """
     figure = Figure(figsize=(10.5, 4.4), layout="constrained")
     plane, values = figure.subplots(1, 2)
     basis = before.subspaces(before.layers).specific[:, :2]
     markers = "osD^vP*X"
-    for i, (name, found) in enumerate({"before": before, **after}.items()):
-        # Against the central language: what all share is no difference.
-        at = (found.means[-1] - found.means[-1][0]) @ basis
-        at = np.pad(at, ((0, 0), (0, 2 - at.shape[1])))
-        plane.scatter(*at.T, marker=markers[i % len(markers)], label=name, s=36,
+    for i, (name, probe) in enumerate({"before": before, **after}.items()):
+        # Relative to the central language: a shift common to all languages is not a difference.
+        points = (probe.means[-1] - probe.means[-1][0]) @ basis
+        points = np.pad(points, ((0, 0), (0, 2 - points.shape[1])))
+        plane.scatter(*points.T, marker=markers[i % len(markers)], label=name, s=36,
                       facecolors="none" if i else "0.2", edgecolors=f"C{i}" if i else "0.2")
         if i == 0:
-            for language, point in zip(found.languages, at, strict=True):
+            for language, point in zip(probe.languages, points, strict=True):
                 plane.annotate(language, point, textcoords="offset points", xytext=(5, 5))
     plane.set(xlabel="first specific direction", ylabel="second specific direction",
               title=f"last layer, {before.languages[0]} at the origin")

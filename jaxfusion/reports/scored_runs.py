@@ -1,4 +1,4 @@
-"""Runs as `eval.py` left them, side by side: on the same rows, or refused."""
+"""Reads runs that `eval.py` scored, and compares them on the same rows."""
 
 import json
 import logging
@@ -15,7 +15,7 @@ from jaxfusion.reports.comparison import Comparison
 from jaxfusion.reports.language_groups import standard_groups
 
 DETAILS, ALONE = "details.json", "llm_only_details.json"
-KEPT = {"correct", "queries", "targets", "answers", "likelihoods", "labels"}  # of every language
+FIELDS = {"correct", "queries", "targets", "answers", "likelihoods", "labels"}  # of every language
 LLM_ALONE = "LLM alone"  # in tables
 logger = logging.getLogger(__name__)
 Details = dict[str, dict[str, dict[str, Any]]]  # by task and language
@@ -23,12 +23,12 @@ Details = dict[str, dict[str, dict[str, Any]]]  # by task and language
 
 @dataclass(frozen=True)
 class ScoredRun:
-    """One run and what it was scored.
+    """One run and its scores.
 
     Attributes:
       place: its workdir, or a file of details. details: see `runs/score.py`.
-      about: what the scores are of. config: the run's. metrics: its training's, step by step.
-      comparison: config of the comparison that the run is part of; empty where there is none.
+      about: the settings of the scores. config: of the run. metrics: of its training, by step.
+      comparison: config of the comparison that the run is part of; empty if there is none.
     """
 
     place: str
@@ -39,18 +39,18 @@ class ScoredRun:
     comparison: dict[str, Any] = field(default_factory=dict)
 
 
-# Runs of the same model with other seeds, by the model's name.
+# Runs of the same model with different seeds, by the model's name.
 Models = dict[str, list[ScoredRun]]
 
 
 def read_run(place: Path, alone: bool = False) -> ScoredRun:
-    """What a workdir (or a file of details) holds.
+    """The scored run in a workdir, or in a file of details.
 
     Args:
-      alone: the scores of the bare LLM.
+      alone: read the scores of the bare LLM.
 
     Raises:
-      InputError: it has not been scored.
+      InputError: the run has not been scored.
     """
     file = place if place.is_file() else place / "eval" / (ALONE if alone else DETAILS)
     workdir = file.parent.parent
@@ -66,26 +66,26 @@ def read_run(place: Path, alone: bool = False) -> ScoredRun:
 
 
 def _enclosing(workdir: Path) -> dict[str, Any]:
-    """The config of the comparison in whose workdir this one is: `VARIANT` or `VARIANT/seed_N`."""
-    found = (_json(parent / "config.json") for parent in list(workdir.absolute().parents)[:2])
-    return next((config for config in found if config.get("job") == "compare"), {})
+    """The config of the comparison above a workdir `VARIANT` or `VARIANT/seed_N`; else empty."""
+    configs = (_json(parent / "config.json") for parent in list(workdir.absolute().parents)[:2])
+    return next((config for config in configs if config.get("job") == "compare"), {})
 
 
 def _records(metrics: Path) -> list[dict[str, float]]:
-    """Training's metrics up to a line that is being written; none where they are damaged."""
+    """Training's metrics, without a line that is being written; empty if the file is damaged."""
     if not metrics.is_file():
         return []
     written = metrics.read_bytes()
     lines = written[: written.rfind(b"\n") + 1].splitlines()
     try:
-        found = [json.loads(line) for line in lines]
+        records = [json.loads(line) for line in lines]
     except ValueError:
-        found = [None]
+        records = [None]
     if not is_as_written(metrics, written, grows=True) or not all(
-            isinstance(record, dict) and "step" in record for record in found):
-        logger.warning("%s is damaged: its curves are left out", metrics)
+            isinstance(record, dict) and "step" in record for record in records):
+        logger.warning("%s is damaged: its curves are skipped", metrics)
         return []
-    return found
+    return records
 
 
 def _json(file: Path) -> dict[str, Any]:
@@ -93,24 +93,24 @@ def _json(file: Path) -> dict[str, Any]:
 
 
 def read_models(asked: Sequence[str]) -> Models:
-    """Runs by name; each of `asked` is a workdir or, of several seeds, some with commas between.
+    """Runs by name; each argument is a workdir or, for several seeds, a comma-separated list.
 
     Raises:
-      InputError: one has not been scored.
+      InputError: a run has not been scored.
     """
     places = {text: [Path(place) for place in text.split(",")] for text in asked}
     every = [place.resolve() for seeds in places.values() for place in seeds]
     if len(places) < len(asked) or len(set(every)) < len(every):
-        raise InputError(f"a run is given twice: {' '.join(asked)}")
-    found = {text: [read_run(place) for place in seeds] for text, seeds in places.items()}
+        raise InputError(f"duplicate run: {' '.join(asked)}")
+    runs_of = {text: [read_run(place) for place in seeds] for text, seeds in places.items()}
     names = {text: _name(seeds) for text, seeds in places.items()}
     if len(set(names.values())) < len(names):
         names = {text: text for text in names}
-    return {names[text]: runs for text, runs in found.items()}
+    return {names[text]: runs for text, runs in runs_of.items()}
 
 
 def _name(seeds: list[Path]) -> str:
-    """`runs/xnli`, `runs/x/last/seed_0,…` and `…/eval/llm_only_details.json` as in tables."""
+    """The name in tables of `runs/xnli`, `runs/x/last/seed_0,…` or `…/llm_only_details.json`."""
     place = seeds[0]
     if place.name == ALONE:
         return f"{LLM_ALONE} ({place.absolute().parent.parent.name})"
@@ -120,13 +120,13 @@ def _name(seeds: list[Path]) -> str:
 
 
 def compare_runs(models: Models, scoring: str | None = None) -> list[Comparison]:
-    """A comparison of every task that all models were scored on; the first is the reference.
+    """A comparison for each task that all models were scored on; the first is the reference.
 
     Args:
-      scoring: how an answer counts; None is `likelihood` where there are labels.
+      scoring: the scoring; None: `likelihood` if there are labels, else `exact_match`.
 
     Raises:
-      InputError: they have no language of a task in common, or their rows differ.
+      InputError: the models have no task and language in common, or their rows differ.
     """
     every = [run.details for runs in models.values() for run in runs]
     tasks = list(dict.fromkeys(task for details in every for task in details))
@@ -135,10 +135,10 @@ def compare_runs(models: Models, scoring: str | None = None) -> list[Comparison]
     for task, languages in common.items():
         absent = dict.fromkeys(x for y in every for x in y.get(task, {}) if x not in languages)
         if absent:
-            logger.warning("%s: not every run was scored in %s: left out", task, ", ".join(absent))
+            logger.warning("%s: not every run was scored in %s: skipped", task, ", ".join(absent))
     if not any(common.values()):
         has = [f"{name}: {', '.join(runs[0].details)}" for name, runs in models.items()]
-        raise InputError("the runs were scored on no task and language in common; "
+        raise InputError("the runs have no scored task and language in common; "
                          + "; ".join(has))
     known = {task: _scorings(task, languages, models)
              for task, languages in common.items() if languages}
@@ -147,23 +147,23 @@ def compare_runs(models: Models, scoring: str | None = None) -> list[Comparison]
     chosen = {task: scoring or ("likelihood" if "likelihood" in names else "exact_match")
               for task, names in known.items()}
     for task in (x for x in known if chosen[x] not in known[x]):
-        logger.warning("%s has no %s: left out", task, chosen[task])
+        logger.warning("%s has no %s: skipped", task, chosen[task])
     return [_compare(task, common[task], models, chosen[task])
             for task in known if chosen[task] in known[task]]
 
 
 def _scorings(task: str, languages: list[str], models: Models) -> list[str]:
-    """The ways of counting that all runs have of a task.
+    """The scorings of a task that all runs have.
 
     Raises:
-      InputError: a run was scored by a version that kept less.
+      InputError: a run was scored by an earlier version, which stored fewer fields.
     """
     every = [(run.place, run.details[task][x]) for runs in models.values() for run in runs
              for x in languages]
-    for place, found in every:
-        if not set(found) >= KEPT:
-            raise InputError(f"{place} was scored by an earlier version, which kept no "
-                             f"{', '.join(sorted(KEPT - set(found)))}; score it again")
+    for place, details in every:
+        if not set(details) >= FIELDS:
+            raise InputError(f"{place} was scored by an earlier version, which did not store "
+                             f"{', '.join(sorted(FIELDS - set(details)))}; score it again")
     return [x for x in every[0][1]["correct"] if all(x in y["correct"] for _, y in every)]
 
 
@@ -176,8 +176,8 @@ def _compare(task: str, languages: list[str], models: Models, scoring: str) -> C
         {name: {x: [run.details[task][x]["correct"][scoring] for run in runs] for x in languages}
          for name, runs in models.items()},
         groups, next(iter(models)), {},
-        {name: found for name, runs in models.items()
-         if (found := mean_weights(task, languages, runs))},
+        {name: weights for name, runs in models.items()
+         if (weights := mean_weights(task, languages, runs))},
         (*notes, *_settings(models)),
     )
 
@@ -185,48 +185,48 @@ def _compare(task: str, languages: list[str], models: Models, scoring: str) -> C
 def _groups(
     languages: list[str], models: Models
 ) -> tuple[dict[str, tuple[str, ...]], tuple[str, ...]]:
-    """Groups of languages, and what to say of them: those of the comparison that all runs are part
-    of, if they are."""
+    """Groups of languages and remarks: those of the comparison if all runs are part of one."""
     every = [run.comparison for runs in models.values() for run in runs]
     asked = [{name: config.get(name) for name in ("groups", "development")} for config in every]
     if any(x != asked[0] for x in asked):
         return standard_groups(languages), ()
     chosen_on = asked[0]["development"] or ()
     counted = [x for x in languages if x not in chosen_on]
-    groups = {name: kept for name, names in (asked[0]["groups"] or {}).items()
-              if (kept := tuple(x for x in names if x in counted))}
+    groups = {name: members for name, names in (asked[0]["groups"] or {}).items()
+              if (members := tuple(x for x in names if x in counted))}
     if not asked[0]["groups"]:
         groups = standard_groups(counted)
-    return groups, ((f"Recipes were chosen on {', '.join(chosen_on)}; no mean has them.",)
+    return groups, ((f"Recipes were chosen on {', '.join(chosen_on)}; means exclude them.",)
                     if chosen_on else ())
 
 
 def _settings(models: Models) -> tuple[str, ...]:
-    """A line for every setting of scoring in which the runs differ."""
+    """A line for each scoring setting in which the runs differ."""
     lines = []
     for setting in ("decoding", "decoder", "encoder", "drop_seen"):
         values = {name: dict.fromkeys(json.dumps(run.about.get(setting)) for run in runs)
                   for name, runs in models.items()}
-        if len({x for found in values.values() for x in found}) > 1:
-            lines.append(f"Not the same {setting}: " + "; ".join(
-                f"{name} {' and '.join(found)}" for name, found in values.items()) + ".")
+        if len({x for of_model in values.values() for x in of_model}) > 1:
+            lines.append(f"Different {setting}: " + "; ".join(
+                f"{name} {' and '.join(of_model)}" for name, of_model in values.items()) + ".")
     return tuple(lines)
 
 
 def mean_weights(
     task: str, languages: Sequence[str], runs: list[ScoredRun]
 ) -> dict[str, list[float]]:
-    """Layer weights by language, averaged over seeds; empty for what has none."""
-    found = {x: [weights for run in runs
+    """Layer weights by language, averaged over seeds; empty if a run has none."""
+    by_language = {x: [weights for run in runs
                  if (weights := run.details[task][x].get("layer_weights"))] for x in languages}
-    return {x: np.mean(seeds, axis=0).tolist() for x, seeds in found.items() if seeds}
+    return {x: np.mean(seeds, axis=0).tolist() for x, seeds in by_language.items() if seeds}
 
 
 def _check_rows(task: str, language: str, models: Models) -> None:
     """Raises InputError unless all runs were scored on the same rows in the same order."""
     every = [(run.place, run.details[task][language]) for runs in models.values() for run in runs]
     (first, theirs), *others = [
-        (place, [*zip(found["queries"], found["targets"], strict=True)]) for place, found in every]
+        (place, [*zip(details["queries"], details["targets"], strict=True)])
+        for place, details in every]
     for place, rows in others:
         if len(rows) != len(theirs):
             raise InputError(
@@ -235,5 +235,5 @@ def _check_rows(task: str, language: str, models: Models) -> None:
         if rows != theirs:
             number = next(i for i, pair in enumerate(zip(rows, theirs, strict=True), start=1)
                           if pair[0] != pair[1])
-            raise InputError(f"{task} {language}: row {number} is another in {first} than in "
+            raise InputError(f"{task} {language}: row {number} differs between {first} and "
                              f"{place}; score both on the same rows")

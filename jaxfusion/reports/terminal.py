@@ -23,14 +23,14 @@ Results = dict[str, dict[str, dict[str, dict[str, Any]]]]
 def merge_results(
     file: Path, new: Results, about: dict[str, Any], indent: int | None = 2
 ) -> Results:
-    """Adds results to a file, which keeps what it has of other tasks and languages.
+    """Merges results into a file, which keeps its results for other tasks and languages.
 
-    Results of something else (another checkpoint, another limit on rows) do not mix: a file that
-    is about something else is kept under the name of its step, a damaged one under that of its
-    damage.
+    Results with other settings (another checkpoint, another limit on rows) are not mixed: the old
+    file is renamed after its step, a damaged one to `damaged`.
 
     Args:
-      about: what the results are of; stored beside them as `NAME.about.json`. Has a field `step`.
+      about: the settings of the results; stored next to them as `NAME.about.json`. Has a field
+        `step`.
     """
     file.parent.mkdir(parents=True, exist_ok=True)
     about_file = file.with_suffix(".about.json")
@@ -38,12 +38,12 @@ def merge_results(
     if file.is_file():
         results, tag = _read(file, about_file, about)
         if tag is not None:
-            kept = _free_name(file, tag)
+            backup = _free_name(file, tag)
             if tag == DAMAGED:
-                logger.warning("%s or %s is damaged: kept as %s, and a new one begins", file,
-                               about_file.name, kept.name)
-            _move(file, kept)
-            _move(about_file, kept.with_suffix(".about.json"))
+                logger.warning("%s or %s is damaged: renamed to %s, starting a new one", file,
+                               about_file.name, backup.name)
+            _move(file, backup)
+            _move(about_file, backup.with_suffix(".about.json"))
     for task, languages in new.items():
         results.setdefault(task, {}).update(languages)
     _write(about_file, about, indent)
@@ -52,27 +52,27 @@ def merge_results(
 
 
 def _read(file: Path, about_file: Path, about: dict[str, Any]) -> tuple[Results, str | None]:
-    """What a file has of the same; or the tag under which to keep one that is of something else."""
+    """The results with the same settings; or the tag to rename a file with other settings."""
     try:
         old = read_json(about_file, "")
         if old != about:
             return {}, f"step{int(old['step'])}"
-        found = read_json(file, "")
+        results = read_json(file, "")
     except (InputError, OSError, KeyError, TypeError, ValueError):
         return {}, DAMAGED
-    shaped = all(isinstance(languages, dict) for languages in found.values())
-    return (found, None) if shaped else ({}, DAMAGED)
+    valid = all(isinstance(languages, dict) for languages in results.values())
+    return (results, None) if valid else ({}, DAMAGED)
 
 
 def _move(file: Path, to: Path) -> None:
-    """A file, and what is noted of it, under another name."""
+    """Renames a file and its checksum."""
     for was, now in ((file, to), (sum_of(file), sum_of(to))):
         if was.is_file():
             was.rename(now)
 
 
 def _free_name(file: Path, tag: str) -> Path:
-    """`results.TAG.json`, or `results.TAG-2.json` … where that is taken."""
+    """`results.TAG.json`, or `results.TAG-2.json` … if it exists."""
     candidate, number = file.with_suffix(f".{tag}.json"), 1
     while candidate.exists():
         number += 1
@@ -85,11 +85,11 @@ def _write(file: Path, content: Any, indent: int | None) -> None:
 
 
 def print_table(results: Results, title: str) -> None:
-    """One table per task: a row per language with accuracy and 95% interval, and the mean."""
+    """Prints a table per task: accuracy and 95% interval for each language, and the mean."""
     for task, languages in results.items():
         scorings = sorted({name for scores in languages.values() for name in scores})
         table = Table("language", "n", *scorings, title=escape(f"{task}: {title}"),
-                      caption="accuracy in %, with its 95% interval")
+                      caption="accuracy in %, with 95% interval")
         for language, scores in languages.items():
             n = next(iter(scores.values()))["n"]
             table.add_row(escape(language), str(n), *(_cell(scores[name]) for name in scorings))
@@ -104,17 +104,17 @@ def print_table(results: Results, title: str) -> None:
 
 
 def print_comparison(c: Comparison) -> None:
-    """The table of a comparison, and what its reader must know."""
+    """Prints the table of a comparison and its remarks."""
     _print(table(c), f"{c.task}: accuracy in %, {c.scoring}", "\n".join(remarks(c)),
            len(c.languages))
 
 
 def print_differences(c: Comparison) -> None:
-    """For every other model than the reference a table of what it gets right more."""
+    """Prints a table of differences to the reference for every other model."""
     for model in c.correct:
         if model != c.reference:
             _print(differences(c, model), f"{c.task}, {c.scoring}: {model} against {c.reference}",
-                   "p: McNemar's exact test of one language, the permutation test of pairs for "
+                   "p: McNemar's exact test for one language, the paired permutation test for "
                    "means and seeds", len(c.languages))
 
 

@@ -1,11 +1,11 @@
-"""Bridges that others trained, as a workdir: scored, exported and trained on like one of ours.
+"""Imports a bridge of other software as a workdir, to score, export or continue training it.
 
     python -m jaxfusion.runs.adopt SRC WORKDIR [--encoder NAME] [--decoder NAME]
 
 SRC is a directory or a hub id: LangBridge's layout (`lb.enc.*`, `lb.lm.*`, `lb.alignment.*`), a
-directory that export.py wrote, or MindMerger's mapping. Pickles go through `jaxfusion.hf.convert`
-first. What SRC does not hold comes from the backbones: config and tokenizer of LangBridge's, all of
-MindMerger's.
+directory that export.py wrote, or MindMerger's mapping. Convert pickles with `jaxfusion.hf.convert`
+first. Whatever SRC lacks comes from the backbones: config and tokenizer for LangBridge, everything
+but the mapping for MindMerger.
 """
 
 import argparse
@@ -56,13 +56,13 @@ from jaxfusion.training.state import Flat, State, describe, make_bridge, read_sh
 def adopt(
     source: str, workdir: Path, encoder: str | None = None, decoder: str | None = None
 ) -> None:
-    """Writes a workdir with the bridge `source` as its checkpoint of step 0.
+    """Writes a workdir with the bridge `source` as its checkpoint at step 0.
 
     Args:
-      encoder, decoder: directory or hub id of the backbones; default to what `source` names.
+      encoder, decoder: directory or hub id of the backbones; default: those named in `source`.
 
     Raises:
-      InputError: an unknown layout, or a backbone that is named nowhere.
+      InputError: unknown layout, or a backbone without a name.
     """
     path, _ = resolve(source, also=("encoder/*", "decoder/*", "encoder_tokenizer/*"))
     path, workdir = path.resolve(), workdir.absolute()
@@ -83,8 +83,9 @@ def adopt(
             start = ends[0].removesuffix("end_boundary")
             config, trained = _mindmerger(tensors, named, start)
         else:
-            raise InputError(f"{path} is no bridge: wanted tensors lb.alignment.* (LangBridge), "
-                             "end_boundary (MindMerger), or a directory that export.py wrote")
+            raise InputError(f"{path} is not a bridge: expected tensors lb.alignment.* "
+                             "(LangBridge), end_boundary (MindMerger), or a directory that "
+                             "export.py wrote")
         shapes = _check_widths(config, trained, partial, workdir)
         if described.get("model_type") == "jaxfusion_bridge":
             trained |= _of_towers(config, shapes, tensors)
@@ -99,33 +100,33 @@ def adopt(
 
 
 def _read(rows: Table, tensors: TensorFiles) -> Flat:
-    """Parameters of ours that none of their axes splits.
+    """Reads parameters whose axes are not split.
 
     Raises:
-      InputError: tensors are missing, named.
+      InputError: tensors are missing; the message lists all.
     """
     missing = [row.theirs for row in rows.rows if row.theirs not in tensors.files]
     if missing:
         raise InputError(f"{tensors.path} lacks {', '.join(missing)}")
-    found = {}
+    params = {}
     for row in rows.rows:
         x = tensors.read(row.theirs)
-        found[row.ours] = {"same": x, "linear_in": x.T, "vector": x.reshape(-1)}[row.transform]
-    if "fusion/t" in found:  # which earlier exports have as a vector of one
-        found["fusion/t"] = found["fusion/t"].reshape(())
-    return found
+        params[row.ours] = {"same": x, "linear_in": x.T, "vector": x.reshape(-1)}[row.transform]
+    if "fusion/t" in params:  # a vector of size 1 in earlier exports
+        params["fusion/t"] = params["fusion/t"].reshape(())
+    return params
 
 
 def _backbones(named: dict[str, str | None], default: dict[str, str | None]) -> dict[str, str]:
-    found = {role: named[role] or default.get(role) for role in named}
-    missing = [f"--{role}" for role, name in found.items() if name is None]
+    names = {role: named[role] or default.get(role) for role in named}
+    missing = [f"--{role}" for role, name in names.items() if name is None]
     if missing:
-        raise InputError(f"the backbones are named nowhere; give {' and '.join(missing)}")
-    return found
+        raise InputError(f"the source does not name its backbones; give {' and '.join(missing)}")
+    return names
 
 
 def _ours(path: Path, described, tensors: TensorFiles, named) -> tuple[Config, Flat]:
-    """A directory that export.py wrote."""
+    """Reads a directory that export.py wrote."""
     fusion, projector = described["fusion"], described["projector"]
     parts = {"encoder": described["reader"], "decoder": described["writer"]}
     names = _backbones(named, {
@@ -149,7 +150,7 @@ def _ours(path: Path, described, tensors: TensorFiles, named) -> tuple[Config, F
 def _of_towers(
     config: Config, shapes: dict[str, MT5Config | DecoderConfig], tensors: TensorFiles
 ) -> Flat:
-    """What an export without `--merge` holds of its backbones: the parameters trained in them."""
+    """The trained parameters of the backbones, from an export without `--merge`."""
     bridge = make_bridge(config, shapes["encoder"], shapes["decoder"])
     places = describe(lambda: bridge.init(jax.random.key(0), ROLES), make_mesh())
     rows = tuple(
@@ -158,7 +159,7 @@ def _of_towers(
         if f"{role}.{row.theirs.format(i=0)}" in tensors.files
     )
     wanted = {row.ours: places[row.ours].update(dtype=jnp.float32) for row in rows}
-    # Fusion and projector have been read.
+    # Fusion and projector are read elsewhere.
     return load_params(tensors.path, Table(rows, (r"(fusion|projector)\..*",)), wanted)
 
 
@@ -168,7 +169,7 @@ def _check_widths(
     """The backbones' shapes.
 
     Raises:
-      InputError: the projector joins other widths than theirs.
+      InputError: the projector's widths differ from theirs.
     """
     paths = {}
     for role in ROLES:
@@ -178,11 +179,11 @@ def _check_widths(
                        else find_files(name, NOT_WEIGHTS, getattr(config, role).revision))
     shapes = read_shapes(paths)
     first = {"linear": "out", "resampler": "q"}.get(config.projector.name, "hidden")
-    found = {"encoder": trained[f"projector/{first}/kernel"].shape[0],
+    widths = {"encoder": trained[f"projector/{first}/kernel"].shape[0],
              "decoder": trained["projector/end"].shape[0]}
     for role, shape in shapes.items():
-        if found[role] != shape.d_model:
-            raise InputError(f"the projector is made for an {role} of width {found[role]}, "
+        if widths[role] != shape.d_model:
+            raise InputError(f"the projector expects an {role} of width {widths[role]}, but "
                              f"{getattr(config, role).checkpoint} has {shape.d_model}")
     return shapes
 
@@ -191,10 +192,10 @@ def _langbridge(
     path: Path, described: dict[str, Any], tensors: TensorFiles, named, partial: Path,
     workdir: Path,
 ) -> tuple[Config, Flat]:
-    """LangBridge's layout: its two backbones become directories of their own in the workdir."""
+    """Reads LangBridge's layout; writes its two backbones to directories in the workdir."""
     kind = described.get("alignments", "linear")
     if kind not in ALIGNMENTS:
-        raise InputError(f"{path}/config.json: alignments is '{kind}', known are "
+        raise InputError(f"{path}/config.json: alignments is '{kind}', expected one of "
                          f"{', '.join(ALIGNMENTS)}")
     names = _backbones(named, {"encoder": described.get("enc"), "decoder": described.get("lm")})
     for role, name in names.items():
@@ -213,29 +214,29 @@ def _langbridge(
 
 
 def _write_backbone(role: str, name: str, source: Path, tensors: TensorFiles, out: Path) -> None:
-    """A tower out of LangBridge's checkpoint, with the config and tokenizer of the backbone `name`.
+    """Writes a tower of LangBridge's checkpoint with config and tokenizer of the backbone `name`.
     """
     place = find_files(name, NOT_WEIGHTS)
     config, shapes = read_config(place), tensors.shapes()
     read, embed = {"encoder": (encoder_config, "shared.weight"),
                    "decoder": (decoder_config, "model.embed_tokens.weight")}[role]
-    there = langbridge_names(role, [embed])[embed]
-    if there in shapes:
-        config["vocab_size"] = shapes[there][0]  # added tokens make the table longer
+    embed_name = langbridge_names(role, [embed])[embed]
+    if embed_name in shapes:
+        config["vocab_size"] = shapes[embed_name][0]  # added tokens extend the table
     shape = read(config, f"{place}/config.json")
     usual = usual_names(table(shape), shape.num_layers)
-    held = {name: next((x for x in langbridge_names(role, names).values() if x in shapes), None)
+    stored = {name: next((x for x in langbridge_names(role, names).values() if x in shapes), None)
             for name, names in usual.items()}
-    missing = [name for name, x in held.items() if x is None]
+    missing = [name for name, x in stored.items() if x is None]
     if missing:
         raise InputError(f"{source} lacks tensors of {place}: {', '.join(missing)}")
-    copy_tower(source, out, config, held, {}, None)
+    copy_tower(source, out, config, stored, {}, None)
     added = LANGBRIDGE_WHITESPACE if role == "encoder" else ()
     write_tokenizer(out, load_tokenizer(place, shape.vocab_size, role, added))
 
 
 def _mindmerger(tensors: TensorFiles, named, start: str) -> tuple[Config, Flat]:
-    """MindMerger's mapping; its two backbones are those of the command line."""
+    """Reads MindMerger's mapping; the command line names its backbones."""
     names = _backbones(named, {})
     trained = _read(mindmerger_table(start), tensors)
     config = Config(

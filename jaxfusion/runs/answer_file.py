@@ -1,4 +1,4 @@
-"""A user's own file, answered row by row; a stopped run goes on where it stood."""
+"""Answers a user's own file row by row; the same call resumes a stopped one."""
 
 import json
 import logging
@@ -33,34 +33,34 @@ from jaxfusion.files import (
 from jaxfusion.runs.open_run import open_run
 
 logger = logging.getLogger(__name__)
-BATCHES = 8  # are sorted by length together, and written together
-OURS = ("answer", "prediction", "probabilities")  # columns that are written
+BATCHES = 8  # sorted by length and written together
+OURS = ("answer", "prediction", "probabilities")  # output columns
 
 
 def answer_file(
     workdir: Path, source: Path, out: Path, *, llm_only: bool = False,
     decoding: dict[str, Any] | None = None,
 ) -> int:
-    """Answers every row of a file with a bridge, or its bare LLM.
+    """Answers every row of a file with a bridge or its bare LLM.
 
-    A row has the columns of the prompt of the run's task, or a column `prompt` with the whole
-    text. Each line of `out` is the row with an `answer`; for a task with labels also the likeliest
-    of them as `prediction`, and the `probabilities` of all. Beside `out`, `NAME.about.json` says
-    what made the answers.
+    A row has the columns of the task's prompt, or a column `prompt` with the full text. Each line
+    of `out` is the row with an `answer`; for a task with labels also the most likely one as
+    `prediction`, and the `probabilities` of all. `NAME.about.json` next to `out` has the settings
+    of the answers.
 
     Args:
       source: `.jsonl` or another file that `read_file` reads.
-      out: `.jsonl`; rows that it has already are not answered again.
-      decoding: fields of `EvalConfig` in place of the run's own.
+      out: `.jsonl`; rows that it already has are not answered again.
+      decoding: fields of `EvalConfig` that override the run's own.
 
     Returns:
-      How many rows were answered now.
+      The number of newly answered rows.
 
     Raises:
-      InputError: no such run or file, a row without its columns, or an `out` of something else.
+      InputError: no such run or file, a missing column, or an `out` with other rows or settings.
     """
     if out.suffix != ".jsonl" or out.is_dir():
-        raise InputError(f"the output is {out}, wanted the name of a .jsonl file")
+        raise InputError(f"the output is {out}, expected the name of a .jsonl file")
     if out.exists() and source.exists() and out.samefile(source):
         raise InputError(f"{out} is the input; give another file for the output")
     run = open_run(workdir, decoding, llm_only)
@@ -92,7 +92,7 @@ def answer_file(
 
 
 def _chunks(done: int, rows: int, size: int) -> Iterator[range]:
-    """The numbers of the rows that are left, some at a time, with a progress bar."""
+    """The numbers of the remaining rows in chunks, with a progress bar."""
     console = Console(stderr=True)
     with Progress(BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=console,
                   disable=not console.is_terminal) as progress:
@@ -104,10 +104,10 @@ def _chunks(done: int, rows: int, size: int) -> Iterator[range]:
 
 @contextmanager
 def _alone(out: Path) -> Iterator[TextIO]:
-    """The file to write behind.
+    """Opens the file to append to, locked.
 
     Raises:
-      InputError: another process writes it; or the disk is full.
+      InputError: another process writes it, or the disk is full.
     """
     out.parent.mkdir(parents=True, exist_ok=True)
     with (only_writer(note_of(out), out), no_room(out),
@@ -116,14 +116,14 @@ def _alone(out: Path) -> Iterator[TextIO]:
 
 
 def query_of(task: Task, row: dict[str, Any], where: str) -> str:
-    """The encoder's text of a row: its `prompt`, or the task's with the row's columns.
+    """The encoder's text of a row: its `prompt`, or the task's prompt with the row's columns.
 
     Raises:
-      InputError: a column is missing or empty, or has the name of one that is written.
+      InputError: a column is missing or empty, or has the name of an output column.
     """
-    taken = [name for name in OURS if name in row]
-    if taken:
-        raise InputError(f"{where}: column '{taken[0]}' is one that is written; rename it")
+    reserved = [name for name in OURS if name in row]
+    if reserved:
+        raise InputError(f"{where}: column '{reserved[0]}' is an output column; rename it")
     columns = re.findall(r"{(\w+)}", task.prompt)
     if "prompt" in row and "prompt" not in columns:
         columns, text = ["prompt"], "{prompt}"
@@ -131,46 +131,46 @@ def query_of(task: Task, row: dict[str, Any], where: str) -> str:
         text = task.prompt
     for name in columns:
         if name not in row:
-            raise InputError(f"{where}: column '{name}' is missing; wanted {', '.join(columns)} "
-                             f"(or the whole text as 'prompt'), found: {', '.join(row)}")
+            raise InputError(f"{where}: column '{name}' is missing; expected {', '.join(columns)} "
+                             f"(or the full text as 'prompt'), got {', '.join(row)}")
         if is_blank(row[name]):
             raise InputError(f"{where}: column '{name}' is empty")
     return text.format(**row)
 
 
 def _begin(out: Path, rows: list[Placed], about: dict[str, Any]) -> int:
-    """How many rows `out` answers already; a line that was cut short by a stop is taken away.
+    """The number of rows that `out` already answers; removes an incomplete last line.
 
     Raises:
-      InputError: it was made otherwise, or of other rows.
+      InputError: `out` has other settings or other rows.
     """
     about_file = out.with_name(f"{out.name}.about.json")
     about = json.loads(json.dumps(about))
     if not out.stat().st_size:
-        sum_of(out).unlink(missing_ok=True)  # of a file that was removed
+        sum_of(out).unlink(missing_ok=True)  # of a removed file
         write_checked(about_file, json.dumps(about, indent=2, ensure_ascii=False) + "\n")
         return 0
-    anew = f"give another --output, or remove {out}"
+    restart = f"give another --output, or remove {out}"
     if not about_file.is_file():
-        raise InputError(f"{about_file} is missing, which says what {out} was begun with: {anew}")
-    old = read_json(about_file, anew)
+        raise InputError(f"{about_file}, with the settings of {out}, is missing: {restart}")
+    old = read_json(about_file, restart)
     for name in about:
         if old.get(name) != about[name]:
-            raise InputError(f"{out} was begun with {name} {old.get(name)!r}, not "
+            raise InputError(f"{out} was started with {name} {old.get(name)!r}, not "
                              f"{about[name]!r}; give another --output, or remove it")
-    whole = out.read_bytes()
-    if not is_as_written(out, whole, grows=True):
-        raise InputError(f"{out} is damaged: it is not what was written; {anew}")
-    whole = whole[: whole.rfind(b"\n") + 1]
-    os.truncate(out, len(whole))
+    content = out.read_bytes()
+    if not is_as_written(out, content, grows=True):
+        raise InputError(f"{out} is damaged: it does not match its checksum; {restart}")
+    content = content[: content.rfind(b"\n") + 1]
+    os.truncate(out, len(content))
     try:
-        lines = whole.decode().split("\n")[:-1]  # rows may hold other line separators
+        lines = content.decode().split("\n")[:-1]  # rows may contain other line separators
     except UnicodeDecodeError as error:
-        raise InputError(f"{out} is damaged ({error}): {anew}") from None
+        raise InputError(f"{out} is damaged ({error}): {restart}") from None
     for number, (line, (row, where)) in enumerate(zip(lines, rows, strict=False), start=1):
-        written = _written(line, f"{out}:{number} is damaged: {anew}")
+        written = _written(line, f"{out}:{number} is damaged: {restart}")
         if {name: written.get(name) for name in row} != json.loads(_dump(row)):
-            raise InputError(f"{out}:{number} answers another row than {where}; give another "
+            raise InputError(f"{out}:{number} answers a different row than {where}; give another "
                              "--output, or remove it")
     if len(lines) > len(rows):
         raise InputError(f"{out} has {len(lines)} answers, but there are {len(rows)} rows; give "
@@ -179,7 +179,7 @@ def _begin(out: Path, rows: list[Placed], about: dict[str, Any]) -> int:
 
 
 def _written(line: str, damaged: str) -> dict[str, Any]:
-    """A line as it was written; raises InputError where it is none of ours."""
+    """A parsed output line; raises InputError if it is not one."""
     try:
         written = json.loads(line)
     except ValueError:
@@ -192,15 +192,15 @@ def _written(line: str, damaged: str) -> dict[str, Any]:
 def _lines(task: Task, rows: list[dict[str, Any]], scored: Scored) -> list[str]:
     lines = []
     for row, answer, likelihoods in zip(rows, scored.answers, scored.likelihoods, strict=True):
-        found = {"answer": answer}
+        columns = {"answer": answer}
         if task.labels:
             chances = dict(zip(task.labels, softmax(likelihoods).round(4).tolist(), strict=True))
-            found |= {"prediction": max(chances, key=chances.get), "probabilities": chances}
-        lines.append(_dump({**row, **found}) + "\n")
+            columns |= {"prediction": max(chances, key=chances.get), "probabilities": chances}
+        lines.append(_dump({**row, **columns}) + "\n")
     return lines
 
 
 def _dump(row: dict[str, Any]) -> str:
-    """A row as JSON: what is no number is null, what JSON does not know its text."""
+    """A row as JSON: NaN becomes null, types that JSON does not have become text."""
     return json.dumps({name: None if value != value else value for name, value in row.items()},
                       ensure_ascii=False, default=str)

@@ -1,4 +1,4 @@
-"""One input, answered: the text, how likely each label is, and the layers behind each token."""
+"""Answers one input: prints the text, each label's probability, and each token's layer weights."""
 
 import re
 from pathlib import Path
@@ -23,17 +23,17 @@ def ask(
     """Prints and returns the answer to one input.
 
     Args:
-      text: the columns of the task's prompt in their order, with a bar between.
-      llm_only: the bare LLM answers.
-      decoding: fields of `EvalConfig` in place of the run's own.
+      text: the columns of the task's prompt in order, separated by `|`.
+      llm_only: use the bare LLM.
+      decoding: fields of `EvalConfig` that override the run's own.
 
     Raises:
-      InputError: no such run, or another number of columns.
+      InputError: no such run, or the wrong number of columns.
     """
     run = open_run(workdir, decoding, llm_only)
     query = fill(run.task, text)
-    if not llm_only and (strange := unknown_words(run.tokenizers.encoder, text)):
-        print(f"not in the encoder's vocabulary, so spelled or skipped: {', '.join(strange)}")
+    if not llm_only and (unknown := unknown_words(run.tokenizers.encoder, text)):
+        print(f"not in the encoder's vocabulary, so spelled or skipped: {', '.join(unknown)}")
     with run.on_mesh():
         scored = run.scorer(run.task)(run.params, [Example(query, "", -1)], run.task)
     console = Console(highlight=False)
@@ -49,38 +49,38 @@ def fill(task: Task, text: str) -> str:
     """The task's prompt with the columns of `text`.
 
     Raises:
-      InputError: another number of columns than the prompt has.
+      InputError: the wrong number of columns.
     """
     columns = re.findall(r"{(\w+)}", task.prompt)
     fields = [field.strip() for field in text.split("|")]
     if len(fields) != len(columns) or not all(fields):
-        wanted = " | ".join(column.upper() for column in columns)
+        template = " | ".join(column.upper() for column in columns)
         raise InputError(f"--ask got {len([f for f in fields if f])} of the columns "
-                         f"{', '.join(columns)}; write: --ask \"{wanted}\"")
+                         f"{', '.join(columns)}; write: --ask \"{template}\"")
     return task.prompt.format(**dict(zip(columns, fields, strict=True)))
 
 
 def unknown_words(tokenizer, text: str) -> list[str]:
-    """Words with a piece that the vocabulary lacks, or that fall apart into single characters."""
-    found = []
+    """Words with an unknown piece, or that are split into single characters."""
+    unknown = []
     for word in dict.fromkeys(text.replace("|", " ").split()):
         ids = tokenizer(word, add_special_tokens=False)["input_ids"]
         pieces = [piece.strip("▁") for piece in tokenizer.convert_ids_to_tokens(ids)]
         spelled = len(word) > 2 and all(len(piece) <= 1 for piece in pieces)
         if tokenizer.unk_token_id in ids or spelled:
-            found.append(word)
-    return found
+            unknown.append(word)
+    return unknown
 
 
 def _print_weights(console: Console, run: OpenRun, query: str) -> None:
-    """A row per encoder token with the weight of each layer, for fusions that have weights."""
-    found = run.layers_of(query)
-    if found is None:
-        console.print(f"fusion '{run.config.fusion.name}' takes one layer alone")
+    """Prints a row per encoder token with the weight of each layer, if the fusion has weights."""
+    by_token = run.layers_of(query)
+    if by_token is None:
+        console.print(f"fusion '{run.config.fusion.name}' uses a single layer")
         return
-    layers = range(1, len(found["weights"][0]) + 1)
+    layers = range(1, len(by_token["weights"][0]) + 1)
     table = Table("token", *(f"layer {i}" for i in layers), title="weight of each layer, in %")
-    for token, weights in zip(found["tokens"], found["weights"], strict=True):
+    for token, weights in zip(by_token["tokens"], by_token["weights"], strict=True):
         cells = (f"{SHADES[min(4, int(5 * x))]} {100 * x:4.1f}" for x in weights)
         table.add_row(escape(token), *cells)
     console.print(table)

@@ -1,10 +1,10 @@
-"""EleutherAI's lm-evaluation-harness with a bridge as its model: needs the extra `lm_eval`.
+"""Runs EleutherAI's lm-evaluation-harness on a bridge: needs the extra `lm_eval`.
 
     python -m jaxfusion.runs.lm_harness --model jaxfusion \
         --model_args workdir=runs/xnli_paper --tasks xcopa,xstorycloze
 
-Registers the model `jaxfusion`; all else is the harness' own command line. The encoder reads the
-context of a request, the LLM scores or writes what follows it.
+Registers the model `jaxfusion`; the command line is the harness' own. The encoder reads the
+context of a request; the LLM scores or generates the continuation.
 """
 
 import logging
@@ -24,7 +24,7 @@ try:
     from lm_eval.api.registry import register_model
     from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 except ModuleNotFoundError as error:
-    sys.exit(f"error: {error.name} is not installed; it comes with: pip install -e '.[lm_eval]'")
+    sys.exit(f"error: {error.name} is not installed: pip install -e '.[lm_eval]'")
 
 from jaxfusion.data.batching import TokenRow, in_order
 from jaxfusion.data.rows.examples import Example
@@ -34,7 +34,7 @@ from jaxfusion.evaluation.scoring import pad_options
 from jaxfusion.runs.open_run import open_run
 
 logger = logging.getLogger(__name__)
-# No labels of its own; few-shot examples come first, so that the end is the question.
+# No labels; few-shot examples come first, so the question is at the end.
 FREE = Task("{text}", (), (), keeps_end=True)
 Scored = list[tuple[float, bool]]
 
@@ -45,11 +45,11 @@ class JaxFusion(LM):
 
     Args:
       workdir: of the run.
-      llm_only: the bare LLM.
-      end: whether the end of the answer counts in a likelihood, as training put it behind every
-        answer and `eval.py` counts it; never for the bare LLM.
-      batch_size: rows at once; the run's unless given.
-      device, max_batch_size: the harness gives them; jax takes the devices that it finds.
+      llm_only: use the bare LLM.
+      end: whether a likelihood includes the end token, as in training and in `eval.py`; never for
+        the bare LLM.
+      batch_size: default: the run's.
+      device, max_batch_size: passed by the harness and ignored; jax uses all devices.
 
     Raises:
       InputError: no such run.
@@ -62,14 +62,14 @@ class JaxFusion(LM):
     ):
         super().__init__()
         if workdir is None:
-            raise InputError("no run is named; give --model_args workdir=DIR")
+            raise InputError("workdir is missing; give --model_args workdir=DIR")
         given = {"batch_size": int(batch_size)} if str(batch_size or "").isdigit() else {}
         self.run = open_run(Path(workdir), given, llm_only)
         self.bare, self.end, self.workdir = llm_only, end and not llm_only, workdir
 
     @property
     def tokenizer_name(self) -> str:
-        """What the harness files cached requests under."""
+        """The key of the harness' request cache."""
         return self.run.config.decoder.checkpoint
 
     def loglikelihood(
@@ -77,14 +77,14 @@ class JaxFusion(LM):
     ) -> Scored:
         """Log-likelihood of each continuation, and whether it is the greedy one.
 
-        Spaces between context and continuation are part of the context, as in this project's
-        prompts; options of the same context cost one pass of it.
+        Spaces between context and continuation belong to the context, as in jaxfusion's prompts;
+        options of the same context share one pass.
         """
         asked = [_at_seam(*request.args) for request in requests]
         empty = sum(not context.strip() for context, _ in asked)
         if empty and not self.bare:
-            logger.warning("%d of %d requests have no context: the encoder reads nothing there, "
-                           "the LLM alone decides", empty, len(asked))
+            logger.warning("%d of %d requests have no context: the encoder reads nothing, the LLM "
+                           "alone decides", empty, len(asked))
         contexts = list(dict.fromkeys(context for context, _ in asked))
         places = defaultdict(list)
         for i, (context, _) in enumerate(asked):
@@ -97,28 +97,28 @@ class JaxFusion(LM):
             [Example(context, "", -1) for context in contexts], FREE.keeps_end)
         if cut.any:
             logger.warning("contexts longer than the limits: %s", cut)
-        found = self._score(rows, [[ids[i] for i in places[context]] for context in contexts])
-        by_place = {i: x for context, scores in zip(contexts, found, strict=True)
+        scores_of = self._score(rows, [[ids[i] for i in places[context]] for context in contexts])
+        by_place = {i: x for context, scores in zip(contexts, scores_of, strict=True)
                     for i, x in zip(places[context], scores, strict=True)}
         return [by_place[i] for i in range(len(asked))]
 
     def loglikelihood_rolling(
         self, requests: list[Instance], disable_tqdm: bool = False
     ) -> list[float]:
-        """Log-likelihood of whole texts under the bare LLM, in windows that do not overlap.
+        """Log-likelihood of full texts under the bare LLM, in windows that do not overlap.
 
         Raises:
-          InputError: behind a bridge, where a text is read and not foretold.
+          InputError: the model is a bridge, which reads texts and does not predict them.
         """
         if not self.bare:
-            raise InputError("a bridge's encoder reads its text and foretells none of it; give "
-                             "--model_args llm_only=True for tasks of perplexity")
+            raise InputError("a bridge's encoder reads its text and does not predict it; give "
+                             "--model_args llm_only=True for perplexity tasks")
         tokenizers, limit = self.run.tokenizers, self.run.config.eval.max_decoder_tokens
         rows, options, counts = [], [], []
         for ids in tokenizers.encode_texts([request.args[0] for request in requests]):
             windows = [make_disjoint_window(x)
                        for x in get_rolling_token_windows(ids, 0, limit, 1)]
-            # The first window's context is the start, which every row has; later ones' follows it.
+            # The first window's context is the start of every row; later contexts follow it.
             rows += [TokenRow([], context if i else [], []) for i, (context, _) in
                      enumerate(windows)]
             options += [[list(wanted)] for _, wanted in windows]
@@ -144,7 +144,7 @@ class JaxFusion(LM):
         return answers
 
     def _prompt(self, context: str) -> str:
-        """What stands before the answer in the LLM's own tokens."""
+        """The LLM's text before the answer."""
         if self.bare:
             return context
         return self.run.config.data.text_prompt.replace("{query}", context)
@@ -152,13 +152,13 @@ class JaxFusion(LM):
     def _score(
         self, rows: Sequence[TokenRow], options: Sequence[list[list[int]]]
     ) -> list[Scored]:
-        """Every option's log-likelihood after its row, and whether it is greedy."""
+        """Each option's log-likelihood after its row, and whether it is greedy."""
         scorer = self.run.scorer(FREE, max_new_tokens=0)
         size, tokenizers = self.run.config.eval.batch_size, self.run.tokenizers
-        # An LLM without BOS starts a text with nothing before it as others do, at its end token.
+        # An LLM without BOS starts a text without context after its end token.
         rows = [row if row.query or row.text or tokenizers.start
                 else replace(row, text=[tokenizers.eos]) for row in rows]
-        most, found = max(map(len, options), default=0), [[] for _ in rows]
+        most, scored = max(map(len, options), default=0), [[] for _ in rows]
         with self.run.on_mesh():
             for numbers, batch in in_order(rows, scorer.shapes(rows), tokenizers, size):
                 ids = [[options[i][c] if c < len(options[i]) else [] for i in numbers]
@@ -166,33 +166,33 @@ class JaxFusion(LM):
                 _, scores, greedy = jax.device_get(
                     scorer.score(self.run.params, batch, *pad_options(ids, size)))
                 for row, i in enumerate(numbers):
-                    found[i] = [(float(scores[c, row]), bool(greedy[c, row]))
+                    scored[i] = [(float(scores[c, row]), bool(greedy[c, row]))
                                 for c in range(len(options[i]))]
-        return found
+        return scored
 
 
 def _at_seam(context: str, continuation: str) -> tuple[str, str]:
-    """Context and answer with the spaces between them at the context's end."""
+    """Context and answer, with the spaces between them moved to the context's end."""
     answer = continuation.lstrip()
     return context + continuation[: len(continuation) - len(answer)], answer
 
 
 def _decoding(asked: dict[str, Any]) -> dict[str, Any]:
-    """The harness' settings of generation as fields of `EvalConfig`.
+    """The harness' generation settings as fields of `EvalConfig`.
 
     Raises:
-      InputError: a setting that this project does not have.
+      InputError: an unsupported setting.
     """
     asked = dict(asked)
     until, sample = asked.pop("until", None) or (), asked.pop("do_sample", False)
-    found = {"stop": (until,) if isinstance(until, str) else tuple(until)}
+    fields = {"stop": (until,) if isinstance(until, str) else tuple(until)}
     names = {"max_gen_toks": "max_new_tokens", "temperature": "temperature", "top_p": "top_p"}
     for name in [name for name in names if name in asked]:
-        found[names[name]] = asked.pop(name)
+        fields[names[name]] = asked.pop(name)
     if asked:
-        raise InputError(f"generation with {', '.join(asked)} is not known here; known: until, "
+        raise InputError(f"generation setting {', '.join(asked)} is not supported; known: until, "
                          f"do_sample, {', '.join(names)}")
-    return found if sample else {**found, "temperature": 0.0, "top_p": 1.0}
+    return fields if sample else {**fields, "temperature": 0.0, "top_p": 1.0}
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""A finished run, opened: its config at once, its model when it is first used."""
+"""Opens a finished run: reads its config at once, its model on first use."""
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
@@ -32,14 +32,14 @@ from jaxfusion.training.state import Model, load_model, merge, overlay
 def open_run(
     workdir: Path, decoding: dict[str, Any] | None = None, llm_only: bool = False
 ) -> "OpenRun":
-    """The run of a bridge's workdir; its weights are read when they are first used.
+    """Opens the workdir of a bridge; its weights are read on first use.
 
     Args:
-      decoding: fields of `EvalConfig` in place of the run's own.
-      llm_only: the bare LLM, for which no checkpoint is needed.
+      decoding: fields of `EvalConfig` that override the run's own.
+      llm_only: use the bare LLM, which needs no checkpoint.
 
     Raises:
-      InputError: it is not the workdir of a bridge.
+      InputError: not the workdir of a bridge.
     """
     config = configs.load(workdir / CONFIG_FILE)
     if isinstance(config, CompareConfig):
@@ -57,7 +57,7 @@ class OpenRun:
     """The best checkpoint of a bridge, or its bare LLM.
 
     Attributes:
-      config: the run's; `model.config` also has the commits that hub ids resolve to.
+      config: the run's; `model.config` also has the resolved commits of hub ids.
     """
 
     workdir: Path
@@ -66,10 +66,10 @@ class OpenRun:
 
     @cached_property
     def trained(self) -> tuple[int, dict[str, np.ndarray]]:
-        """The best checkpoint's step and trained parameters by path; of the bare LLM 0 and none.
+        """The best checkpoint's step and trained parameters by path; 0 and none for the bare LLM.
 
         Raises:
-          InputError: there is no checkpoint, or none that can be read.
+          InputError: no readable checkpoint.
         """
         return (0, {}) if self.llm_only else trained_part(self.workdir)
 
@@ -84,7 +84,7 @@ class OpenRun:
         return make_mesh(**vars(self.config.mesh))
 
     def on_mesh(self) -> AbstractContextManager:
-        """Puts the mesh in place, for whatever computes."""
+        """A context with the mesh set, for computation."""
         return jax.set_mesh(self.mesh)
 
     @cached_property
@@ -92,9 +92,9 @@ class OpenRun:
         """The bridge and its parameters, on the mesh.
 
         Raises:
-          InputError: towers or checkpoint cannot be read, or do not fit each other.
+          InputError: towers or checkpoint cannot be read, or do not match.
         """
-        trained = self.trained[1]  # before the towers, which take longer
+        trained = self.trained[1]  # before the towers, which take longer to load
         with self.on_mesh():
             model = load_model(self.config, self.mesh)
             if self.llm_only:
@@ -105,32 +105,32 @@ class OpenRun:
 
     @cached_property
     def params(self) -> Params:
-        """All parameters, as the bridge takes them."""
+        """All parameters of the bridge."""
         return merge(self.model.trainable, self.model.frozen)
 
     @property
     def tokenizers(self) -> Tokenizers:
-        """Both towers'."""
+        """The tokenizers of both towers."""
         return self.model.tokenizers
 
     @property
     def task(self) -> Task:
-        """What the run was trained on."""
+        """The task that the run was trained on."""
         return get_task(self.config.data.task, self.config.tasks)
 
     def scorer(self, task: Task, language: str | None = None, **decoding: Any) -> Scorer:
-        """What answers and scores rows of a task; to be called on the mesh.
+        """The scorer of a task's rows; call it within `on_mesh`.
 
         Args:
-          language: of the rows, where that decides how answers end.
-          decoding: fields of `EvalConfig` in place of the run's own.
+          language: of the rows, for tasks whose stop strings depend on it.
+          decoding: fields of `EvalConfig` that override the run's own.
         """
         settings = for_task(replace(self.config.eval, **decoding), task, language)
         return Scorer(self.model.bridge, self.tokenizers, settings, self.config.data.text_prompt,
                       self.llm_only)
 
     def layers_of(self, text: str) -> dict[str, Any] | None:
-        """`tokens` of a text and their `weights`; see `token_weights`."""
+        """The `tokens` of a text and their layer `weights`; see `token_weights`."""
         return self._read(token_weights, Example(text, "", -1))
 
     def weights_of(self, texts: Sequence[str]) -> list[float] | None:

@@ -37,24 +37,24 @@ def evaluate(
 ) -> tuple[Results, Details]:
     """Scores the test split and writes `eval/results.json` (or `eval/llm_only.json`).
 
-    `eval/details.json` (`llm_only_details.json`) has by task and language what is behind them, row
-    by row: `queries`, `targets`, `answers`, `likelihoods` of the `labels`, and `correct`, by
-    scoring a 0 or 1. Of a fusion with weights also the mean `layer_weights`, and those of the
-    first row's `tokens`.
+    `eval/details.json` (`llm_only_details.json`) has the details of each row, by task and
+    language: `queries`, `targets`, `answers`, `likelihoods` of the `labels`, and `correct`, 0 or 1
+    by scoring. For a fusion with weights also the mean `layer_weights`, and those of the first
+    row's `tokens`.
 
     Args:
-      tasks, languages: default to the config's, and these to the training task and all of its
-        languages. limit: rows of each.
-      llm_only: the LLM alone, on the text prompt.
-      data_path: where the tasks' rows are, as `data.path`; defaults to the config's for the
-        training task, and to their own sources for others.
-      drop_seen: leaves out, and counts, rows that the run was trained on, in all languages of
-        parallel ones; so does `config.eval.drop_seen`.
-      decoding: fields of `EvalConfig` in place of the run's own.
+      tasks, languages: default: the config's values; if those are empty, the training task and all
+        its languages. limit: rows of each.
+      llm_only: score the LLM alone, on the text prompt.
+      data_path: of the tasks' rows, as `data.path`; default: the config's for the training task,
+        the tasks' own sources for others.
+      drop_seen: drop rows that the run was trained on (parallel rows in all languages) and report
+        their number; `config.eval.drop_seen` does the same.
+      decoding: fields of `EvalConfig` that override the run's own.
 
     Returns:
-      All results that the file now holds (in other processes than the first: what was scored now),
-      and the details of what was scored now.
+      All results in the file (in processes other than the first: the new ones), and the details of
+      the new results.
 
     Raises:
       InputError: no such run, task, language or data; or a test row that was trained on.
@@ -77,7 +77,7 @@ def evaluate(
     about = json.loads(json.dumps(about))
     folder = workdir / "eval"
     folder.mkdir(parents=True, exist_ok=True)
-    # Of several at once each adds its languages.
+    # Concurrent processes each add their languages.
     with only_writer(folder / WRITER, folder, wait=True):
         merge_results(folder / more, details, about, indent=None)
         return merge_results(folder / name, new, about), details
@@ -87,76 +87,76 @@ def read_rows(
     config: Config, tasks: tuple[str, ...], languages: tuple[str, ...], limit: int | None,
     data_path: str | None,
 ) -> Rows:
-    """Test rows of every task and language asked for, all read before anything is scored."""
-    wanted: Rows = {}
+    """The test rows of every requested task and language, read before anything is scored."""
+    rows: Rows = {}
     for name in tasks or config.eval.tasks or (config.data.task,):
         task, path = get_task(name, config.tasks), data_path
-        if name == config.data.task:  # another task's rows are not where this one's are
+        if name == config.data.task:  # data.path has the rows of the training task only
             task, path = configured(task, config.data), data_path or config.data.path
         chosen = languages or config.eval.languages or at_hand(name, task, "test", path)
         check_languages(name, chosen, config.tasks)
-        wanted[name] = {language: read_examples(name, task, "test", language, path)[:limit]
+        rows[name] = {language: read_examples(name, task, "test", language, path)[:limit]
                         for language in chosen}
-    return wanted
+    return rows
 
 
 def seen_by(config: Config, workdir: Path) -> np.ndarray:
-    """Fingerprints of what a run, and those that it started from, were trained on."""
-    found = read_seen(workdir)
-    if found is None:
-        logger.warning("%s does not say what it was trained on: test rows are not compared with "
-                       "it", workdir)
-        found = np.zeros(0, np.uint64)
+    """Fingerprints of the training texts of a run and of the runs that it started from."""
+    seen = read_seen(workdir)
+    if seen is None:
+        logger.warning("%s has no record of its training rows: test rows are not compared with "
+                       "them", workdir)
+        seen = np.zeros(0, np.uint64)
     if config.train.init_from is None:
-        return found
+        return seen
     before = Path(config.train.init_from)
     if not (before / CONFIG_FILE).is_file():
-        logger.warning("%s started from %s, which is not there: test rows are not compared with "
-                       "what that was trained on", workdir, before)
-        return found
-    return np.union1d(found, seen_by(open_run(before).config, before))
+        logger.warning("%s started from %s, which is missing: test rows are not compared with its "
+                       "training rows", workdir, before)
+        return seen
+    return np.union1d(seen, seen_by(open_run(before).config, before))
 
 
 def unseen(
     rows: Rows, seen: np.ndarray, drop: bool, own: Mapping[str, TaskConfig] | None = None
 ) -> Rows:
-    """Test rows that were not trained on.
+    """The test rows that were not trained on.
 
     Args:
-      own: the config's own tasks.
+      drop: drop rows that were trained on, instead of raising. own: the config's own tasks.
 
     Raises:
-      InputError: one that was, unless such rows are to be left out.
+      InputError: a row was trained on and `drop` is False, or all rows were.
     """
-    kept: Rows = {}
+    unseen_rows: Rows = {}
     for name, by_language in rows.items():
-        found = {language: np.isin(fingerprints(x.query for x in examples), seen)
+        is_seen = {language: np.isin(fingerprints(x.query for x in examples), seen)
                  for language, examples in by_language.items()}
         task = get_task(name, own)
         parallel = [x for x in by_language if task.parallel and x not in task.sources]
-        if len({len(found[language]) for language in parallel}) > 1:
-            parallel = []  # the user's own files, of which rows are missing
+        if len({len(is_seen[language]) for language in parallel}) > 1:
+            parallel = []  # the user's own files, with missing rows
         for language, examples in by_language.items():
-            known = found[language]
-            if drop and language in parallel:  # translations stay or go together
-                known = np.any([found[x] for x in parallel], axis=0)
+            known = is_seen[language]
+            if drop and language in parallel:  # translations are dropped together
+                known = np.any([is_seen[x] for x in parallel], axis=0)
             if known.any() and not drop:
                 first = int(np.argmax(known))
                 raise InputError(
                     f"test row {first + 1} of '{name}' in '{language}' was trained on: "
                     f"'{examples[first].query[:SHOWN]}' ({known.sum()} of {len(known)} rows were); "
-                    "train without these rows, or leave them out of the test with --drop_seen "
+                    "train without these rows, or drop them from the test with --drop_seen "
                     "(config.eval.drop_seen)")
             if known.all():
                 raise InputError(f"all {len(known)} test rows of '{name}' in '{language}' were "
                                  "trained on")
             if known.any():
-                logger.warning("%s %s: %d of %d test rows left out, as they (or the same rows in "
+                logger.warning("%s %s: %d of %d test rows dropped: they (or the same rows in "
                                "another language) were trained on", name, language, known.sum(),
                                len(known))
-            kept.setdefault(name, {})[language] = [
+            unseen_rows.setdefault(name, {})[language] = [
                 x for x, was in zip(examples, known, strict=True) if not was]
-    return kept
+    return unseen_rows
 
 
 def _score(run: OpenRun, rows: Rows) -> tuple[Results, Details]:
@@ -168,9 +168,10 @@ def _score(run: OpenRun, rows: Rows) -> tuple[Results, Details]:
         for name, by_language in rows.items():
             progress.update(bar, description=name)
             task = get_task(name, run.config.tasks)
-            found = _score_task(run, name, task, by_language, lambda n: progress.advance(bar, n))
+            scored_by_language = _score_task(run, name, task, by_language,
+                                             lambda n: progress.advance(bar, n))
             for language, part in by_language.items():
-                scored = found[language]
+                scored = scored_by_language[language]
                 results.setdefault(name, {})[language] = {
                     scoring: accuracy(correct) for scoring, correct in scored.correct.items()}
                 results[name][language]["exact_match"]["unfinished"] = sum(scored.unfinished)
@@ -185,8 +186,8 @@ def _score_task(
     run: OpenRun, name: str, task: Task, by_language: dict[str, list[Example]],
     progress: Callable[[int], None],
 ) -> dict[str, Scored]:
-    """What came out for each language; those whose answers end alike share batches."""
-    found = {}
+    """The results for each language; languages with the same stop strings share batches."""
+    scored_by_language = {}
     together = [[x] for x in by_language] if task.stop else [list(by_language)]
     for languages in together:
         scorer = run.scorer(task, languages[0])
@@ -196,15 +197,15 @@ def _score_task(
         if scored.cut.any:
             logger.warning("%s, longer than the limits: %s", name, scored.cut)
         if any(scored.unfinished) and not task.labels:
-            logger.warning("%s %s: %d of %d answers were cut at %d new tokens before their end; "
+            logger.warning("%s %s: %d of %d answers were truncated at %d new tokens; "
                            "raise eval.max_new_tokens (--max_new_tokens)", name,
                            ", ".join(languages), sum(scored.unfinished), len(examples),
                            scorer.config.max_new_tokens)
         start = 0
         for language in languages:
             end = start + len(by_language[language])
-            found[language], start = scored.part(start, end), end
-    return found
+            scored_by_language[language], start = scored.part(start, end), end
+    return scored_by_language
 
 
 def _detail(examples: list[Example], scored: Scored) -> dict[str, Any]:
@@ -217,6 +218,6 @@ def _detail(examples: list[Example], scored: Scored) -> dict[str, Any]:
 
 
 def _layers(run: OpenRun, examples: list[Example]) -> dict[str, Any]:
-    """What the fusion takes: on average, and for the first row's tokens."""
+    """The fusion's layer weights: on average, and for the first row's tokens."""
     texts = [x.query for x in examples]
     return {"layer_weights": run.weights_of(texts), "tokens": run.layers_of(texts[0])}

@@ -1,4 +1,4 @@
-"""Several processes as one program: how they start, and checks that they agree."""
+"""Multi-process start-up and consistency checks."""
 
 import hashlib
 import os
@@ -14,20 +14,20 @@ from jax.experimental import multihost_utils
 import jaxfusion
 from jaxfusion.errors import InputError, first_line
 
-HEARTBEAT_SECONDS = 30  # a peer that is gone for so long ends the others
+HEARTBEAT_SECONDS = 30  # after this long without a peer, the others exit
 
 
 def join(preemptible: bool = True) -> None:
-    """Makes this process one of several.
+    """Joins this process with the others.
 
-    On a TPU pod or under SLURM jax finds the others by itself; elsewhere each process gets
+    On a TPU pod or under SLURM jax finds the others by itself; elsewhere set
     JAX_COORDINATOR_ADDRESS (host:port of the first), JAX_NUM_PROCESSES and JAX_PROCESS_ID.
 
     Args:
-      preemptible: SIGTERM is kept for who asks for it, as training does; else it ends the process.
+      preemptible: let training catch SIGTERM and save; otherwise it terminates the process.
 
     Raises:
-      InputError: the others are not to be found.
+      InputError: the other processes cannot be reached.
     """
     jax.config.update("jax_enable_preemption_service", preemptible)
     known = {}
@@ -35,7 +35,7 @@ def join(preemptible: bool = True) -> None:
         value = os.environ.get(f"JAX_{name.upper()}")
         if value is not None:
             if not value.isdigit():
-                raise InputError(f"JAX_{name.upper()} is '{value}', wanted a number")
+                raise InputError(f"JAX_{name.upper()} is '{value}', expected a number")
             known[name] = int(value)
     try:
         jax.distributed.initialize(**known, heartbeat_timeout_seconds=HEARTBEAT_SECONDS)
@@ -47,13 +47,12 @@ def join(preemptible: bool = True) -> None:
 
 
 def is_first() -> bool:
-    """Whether this process writes what only one may write."""
+    """Whether this process writes files that only one process may write."""
     return jax.process_index() == 0
 
 
 def check_peers(**texts: str) -> None:
-    """Raises InputError, in all processes, where a text or this project's code is not the same in
-    each of them."""
+    """Raises InputError in all processes if a text or this package's code differs between them."""
     if jax.process_count() == 1:
         return
     texts["code"] = _code()
@@ -64,15 +63,15 @@ def check_peers(**texts: str) -> None:
         others = np.flatnonzero((everyone[:, i] != everyone[0, i]).any(axis=-1))
         if len(others):
             raise InputError(f"process {others[0]} has another {name} than process 0; start all "
-                             f"with the same command on the same files")
+                             f"processes with the same command on the same files")
 
 
 @contextmanager
 def all_or_none() -> Iterator[None]:
-    """A block that ends well in all processes, or raises in all.
+    """A block that succeeds in all processes, or raises in all.
 
     Raises:
-      InputError: the one of this process; or that of another one, for which this one would wait.
+      InputError: this process raised it, or another one did, for which this one would wait.
     """
     error = None
     try:
@@ -87,18 +86,18 @@ def all_or_none() -> Iterator[None]:
     if error is not None:
         raise error
     if len(failed):
-        raise InputError(f"process {failed[0]} could not start; its own message says why")
+        raise InputError(f"process {failed[0]} could not start; see its own error message")
 
 
 def in_any(true: bool) -> bool:
-    """Whether something is so in any of the processes; all of them have to ask."""
+    """Whether the value is True in any process; all processes have to call this."""
     if jax.process_count() == 1:
         return true
     return bool(multihost_utils.process_allgather(np.array(true)).any())
 
 
 def wait_for_peers(what: str) -> None:
-    """Returns when all processes are here."""
+    """Waits until all processes have called this."""
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(what)
 
@@ -110,7 +109,7 @@ def _code() -> str:
 
 
 def fetch(tree: Any) -> Any:
-    """Arrays that may be spread over all processes as NumPy's, whole in each of them."""
+    """Gathers arrays that may be sharded over processes into full NumPy arrays in each process."""
     if jax.process_count() == 1:
         return jax.device_get(tree)
     return multihost_utils.process_allgather(tree, tiled=True)

@@ -15,7 +15,7 @@ AXES = ("data", "fsdp", "tensor")
 def make_mesh(
     data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Sequence[jax.Device] | None = None
 ) -> Mesh:
-    """A mesh over `devices` (default: all there are); one size may be -1 and is filled in.
+    """A mesh over `devices` (default: all); one size may be -1 and is inferred.
 
     Raises:
       InputError: the sizes' product is not the number of devices.
@@ -27,7 +27,7 @@ def make_mesh(
         sizes[sizes.index(-1)] = count // known
     if min(sizes) < 1 or math.prod(sizes) != count:
         raise InputError(
-            f"mesh data={data} fsdp={fsdp} tensor={tensor} does not fit {count} device(s); "
+            f"mesh data={data} fsdp={fsdp} tensor={tensor} does not match {count} device(s); "
             "their product must be the number of devices, and one of them may be -1"
         )
     return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES),
@@ -35,5 +35,5 @@ def make_mesh(
 
 
 def sharding(mesh: Mesh, *names: str | None) -> NamedSharding:
-    """The NamedSharding of an array whose axes bear these logical names."""
+    """The NamedSharding of an array whose axes have these logical names."""
     return NamedSharding(mesh, spec(names))

@@ -1,4 +1,4 @@
-"""Logical axis names of parameters and activations, and the mesh axes they map to: one table."""
+"""Maps logical axis names of parameters and activations to mesh axes, in one table."""
 
 import math
 from collections.abc import Sequence
@@ -9,11 +9,11 @@ from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
 from jaxfusion.errors import InputError, near_match
 
-# Logical name -> mesh axis (or axes). None: held whole on every device.
+# Logical name -> mesh axis (or axes). None: replicated.
 RULES: dict[str, str | tuple[str, ...] | None] = {
     "batch": ("data", "fsdp"),
-    "rows": ("data", "fsdp"),  # of a batch for evaluation, which need not divide
-    "looked_up": "data",  # the batch while a table that is split over fsdp is read
+    "rows": ("data", "fsdp"),  # of an evaluation batch, which need not divide evenly
+    "looked_up": "data",  # the batch during a look-up in a table that is sharded over fsdp
     "length": None,
     "layers": None,
     "vocab": "tensor",
@@ -24,14 +24,14 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
     "mlp": "tensor",
     "norm": None,
     "buckets": None,
-    # Of fusion and projector: with what the optimiser keeps, hundreds of megabytes.
+    # Of fusion and projector: with their optimiser state, hundreds of megabytes.
     "bridge_in": None,
     "bridge_out": "fsdp",
 }
 
 
 def spec(names: Sequence[str | None]) -> PartitionSpec:
-    """The PartitionSpec of an array whose axes bear these logical names (None: not sharded).
+    """The PartitionSpec of an array whose axes have these logical names (None: not sharded).
 
     Raises:
       InputError: a name is not in `RULES`; replicating it silently would hide the mistake.
@@ -45,10 +45,10 @@ def spec(names: Sequence[str | None]) -> PartitionSpec:
 def fitting_spec(
     names: Sequence[str | None], shape: Sequence[int], mesh: Mesh | AbstractMesh
 ) -> PartitionSpec:
-    """As `spec`, but an axis that its devices cannot share evenly is held whole.
+    """As `spec`, but an axis that does not divide evenly over its devices is replicated.
 
-    Vocabularies of 32,001 rows are common, and so are fewer key heads than tensor devices. A batch
-    is not: it has to divide.
+    That is common: vocabularies of 32,001 rows, or fewer key heads than tensor devices. A training
+    batch must divide.
     """
     axes = [
         axis if axis is None or name == "batch" or size % _devices(axis, mesh) == 0 else None
@@ -63,16 +63,16 @@ def _devices(axis: str | tuple[str, ...], mesh: Mesh | AbstractMesh) -> int:
 
 
 def constrain(x: jax.Array, *names: str | None) -> jax.Array:
-    """Pins an activation's sharding by logical names; without a mesh set, returns `x` as it is."""
+    """Constrains an activation's sharding by logical names; without a mesh, returns `x`."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
-        spec(names)  # names are checked without a mesh, too
+        spec(names)  # check the names even without a mesh
         return x
     return jax.lax.with_sharding_constraint(x, fitting_spec(names, x.shape, mesh))
 
 
 def replicated(tree: Any) -> Any:
-    """Arrays that every device, and so every process, holds whole."""
+    """Replicates arrays on every device."""
     if jax.sharding.get_abstract_mesh().empty:
         return tree
     return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, PartitionSpec()), tree)

@@ -1,8 +1,8 @@
-"""The pocket world's grammar: what a sentence says, what follows from it, and how it is written.
+"""The pocket world's grammar: the meaning of a sentence, inference, and surface forms.
 
 Meaning is set inclusion (natural logic as in MacCartney & Manning, 2009): a concept denotes a set
-of leaves of its tree, `run` lies in `move`, `move` and `rest` are disjoint. Every sentence has a
-frame (the roots of its concepts), and every frame belongs to one split.
+of leaves of its tree; `run` is a subset of `move`; `move` and `rest` are disjoint. Every sentence
+has a frame (the roots of its concepts), and every frame belongs to one split.
 """
 
 import random
@@ -22,7 +22,7 @@ from jaxfusion.data.pocket.lexicon import (
 )
 from jaxfusion.errors import choose
 
-SHARE = (("train", 70), ("dev", 80), ("test", 100))  # of frames, cumulated percent
+SHARE = (("train", 70), ("dev", 80), ("test", 100))  # of frames, cumulative percent
 UP = {name: (*above, name) for tree in TREES.values() for name, above in paths(tree).items()}
 KIND = {name: kind for kind, tree in TREES.items() for name in paths(tree)}
 PAIRS_OF_VERBS = tuple(TREES["verb"])
@@ -49,12 +49,12 @@ class Sentence:
 
     @property
     def denies(self) -> bool:
-        """True if the verb is denied of the subject."""
+        """Whether the verb is negated."""
         return self.negative or self.determiner == "no"
 
     @property
     def frame(self) -> str:
-        """What any two sentences of one inference have in common, as far as a change leaves it."""
+        """The roots of the sentence's concepts, with its preposition, number and verb pair."""
         roots = (UP[x][0] if x in UP else x for x in (self.noun, self.adjective, self.place))
         pair = UP[self.verb][0]
         return " ".join(str(x) for x in (*roots, self.preposition, self.number, pair))
@@ -68,23 +68,22 @@ class Sentence:
 
 @lru_cache
 def leaves(concept: str) -> frozenset[str]:
-    """What a concept denotes: the leaves below it, and below each inner node one more.
+    """The set that a concept denotes: the leaves below it, plus one for each inner node.
 
-    The additional leaf is what the node holds beside its named children: not all that moves runs,
-    walks or crawls. Only the root of a verb pair has none, so that its two sides are complements.
+    The additional leaf stands for whatever the named children leave out: not all that moves runs,
+    walks or crawls. The root of a verb pair has none, so that its two sides are complements.
     """
     below = {name for name, up in UP.items() if concept in up and KIND[name] == KIND[concept]}
     return frozenset(below - set(PAIRS_OF_VERBS))
 
 
 def within(a: str | None, b: str | None) -> bool:
-    """True if all that `a` denotes is denoted by `b`; words outside the trees stand for themselves.
-    """
+    """Whether `a` denotes a subset of `b`; words outside the trees denote only themselves."""
     return a == b or (a in UP and b in UP and leaves(a) <= leaves(b))
 
 
 def verb_relation(premise: Sentence, hypothesis: Sentence) -> str:
-    """How what is said of the subject relates, as sets: a label."""
+    """The label that relates the two predicates, as sets."""
     if UP[premise.verb][0] != UP[hypothesis.verb][0]:
         return "Neutral"
     everything = leaves(UP[premise.verb][0])
@@ -96,10 +95,9 @@ def verb_relation(premise: Sentence, hypothesis: Sentence) -> str:
 def label(premise: Sentence, hypothesis: Sentence) -> str:
     """Entailment, Neutral or Contradiction.
 
-    `the dog` speaks of one dog (or one group), which is also the animal of the hypothesis: its
-    description may be widened, never narrowed. `every` and `no` are the other way round, and say
-    something of each (there is one): they contradict each other wherever one description holds
-    the other.
+    `the dog` refers to one dog (or one group), which is also the animal of the hypothesis: its
+    description may be widened, never narrowed. For `every` and `no` it is the reverse. They assume
+    that the subject exists, so they contradict each other if one description includes the other.
     """
     slots = [(getattr(premise, name), getattr(hypothesis, name))
              for name in ("adjective", "noun", "place", "number", "preposition")]
@@ -115,7 +113,7 @@ def label(premise: Sentence, hypothesis: Sentence) -> str:
 
 @lru_cache
 def levels(kind: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """The specific concepts of a kind, and the general ones above them."""
+    """The specific concepts of a kind, and the general concepts above them."""
     every = [name for name, its in KIND.items() if its == kind and name not in PAIRS_OF_VERBS]
     general = [name for name in every if any(name in UP[x][:-1] for x in every)]
     return tuple(x for x in every if x not in general), tuple(general)
@@ -124,11 +122,11 @@ def levels(kind: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
 def random_sentence(
     rng: random.Random, universal: bool = False, modified: float = 0.5
 ) -> Sentence:
-    """Any sentence of the world.
+    """A random sentence of the world.
 
     Args:
-      universal: the determiner is `every`, not `the`.
-      modified: how often the noun has an adjective, a place, and half as often a number.
+      universal: whether the determiner is `every` instead of `the`.
+      modified: probability of an adjective and of a place; a number has half of it.
     """
     place = rng.choice(sum(levels("place"), ())) if rng.random() < modified else None
     plain = [word for pair in ANTONYMS for word in pair]
@@ -143,7 +141,7 @@ def random_sentence(
 
 
 def deny(sentence: Sentence, denies: bool) -> Sentence:
-    """The sentence with its verb denied, or not."""
+    """The sentence with its verb negated, or not."""
     if sentence.determiner == "the":
         return replace(sentence, negative=denies)
     return replace(sentence, determiner="no" if denies else "every")
@@ -163,7 +161,7 @@ def render(s: Sentence, language: str) -> str:
     """The sentence in one of the world's languages.
 
     Raises:
-      InputError: no such language.
+      InputError: unknown language.
     """
     if choose("pocket language", language, LANGUAGES) == "en":
         return english(s)
@@ -173,8 +171,8 @@ def render(s: Sentence, language: str) -> str:
         noun = w["-plural"] + noun if how.plural == "prefix" else noun + w["-plural"]
     if s.determiner == "the":
         noun = {"prefix": w["-the"] + noun, "suffix": noun + w["-the"]}.get(how.definite, noun)
-    said = s.determiner != "the" or how.definite == "word"
-    determiner = (w[s.determiner],) if said else ()
+    has_word = s.determiner != "the" or how.definite == "word"
+    determiner = (w[s.determiner],) if has_word else ()
     adjective = (w[s.adjective],) if s.adjective else ()
     number = (w[s.number],) if s.number else ()
     subject = (noun, *adjective) if how.adjective_last else (*adjective, noun)
@@ -184,9 +182,9 @@ def render(s: Sentence, language: str) -> str:
     near = near[::-1] if how.postposition else near
     subject = (*near, *subject) if how.place_first else (*subject, *near)
     verb = w[s.verb] + (w["-many"] if s.number else "")
-    said_not = {
+    negated = {
         "before": (w["not"], verb), "after": (verb, w["not"]),
         "prefix": (w["-not"] + verb,), "suffix": (verb + w["-not"],),
     }
-    verb = said_not[how.negation] if s.negative else (verb,)
+    verb = negated[how.negation] if s.negative else (verb,)
     return " ".join((*verb, *subject) if how.verb_first else (*subject, *verb))

@@ -1,7 +1,7 @@
-"""The words of the pocket world: its concepts in English, and in pseudo-words of other scripts.
+"""The lexicon of the pocket world: concepts in English, and pseudo-words in other scripts.
 
 Concepts are named by their English word. The English taxonomy is hand-written; the other languages
-are generated from a seed, so that no two of them share a word, and none shares one with English.
+are generated from a seed. No two languages share a word.
 """
 
 import json
@@ -12,7 +12,7 @@ from pathlib import Path
 
 from jaxfusion.errors import InputError
 
-VERSION = 1  # of the world: kept with its files and with the models trained on it
+VERSION = 1  # of the world: stored with its files and with the models trained on it
 WORLD_FILE = "world.json"
 ABOUT_FILE = "pretraining.json"
 TREES = {
@@ -40,7 +40,7 @@ TREES = {
     },
     "colour": {"red": ("scarlet", "crimson"), "blue": ("navy", "azure"),
                "green": ("olive", "emerald"), "brown": ("chestnut", "hazel")},
-    # Both sides of a pair together are everything: what does not move rests.
+    # The two sides of a pair are complements: what does not move rests.
     "verb": {
         "motion": {"move": ("run", "walk", "crawl"), "rest": ("sleep", "sit", "wait")},
         "voice": {"speak": ("shout", "whisper", "sing"), "listen": ("eavesdrop", "hear", "heed")},
@@ -66,13 +66,13 @@ class Language:
 
     Attributes:
       script: a name in `SCRIPTS`, or None for English.
-      group: rich, mid or poor: how much text there is of it.
-      reported: False for the languages on which recipes are chosen.
-      texts, pairs: monolingual texts, and sentences with their English translation.
-      solved: tasks with their answers, for an LLM.
-      verb_first, adjective_last, place_first, postposition, determiner_last: its word order.
-      definite: how it says `the`: by a word, a prefix, a suffix, or not at all.
-      plural: of nouns, by a prefix or a suffix.
+      group: rich, mid or poor: the amount of text.
+      reported: False for the languages used to choose recipes.
+      texts, pairs: number of monolingual texts, and of sentences with their English translation.
+      solved: number of tasks with answers, for an LLM.
+      verb_first, adjective_last, place_first, postposition, determiner_last: word order.
+      definite: how it expresses `the`: a word, a prefix, a suffix, or nothing.
+      plural: of nouns, a prefix or a suffix.
       negation: a word before or after the verb, or a prefix or suffix of it.
     """
 
@@ -92,7 +92,7 @@ class Language:
     solved: int = 0
 
 
-# Names are scripts, not languages: nothing here is Sinhala, only written in its letters.
+# Names are scripts, not languages: `sinh` is not Sinhala, only written in its letters.
 LANGUAGES: dict[str, Language] = {
     "en": Language(None, "english", True, 24_000, 0, solved=160_000),
     "deva": Language("deva", "rich", False, 12_000, 6_000, place_first=True, postposition=True,
@@ -117,7 +117,7 @@ LANGUAGES: dict[str, Language] = {
                      determiner_last=True, definite="suffix", plural="prefix", negation="after"),
 }
 
-# Consonants and vowels of each script; syllables are one of each.
+# Consonants and vowels of each script; a syllable is one of each.
 SCRIPTS = {
     "deva": ("कखगजतदनपबमयरलवसह", ("", "ा", "ि", "ु", "े", "ो")),
     "arab": ("بتجدرزسشعفقكلمنه", ("ا", "و", "ي")),
@@ -133,18 +133,18 @@ SCRIPTS = {
 
 
 def paths(tree: dict, above: tuple[str, ...] = ()) -> dict[str, tuple[str, ...]]:
-    """Every concept of a tree with the concepts above it, the root first."""
-    found = {}
+    """Each concept of a tree -> the concepts above it, root first."""
+    ancestors = {}
     for name, below in tree.items():
-        found[name] = above
+        ancestors[name] = above
         children = below if isinstance(below, dict) else {key: {} for key in below}
-        found |= paths(children, (*above, name))
-    return found
+        ancestors |= paths(children, (*above, name))
+    return ancestors
 
 
 @lru_cache
 def concepts() -> tuple[str, ...]:
-    """All concepts that have a word: those of the trees but for the names of verb pairs."""
+    """All concepts that have a word: those of the trees, except the names of verb pairs."""
     trees = [name for kind, tree in TREES.items() for name in paths(tree)
              if not (kind == "verb" and name in tree)]
     adjectives = [word for pair in ANTONYMS for word in pair]
@@ -162,32 +162,32 @@ def words(language: str) -> dict[str, str]:
             return chr(ord(rng.choice(consonants)) + rng.randrange(7))
         return rng.choice(consonants) + rng.choice(vowels)
 
-    found: dict[str, str] = {}
+    lexicon: dict[str, str] = {}
     for name in ("-the", "-plural", "-not", "-many", *concepts()):
-        # Short, so that a vocabulary of a few thousand has whole words of most languages.
+        # Short, so that a vocabulary of a few thousand has full words of most languages.
         length = 1 if name.startswith("-") else 2
-        while (word := "".join(syllable() for _ in range(length))) in found.values():
+        while (word := "".join(syllable() for _ in range(length))) in lexicon.values():
             pass
-        found[name] = word
-    return found
+        lexicon[name] = word
+    return lexicon
 
 
 def check_version(path: Path) -> None:
-    """Raises InputError if a directory holds rows or a model of another version of the world.
+    """Raises InputError if a directory has rows or a model of another version of the world.
 
-    Directories that do not come from the pocket world are left alone.
+    Directories that do not come from the pocket world are ignored.
     """
     worlds, model = (path / WORLD_FILE, path.parent / WORLD_FILE), path / ABOUT_FILE
-    found, again = None, ""
+    made_with, command = None, ""
     if world := next((file for file in worlds if file.is_file()), None):
-        found = json.loads(world.read_text("utf-8"))
-        again = f"python -m jaxfusion.data.pocket.world {world.parent}"
+        made_with = json.loads(world.read_text("utf-8"))
+        command = f"python -m jaxfusion.data.pocket.world {world.parent}"
     elif model.is_file():
         about = json.loads(model.read_text("utf-8"))
-        found, role = about["world"], about["config"]["tower"]["role"]
-        again = f"python train.py --config configs/pocket_{role}.py"
-    if found is not None and found["version"] != VERSION:
+        made_with, role = about["world"], about["config"]["tower"]["role"]
+        command = f"python train.py --config configs/pocket_{role}.py"
+    if made_with is not None and made_with["version"] != VERSION:
         raise InputError(
-            f"{path} is of version {found['version']} of the pocket world, wanted version "
-            f"{VERSION}; make it again: {again}"
+            f"{path} has version {made_with['version']} of the pocket world, expected version "
+            f"{VERSION}; make it again: {command}"
         )

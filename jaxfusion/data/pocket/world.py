@@ -2,9 +2,8 @@
 
     python -m jaxfusion.data.pocket.world OUT            # all texts and tasks of the world
 
-Its inference task cannot be solved by shortcuts: in every cell of quantifier, negation and place of
-the changed words each class is as frequent as the others, so only the meaning of the changed words
-tells them apart.
+Its inference task has no shortcuts: for every combination of quantifier, negation and position of
+the changed words all classes are equally frequent, so only the words' meaning separates them.
 """
 
 import argparse
@@ -39,25 +38,25 @@ from jaxfusion.files import new_directory
 PARALLEL = 4000
 TASK_ROWS = {"train": 12_000, "dev": 300, "test": 600}
 
-# What changes between premise and hypothesis: the verb, and at most one word of the subject.
+# The verb changes between premise and hypothesis, and at most one word of the subject.
 CHANGES = (None, "noun", "place", "adjective")
-NEUTRAL_SUBJECT = 0.75  # of neutral pairs with a changed subject, those that are so because of it
+NEUTRAL_SUBJECT = 0.75  # share of neutral pairs with a changed subject that it makes neutral
 
 
 def random_inference(
     rng: random.Random, split: str, modified: float = 0.5
 ) -> tuple[Sentence, Sentence, str]:
-    """Premise, hypothesis and label: first the cell, then the label, then the words.
+    """Premise, hypothesis and label: first the structure is drawn, then the label, then the words.
 
-    The premise's verb is specific, the hypothesis's general and perhaps denied, so that each
-    sentence alone leaves all three labels as likely; a changed word of the subject becomes more
-    general after `the`, more specific after `every`, or other altogether.
+    The premise's verb is specific; the hypothesis's is general and may be negated, so that with
+    one sentence alone all labels are equally likely. A changed word of the subject becomes more
+    general after `the`, more specific after `every`, or unrelated.
     """
     universal, denied = rng.random() < 0.4, rng.random() < 0.5
     change = rng.choice(CHANGES) if modified else None
-    wanted = rng.choice(NLI_LABELS)
-    by_subject = change and wanted == "Neutral" and rng.random() < NEUTRAL_SUBJECT
-    relation = rng.choice(("Entailment", "Contradiction")) if by_subject else wanted
+    target = rng.choice(NLI_LABELS)
+    by_subject = change and target == "Neutral" and rng.random() < NEUTRAL_SUBJECT
+    relation = rng.choice(("Entailment", "Contradiction")) if by_subject else target
     while True:
         premise = random_sentence(rng, universal, modified)
         if change is not None and getattr(premise, change) is None:
@@ -71,12 +70,12 @@ def random_inference(
         if change:
             hypothesis = replace(hypothesis, **{change: new})
         if premise.split == hypothesis.split == split:
-            assert label(premise, hypothesis) == wanted
-            return premise, hypothesis, wanted
+            assert label(premise, hypothesis) == target
+            return premise, hypothesis, target
 
 
 def _verbs(rng: random.Random, relation: str, denied: bool) -> tuple[str, str]:
-    """A specific verb, and a general one that (denied or not) is in this relation to it."""
+    """A specific verb, and a general one that (negated or not) has this relation to it."""
     specific, general = rng.choice(levels("verb")[0]), levels("verb")[1]
     pair, side = UP[specific][:2]
     if relation == "Neutral":
@@ -86,7 +85,7 @@ def _verbs(rng: random.Random, relation: str, denied: bool) -> tuple[str, str]:
 
 
 def _subject(rng: random.Random, kind: str, nested: bool, universal: bool) -> tuple[str, str]:
-    """A word of the subject in the premise and in the hypothesis, one in the other or apart."""
+    """A word of the subject in the premise and in the hypothesis, nested or unrelated."""
     kind = "colour" if kind == "adjective" else kind
     specific, general = rng.choice(levels(kind)[0]), levels(kind)[1]
     other = rng.choice([x for x in general if within(specific, x) == nested])
@@ -95,7 +94,7 @@ def _subject(rng: random.Random, kind: str, nested: bool, universal: bool) -> tu
 
 @dataclass(frozen=True)
 class Question:
-    """Two sentences, and a question about the subject of one of them; the answer is English."""
+    """Two sentences, a question about the subject of one of them, and the answer in English."""
 
     text: tuple[Sentence, Sentence]
     asked: str
@@ -104,7 +103,7 @@ class Question:
 
 
 def random_question(rng: random.Random, split: str) -> Question:
-    """A question whose two sentences both belong to the split."""
+    """A random question whose two sentences belong to the split."""
     asked, slot = rng.choice((("what colour", "adjective"), ("how many", "number"),
                               ("where", "place"), ("what does", "verb")))
     while True:
@@ -136,34 +135,34 @@ def render_inference(premise: Sentence, hypothesis: Sentence, answer: str, langu
 
 
 def task_rows(task: str, split: str, language: str, rows: int, seed: int = 0) -> Iterator[dict]:
-    """Rows of a task, the same in every language but for their words.
+    """Rows of a task, with the same meanings in every language.
 
     Raises:
-      InputError: a task, split or language that the world lacks.
+      InputError: unknown task, split or language.
     """
     choose("pocket task", task, TASKS)
     choose("split of the pocket world", split, SPLITS)
     choose("pocket language", language, LANGUAGES)
     write = TASKS[task][1]
-    return (write(made, language) for made in _meanings(task, split, rows, seed))
+    return (write(meaning, language) for meaning in _meanings(task, split, rows, seed))
 
 
-@lru_cache(2)  # each is written in every language
+@lru_cache(2)  # rendered in every language
 def _meanings(task: str, split: str, rows: int, seed: int) -> list:
-    """The rows of a task before they are put into words."""
+    """The rows of a task as meanings, before they are rendered."""
     rng = random.Random(f"{VERSION} {seed} {task} {split}")
     return [TASKS[task][0](rng, split) for _ in range(rows)]
 
 
 TASKS = {
-    "pocket_nli": (random_inference, lambda made, language: render_inference(*made, language)),
+    "pocket_nli": (random_inference, lambda row, language: render_inference(*row, language)),
     "pocket_qa": (random_question, render_question),
 }
 
 
 def texts(language: str, rows: int, seed: int = 0) -> Iterator[str]:
-    """Unlabelled text of a language, none of it of a dev or test frame: sentences, and both
-    tasks' prompts without their answers."""
+    """Unlabelled text of a language, from training frames only: sentences, and both tasks' prompts
+    without answers."""
     rng = random.Random(f"{VERSION} {seed} texts {language}")
     for _ in range(rows):
         kind = rng.random()
@@ -178,7 +177,7 @@ def texts(language: str, rows: int, seed: int = 0) -> Iterator[str]:
 
 
 def pairs(language: str, rows: int, seed: int = 0) -> Iterator[tuple[str, str]]:
-    """Sentences in English and a language, none of a dev or test frame."""
+    """Sentences in English and a language, from training frames only."""
     rng = random.Random(f"{VERSION} {seed} pairs {language}")
     for _ in range(rows):
         sentence = _train_sentence(rng)
@@ -186,12 +185,12 @@ def pairs(language: str, rows: int, seed: int = 0) -> Iterator[tuple[str, str]]:
 
 
 def solved(language: str, rows: int, seed: int = 0) -> Iterator[tuple[str, str]]:
-    """Prompts and English answers for the LLM: inference, questions, and English lexical facts."""
+    """Prompts and English answers for the LLM: inference, questions and English lexical facts."""
     rng = random.Random(f"{VERSION} {seed} solved" + (f" {language}" if language != "en" else ""))
     for _ in range(rows):
         kind = rng.random()
         if kind < 0.7:
-            # A third without any modifier: the plain case is learned first, and helps the others.
+            # A third without modifiers: the simple case is learned first and helps the others.
             modified = 0.0 if kind < 0.25 else 0.5
             columns = render_inference(*random_inference(rng, "train", modified), language)
             yield NLI_PROMPT.format(**columns).strip(), columns["label"]
@@ -203,7 +202,7 @@ def solved(language: str, rows: int, seed: int = 0) -> Iterator[tuple[str, str]]
 
 
 def _fact(rng: random.Random) -> tuple[str, str]:
-    """What a dictionary says of a word, and its answer."""
+    """A lexical fact as prompt and answer."""
     general = levels("verb")[1]
     if rng.random() < 0.2:
         verb = rng.choice(general)
@@ -223,7 +222,7 @@ def _train_sentence(rng: random.Random) -> Sentence:
 
 
 def write_texts(out: Path, scale: float = 1.0, seed: int = 0) -> None:
-    """Writes into a directory what to pretrain on; `scale` shrinks it.
+    """Writes the pretraining data into a directory; `scale` shrinks it.
 
     `text-LANGUAGE.txt` (a text a line), `pairs-LANGUAGE.tsv` (English, then the language), and
     `solved-LANGUAGE.tsv` (prompt, answer).
@@ -240,14 +239,14 @@ def write_texts(out: Path, scale: float = 1.0, seed: int = 0) -> None:
 
 
 def parallel(rows: int, seed: int = 0) -> Iterator[dict[str, str]]:
-    """Prompts of inferences in English and every other language that has solved tasks, and their
-    answer; none of a dev or test frame."""
+    """Inference prompts in English and every other language with solved tasks, and the answer;
+    from training frames only."""
     rng = random.Random(f"{VERSION} {seed} parallel")
     names = [name for name, language in LANGUAGES.items() if language.solved]
     for _ in range(rows):
         pair = random_inference(rng, "train")
         columns = {name: render_inference(*pair, name) for name in names}
-        # With its last space, which the answer's first token takes.
+        # With the trailing space, which becomes part of the answer's first token.
         yield {**{name: NLI_PROMPT.format(**x) for name, x in columns.items()},
                "answer": columns["en"]["label"]}
 
@@ -263,7 +262,7 @@ def write_tasks(out: Path, scale: float = 1.0, seed: int = 0) -> None:
     """Writes `TASK/SPLIT-LANGUAGE.jsonl` into a directory; `scale` shrinks the training rows."""
     for task, split, name in product(TASKS, SPLITS, LANGUAGES):
         if split == "train" and name != "en":
-            continue  # training is English alone
+            continue  # training is in English only
         (out / task).mkdir(exist_ok=True)
         number = _scaled(TASK_ROWS[split], scale) if split == "train" else TASK_ROWS[split]
         rows = task_rows(task, split, name, number, seed)

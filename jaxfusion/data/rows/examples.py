@@ -1,4 +1,4 @@
-"""Rows of a task, from wherever they are, each checked and with a place to point at."""
+"""Reads and checks the rows of a task, from any kind of source."""
 
 import logging
 import re
@@ -20,7 +20,7 @@ MAGIC = re.compile(r"[*?{]|\[.*\]")
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True)  # millions of them are common
+@dataclass(frozen=True, slots=True)  # a run may hold millions
 class Example:
     """One row: the encoder's text, the answer, and its class (-1 for free text)."""
 
@@ -32,31 +32,31 @@ class Example:
 def read_examples(
     name: str, task: Task, split: str, language: str, path: str | None
 ) -> list[Example]:
-    """All rows of a split, in the source's order; arguments and errors as of `examples`."""
+    """All rows of a split in the source's order; arguments and errors as in `examples`."""
     return list(examples(name, task, split, language, path))
 
 
 def examples(
     name: str, task: Task, split: str, language: str, path: str | None
 ) -> Iterator[Example]:
-    """Rows of a split in the source's order, read as they are taken.
+    """Iterates over a split in the source's order, reading lazily.
 
     Args:
       name: the task's name, for messages.
-      path: `data.path`: where the rows are; None reads the task's own source.
+      path: `data.path`: where the rows are; None: the task's own source.
 
     Raises:
-      InputError: no such file or dataset, no row, or a malformed row (named with its line).
+      InputError: no such file or dataset, no rows, or a malformed row (reported with its line).
     """
     if task.unlabelled and split == "test":
-        raise InputError(f"task '{name}' is text to learn from, where nothing can be scored; name "
-                         "other tasks in config.eval.tasks or --tasks")
+        raise InputError(f"task '{name}' is unlabelled text and cannot be scored; name other tasks "
+                         "in config.eval.tasks or --tasks")
     source = find_source(name, task, split, language, path)
     rows = _rows(name, source, split, language, task.labels)
     for column, other in source.borrowed.items():
         rows = _borrow(list(rows), column, list(_rows(name, source, split, other, ())), other)
     empty = True
-    # What others have published is as it is: only of files a user can mend ids.
+    # Duplicate ids are checked in files alone: a user cannot fix a published dataset.
     for row, where in _once(rows) if source.kind == "files" else rows:
         empty = False
         yield _example(task, row, where)
@@ -66,10 +66,10 @@ def examples(
 
 
 def find_source(name: str, task: Task, split: str, language: str, path: str | None) -> Source:
-    """Where a task's rows are.
+    """The source of a task's rows.
 
     Raises:
-      InputError: nowhere.
+      InputError: the task has no source, or a file is missing.
     """
     if path is None:
         source = task.sources.get(language, task.source)
@@ -88,107 +88,108 @@ def _in_folder(name: str, task: Task, split: str, language: str, folder: Path) -
     check_version(folder)
     own = _own_files(task, folder, split, language)
     if len(own) > 1:
-        raise InputError(f"{own[0]} and {own[1].name} are there for the same rows; keep one")
+        raise InputError(f"both {own[0]} and {own[1].name} exist for this split; keep one")
     if own:
         ending = own[0].name.removeprefix(f"{split}-{language}")
         return Source(str(folder / f"{{split}}-{{language}}{ending}"), splits=SAME)
     generic = f"{split}-{language}.jsonl"
     if task.files is None or split not in task.files.splits:
-        raise InputError(f"{folder / generic} is missing: task '{name}' reads its rows there, or "
-                         f"in a file of that name that ends in {', '.join([*READERS][1:])}")
+        raise InputError(f"{folder / generic} is missing: task '{name}' reads its rows from it, or "
+                         f"from a file of that name with suffix {', '.join([*READERS][1:])}")
     source = replace(task.files, place=str(folder / task.files.place))
     if not (file := _filled(source, split, language)).is_file():
-        raise InputError(f"{file} is missing (nor is there {generic})")
+        raise InputError(f"{file} is missing (and so is {generic})")
     return source
 
 
 def _own_files(task: Task, folder: Path, split: str, language: str) -> list[Path]:
-    """The user's own files of these rows in a directory."""
+    """The user's own files with these rows in a directory."""
     stem = f"{split}-{language}"
     endings = {stem + ending for suffix in READERS for ending in (suffix, f"{suffix}.gz")}
     named = sorted(file for file in folder.glob(f"{escape(stem)}.*")
                    if kind_of(file) and stem + file.name[len(stem):].lower() in endings)
-    # XNLI's own dev-en.tsv is cut into all three splits.
+    # XNLI's own dev-en.tsv is divided into all three splits.
     theirs = [folder / _filled(task.files, x, language) for x in task.files.splits
               ] if task.files else []
     return [file for file in named if file.is_file() and file not in theirs]
 
 
 def _filled(source: Source, split: str, language: str) -> Path:
-    """A source's path or pattern for a split and language."""
+    """The path or pattern with split and language substituted."""
     place = source.place.replace("{language}", source.names.get(language, language))
     return Path(place.replace("{split}", source.rows(split)[0])).expanduser()
 
 
 def at_hand(name: str, task: Task, split: str, path: str | None) -> tuple[str, ...]:
-    """All languages of a task; where each has a file of its own, those that are there."""
+    """The languages of a task whose files exist; all languages if they share one source."""
     source = task.source if path is None else task.at(path.replace("{task}", name))
-    found = []
+    languages = []
     if path is not None and (folder := Path(source.place).expanduser()).is_dir():
-        found = [x for x in task.languages if _own_files(task, folder, split, x)]
+        languages = [x for x in task.languages if _own_files(task, folder, split, x)]
     elif source and source.kind == "files" and source.by_language and split in source.splits:
-        found = [x for x in task.languages if _matches(_filled(source, split, x))]
-    return tuple(found) or task.languages
+        languages = [x for x in task.languages if _matches(_filled(source, split, x))]
+    return tuple(languages) or task.languages
 
 
 def _rows(name, source: Source, split, language, labels) -> Iterator[Placed]:
-    """Rows in our columns, of one language."""
+    """Rows of one language in our columns."""
     if split not in source.splits:
         raise InputError(f"{source.name} has no split for '{split}'; it has "
                          f"{', '.join(source.splits)}")
-    theirs = source.names.get(language, language)
+    source_language = source.names.get(language, language)
     if source.kind == "files":
         rows = _file_rows(name, source, split, language)
     else:
-        rows = {"hub": read_hub, "tfds": read_tfds}[source.kind](source, split, theirs, labels)
+        read = {"hub": read_hub, "tfds": read_tfds}[source.kind]
+        rows = read(source, split, source_language, labels)
     rows = ((_renamed(row, source.rename), where) for row, where in rows)
     if not source.by_language:
-        rows = _of_language(rows, source.place, theirs)
+        rows = _of_language(rows, source.place, source_language)
     for row, where in rows:
         try:
-            yield (row if source.make is None else source.make(row, theirs)), where
+            yield (row if source.make is None else source.make(row, source_language)), where
         except (KeyError, ValueError, IndexError, TypeError) as error:
-            raise InputError(f"{where}: cannot be read ({error!r:.300}); found: {listed(row)}"
+            raise InputError(f"{where}: cannot be read ({error!r:.300}); its columns: {listed(row)}"
                              ) from None
 
 
 def _renamed(row: Row, names: dict[str, str]) -> Row:
-    """The row in our columns; one that is renamed takes the place of another of its new name."""
-    kept = {column: value for column, value in row.items() if column not in names}
-    return kept | {ours: row[theirs] for theirs, ours in names.items() if theirs in row}
+    """The row in our columns; a renamed column replaces an existing one of that name."""
+    others = {column: value for column, value in row.items() if column not in names}
+    return others | {ours: row[theirs] for theirs, ours in names.items() if theirs in row}
 
 
 def _of_language(rows: Iterator[Placed], place: str, language: str) -> Iterator[Placed]:
-    """Rows of a source of several languages: those whose column `language`, if any, says so."""
-    others, found = {}, False
+    """The rows whose column `language`, if there is one, names this language."""
+    others, matched = {}, False
     for row, where in rows:
         if row.get("language", language) == language:
-            found = True
+            matched = True
             yield row, where
         else:
             others[str(row["language"])] = True
-    if others and not found:
-        raise InputError(f"{place} has no row in '{language}'; its column 'language' has "
+    if others and not matched:
+        raise InputError(f"{place} has no rows in '{language}'; its column 'language' has "
                          f"{listed(others)}")
 
 
 def _file_rows(name: str, source: Source, split: str, language: str) -> Iterator[Placed]:
-    """Rows of all files that a pattern matches, in the order of their names."""
+    """Rows of all files that match a pattern, in order of file names."""
     if not MAGIC.search(source.place) and not Path(source.place).expanduser().exists():
-        raise InputError(f"{source.place} is missing: task '{name}' reads its rows there")
+        raise InputError(f"{source.place} is missing: task '{name}' reads its rows from it")
     if "{split}" not in source.place and len(source.splits) > 1:
-        raise InputError(f"{source.place} names no {{split}}, so that what is trained on would be "
-                         f"tested on: write {{split}} where the names of task '{name}' have train, "
+        raise InputError(f"{source.place} has no {{split}}: training and test rows would be the "
+                         f"same; write {{split}} where the file names of task '{name}' have train, "
                          "dev or test")
     place = _filled(source, split, language)
     files = _matches(place)
     if not files:
         what = "matches no file" if MAGIC.search(str(place)) else "is missing"
         raise InputError(f"{place} {what}: task '{name}' reads split '{split}' in '{language}' "
-                         "there")
+                         "from it")
     rows = (row for file in files for row in read_file(file, source.columns, source.quoted))
-    wanted = source.rows(split)[1]
-    return islice(rows, wanted.start, wanted.stop)
+    selected = source.rows(split)[1]
+    return islice(rows, selected.start, selected.stop)
 
 
 def _matches(place: Path) -> list[Path]:
@@ -199,41 +200,41 @@ def _matches(place: Path) -> list[Path]:
 
 
 def _borrow(rows: list[Placed], column: str, others: list[Placed], language: str):
-    """Rows with a column of another language's, row by row."""
+    """Rows with one column copied from the same rows in another language."""
     if len(rows) != len(others) or not all(column in row for row, _ in others):
         where = [*rows, *others][0][1]
         raise InputError(f"{where}: {len(rows)} rows, but {len(others)} in '{language}', from "
-                         f"where column '{column}' is taken")
+                         f"which column '{column}' is copied")
     return [({**row, column: other[column]}, where)
             for (row, where), (other, _) in zip(rows, others, strict=True)]
 
 
 def _once(rows: Iterator[Placed]) -> Iterator[Placed]:
-    """Rows without those that come again: the same `id`, where rows have one, and the same content.
+    """Rows without duplicates, which have the same `id`, if there is one, and the same content.
 
     Raises:
-      InputError: an id comes again with another content.
+      InputError: two different rows have the same id.
     """
     seen: dict[str, tuple[int, str]] = {}
-    again = 0
+    duplicates = 0
     try:
         for row, where in rows:
             if row.get("id") is not None:
                 content = hash(str(row))
-                before, there = seen.setdefault(str(row["id"]), (content, where))
+                before, first_place = seen.setdefault(str(row["id"]), (content, where))
                 if before != content:
-                    raise InputError(f"{where}: id {row['id']!r:.80} is also that of {there}, "
-                                     "which is another row; ids must differ (or name the column "
-                                     "otherwise)")
-                if there != where:
-                    again += 1
-                    last = f"{where} is {there}"
+                    raise InputError(f"{where}: id {row['id']!r:.80} is already used by "
+                                     f"{first_place}, a different row; ids must be unique (or "
+                                     "rename the column)")
+                if first_place != where:
+                    duplicates += 1
+                    last = f"{where} is {first_place}"
                     continue
             yield row, where
     finally:
-        if again:
-            logger.warning("%d rows left out that came before with the same id and content, such "
-                           "as %s", again, last)
+        if duplicates:
+            logger.warning("%d duplicate rows skipped (same id and content), such as %s",
+                           duplicates, last)
 
 
 def _example(task: Task, row: dict[str, Any], where: str) -> Example:
@@ -242,7 +243,7 @@ def _example(task: Task, row: dict[str, Any], where: str) -> Example:
         answer = None if task.unlabelled else row[task.target_column]
     except KeyError as error:
         raise InputError(
-            f"{where}: column {error} is missing; found: {listed(row)}"
+            f"{where}: column {error} is missing; its columns: {listed(row)}"
         ) from None
     for column in re.findall(r"{(\w+)}", task.prompt):
         _check_cell(row[column], column, where)
@@ -256,21 +257,21 @@ def _example(task: Task, row: dict[str, Any], where: str) -> Example:
 
 
 def _check_cell(value: Any, column: str, where: str) -> None:
-    """Raises InputError for a cell that is no text, number or the like, or has nothing in it."""
-    if isinstance(value, dict | list | bytes):  # bytes: Parquet's, where nothing says they are text
-        raise InputError(f"{where}: column '{column}' is no text but {value!r:.80}")
+    """Raises InputError for a cell that is empty, or not a scalar."""
+    if isinstance(value, dict | list | bytes):  # bytes: from Parquet without a text type
+        raise InputError(f"{where}: column '{column}': expected text, got {value!r:.80}")
     if is_blank(value):
         raise InputError(f"{where}: column '{column}' is empty")
 
 
 def _label(task: Task, value: Any, where: str) -> int:
-    """The class from its label, in any case, or from how the data writes it."""
+    """The class of a label, in any case, or of the data's spelling of it."""
     text = str(value).strip().casefold()
     for names in (task.labels, task.spellings or range(len(task.labels))):
-        found = [str(name).casefold() for name in names]
-        if text in found:
-            return found.index(text)
+        options = [str(name).casefold() for name in names]
+        if text in options:
+            return options.index(text)
     raise InputError(
-        f"{where}: label {value!r:.80} is none of {', '.join(task.labels)} "
+        f"{where}: label {value!r:.80} is not one of {', '.join(task.labels)} "
         f"(or {', '.join(task.spellings) or f'0 … {len(task.labels) - 1}'})"
     )

@@ -1,6 +1,6 @@
-"""Rows of one file, whatever its kind, each with the place that messages point at.
+"""Rows of one JSONL, JSON, CSV, TSV or Parquet file, each with its place for messages.
 
-All but JSON are read as they are asked for: who takes the first rows of a large file reads no more.
+Rows stream (except JSON), so taking the first N reads no further.
 """
 
 import csv
@@ -17,15 +17,15 @@ from typing import Any, TypeVar
 from jaxfusion.data.tasks.spec import Placed, Row
 from jaxfusion.errors import InputError, first_line, listed
 
-SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")  # escapes of half a character
-PARQUET_ROWS, OBJECTS = 4096, 64  # rows that are read, and made Python's objects, at a time
-UNPACKED_BYTES, UNPACKED_TIMES = 1 << 30, 1000  # a Parquet file of more is damage, or an attack
+SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")  # escapes of a surrogate
+PARQUET_ROWS, OBJECTS = 4096, 64  # rows read, and converted to Python objects, at a time
+UNPACKED_BYTES, UNPACKED_TIMES = 1 << 30, 1000  # a Parquet file beyond is damaged, or an attack
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
 
 def kind_of(file: Path) -> str | None:
-    """The suffix in `READERS` that a file has, in any case, compressed by gzip or not."""
+    """The file's suffix in `READERS`, in any case, with or without `.gz`; None if it has none."""
     name = file.name.lower()
     suffix = Path(name.removesuffix(".gz")).suffix
     return suffix if suffix in READERS and not name.endswith(".parquet.gz") else None
@@ -34,41 +34,41 @@ def kind_of(file: Path) -> str | None:
 def read_file(
     file: Path, columns: tuple[str, ...] | None = None, quoted: bool = False
 ) -> Iterator[Placed]:
-    """Rows of a `.jsonl`, `.json`, `.csv`, `.tsv` or `.parquet` file, in its order.
+    """Rows of a `.jsonl`, `.json`, `.csv`, `.tsv` or `.parquet` file, in order.
 
-    All but Parquet may be compressed by gzip (`.jsonl.gz`). Of a Parquet file that `datasets` wrote
-    classes have their names.
+    All but Parquet may be compressed with gzip (`.jsonl.gz`). Class numbers in a Parquet file that
+    `datasets` wrote become class names.
 
     Args:
-      columns: names of a CSV's or TSV's columns; None takes them from its first line.
-      quoted: whether a TSV's fields may be in quotes, as pandas writes and reads them. Otherwise a
-        quote is a character like any other. A CSV's always may.
+      columns: names of a CSV's or TSV's columns; None reads them from the first line.
+      quoted: whether a TSV's fields may be quoted, as pandas writes and reads them; otherwise a
+        quote is an ordinary character. A CSV's fields always may.
 
     Raises:
-      InputError: another kind of file, one that is cut short or not UTF-8, or a malformed row.
+      InputError: an unknown suffix, a truncated file, text that is not UTF-8, or a malformed row.
     """
     kind = kind_of(file)
     if kind is None:
-        raise InputError(f"{file} is none of {', '.join(READERS)}")
+        raise InputError(f"{file} is not one of {', '.join(READERS)}")
     return READERS[kind](file, columns, quoted)
 
 
 def is_blank(value: Any) -> bool:
-    """Whether a cell holds nothing: no value, no number (as Parquet has it), or spaces alone."""
+    """Whether a cell is empty: None, NaN (from Parquet), or white space."""
     return value is None or value != value or not str(value).strip()
 
 
 def _lines(file: Path) -> Iterator[str]:
-    """The lines with their ends; a byte-order mark is left out.
+    """The lines with their line ends, without a byte-order mark.
 
-    A file without a line feed has lines that end in carriage returns.
+    In a file without a line feed, carriage returns end the lines.
     """
     offset = 0
     for number, line in enumerate(_raw_lines(file), start=1):
         try:
             text = line.decode("utf-8")
         except UnicodeDecodeError as error:
-            wide = ", as UTF-16 begins" if line[:2] in (b"\xff\xfe", b"\xfe\xff") else ""
+            wide = ", the start of UTF-16" if line[:2] in (b"\xff\xfe", b"\xfe\xff") else ""
             raise InputError(
                 f"{file}:{number}: is not UTF-8: byte 0x{line[error.start]:02x} at offset "
                 f"{offset + error.start} of the file{wide}; save the file as UTF-8") from None
@@ -87,39 +87,38 @@ def _raw_lines(file: Path) -> Iterator[bytes]:
                 yield first
                 yield from stream
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise InputError(f"{file} cannot be unpacked ({first_line(error)}); is the file whole?"
+        raise InputError(f"{file} cannot be unpacked ({first_line(error)}); is the file complete?"
                          ) from None
 
 
 def _without_blank_end(
     lines: Iterator[tuple[int, T]], is_blank_line: Callable[[T], bool]
 ) -> Iterator[tuple[int, T]]:
-    """Numbered lines without the blank ones after the last that is not."""
-    held = []
+    """Numbered lines without trailing blank ones."""
+    pending = []
     for line in lines:
-        held.append(line)
+        pending.append(line)
         if not is_blank_line(line[1]):
-            yield from held
-            held.clear()
+            yield from pending
+            pending.clear()
 
 
 def _table(file: Path, columns, lines: Iterator[tuple[int, list[str]]], what: str):
-    """Rows of numbered lines of fields, the first of which names the columns unless given."""
+    """Rows from numbered lines of fields; the first line names the columns unless given."""
     for number, fields in lines:
         if columns is None:
             columns = tuple(fields)
             if len(set(columns)) < len(columns):
-                raise InputError(f"{file}:{number}: a column's name stands there twice: "
-                                 f"{listed(columns)}")
+                raise InputError(f"{file}:{number}: duplicate column name: {listed(columns)}")
             continue
         if len(fields) != len(columns):
-            raise InputError(f"{file}:{number}: {len(fields)} {what}-separated fields, wanted "
+            raise InputError(f"{file}:{number}: {len(fields)} {what}-separated fields, expected "
                              f"{len(columns)} ({listed(columns)})")
         yield dict(zip(columns, fields, strict=True)), f"{file}:{number}"
 
 
 def _plain(file: Path) -> Iterator[tuple[int, list[str]]]:
-    """Numbered lines of tab-separated fields; a quote is a character like any other."""
+    """Numbered lines of tab-separated fields; a quote is an ordinary character."""
     lines = enumerate((line.rstrip("\r\n") for line in _lines(file)), start=1)
     quotes = 0
     for number, line in _without_blank_end(lines, lambda line: not line.strip()):
@@ -127,9 +126,9 @@ def _plain(file: Path) -> Iterator[tuple[int, list[str]]]:
         quotes += any(len(x) > 1 and x[0] == x[-1] == '"' and '""' in x[1:-1] for x in fields)
         yield number, fields
     if quotes:
-        logger.warning("%s: %d lines have fields in quotes with quotes doubled inside, as pandas "
-                       "writes them; a .tsv is read as it is: save the file as .csv instead",
-                       file, quotes)
+        logger.warning("%s: %d lines have quoted fields with doubled quotes inside, as pandas "
+                       "writes them; a .tsv is read without unquoting: save the file as .csv "
+                       "instead", file, quotes)
 
 
 def _read_tsv(file: Path, columns, quoted: bool) -> Iterator[Placed]:
@@ -137,17 +136,17 @@ def _read_tsv(file: Path, columns, quoted: bool) -> Iterator[Placed]:
 
 
 def _read_csv(file: Path, columns, quoted: bool) -> Iterator[Placed]:
-    """Comma-separated fields as RFC 4180 has them: quoted ones may hold commas and line ends."""
+    """Comma-separated fields as in RFC 4180: quoted ones may contain commas and line ends."""
     return _table(file, columns, _quoted(file, ","), "comma")
 
 
 def _quoted(file: Path, delimiter: str) -> Iterator[tuple[int, list[str]]]:
-    """Numbered records whose fields may be in quotes."""
+    """Numbered records whose fields may be quoted."""
     return _without_blank_end(_records(file, delimiter), lambda fields: not "".join(fields).strip())
 
 
 def _records(file: Path, delimiter: str) -> Iterator[tuple[int, list[str]]]:
-    csv.field_size_limit(sys.maxsize)  # long texts are cut later, and counted
+    csv.field_size_limit(sys.maxsize)  # long texts are truncated later, and counted
     reader = csv.reader(_lines(file), delimiter=delimiter, strict=True)
     while True:
         first = reader.line_num + 1
@@ -155,22 +154,22 @@ def _records(file: Path, delimiter: str) -> Iterator[tuple[int, list[str]]]:
             fields = next(reader, None)
         except csv.Error as error:
             raise InputError(
-                f"{file}:{_opened(file, first, reader.line_num)}: a quote is opened here and not "
-                f"closed as CSV wants it (line {reader.line_num}: {error}); double the quotes "
-                "inside of a text") from None
+                f"{file}:{_opened(file, first, reader.line_num)}: unterminated quoted field starts "
+                f"here (line {reader.line_num}: {error}); double the quotes inside a field"
+            ) from None
         if fields is None:
             return
         yield first, fields
 
 
 def _opened(file: Path, first: int, last: int) -> int:
-    """The line between these two from which on a quote is open."""
-    opened = None
+    """The line between these two where an unterminated quote starts."""
+    start = None
     for number, line in enumerate(_lines(file), start=1):
         if first <= number <= last:
-            inside = (opened is not None) ^ (line.count('"') % 2 == 1)
-            opened = (opened or number) if inside else None
-    return opened or first
+            inside = (start is not None) ^ (line.count('"') % 2 == 1)
+            start = (start or number) if inside else None
+    return start or first
 
 
 def _read_jsonl(file: Path, columns, quoted: bool) -> Iterator[Placed]:
@@ -181,7 +180,7 @@ def _read_jsonl(file: Path, columns, quoted: bool) -> Iterator[Placed]:
         except (ValueError, RecursionError) as error:
             raise InputError(f"{file}:{number}: not JSON ({first_line(error)})") from None
         if not isinstance(row, dict):
-            raise InputError(f"{file}:{number}: wanted a JSON object with the row's columns")
+            raise InputError(f"{file}:{number}: expected a JSON object with the row's columns")
         if SURROGATE.search(line):
             _check_text(row, f"{file}:{number}")
         yield row, f"{file}:{number}"
@@ -191,8 +190,8 @@ def _check_text(row: Row, where: str) -> None:
     try:
         json.dumps(row, ensure_ascii=False).encode()
     except UnicodeEncodeError:
-        raise InputError(f"{where}: half of a character (a lone \\ud800 … \\udfff); write the file "
-                         "anew from its texts") from None
+        raise InputError(f"{where}: unpaired surrogate (\\ud800 … \\udfff); write the file again "
+                         "from its texts") from None
 
 
 def _read_json(file: Path, columns, quoted: bool) -> Iterator[Placed]:
@@ -204,10 +203,10 @@ def _read_json(file: Path, columns, quoted: bool) -> Iterator[Placed]:
     except (ValueError, RecursionError) as error:
         raise InputError(f"{file}: not JSON ({first_line(error)})") from None
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-        raise InputError(f"{file}: wanted a JSON list of objects with the rows' columns")
-    halves = SURROGATE.search(text)
+        raise InputError(f"{file}: expected a JSON list of objects with the rows' columns")
+    has_surrogates = SURROGATE.search(text)
     for number, row in enumerate(rows, start=1):
-        if halves:
+        if has_surrogates:
             _check_text(row, f"{file} row {number}")
         yield row, f"{file} row {number}"
 
@@ -220,9 +219,9 @@ def _read_parquet(file: Path, columns, quoted: bool) -> Iterator[Placed]:
     limit = max(UNPACKED_BYTES, UNPACKED_TIMES * size)
     try:
         schema = parquet.read_schema(file)
-        if len(set(schema.names)) < len(schema.names):  # of whose values Python keeps the last
-            raise InputError(f"{file}: a column's name stands there twice: {listed(schema.names)}")
-        # Texts that come again are held once until they are rows.
+        if len(set(schema.names)) < len(schema.names):  # Python would keep the last one's values
+            raise InputError(f"{file}: duplicate column name: {listed(schema.names)}")
+        # Dictionaries store repeated texts once until they become rows.
         texts = [field.name for field in schema if pyarrow.types.is_string(field.type)]
         classes = _class_names(schema)
         with parquet.ParquetFile(file, read_dictionary=texts) as table:
@@ -232,18 +231,18 @@ def _read_parquet(file: Path, columns, quoted: bool) -> Iterator[Placed]:
                     limit -= sum(len(x) for x in row.values() if isinstance(x, str))
                     if limit < 0:
                         raise InputError(f"{file} unpacks to more than {UNPACKED_TIMES:,} times "
-                                         f"its {size:,} bytes; it is not read past row {number}")
+                                         f"its {size:,} bytes; reading stopped at row {number}")
                     yield named(row, classes), f"{file} row {number}"
     except InputError:
         raise
-    # Days, times and zones that Python does not have are an OverflowError or a KeyError.
+    # Dates, times and zones that Python cannot represent raise OverflowError or KeyError.
     except (pyarrow.ArrowException, OSError, ValueError, OverflowError, LookupError) as error:
-        raise InputError(f"{file} cannot be read as Parquet behind row {number}: "
-                         f"{first_line(error)}; is the file whole?") from None
+        raise InputError(f"{file} cannot be read as Parquet after row {number}: "
+                         f"{first_line(error)}; is the file complete?") from None
 
 
 def _class_names(schema) -> dict[str, list[str]]:
-    """Names of the classes by column, from what `datasets` writes into a schema's metadata."""
+    """Class names by column, from the schema metadata that `datasets` writes."""
     try:
         info = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
         features = info.get("info", {}).get("features", {})
@@ -254,13 +253,13 @@ def _class_names(schema) -> dict[str, list[str]]:
 
 
 def _as_objects(batch) -> Iterator[Row]:
-    """Rows of a batch; of texts that it holds once, few are made at a time."""
+    """Rows of a batch, a few at a time: each repeats texts that the batch stores once."""
     for start in range(0, batch.num_rows, OBJECTS):
         yield from batch.slice(start, OBJECTS).to_pylist()
 
 
 def named(row: Row, names: dict[str, list[str]]) -> Row:
-    """The row with the names of its classes by column; an unknown class (-1) stays what it is."""
+    """The row with class numbers replaced by names; an unknown class (-1) stays a number."""
     return row | {column: known[row[column]] for column, known in names.items()
                   if isinstance(row.get(column), int) and 0 <= row[column] < len(known)}
 

@@ -1,4 +1,4 @@
-"""Rows of a Hugging Face dataset, at a pinned revision, streamed or not, or of its copy here."""
+"""Rows of a Hugging Face dataset at a pinned revision: downloaded, streamed or cached."""
 
 import logging
 from collections.abc import Iterator, Sequence
@@ -11,31 +11,31 @@ from jaxfusion.data.tasks.spec import Placed, Source
 from jaxfusion.errors import InputError, first_line
 from jaxfusion.hf.hub import COMMIT, hub_in_reach
 
-SCRIPTS = "scripts are no longer supported"  # of datasets that were written before version 4
+SCRIPTS = "scripts are no longer supported"  # the error for datasets from before version 4
 logger = logging.getLogger(__name__)
 
 
 def read_hub(
     source: Source, split: str, language: str, labels: Sequence[str]
 ) -> Iterator[Placed]:
-    """Rows of a split; classes that the dataset names as the task does have their names.
+    """Rows of a split, with class names where the dataset's class names are the task's labels.
 
     Args:
-      source: of kind `hub`. split: ours. language: as the source calls it.
+      source: of kind `hub`. split: ours. language: the source's name.
       labels: of the task.
 
     Raises:
-      InputError: it cannot be read, or is out of reach and no copy is here.
+      InputError: the dataset cannot be read, or the hub is unreachable and no copy is cached.
     """
     config = _config(source, split, language)
-    theirs, wanted = source.rows(split)
+    theirs, selected = source.rows(split)
     try:
         data = _open(source, config, theirs)
         names = label_names(data.features, labels)
         if source.streaming:
-            rows = islice(enumerate(data), wanted.start, wanted.stop)
+            rows = islice(enumerate(data), selected.start, selected.stop)
         else:
-            chosen = range(len(data))[wanted]
+            chosen = range(len(data))[selected]
             rows = zip(chosen, data.select(chosen), strict=True)
         for number, row in rows:
             yield named(row, names), f"{source.name} ({config}) {split} row {number}"
@@ -57,39 +57,39 @@ def _open(source: Source, config: str | None, split: str):
 
 
 def _config(source: Source, split: str, language: str) -> str | None:
-    """Its configuration; datasets with one per split have none for development."""
+    """The dataset's configuration; datasets with one per split have none for development."""
     theirs = "train" if split == "dev" else split
     return source.config and source.config.format(language=language, split=theirs)
 
 
 def commit_of(source: Source, split: str, language: str) -> str | None:
-    """The commit that a hub dataset's revision is now, to pin it by; None for what is no such."""
+    """The commit of a hub dataset's revision, to pin it; None for other sources."""
     if source.kind != "hub":
         return None
     theirs = source.names.get(language, language)
     try:
-        found = _builder(source.name, _config(source, split, theirs), source.revision).hash
+        commit = _builder(source.name, _config(source, split, theirs), source.revision).hash
     except InputError:
         raise
-    except Exception:  # reading it says what is wrong
+    except Exception:  # reading the rows reports the error
         return None
-    return found if COMMIT.fullmatch(found or "") else None
+    return commit if COMMIT.fullmatch(commit or "") else None
 
 
 @lru_cache(8)
 def _builder(name: str, config: str | None, revision: str | None):
-    """The dataset's builder; of a hub out of reach, that of the copy here."""
+    """The dataset's builder; the cached copy's if the hub is unreachable."""
     import datasets
 
     reach = hub_in_reach()
-    if not reach:  # what they would say in four lines is said below in one
+    if not reach:  # one warning below replaces the library's four
         datasets.utils.logging.set_verbosity_error()
     builder = datasets.load_dataset_builder(name, config, revision=revision)
     if not reach:
         if revision and COMMIT.fullmatch(revision) and builder.hash != revision:
-            raise InputError(f"the hub is out of reach, and the copy of {name} here is commit "
+            raise InputError(f"the hub is unreachable, and the cached copy of {name} is commit "
                              f"{builder.hash}, not {revision}")
-        logger.warning("the hub is out of reach: reading %s from its copy here, commit %s", name,
+        logger.warning("the hub is unreachable: reading the cached copy of %s, commit %s", name,
                        builder.hash)
     return builder
 
@@ -100,23 +100,23 @@ def _reason(error: Exception) -> str:
                 "conversion, where there is one")
     absent = isinstance(error, ConnectionError | FileNotFoundError) or "find cache" in str(error)
     if absent and not hub_in_reach():
-        return "the hub is out of reach and no copy is here"
+        return "the hub is unreachable and no copy is cached"
     return first_line(error)
 
 
 def label_names(features: Any, labels: Sequence[str]) -> dict[str, list[str]]:
-    """Names of the classes, by column, of the columns whose classes are these labels.
+    """Class names by column, for the columns whose classes are these labels.
 
-    A dataset numbers its classes in its own order, which need not be the task's.
+    A dataset's order of classes may differ from the task's.
 
     Args:
-      features: of datasets or tensorflow-datasets: column -> a description, which has `names` if
-        its values are numbers of classes; or None.
+      features: of datasets or tensorflow-datasets: column -> description, with `names` if its
+        values are class numbers; or None.
     """
-    wanted = {label.casefold() for label in labels}
-    found = {}
+    expected = {label.casefold() for label in labels}
+    classes = {}
     for column, feature in dict(features or {}).items():
         names = getattr(feature, "names", None)
-        if names and {str(name).casefold() for name in names} == wanted:
-            found[column] = list(names)
-    return found
+        if names and {str(name).casefold() for name in names} == expected:
+            classes[column] = list(names)
+    return classes

@@ -1,4 +1,4 @@
-"""Rows of a tensorflow-datasets set that is prepared here, without TensorFlow."""
+"""Rows of a prepared tensorflow-datasets dataset, without TensorFlow."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -9,36 +9,37 @@ from jaxfusion.data.rows.hub import label_names
 from jaxfusion.data.tasks.spec import Placed, Source
 from jaxfusion.errors import InputError, first_line
 
-ROWS = 1024  # that are read at a time
+ROWS = 1024  # read at a time
 
 
 def read_tfds(
     source: Source, split: str, language: str, labels: Sequence[str]
 ) -> Iterator[Placed]:
-    """Rows of a split of an ArrayRecord or Parquet set.
+    """Rows of a split of an ArrayRecord or Parquet dataset.
 
     Args:
       source: of kind `tfds`: a name, looked up below `$TFDS_DATA_DIR` (default
-        `~/tensorflow_datasets`), or the directory of one version of a set.
-      split: ours. language: as the source calls it. labels: of the task.
+        `~/tensorflow_datasets`), or the directory of one version of a dataset.
+      split: ours. language: the source's name. labels: of the task.
 
     Raises:
-      InputError: it is not prepared here, only as TFRecord, or a text in it is not UTF-8.
+      InputError: the dataset is not prepared, exists only as TFRecord, or has a text that is not
+        UTF-8.
     """
-    theirs, wanted = source.rows(split)
+    theirs, selected = source.rows(split)
     builder = _builder(source, language)
     if theirs not in builder.info.splits:
         raise InputError(f"{source.place} has no split '{theirs}'; it has "
                          f"{', '.join(builder.info.splits)}")
     try:
         data = builder.as_data_source(theirs)
-    except NotImplementedError:  # a format that cannot be read row by row
+    except NotImplementedError:  # a format without random access
         raise InputError(_only_tfrecord(source, builder)) from None
     names = label_names(builder.info.features, labels)
-    numbers = range(len(data))[wanted]
+    numbers = range(len(data))[selected]
     for first in range(0, len(numbers), ROWS):
-        some = numbers[first : first + ROWS]
-        for number, row in zip(some, data.__getitems__(some), strict=True):
+        part = numbers[first : first + ROWS]
+        for number, row in zip(part, data.__getitems__(part), strict=True):
             where = f"{source.place} {theirs} row {number}"
             yield named(plain(row, where), names), where
 
@@ -49,14 +50,14 @@ def _builder(source: Source, language: str):
     if Path(source.name).expanduser().is_dir():
         place = Path(source.name).expanduser()
         if not (place / "dataset_info.json").is_file():
-            raise InputError(f"{place} holds no dataset_info.json; tfds: takes the directory of "
-                             "one version, such as .../xnli/plain_text/1.1.0")
+            raise InputError(f"{place} has no dataset_info.json; tfds: takes the directory of one "
+                             "version, such as .../xnli/plain_text/1.1.0")
         return tfds.builder_from_directory(place)
     config = source.config and source.config.replace("{language}", language)
     name = f"{source.name}/{config}" if config else source.name
     try:
         builder = tfds.builder(name)
-    except Exception as error:  # an unknown name, or a set that needs TensorFlow to be described
+    except Exception as error:  # an unknown name, or a dataset whose description needs TensorFlow
         raise InputError(f"tfds:{name} cannot be opened: {first_line(error)}") from None
     if not builder.data_path.exists():
         raise InputError(f"tfds:{name} is not prepared in {builder.data_path}; prepare it with "
@@ -66,9 +67,9 @@ def _builder(source: Source, language: str):
 
 def _only_tfrecord(source: Source, builder) -> str:
     name = builder.info.full_name.rpartition("/")[0]
-    return (f"{source.place} is only there as {builder.info.file_format.value}, which takes "
-            f"TensorFlow to read; prepare it once as ArrayRecord: {_command(name, builder)}, "
-            "with another data_dir")
+    return (f"{source.place} exists only as {builder.info.file_format.value}, which needs "
+            f"TensorFlow; prepare it once as ArrayRecord: {_command(name, builder)}, with another "
+            "data_dir")
 
 
 def _command(name: str, builder) -> str:
@@ -77,7 +78,7 @@ def _command(name: str, builder) -> str:
 
 
 def plain(value: Any, where: str) -> Any:
-    """A decoded feature as Python's own types: bytes are text, arrays lists.
+    """A decoded feature as built-in Python types: bytes become text, arrays lists.
 
     Raises:
       InputError: bytes that are not UTF-8.

@@ -1,4 +1,4 @@
-"""The papers' tasks: prompt, labels, languages, and where their data lives."""
+"""The papers' tasks: prompt, labels, languages, and sources."""
 
 import json
 import re
@@ -23,15 +23,15 @@ NLI_PROMPT = "Premise: {premise} Hypothesis: {hypothesis} Label: "
 NLI_LABELS = ("Entailment", "Neutral", "Contradiction")
 QA_PROMPT = "Text: {text} Question: {question} Answer: "
 
-# MetaMath's (arXiv:2309.12284), as LangBridge's authors ask it (github.com/kaistAI/LangBridge), and
-# with the words that MetaMath's own authors put behind it when they score.
+# MetaMath's prompt (arXiv:2309.12284), as LangBridge's authors use it
+# (github.com/kaistAI/LangBridge), and with the words that MetaMath's authors append to score it.
 ALPACA_PROMPT = (
     "Below is an instruction that describes a task. Write a response that appropriately "
     "completes the request.\n\n### Instruction:\n{query}\n\n### Response:"
 )
 LANGBRIDGE_MATHS = ALPACA_PROMPT + "\n"
 STEP_BY_STEP = ALPACA_PROMPT + " Let's think step by step."
-# What stands before a question of MGSM in its few-shot rows, and LangBridge's authors put there.
+# The word before a question in MGSM's few-shot rows; LangBridge's authors put it there, too.
 QUESTIONS = {"en": "Question:", "es": "Pregunta:", "fr": "Question :", "de": "Frage:",
              "ru": "Задача:", "zh": "问题:", "ja": "問題:", "th": "โจทย์:", "sw": "Swali:",
              "bn": "প্রশ্ন:", "te": "ప్రశ్న:"}
@@ -41,7 +41,7 @@ MGSM_HUB = Source("hub:juletxara/mgsm", "{language}", {"train": "train", "test":
 
 
 def _question(row: Row, language: str) -> Row:
-    """MGSM's row with its language's word for a question before it."""
+    """MGSM's row with its language's word for "question" prepended."""
     word = QUESTIONS[language]
     query = row["query"] if row["query"].startswith(word) else f"{word} {row['query']}"
     return {**row, "query": query}
@@ -50,17 +50,17 @@ def _question(row: Row, language: str) -> Row:
 def _winograd(row: Row, language: str) -> Row:
     """XWinograd's row with a blank in the pronoun's place."""
     tokens, (_, (first, last), _) = json.loads(row["tokens"]), json.loads(row["pronoun"])
-    sentence, place, spans = row["sentence"], 0, []
+    sentence, offset, spans = row["sentence"], 0, []
     for token in tokens[:last]:
-        # Quotes and elisions are written otherwise among the tokens: these find no place.
-        found = sentence.find(token, place)
-        spans.append((found, found + len(token)))
-        place = max(place, spans[-1][1]) if found >= 0 else place
+        # Quotes and elisions are spelled differently in the tokens and are not found.
+        start = sentence.find(token, offset)
+        spans.append((start, start + len(token)))
+        offset = max(offset, spans[-1][1]) if start >= 0 else offset
     begin, end = spans[first][0], spans[last - 1][1]
     if begin < 0 or end < begin:
         raise ValueError(f"pronoun {tokens[first:last]} is not in the sentence")
     (one, *_, right), (two, *_) = json.loads(row["options"])
-    end = begin + len(sentence[begin:end].rstrip(".,"))  # some spans have them
+    end = begin + len(sentence[begin:end].rstrip(".,"))  # some spans include punctuation
     return {"sentence": f"{sentence[:begin]}_{sentence[end:]}".strip(), "option1": one,
             "option2": two, "label": "1" if right else "2"}
 
@@ -72,14 +72,14 @@ def _mmlu(row: Row, language: str) -> Row:
 
 
 def _translations(row: Row, language: str) -> Row:
-    """A row of tensorflow-datasets' XNLI, which has all languages, as one of this language."""
-    found = row["hypothesis"]
-    hypotheses = dict(zip(found["language"], found["translation"], strict=True))
+    """One language of a row of tensorflow-datasets' XNLI, which has all languages."""
+    translations = row["hypothesis"]
+    hypotheses = dict(zip(translations["language"], translations["translation"], strict=True))
     return {"premise": row["premise"][language], "hypothesis": hypotheses[language],
             "label": row["label"]}
 
 
-# The translated MMLU calls a language by its country, too.
+# The translated MMLU names languages with their country.
 MMMLU = {"ar": "AR_XY", "bn": "BN_BD", "de": "DE_DE", "es": "ES_LA", "fr": "FR_FR", "hi": "HI_IN",
          "id": "ID_ID", "it": "IT_IT", "ja": "JA_JP", "ko": "KO_KR", "pt": "PT_BR", "sw": "SW_KE",
          "yo": "YO_NG", "zh": "ZH_CN"}
@@ -111,7 +111,7 @@ TASKS: dict[str, Task] = {
         source=Source("hub:facebook/xnli", "{language}"),
         others=(Source("tfds:xnli", splits={"dev": "validation", "test": "test"},
                        make=_translations),),
-        # XNLI's released TSVs hold 830 premises of 3 pairs each; cuts fall between premises.
+        # XNLI's released TSVs have 830 premises of 3 pairs each; splits do not divide a premise.
         files=Source(
             "{split}-{language}.tsv",
             splits={"train": "dev[0:1890]", "dev": "dev[1890:2190]", "test": "dev[2190:2490]"},
@@ -124,12 +124,12 @@ TASKS: dict[str, Task] = {
         NLI_LABELS,
         ("as", "bn", "gu", "hi", "kn", "ml", "mr", "or", "pa", "ta", "te"),
         source=Source("hub:Divyanshu/indicxnli", "{language}"),
-        # The sample of its test rows, all languages in one file.
+        # A sample of its test rows, all languages in one file.
         files=Source("indicxnli_test_50.tsv", splits={"test": "test"}, rename={"lang": "language"}),
         parallel=True,
     ),
-    # The authors' loader reads the configuration train_{language} for testing too; this one reads
-    # test_{language}. Say so before comparing with their figure.
+    # The authors' loader also tests on the configuration train_{language}; this one reads
+    # test_{language}, so scores do not compare with theirs.
     "sinhala_news": Task(
         "News Sentence: {sentence} Category: ",
         ("Business", "Entertainment", "Political", "Sports", "Science"),
@@ -159,12 +159,12 @@ TASKS: dict[str, Task] = {
                      rename={"category": "label"}, quoted=True),
         parallel=True,
     ),
-    # Of the made-up world in data/pocket/world.py.
+    # The made-up world in data/pocket/world.py.
     "pocket_nli": Task(NLI_PROMPT, NLI_LABELS, tuple(POCKET), parallel=True),
     "pocket_qa": Task(QA_PROMPT, (), tuple(POCKET), parallel=True),
-    # Multiple choice as Lens is scored on: the options have letters, and the letters are compared.
-    # Of XCOPA's questions (cause or effect) many are wrong in Swahili, Indonesian and others:
-    # Estonian has the original's.
+    # Multiple choice as in Lens: options have letters, and the likelihoods of letters are compared.
+    # Many of XCOPA's questions (cause or effect) are wrong in Swahili, Indonesian and others;
+    # Estonian has the original ones.
     "xcopa": Task(
         "Premise: {premise}\nWhich is more likely to be its {question}?\nA: {choice1}\n"
         "B: {choice2}\nAnswer: ",
@@ -211,8 +211,7 @@ TASKS: dict[str, Task] = {
         files=Source("{language}.json", splits={"test": "test"}, rename={"Answer": "label"}),
         parallel=True,
     ),
-    # The translation of MMLU by a machine that Lens is scored on, its first 1,000 rows; `mmmlu` is
-    # that of translators.
+    # Machine-translated MMLU, first 1,000 rows, as in Lens; `mmmlu` is by human translators.
     "m_mmlu": Task(
         "Question: {instruction}\nA: {option_a}\nB: {option_b}\nC: {option_c}\nD: {option_d}\n"
         "Answer: ",
@@ -277,17 +276,17 @@ TASKS: dict[str, Task] = {
 
 
 def get_task(name: str, own: Mapping[str, TaskConfig] | None = None) -> Task:
-    """The task of that name.
+    """The task with that name.
 
     Args:
       own: the config's own tasks, by name.
 
     Raises:
-      InputError: there is none (the near match is named), or an own one that makes no sense.
+      InputError: unknown name (the closest match is suggested), or an invalid own task.
     """
     own = own or {}
-    if twice := sorted(TASKS.keys() & own.keys()):
-        raise InputError(f"config.tasks: '{twice[0]}' is a task already; choose another name")
+    if duplicates := sorted(TASKS.keys() & own.keys()):
+        raise InputError(f"config.tasks: '{duplicates[0]}' already exists; choose another name")
     choose("task", name, (*TASKS, *own))
     return own_task(name, own[name]) if name in own else TASKS[name]
 
@@ -296,24 +295,24 @@ def own_task(name: str, c: TaskConfig) -> Task:
     """A task that a config declares.
 
     Raises:
-      InputError: a prompt without a column, no languages, labels or splits that make no sense.
+      InputError: a prompt without a column, no languages, or invalid labels or splits.
     """
     where = f"config.tasks.{name}"
     columns = re.findall(r"{(\w+)}", c.prompt)
     try:
         c.prompt.format(**dict.fromkeys(columns, ""))
     except (KeyError, ValueError, IndexError, AttributeError) as error:
-        raise InputError(f"{where}.prompt cannot be filled in ({error!r}): a column is {{NAME}}, a "
-                         "brace is written twice") from None
+        raise InputError(f"{where}.prompt is not a valid template ({error!r}): write {{NAME}} for "
+                         "a column, and double other braces") from None
     if not columns:
-        raise InputError(f"{where}.prompt is {c.prompt!r}, wanted a text with a column such as "
+        raise InputError(f"{where}.prompt is {c.prompt!r}, expected a text with a column such as "
                          "{text}")
     if not c.languages:
-        raise InputError(f"{where}.languages is empty, wanted one or more")
+        raise InputError(f"{where}.languages is empty, expected at least one")
     if len({label.casefold() for label in c.labels}) < len(c.labels):
-        raise InputError(f"{where}.labels has one twice: {', '.join(c.labels)}")
+        raise InputError(f"{where}.labels contains duplicates: {', '.join(c.labels)}")
     if c.spellings and len(c.spellings) != len(c.labels):
-        raise InputError(f"{where}.spellings has {len(c.spellings)} entries, wanted one for each "
+        raise InputError(f"{where}.spellings has {len(c.spellings)} entries, expected one for each "
                          f"of the {len(c.labels)} labels")
     if c.unlabelled and c.labels:
         raise InputError(f"{where} is unlabelled, but has labels")
@@ -336,8 +335,8 @@ def _own_source(c: TaskConfig) -> Source | None:
 
 
 def configured(task: Task, data: DataConfig) -> Task:
-    """The training task with its hub dataset as the config wants it: another one, at a revision,
-    streamed."""
+    """The training task with the config's settings for its hub dataset: place, revision, streaming.
+    """
     source = task.sources.get(data.language, task.source)
     if data.path is not None:
         source = task.at(data.path)

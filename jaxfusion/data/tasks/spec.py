@@ -1,4 +1,4 @@
-"""What a task is: its prompt, labels or answer, languages, and where its data lives."""
+"""Task definitions: prompt, labels or answer, languages, and the source of the rows."""
 
 import re
 import unicodedata
@@ -10,27 +10,28 @@ SPLITS = ("train", "dev", "test")
 SAME = {split: split for split in SPLITS}
 HUB_SPLITS = {"train": "train", "dev": "validation", "test": "test"}
 Row = dict[str, Any]
-Placed = tuple[Row, str]  # a row, and where it stands for messages
-# A row of a source and its name of the language -> our columns.
+Placed = tuple[Row, str]  # a row, and its place for messages
+# A source's row, and the source's name of the language -> our columns.
 Make = Callable[[Row, str], Row]
 SLICE = re.compile(r"(.*?)(?:\[(\d*):(\d*)\])?")
 
 
 @dataclass(frozen=True)
 class Source:
-    """Where rows are, and how they become ours.
+    """Where rows are, and how they map to our columns.
 
     Attributes:
-      place: files by path or pattern, with `{language}` and `{split}` filled in; `hub:ID` of the
-        Hugging Face hub; `tfds:NAME` or `tfds:DIRECTORY` of tensorflow-datasets.
-      config: of a dataset that has several, both filled in. revision: of a hub dataset.
-      splits: its name of each of our splits; `[a:b]` behind it takes rows a to b-1.
-      columns: names of a TSV or CSV without header.
-      rename: their column -> ours. make: does so where renaming is not enough.
-      names: of languages that it calls otherwise than we do.
-      borrowed: column -> the language from whose same row it is taken, as the others have it wrong.
-      streaming: of a hub dataset: only what is read is downloaded.
-      quoted: whether fields of its TSVs may be in quotes, as pandas writes them.
+      place: a path or pattern of files, where `{language}` and `{split}` are substituted; `hub:ID`
+        on the Hugging Face hub; `tfds:NAME` or `tfds:DIRECTORY` of tensorflow-datasets.
+      config: dataset configuration; `{language}` and `{split}` are substituted.
+      revision: of a hub dataset.
+      splits: our split -> the source's; a suffix `[a:b]` takes rows a to b-1.
+      columns: names of a TSV or CSV without a header.
+      rename: source column -> ours. make: for what renaming cannot do.
+      names: our language -> the source's name, where they differ.
+      borrowed: column -> language to copy it from, where other languages' files are wrong.
+      streaming: whether a hub dataset is downloaded only as it is read.
+      quoted: whether fields of TSVs may be quoted, as pandas writes them.
     """
 
     place: str
@@ -58,11 +59,11 @@ class Source:
 
     @property
     def by_language(self) -> bool:
-        """Whether each language has a file or a configuration of its own."""
+        """Whether each language has its own file or configuration."""
         return "{language}" in self.place + (self.config or "")
 
     def rows(self, split: str) -> tuple[str, slice]:
-        """Its name of one of our splits, and which rows of it that are."""
+        """The source's name of one of our splits, and the slice of its rows."""
         theirs, first, last = SLICE.fullmatch(self.splits[split]).groups()
         return theirs, slice(int(first) if first else None, int(last) if last else None)
 
@@ -73,19 +74,19 @@ class Task:
 
     Attributes:
       prompt: the encoder's text; `{column}` names a column of the data.
-      labels: what the LLM answers, by class; empty for free text, read from column `target`.
+      labels: the LLM's answer for each class; empty for free text, read from column `target`.
       languages: our names of them.
-      source: where its rows are. sources: of languages whose rows are elsewhere.
-      others: further places, for `data.path` to name.
-      files: its files below a directory `data.path`; `{split}-{language}.jsonl` works too.
-      spellings: how the data writes the labels, where neither as they are nor as 0, 1, …
-      extract: of a free text what is compared with the target's; None is the text itself.
+      source: of the rows. sources: of languages whose rows are elsewhere.
+      others: more sources that `data.path` can name.
+      files: files below a directory `data.path`; `{split}-{language}.jsonl` works too.
+      spellings: the labels in the data, if neither the labels themselves nor 0, 1, …
+      extract: maps a free text to what is compared with the target; None: the text itself.
       unlabelled: no answer: the encoder reads the beginning of the text, the LLM learns the rest.
-      parallel: whether test rows of the same number are translations of each other, but for
+      parallel: whether test rows with the same number are translations of each other, except for
         languages in `sources`.
-      keeps_end: whether a prompt that is too long loses its beginning, as its question is at its
-        end; other prompts lose their end.
-      max_new_tokens: of an answer, unless the config says. stop: language -> texts that end one.
+      keeps_end: whether a prompt that is too long is truncated at its beginning, because its
+        question is at the end; other prompts are truncated at their end.
+      max_new_tokens: of an answer, unless the config sets it. stop: language -> stop texts.
     """
 
     prompt: str
@@ -104,18 +105,19 @@ class Task:
     stop: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
     def at(self, place: str) -> Source:
-        """The source that another place is. One of the kind that is declared keeps its columns,
-        splits and configuration: a mirror, or the user's files elsewhere."""
-        wanted = Source(place)
+        """The source at another place. It keeps the columns, splits and configuration of a
+        declared source of the same kind: a mirror, or the user's files."""
+        requested = Source(place)
         for source in (self.source, *self.others):
             if source is not None and source.place == place:
                 return source
         for source in (self.source, *self.others):
-            # Of tensorflow-datasets the directory of a version, which has its name in it.
-            named = wanted.kind != "tfds" or (source and source.name in wanted.name.split("/"))
-            if source is not None and source.kind == wanted.kind and named:
+            # For tensorflow-datasets: a version's directory, whose path contains the name.
+            named = requested.kind != "tfds" or (
+                source and source.name in requested.name.split("/"))
+            if source is not None and source.kind == requested.kind and named:
                 return replace(source, place=place)
-        return replace(wanted, splits=SAME) if wanted.kind == "files" else wanted
+        return replace(requested, splits=SAME) if requested.kind == "files" else requested
 
     @property
     def target_column(self) -> str:
@@ -124,31 +126,31 @@ class Task:
 
     @property
     def scoring(self) -> str:
-        """How an answer counts in tables: see `evaluation/scoring.py`."""
+        """The scoring that tables report: see `evaluation/scoring.py`."""
         return "likelihood" if self.labels else "exact_match"
 
 
-# A minus is one at the start of a number alone, as in "5-3" it is none.
+# A minus counts only at the start of a number: "5-3" has no negative number.
 NUMBER = re.compile(r"(?<![\w.])-?\d[\d,]*(?:\.\d+)?|\d[\d,]*(?:\.\d+)?")
 
 
 def last_number(text: str) -> str:
-    """The last number of a text, in ASCII digits, without thousands' commas and zeros behind the
-    point; or empty. Digits may be of any script."""
+    """The last number of a text, or an empty string. Digits of any script become ASCII; commas of
+    thousands and trailing zeros of a fraction are removed."""
     text = "".join(str(unicodedata.digit(x)) if x.isdigit() else x
                    for x in unicodedata.normalize("NFKC", text))
-    found = NUMBER.findall(text.replace("\u2212", "-"))
-    if not found:
+    numbers = NUMBER.findall(text.replace("\u2212", "-"))
+    if not numbers:
         return ""
-    number = found[-1].replace(",", "")
+    number = numbers[-1].replace(",", "")
     return number.rstrip("0").rstrip(".") if "." in number else number
 
 
 def last_unsigned(text: str) -> str:
-    """The last number of a text without its sign, as a float; `0.0` where there is none.
+    """The last number of a text without its sign, as a float; `0.0` if it has none.
 
-    So LangBridge's authors count (github.com/kaistAI/LangBridge, lm_eval/tasks/mgsm.py), after
+    As LangBridge's authors do (github.com/kaistAI/LangBridge, lm_eval/tasks/mgsm.py), after
     MathOctopus.
     """
-    found = re.findall(r"\d+(?:\.\d+)?", re.sub(r"(\d),(\d)", r"\1\2", text))
-    return str(float(found[-1])) if found else "0.0"
+    numbers = re.findall(r"\d+(?:\.\d+)?", re.sub(r"(\d),(\d)", r"\1\2", text))
+    return str(float(numbers[-1])) if numbers else "0.0"

@@ -1,4 +1,4 @@
-"""What was trained as a Hugging Face directory that plain PyTorch loads."""
+"""Exports a trained bridge as a Hugging Face directory that plain PyTorch loads."""
 
 import copy
 import json
@@ -54,7 +54,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Trained:
-    """A workdir's best checkpoint, and all that goes along with it."""
+    """A workdir's best checkpoint, with config, backbones and tokenizers."""
 
     workdir: Path
     step: int
@@ -65,35 +65,35 @@ class Trained:
     tokenizers: Tokenizers
 
     def own(self, rows: Table) -> dict[str, np.ndarray]:
-        """Fusion and projector, by the names of a table."""
+        """Fusion and projector, with a table's names."""
         return dict(to_tensors(rows, traverse_util.unflatten_dict(self.trained, sep="/")))
 
     def replaced(self, role: str) -> dict[str, np.ndarray]:
-        """Tensors of a tower that were trained."""
+        """The trained tensors of a tower."""
         return dict(trained_tensors(role, self.trained, table(self.shapes[role])))
 
     def json(self, role: str) -> dict[str, Any]:
-        """A tower's `config.json`; an encoder-decoder's becomes that of its encoder."""
-        found = read_config(self.paths[role])
+        """A tower's `config.json`; an encoder-decoder's is reduced to its encoder."""
+        config = read_config(self.paths[role])
         if role == "decoder":
-            return found
+            return config
         kind = "UMT5EncoderModel" if self.shapes[role].bias_per_layer else "MT5EncoderModel"
-        return {**found, "architectures": [kind], "is_encoder_decoder": False}
+        return {**config, "architectures": [kind], "is_encoder_decoder": False}
 
     def dtype(self, role: str) -> str:
-        """What a tower's embedding table is stored in."""
-        held = open_tensors(self.paths[role])
+        """The stored dtype of a tower's embedding table."""
+        files = open_tensors(self.paths[role])
         table_name = next(iter(self.names(role).values()))
-        return str(held.read(table_name, (slice(0, 1), slice(0, 1))).dtype)
+        return str(files.read(table_name, (slice(0, 1), slice(0, 1))).dtype)
 
     def names(self, role: str) -> dict[str, str]:
-        """All tensors of a tower, and where they are."""
+        """The tensors of a tower: usual name -> name in its files."""
         files = open_tensors(self.paths[role]).files
         return tower_names(table(self.shapes[role]), self.shapes[role].num_layers, files)
 
 
 def collect(workdir: Path, out: Path) -> Trained:
-    """Reads the workdir, and refuses to write over it or its backbones."""
+    """Reads the workdir; raises InputError if `out` would overwrite it or its backbones."""
     config = open_run(workdir).config
     check_out(out, workdir)
     step, trained = trained_part(workdir)
@@ -110,43 +110,43 @@ def collect(workdir: Path, out: Path) -> Trained:
 def _with_frozen(
     config: Config, workdir: Path, trained: Flat, shapes: dict[str, Any], own: Table
 ) -> Flat:
-    """The trained parameters, and those that were frozen but are not the backbones' own."""
-    wanted = {row.ours for row in own.rows}
-    found = frozen_part(workdir, config, complete=wanted <= set(trained)) | trained
-    if wanted <= set(found):
-        return found
-    # A run of an earlier release, whose workdir does not hold them: they are the seed's start.
+    """The trained parameters, and frozen ones of fusion and projector."""
+    required = {row.ours for row in own.rows}
+    available = frozen_part(workdir, config, complete=required <= set(trained)) | trained
+    if required <= set(available):
+        return available
+    # Earlier releases did not save them; they equal the initialisation with the run's seed.
     fresh = initialise_own(plan_model(config, shapes, make_mesh()), config.train.seed)
-    return {path: np.asarray(fresh[path]) for path in wanted & set(fresh)} | found
+    return {path: np.asarray(fresh[path]) for path in required & set(fresh)} | available
 
 
-def check_out(out: Path, *kept: Path) -> None:
-    """Raises InputError where writing to `out` would change what is read, or any workdir."""
+def check_out(out: Path, *inputs: Path) -> None:
+    """Raises InputError if writing to `out` would change the inputs, or any workdir."""
     place = out.resolve()
-    for path in kept:
+    for path in inputs:
         if path.resolve().is_relative_to(place):
-            raise InputError(f"{out} holds {path}, which is read; give another directory")
+            raise InputError(f"{out} contains {path}, an input; give another directory")
         if place.is_relative_to(path.resolve()):
-            raise InputError(f"{out} is inside {path}, which is read; give a directory outside")
+            raise InputError(f"{out} is inside {path}, an input; give a directory outside")
     for path in place.parents:
         if _is_workdir(path):
             raise InputError(f"{out} is inside the workdir {path}; give a directory outside")
     for file in [place / CONFIG_FILE, *place.rglob(f"*/{CONFIG_FILE}")]:
         if _is_workdir(file.parent):
-            raise InputError(f"{out} holds the workdir {file.parent}; give another directory")
+            raise InputError(f"{out} contains the workdir {file.parent}; give another directory")
 
 
 def _is_workdir(path: Path) -> bool:
-    """Whether a run of train.py was started there."""
+    """Whether train.py started a run in this directory."""
     try:
-        found = json.loads((path / CONFIG_FILE).read_text("utf-8"))
+        config = json.loads((path / CONFIG_FILE).read_text("utf-8"))
     except (OSError, ValueError):
         return False
-    return isinstance(found, dict) and found.get("job") in JOBS
+    return isinstance(config, dict) and config.get("job") in JOBS
 
 
 def check_dtype(dtype: str | None) -> None:
-    """Raises InputError for a dtype that no checkpoint is written in."""
+    """Raises InputError for an unsupported dtype."""
     if dtype is not None:
         choose("dtype", dtype, DTYPES)
 
@@ -157,19 +157,19 @@ def export(
 ) -> None:
     """Writes a workdir's best checkpoint as a directory for `AutoModelForCausalLM`.
 
-    It holds the trained part and names its two backbones, or with `merge` has them in `encoder/`
-    and `decoder/`, each an ordinary checkpoint of its own family.
+    It has the trained part and the names of its two backbones; with `merge`, it includes them in
+    `encoder/` and `decoder/`, each an ordinary checkpoint of its own family.
 
     Args:
-      dtype: of the backbones that are written; None keeps each tensor's, also where it was
-        trained. Fusion and projector stay float32.
+      dtype: of the written backbones; None keeps the dtype of each tensor, trained or not. Fusion
+        and projector stay float32.
 
     Raises:
       InputError: no trained bridge in `workdir`, or `out` is not empty.
     """
     check_dtype(dtype)
     if dtype is not None and not merge:
-        raise InputError("--dtype is that of the backbones, which only --merge writes")
+        raise InputError("--dtype applies to the backbones, which only --merge writes")
     bridge = collect(workdir, out)
     config, tokenizers = bridge.config, bridge.tokenizers
     replaced = {role: bridge.replaced(role) for role in ROLES}
@@ -177,7 +177,7 @@ def export(
                  "unfrozen": [f"{role}.{name}" for role in ROLES for name in replaced[role]]}
     if not merge and any(Path(described[part]["checkpoint"]).is_absolute()
                          for part in ("reader", "writer")):
-        logger.warning("%s names backbones on this machine; --merge makes one to give away", out)
+        logger.warning("%s refers to backbones on this machine; use --merge to share it", out)
     with new_directory(out, overwrite) as partial:
         tensors = bridge.own(bridge_table(config.fusion.name, config.projector.name))
         for role in ROLES:
@@ -197,7 +197,7 @@ def export(
 
 
 def _write_tokenizers(out: Path, bridge: Trained, described: dict[str, Any]) -> None:
-    """Both tokenizers as one, in an export; and how answers are generated."""
+    """Writes both tokenizers as one, and the generation config."""
     from transformers import GenerationConfig
 
     from jaxfusion.hf.tokenization_jaxfusion import BridgeTokenizer
@@ -223,17 +223,17 @@ def _write_tokenizers(out: Path, bridge: Trained, described: dict[str, Any]) -> 
 
 
 def _check_trained(trained: Flat, own: Table, tables: dict[str, Table], workdir: Path) -> None:
-    """Raises InputError where the checkpoint and the config disagree on what is trained."""
-    wanted = {row.ours for row in own.rows}
+    """Raises InputError if the checkpoint does not match the config."""
+    required = {row.ours for row in own.rows}
     towers = {f"{role}/{row.ours}" for role in ROLES for row in tables[role].rows}
-    missing, unknown = wanted - set(trained), set(trained) - wanted - towers
+    missing, unknown = required - set(trained), set(trained) - required - towers
     if missing or unknown:
-        raise InputError(f"{workdir}: its checkpoint does not fit its config; missing "
+        raise InputError(f"{workdir}: its checkpoint does not match its config; missing "
                          f"{sorted(missing)}, unknown {sorted(unknown)}")
 
 
 def trained_tensors(role: str, trained: Flat, rows: Table) -> Iterator[tuple[str, np.ndarray]]:
-    """Hugging Face tensors of what was trained in a tower.
+    """The Hugging Face tensors of a tower's trained parameters.
 
     Raises:
       InputError: only a part of a tensor was trained (Phi-3's fused ones).
@@ -244,13 +244,14 @@ def trained_tensors(role: str, trained: Flat, rows: Table) -> Iterator[tuple[str
     fused = {row.theirs for row in chosen if row.part}
     left_out = [row.ours for row in rows.rows if row.theirs in fused and row.ours not in flat]
     if left_out:
-        raise InputError(f"{', '.join(left_out)} share a tensor with what is trained but are "
-                         "frozen; train all of it")
+        raise InputError(f"{', '.join(left_out)} share a tensor with trained parameters but are "
+                         "frozen; train the full tensor")
     yield from to_tensors(Table(chosen), traverse_util.unflatten_dict(flat, sep="/"))
 
 
 def _describe(bridge: Trained, merge: bool, dtype: str | None) -> dict[str, Any]:
-    """`config.json` of the bridge; fields named encoder and decoder mean more to transformers."""
+    """The bridge's `config.json`; its fields are not named encoder and decoder, which transformers
+    treats specially."""
     config, shapes = bridge.config, bridge.shapes
 
     def backbone(role: str) -> dict[str, Any]:
@@ -287,10 +288,10 @@ def _describe(bridge: Trained, merge: bool, dtype: str | None) -> dict[str, Any]
 
 
 def _ids(bridge: Trained) -> dict[str, Any]:
-    """Where the ids of answers, queries and prompts lie; see `tokenization_jaxfusion.py`."""
+    """The id ranges of answers, queries and prompts; see `tokenization_jaxfusion.py`."""
     encoder, decoder = bridge.tokenizers.encoder, bridge.tokenizers.decoder
     rows = {role: bridge.shapes[role].vocab_size for role in ROLES}
-    # A tokenizer may name tokens behind its model's table.
+    # A tokenizer may have tokens beyond its model's table.
     first = max(rows["decoder"], *(1 + i for i in decoder.get_vocab().values()))
     last = bridge.tokenizers.encode_queries(["a"])[0][-1]
     pad = first + (encoder.pad_token_id or 0)
@@ -303,13 +304,13 @@ def _ids(bridge: Trained) -> dict[str, Any]:
 
 
 def _card(bridge: Trained, described: dict[str, Any]) -> str:
-    """The model card: what it is, how to use it, its scores, its parts and their licences."""
+    """The model card: description, usage, scores, parts and their licences."""
     config, results = bridge.config, bridge.workdir / "eval" / "results.json"
     scores = ["Not scored yet (`eval.py`)."]
     if results.is_file():
         scores = ["| task | language | scoring | accuracy | 95% interval | rows |",
                   "|---|---|---|---|---|---|"]
-        for task, languages in read_json(results, "score the run once more, or remove it").items():
+        for task, languages in read_json(results, "score the run again, or remove it").items():
             scores += [
                 f"| {task} | {language} | {scoring} | {100 * x['accuracy']:.1f} | "
                 f"{100 * x['ci95'][0]:.1f} to {100 * x['ci95'][1]:.1f} | {x['n']} |"
@@ -326,11 +327,11 @@ def _card(bridge: Trained, described: dict[str, Any]) -> str:
 
 
 def licence_of(path: Path) -> str:
-    """What a checkpoint's model card says of its licence."""
+    """The licence in a checkpoint's model card."""
     card = path / "README.md"
     text = card.read_text("utf-8", "replace") if card.is_file() else ""
-    found = re.search(r"^license:[ \t]*(\S+)", text, re.M)
-    return found[1] if found else "see its own page"
+    match = re.search(r"^license:[ \t]*(\S+)", text, re.M)
+    return match[1] if match else "see its own page"
 
 
 CARD = """\
@@ -342,8 +343,8 @@ tags: [jaxfusion, langbridge, multilingual]
 
 # A multilingual bridge
 
-A frozen multilingual encoder in front of a frozen LLM, joined by a small part (fusion
-`{fusion}`, projector `{projector}`) that was trained on `{task}` in `{language}` alone,
+A frozen multilingual encoder in front of a frozen LLM, connected by a small module (fusion
+`{fusion}`, projector `{projector}`) that was trained on `{task}` in `{language}` only, for
 {step} steps, with jaxfusion.
 
 ```python
@@ -358,8 +359,8 @@ print(tokenizer.batch_decode(tokens, skip_special_tokens=True))
 ```
 
 `pipeline("text-generation", model=DIR, trust_remote_code=True)`, `Trainer`, peft and
-`save_pretrained` work as with any causal LM. `tokenizer(texts, text_target=answers)` makes the
-`input_ids` and `labels` of training; encoder and LLM are frozen until you unfreeze them.
+`save_pretrained` work as with any causal LM. `tokenizer(texts, text_target=answers)` returns
+`input_ids` and `labels` for training; encoder and LLM are frozen until you unfreeze them.
 
 ## Parts
 

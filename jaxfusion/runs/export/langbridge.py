@@ -1,4 +1,4 @@
-"""A bridge in LangBridge's own layout (github.com/kaistAI/LangBridge), backbones and all."""
+"""Exports a bridge in LangBridge's layout (github.com/kaistAI/LangBridge), with backbones."""
 
 import json
 from collections.abc import Iterator
@@ -19,12 +19,12 @@ def export_langbridge(
     workdir: Path, out: Path, *, dtype: str | None = None, overwrite: bool = False,
     enc: str | None = None, lm: str | None = None,
 ) -> None:
-    """Writes a bridge in the layout of github.com/kaistAI/LangBridge, backbones and all.
+    """Writes a bridge in the layout of github.com/kaistAI/LangBridge, with its backbones.
 
     Args:
-      dtype: of all tensors; None keeps each one's.
-      enc, lm: how LangBridge is to name encoder and LLM; default to the run's names. It makes both
-        from the config of that name before it reads the weights.
+      dtype: of all tensors; None keeps the dtype of each.
+      enc, lm: LangBridge's names of encoder and LLM; default: the run's names. LangBridge builds
+        both from the config with that name before it reads the weights.
 
     Raises:
       InputError: LangBridge has no such fusion or projector, or as in `export`.
@@ -34,11 +34,11 @@ def export_langbridge(
     config, tokenizers = bridge.config, bridge.tokenizers
     kinds = {ours: theirs for theirs, ours in ALIGNMENTS.items()}
     if config.fusion.name != "last" or config.projector.name not in kinds:
-        raise InputError(f"LangBridge has fusion 'last' with {', '.join(kinds)}; {workdir} has "
-                         f"'{config.fusion.name}' with '{config.projector.name}'")
+        raise InputError(f"LangBridge supports fusion 'last' with {', '.join(kinds)}; {workdir} "
+                         f"has '{config.fusion.name}' with '{config.projector.name}'")
     if config.data.chat_template:
-        raise InputError(f"LangBridge puts no chat template round its prefix; {workdir} was "
-                         "trained with one: use --format jaxfusion")
+        raise InputError(f"LangBridge does not support chat templates; {workdir} was trained with "
+                         "one: use --format jaxfusion")
     kind = kinds[config.projector.name]
     described = {
         "architectures": ["LangBridgeModel"], "alignments": kind,
@@ -55,7 +55,7 @@ def export_langbridge(
             for name, tensor in tower_tensors(bridge.paths[role], names, bridge.replaced(role),
                                               dtype):
                 yield theirs[name], tensor
-                if name == "model.embed_tokens.weight":  # which it holds under more names
+                if name == "model.embed_tokens.weight":  # stored under several names
                     yield "lb.embeddings.weight", tensor
                     if "lm_head.weight" not in names:
                         yield "lb.lm_head.weight", tensor
@@ -69,7 +69,7 @@ def export_langbridge(
         write_tokenizer(partial / "encoder_tokenizer", tokenizers.encoder)
 
 
-# What LangBridge knows an LLM by: the beginnings of its names, by family (modeling_langbridge.py).
+# LangBridge recognises an LLM by these prefixes of its name, by family (modeling_langbridge.py).
 LANGBRIDGE_LMS = {
     "llama": ("EleutherAI/llemma", "codellama/CodeLlama", "microsoft/Orca-2", "meta-math/MetaMath",
               "meta-llama/Llama-2-7b-hf"),
@@ -78,33 +78,33 @@ LANGBRIDGE_LMS = {
 
 
 def _langbridge_lm(bridge: Trained, name: str | None) -> str:
-    """The name of the LLM for LangBridge.
+    """LangBridge's name of the LLM.
 
     Raises:
-      InputError: LangBridge has no such family, or does not know it by this name.
+      InputError: LangBridge does not support the family, or does not recognise the name.
     """
     family, name = bridge.shapes["decoder"].family, name or bridge.config.decoder.checkpoint
     if family not in LANGBRIDGE_LMS:
-        raise InputError(f"LangBridge reads LLMs of {' and '.join(LANGBRIDGE_LMS)}, {name} is of "
+        raise InputError(f"LangBridge supports {' and '.join(LANGBRIDGE_LMS)}, but {name} is a "
                          f"{family}: use --format jaxfusion")
     if not name.startswith(LANGBRIDGE_LMS[family]):
-        raise InputError(f"LangBridge knows a {family} by a name that begins with "
-                         f"{', '.join(LANGBRIDGE_LMS[family])}, got {name}; give --lm the one "
-                         "whose config.json is this LLM's")
+        raise InputError(f"LangBridge expects a {family} whose name begins with "
+                         f"{', '.join(LANGBRIDGE_LMS[family])}, got {name}; set --lm to the one "
+                         "with this LLM's config.json")
     return name
 
 
 def _langbridge_enc(bridge: Trained, name: str | None) -> str:
-    """The name of the encoder for LangBridge, which takes its family from it.
+    """LangBridge's name of the encoder, from which it infers the family.
 
     Raises:
-      InputError: it would take it for another.
+      InputError: it would infer another family.
     """
-    name, wanted = name or bridge.config.encoder.checkpoint, "mt5"
+    name, expected = name or bridge.config.encoder.checkpoint, "mt5"
     if bridge.shapes["encoder"].bias_per_layer:
-        wanted = "umt5"
-    found = next((x for x in ("umt5", "mt5") if x in name.lower()), "none")
-    if found != wanted:
-        raise InputError(f"LangBridge knows this encoder by a name with '{wanted}' in it, got "
-                         f"{name}; give --enc the one whose config.json is this encoder's")
+        expected = "umt5"
+    inferred = next((x for x in ("umt5", "mt5") if x in name.lower()), "none")
+    if inferred != expected:
+        raise InputError(f"LangBridge expects '{expected}' in this encoder's name, got {name}; set "
+                         "--enc to the one with this encoder's config.json")
     return name

@@ -1,4 +1,4 @@
-"""One tower as an ordinary Hugging Face checkpoint: a pretrained one, or the LLM of a Lens run."""
+"""Exports a pretrained tower, or the LLM of a Lens run, as an ordinary Hugging Face checkpoint."""
 
 import re
 import shutil
@@ -25,17 +25,17 @@ def export_tower(
     """Writes the tower of a pretraining run as an ordinary checkpoint of its own family.
 
     Args:
-      dtype: of all tensors; None keeps each one's.
+      dtype: of all tensors; None keeps the dtype of each.
 
     Raises:
-      InputError: the run has not come to its end, or `out` is not empty.
+      InputError: the run is not finished, or `out` is not empty.
     """
     check_dtype(dtype)
     config, source = configs.load(workdir / CONFIG_FILE), workdir / CHECKPOINT
     check_out(out, workdir, source)
     if not source.is_dir():
-        raise InputError(f"{workdir} has not come to its end: {source} is missing; start its "
-                         "train.py command again")
+        raise InputError(f"{workdir} is not finished: {source} is missing; run its train.py "
+                         "command again")
     role = config.tower.role
     shape = read_shape(role, source)
     names = tower_names(table(shape), shape.num_layers, open_tensors(source).files)
@@ -51,24 +51,24 @@ def export_lens(
     """Writes the LLM of a Lens run as an ordinary causal LM of its own family.
 
     Args:
-      workdir: of one run of a sweep, as `runs/lens/Lens`.
-      dtype: of all tensors; None keeps each one's.
+      workdir: of one run of a sweep, such as `runs/lens/Lens`.
+      dtype: of all tensors; None keeps the dtype of each.
 
     Raises:
-      InputError: `workdir` holds a sweep, nothing was trained, or `out` is not empty.
+      InputError: `workdir` is a sweep, nothing was trained, or `out` is not empty.
     """
     check_dtype(dtype)
     config = configs.load(workdir / CONFIG_FILE)
     if not (workdir / "checkpoints").is_dir():
         inside = sorted(str(file.parent) for file in workdir.glob("*/checkpoints"))
-        raise InputError(f"{workdir} holds no trained LLM; give one of: {', '.join(inside) or '-'}")
+        raise InputError(f"{workdir} has no trained LLM; give one of: {', '.join(inside) or '-'}")
     step, trained = trained_part(workdir)
     source, _ = resolve(config.decoder.checkpoint, config.decoder.revision)
     check_out(out, workdir, source)
     shape = read_shape("decoder", source)
     rows, first = table(shape), shape.num_layers - config.lens.blocks
-    replaced = {  # numbered from the first trained block on
-        re.sub(r"(?<=layers\.)\d+", lambda found: str(int(found[0]) + first), name): x
+    replaced = {  # the checkpoint numbers blocks from the first trained one
+        re.sub(r"(?<=layers\.)\d+", lambda match: str(int(match[0]) + first), name): x
         for name, x in trained_tensors("decoder", trained, rows)
     }
     names = tower_names(rows, shape.num_layers, open_tensors(source).files)
@@ -92,5 +92,5 @@ tags: [jaxfusion, lens, multilingual]
 
 The top {blocks} blocks of `{checkpoint}` (licence: {licence}), trained for {step} steps by
 `{method}` (Lens, arXiv:2410.04407) with jaxfusion: central language {central}, targets {targets}.
-An ordinary checkpoint of its family, under the terms of the LLM it was made from.
+An ordinary checkpoint of its family, under the terms of the original LLM.
 """
