@@ -8,9 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import relative
+from helpers import CASES, apply, relative
 from jax.experimental.pallas.tpu import force_tpu_interpret_mode
-from test_decoder import CASES, apply
 
 from jaxfusion.miniatures.checkpoints import SIZES, random_params
 from jaxfusion.nn import attention

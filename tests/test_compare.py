@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from test_configs import COMPARISONS, FILES, get_config
+from helpers import COMPARISONS, FILES, get_config
 
 from configs.common import finish
 from jaxfusion.bridge.compare import compare

@@ -2,13 +2,13 @@
 
 import ast
 import dataclasses
-import importlib.util
 import inspect
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from helpers import BRIDGES, FILES, ROOT, get_config
 
 from configs.common import finish
 from jaxfusion import config as configs
@@ -21,20 +21,6 @@ from jaxfusion.fields import JOBS, GroupConfig, MeshConfig
 from jaxfusion.miniatures.inputs import make_inputs
 from jaxfusion.runs.score import evaluate
 from jaxfusion.sharding.mesh import make_mesh
-
-ROOT = Path(__file__).parent.parent
-FILES = [file for file in sorted((ROOT / "configs").glob("*.py")) if file.stem != "common"]
-PRETRAINING = [file for file in FILES if file.stem.endswith(("_encoder", "_decoder"))]
-COMPARISONS = [file for file in FILES if file.stem == "quickstart"]
-LENSES = [file for file in FILES if file.stem.startswith("lens_")]
-BRIDGES = [file for file in FILES if file not in PRETRAINING + COMPARISONS + LENSES]
-
-
-def get_config(file, arg=None):
-    spec = importlib.util.spec_from_file_location(file.stem, file)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.get_config(arg)
 
 
 @pytest.mark.parametrize("file", BRIDGES, ids=lambda file: file.stem)

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_training import equal, make_config
+from helpers import equal, make_config
 
 from jaxfusion import config as configs
 from jaxfusion.bridge.job import train

@@ -8,12 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import relative
+from helpers import relative, tiny_model
 from hypothesis import given
 from hypothesis import strategies as st
 
-from configs.common import finish
-from jaxfusion.config import default_config, from_config_dict
 from jaxfusion.data.batching import collate, find_shapes, tokenize
 from jaxfusion.data.contamination import fingerprints
 from jaxfusion.data.rows.examples import Example
@@ -25,8 +23,7 @@ from jaxfusion.fields import EvalConfig
 from jaxfusion.reports.statistics import accuracy, holm, mcnemar, sign_flip, wilson_interval
 from jaxfusion.reports.terminal import merge_results
 from jaxfusion.runs.score import unseen
-from jaxfusion.sharding.mesh import make_mesh
-from jaxfusion.training.state import load_model, merge
+from jaxfusion.training.state import merge
 
 LABELS = ("bako", "dimofu gata")
 TASK = Task("{text}", LABELS, ("en",))
@@ -34,15 +31,9 @@ QUERIES = [f"{'la ru ' * n}Label: " for n in (1, 9, 3, 4, 12)]
 EXAMPLES = [Example(query, LABELS[i % 2], i % 2) for i, query in enumerate(QUERIES)]
 
 
-def make_model(encoder, decoder):
-    config = finish(default_config(), "global_softmax,debug").unlock()
-    config.encoder.checkpoint, config.decoder.checkpoint = str(encoder), str(decoder)
-    return load_model(from_config_dict(config), make_mesh())
-
-
 @pytest.fixture(scope="module")
 def model(tiny):
-    return make_model(tiny / "encoder", tiny / "decoder")
+    return tiny_model(tiny, "global_softmax")
 
 
 @pytest.fixture(scope="module")
@@ -123,7 +114,7 @@ def test_an_answer_ends_at_every_end_token_that_the_llm_names(model, params, tin
     llm = shutil.copytree(tiny / "decoder", tmp_path / "llm")
     (llm / "generation_config.json").write_text(json.dumps(
         {"eos_token_id": [model.tokenizers.eos, int(tokens[kept])]}))
-    ending = make_model(tiny / "encoder", llm)
+    ending = tiny_model(tiny, "global_softmax", decoder=llm)
     scored = Scorer(ending.bridge, ending.tokenizers, EvalConfig(batch_size=1, max_new_tokens=4))(
         params, EXAMPLES[:1], TASK)
     assert scored.answers == [model.tokenizers.decoder.decode(

@@ -8,10 +8,8 @@ import jax
 import numpy as np
 import pytest
 import torch
-from conftest import relative
+from helpers import TEXTS, equal, make_config, next_logits, relative, theirs_of
 from safetensors.numpy import load_file
-from test_export import TEXTS, next_logits, theirs_of
-from test_training import equal, make_config
 
 from jaxfusion.bridge.job import prepare, train
 from jaxfusion.errors import InputError

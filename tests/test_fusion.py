@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from conftest import relative
 from flax import linen as nn
+from helpers import relative
 
 from jaxfusion.miniatures import torch_reference as reference
 from jaxfusion.nn import fusion

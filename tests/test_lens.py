@@ -11,17 +11,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import relative
 from flax import traverse_util
+from helpers import CASES, ROOT, debug_config, get_config, relative
 from safetensors.numpy import load_file, save_file
-from test_configs import ROOT, get_config
-from test_decoder import CASES
 from tokenizers.processors import TemplateProcessing
 
 from jaxfusion.bridge.job import train
 from jaxfusion.config import from_config_dict
 from jaxfusion.data.batching import TokenRow
-from jaxfusion.data.tokenizers import Tokenizers, load_tokenizer
+from jaxfusion.data.tokenizers import Tokenizers
 from jaxfusion.errors import InputError
 from jaxfusion.evaluation.perplexity import fidelity, load_identifier, perplexity
 from jaxfusion.fields import LensConfig, ParallelConfig
@@ -116,11 +114,6 @@ def test_losses_are_the_full_vectors_mean_squared_errors(means):
 
 
 # Kept activations
-
-
-@pytest.fixture(scope="module")
-def tokenizers(tiny):
-    return Tokenizers(None, load_tokenizer(tiny / "decoder", 512, "decoder"))
 
 
 def alone(config):
@@ -369,18 +362,6 @@ def check_export(config, workdir, out):
     with torch.no_grad():
         theirs = AutoModelForCausalLM.from_pretrained(out)(torch.tensor(tokens)).logits.numpy()
     assert relative(ours, theirs) < 1e-5 and relative(before, theirs) > 1e-4
-
-
-def debug_config(**fields):
-    """The quickstart's Lens at debug size: one method, nothing scored unless asked for."""
-    config = make_inputs(from_config_dict(get_config(ROOT / "configs" / "lens_quickstart.py",
-                                                     "debug")))
-    config = replace(config, sweep=(), eval=replace(config.eval, tasks=()))
-    for name, values in fields.items():
-        part = getattr(config, name)
-        config = replace(config, **{
-            name: replace(part, **values) if isinstance(values, dict) else values})
-    return config
 
 
 def test_a_whole_run_and_again(cache_dir, tmp_path, monkeypatch):

@@ -9,12 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from conftest import relative
 from flax import traverse_util
+from helpers import CASES, ROOT, get_config, relative
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_configs import ROOT, get_config
-from test_decoder import CASES
 from transformers import AutoModelForCausalLM
 
 from jaxfusion.config import from_config_dict

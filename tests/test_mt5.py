@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from conftest import relative
+from helpers import relative
 from transformers import MT5EncoderModel, UMT5EncoderModel
 
 from jaxfusion.miniatures.checkpoints import random_params, write_random_tower

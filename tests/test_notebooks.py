@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import nbformat
 import numpy as np
 import pytest
+from helpers import ROOT
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 from transformers import AutoConfig, AutoTokenizer
@@ -22,7 +23,6 @@ from jaxfusion.hf import hub
 from jaxfusion.notebook import BRIDGES, GIB, LLMS, Device
 from jaxfusion.reports.page import token_table
 
-ROOT = Path(__file__).parent.parent
 NAMES = ("bridge_colab_tpu", "explore_layers", "lens_colab_tpu")
 # Pictures that each shows, and files that it leaves.
 LEAVES = {

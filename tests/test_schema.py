@@ -6,10 +6,10 @@ import json
 import math
 import subprocess
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from helpers import ROOT
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -17,7 +17,6 @@ from jaxfusion.config import changed, check, default_config, from_config_dict, f
 from jaxfusion.errors import InputError
 from jaxfusion.fields import FUSIONS, JOBS
 
-ROOT = Path(__file__).parent.parent
 BAD = ("x", "", -1, -2.5, 0, 0.5, 10**20, 1e300, math.nan, math.inf, True, None, [], [0], [-5],
        [""], {}, {"x": 1}, "(", "\x00", "[/b]")
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_configs import FILES, get_config
+from helpers import ROOT, XNLI, get_config
 
 from jaxfusion.bridge.compare import check_unseen, compare, report
 from jaxfusion.bridge.job import read_data
@@ -29,8 +29,6 @@ from jaxfusion.runs.answer_file import answer_file
 from jaxfusion.runs.open_run import open_run
 from jaxfusion.runs.score import evaluate, seen_by
 
-ROOT = Path(__file__).parent.parent
-XNLI = next(file for file in FILES if file.stem == "xnli_paper")
 ROWS = [{"premise": f"{'la ' * (i % 7 + 1)}ru", "hypothesis": f"so {i}", "id": i}
         for i in range(30)]
 

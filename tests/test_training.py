@@ -10,14 +10,13 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from conftest import relative
+from helpers import ROOT, equal, interrupt_at, make_config, records, relative
 
 from configs.common import finish
 from jaxfusion import config as configs
@@ -29,45 +28,19 @@ from jaxfusion.data.rows.examples import read_examples
 from jaxfusion.data.tasks.catalogue import TASKS
 from jaxfusion.errors import InputError, Stopped
 from jaxfusion.evaluation.scoring import Scorer
-from jaxfusion.fields import Config, GroupConfig, OptimizerConfig
+from jaxfusion.fields import GroupConfig, OptimizerConfig
 from jaxfusion.miniatures import torch_reference as reference
 from jaxfusion.miniatures.checkpoints import write_checkpoints
 from jaxfusion.miniatures.inputs import make_inputs
 from jaxfusion.sharding.mesh import make_mesh
 from jaxfusion.training import loop
 from jaxfusion.training.checkpoint import Checkpoints
-from jaxfusion.training.logs import RunLog
 from jaxfusion.training.loop import fit
 from jaxfusion.training.optimizer import group_of_each, make_optimizer, make_schedule
 from jaxfusion.training.state import State, load_model, merge
 from jaxfusion.training.step import gradient, make_train_step
 from jaxfusion.training.trainer import Trainer, compiled_step, put_batch
 from jaxfusion.training.workdir import begin
-
-ROOT = Path(__file__).parent.parent
-
-
-def make_config(cache_dir, arg="last,debug", **fields) -> Config:
-    """A debug config of 12 steps; fields as `train__steps=4`."""
-    config = finish(default_config(), arg).unlock()
-    fields = {"train__steps": 12, "train__log_every": 2, "train__eval_every": 6,
-              "train__checkpoint_every": 6, "data__dev_rows": 12, **fields}
-    for name, value in fields.items():
-        group, field = name.split("__")
-        config[group][field] = value
-    return make_inputs(from_config_dict(config))
-
-
-def equal(a, b) -> bool:
-    same = jax.tree.map(lambda x, y: np.array_equal(np.asarray(x), np.asarray(y)), a, b)
-    return all(jax.tree.leaves(same))
-
-
-def records(workdir):
-    """Metrics by step and name, without speeds."""
-    lines = [json.loads(x) for x in (workdir / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in x.items() if k != "real_tokens" and not k.endswith("_second")}
-            for x in lines]
 
 
 @pytest.fixture(scope="module")
@@ -220,18 +193,6 @@ def test_encoder_embeddings_train_in_float32_in_a_bfloat16_tower(cache_dir, tmp_
 
 
 # Resume
-
-
-def interrupt_at(monkeypatch, step):
-    """Stops the next run when it logs this step."""
-    original = RunLog.train
-
-    def stop(self, at, *args):
-        original(self, at, *args)
-        if at == step:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(RunLog, "train", stop)
 
 
 def test_a_stopped_run_ends_bit_identical(undisturbed, tmp_path, monkeypatch):

@@ -7,15 +7,14 @@ import socket
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
+from helpers import ROOT, losses
 
 from jaxfusion.errors import Stopped
 from jaxfusion.runs.score import evaluate
 from jaxfusion.training.checkpoint import saved_steps
 
-ROOT = Path(__file__).parent.parent
 FLAGS = ["--config.train.steps=8", "--config.train.log_every=1", "--config.train.eval_every=4",
          "--config.train.checkpoint_every=2", "--config.data.dev_rows=8"]
 
@@ -53,11 +52,6 @@ def wait_for_a_checkpoint(workdir, process):
     while not saved_steps(workdir) and process.poll() is None and time.monotonic() < end:
         time.sleep(0.005)
     assert saved_steps(workdir) and process.poll() is None
-
-
-def losses(workdir):
-    lines = [json.loads(x) for x in (workdir / "metrics.jsonl").read_text().splitlines()]
-    return {x["step"]: x["loss"] for x in lines if "loss" in x}
 
 
 @pytest.fixture(scope="module")

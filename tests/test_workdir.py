@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
-from test_training import interrupt_at, make_config, records
+from helpers import ROOT, interrupt_at, make_config, records
 
 from jaxfusion import config as configs
 from jaxfusion import files
@@ -30,7 +30,6 @@ from jaxfusion.bridge.job import train
 from jaxfusion.data import batching
 from jaxfusion.data.batching import Ragged, TokenRow, TokenRows, find_shapes, lengths_of, tokenize
 from jaxfusion.data.rows.examples import Example
-from jaxfusion.data.tokenizers import Tokenizers, load_tokenizer
 from jaxfusion.errors import InputError, Stopped
 from jaxfusion.files import WRITER, new_directory, only_writer, write_checked, write_whole
 from jaxfusion.hf import hub
@@ -40,8 +39,6 @@ from jaxfusion.training.checkpoint import Checkpoints
 from jaxfusion.training.hooks import Signals
 from jaxfusion.training.logs import RunLog
 from jaxfusion.training.meter import count_examples
-
-ROOT = Path(__file__).parent.parent
 
 
 def python(code, *args, **more):
@@ -460,13 +457,6 @@ def test_rows_take_four_bytes_an_id():
     assert shapes.buckets_of(rows).tolist() == [shapes.bucket(row) for row in wanted]
     with pytest.raises(IndexError):
         Ragged()[0]
-
-
-@pytest.fixture(scope="module")
-def tokenizers(tiny):
-    sizes = {role: json.loads((tiny / role / "config.json").read_text())["vocab_size"]
-             for role in ("encoder", "decoder")}
-    return Tokenizers(*(load_tokenizer(tiny / x, sizes[x], x) for x in sizes))
 
 
 def test_tokenized_rows_take_little_more_than_their_ids(tokenizers):

@@ -8,9 +8,9 @@ from dataclasses import replace
 import jax
 import jax.numpy as jnp
 import pytest
+from helpers import ROOT, get_config
 from jax.sharding import NamedSharding, PartitionSpec
 from program import program_cost
-from test_configs import ROOT, get_config
 
 from jaxfusion.bridge.compile_only import TooLarge, compile_only, measure
 from jaxfusion.bridge.job import prepare

@@ -6,9 +6,8 @@ from dataclasses import replace
 
 import jax
 import numpy as np
-from conftest import relative
+from helpers import debug_config, relative
 from safetensors.numpy import load_file
-from test_lens import debug_config
 
 from jaxfusion.lens import job
 from jaxfusion.sharding.mesh import make_mesh

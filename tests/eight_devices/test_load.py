@@ -5,8 +5,7 @@ import math
 import jax
 import numpy as np
 import pytest
-from conftest import relative
-from test_decoder import CASES, plain
+from helpers import CASES, plain, relative
 
 from jaxfusion.hf.load import load_params
 from jaxfusion.hf.save import write_tower
