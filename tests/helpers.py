@@ -3,7 +3,9 @@
 import importlib.util
 import json
 import math
+import runpy
 import shutil
+import sys
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -12,8 +14,11 @@ import datasets
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
+from absl import app, flags
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from jaxfusion import cli
 from jaxfusion import config as configs
 from jaxfusion.config import default_config, finish, from_config_dict
 from jaxfusion.data.batching import TokenRow, find_shapes, in_order
@@ -105,6 +110,47 @@ def tiny_model(tiny, arg, **fields):
         config[role].checkpoint = str(fields.pop(role, tiny / role))
     config.projector.update(fields)
     return load_model(from_config_dict(config), make_mesh())
+
+
+def run_script(*words) -> str:
+    """The line that a script refuses with, run in this process; empty where it ends well."""
+    before = set(flags.FLAGS)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(ROOT)
+        patch.setattr(sys, "argv", list(words))
+        patch.setattr(cli, "set_up_logging", lambda: None)  # pytest reads the log itself
+        patch.setattr(cli, "end_on_sigterm", lambda: None)
+        patch.setattr(app, "run", lambda main, flags_parser: main(flags_parser(list(words))))
+        try:
+            runpy.run_path(words[0], run_name="__main__")
+        except SystemExit as end:
+            return str(end.code)
+        finally:
+            forget_flags(before)
+    return ""
+
+
+def flags_error(words) -> str:
+    """What is wrong with a script's flags, its config's fields among them; empty if nothing."""
+    before = set(flags.FLAGS)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(ROOT)
+        patch.setattr(sys, "argv", list(words))
+        try:
+            runpy.run_path(words[0])
+            flags.FLAGS(list(words))
+        except Exception as error:  # a config's own code runs meanwhile
+            return f"{type(error).__name__}: {error}"
+        finally:
+            forget_flags(before)
+    return ""
+
+
+def forget_flags(before):
+    """Takes back the flags that a script has defined since."""
+    for name in set(flags.FLAGS) - before:
+        delattr(flags.FLAGS, name)
+    flags.FLAGS.unparse_flags()
 
 
 def interrupt_at(monkeypatch, step):
@@ -268,7 +314,7 @@ def extend(model, queries, answers):
             for query, answer in zip(queries, answers, strict=True)]
     (numbers, batch), = in_order(rows, find_shapes(rows, (64,)), model.tokenizers, len(rows))
     logits = jax.jit(model.bridge.target_logits)(params, batch)
-    return np.asarray(logits)[np.argsort(numbers)]
+    return np.asarray(logits)[np.argsort(numbers), :len(answers[0])]
 
 
 def decoder_of(case, rows):

@@ -5,10 +5,9 @@ import re
 import shlex
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from helpers import ROOT
+from helpers import ROOT, flags_error
 
 PAGES = [ROOT / "README.md", ROOT / "pocket" / "README.md", ROOT / "CONTRIBUTING.md",
          *sorted((ROOT / "docs").glob("*.md"))]
@@ -63,9 +62,7 @@ def check(command: str) -> str:
     """An error of the command's words; nothing is run."""
     words = shlex.split(command)
     if words[0] in ("train.py", "eval.py", "export.py"):
-        done = subprocess.run([sys.executable, *words, "--only_check_args"], cwd=ROOT,
-                              capture_output=True, text=True)
-        return done.stderr if done.returncode else ""
+        return flags_error(words)
     if words[0] == "-m":
         name = words[1]
         file = ROOT / f"{name.replace('.', '/')}.py"
@@ -82,9 +79,19 @@ def test_every_command_is_one_that_the_scripts_take():
     """Scripts, configs, fields and flags exist; the configs' debug runs are tests of their own."""
     found = commands()
     assert len(found) > 30
-    with ThreadPoolExecutor(2) as pool:
-        errors = dict(zip(found, pool.map(check, found), strict=True))
+    errors = {command: check(command) for command in found}
     assert not {f"{found[c]}: {c}": error for c, error in errors.items() if error}
+
+
+@pytest.mark.parametrize("command,said", [
+    ("train.py --config configs/none.py", "none.py"),
+    ("train.py --config configs/gpu.py --config.train.step=1", "step"),
+    ("eval.py --workdir a --langauges si", "langauges"), ("export.py --workdir", "workdir"),
+    ("-m jaxfusion.runs.none", "no such module"), ("benchmarks/none.py", "no such script"),
+    ("-m jaxfusion.runs.adopt --nothing=1", "--nothing"),
+])
+def test_a_command_that_is_wrong_would_be_found(command, said):
+    assert said in check(command)
 
 
 def test_messages_in_the_troubleshooting_page_are_in_the_code():

@@ -25,8 +25,10 @@ def read(path, config, mesh):
     return load_params(path, table(config), wanted)
 
 
-@pytest.mark.parametrize("mesh", MESHES)
-@pytest.mark.parametrize("case", ["llama3", "phi3", "qwen25_window", "gemma3"])
+@pytest.mark.parametrize("case,mesh", [
+    *((case, "all") for case in ("llama3", "phi3", "qwen25_window", "gemma3")),
+    ("phi3", "fsdp"), ("phi3", "fsdp-tensor"),
+])
 def test_every_device_gets_its_block(case, mesh, tmp_path):
     config, mesh = CASES[case], make_mesh(*MESHES[mesh])
     params = random_params(config, 0)
