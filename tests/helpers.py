@@ -39,6 +39,7 @@ from jaxfusion.miniatures.checkpoints import random_params
 from jaxfusion.miniatures.inputs import make_inputs
 from jaxfusion.nn.decoder import Decoder
 from jaxfusion.nn.decoder import DecoderConfig as DecoderShape
+from jaxfusion.nn.mt5 import MT5Config
 from jaxfusion.nn.rope import LinearScaling, Llama3Scaling, LongScaling, Rope
 from jaxfusion.sharding.mesh import make_mesh
 from jaxfusion.training.checkpoint import Checkpoints
@@ -78,6 +79,15 @@ def get_config(file, arg=None):
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module.get_config(arg)
+
+
+def leaves(tree, path=()):
+    """Every field of a config, by its path."""
+    for name, value in tree.items():
+        if isinstance(value, dict) and value:
+            yield from leaves(value, (*path, name))
+        else:
+            yield (*path, name)
 
 
 def make_config(cache_dir, arg="last,debug", **fields) -> Config:
@@ -204,7 +214,15 @@ class Hub:
         return self.data.to_iterable_dataset()
 
 
-# Decoders
+# Towers of every family
+
+# Unlike the defaults in everything: heads × head_dim is not d_model.
+UNUSUAL = MT5Config(
+    vocab_size=97, d_model=40, d_ff=72, num_layers=5, num_heads=3, head_dim=12,
+    num_buckets=18, max_distance=23, norm_eps=3e-4,
+)
+ENCODERS = {"mt5": UNUSUAL, "umt5": replace(UNUSUAL, bias_per_layer=True)}
+
 
 BASE = DecoderShape(
     vocab_size=101, d_model=48, d_ff=80, num_layers=3, num_heads=6, num_kv_heads=2, head_dim=12,
@@ -214,8 +232,8 @@ GEMMA = replace(BASE, activation="gelu_tanh", embed_scale=48**0.5, norm_offset=1
                 tie_embeddings=True)
 LONG = LongScaling((1.0, 1.1, 1.2, 1.5, 2.0, 2.5), (1.0, 2.0, 4.0, 5.0, 7.0, 9.0), 24,
                    math.sqrt(1 + math.log(64 / 24) / math.log(24)))
-# Every family, and what its members differ in. Windows are shorter than the texts.
-CASES = {
+# Every family of LLMs, and what its members differ in. Windows are shorter than the texts.
+DECODERS = {
     "llama2": replace(BASE, num_kv_heads=6),
     "llama3": BASE,
     "llama31": replace(BASE, rope=Rope(777.0, Llama3Scaling(8.0, 1.0, 4.0, 24))),
@@ -319,7 +337,7 @@ def extend(model, queries, answers):
 
 def decoder_of(case, rows):
     """A family's decoder for prompts and answers of 64 tokens."""
-    config = replace(CASES[case], vocab_size=rows, max_length=512)
+    config = replace(DECODERS[case], vocab_size=rows, max_length=512)
     if config.logit_cap:  # a low one makes near-ties of all large logits
         config = replace(config, logit_cap=30.0)
     if isinstance(config.rope.scaling, LongScaling):  # all within the short factors

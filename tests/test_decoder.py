@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from helpers import BASE, CASES, apply, plain, relative
+from helpers import BASE, DECODERS, apply, plain, relative
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from jaxfusion.hf.config_json import DECODER_FAMILIES, decoder_config, decoder_json
@@ -17,10 +17,10 @@ from jaxfusion.miniatures.checkpoints import random_params
 from jaxfusion.nn.decoder import Decoder, init_cache
 
 
-@pytest.fixture(scope="module", params=CASES)
+@pytest.fixture(scope="module", params=DECODERS)
 def theirs(request, tmp_path_factory):
     """A case's config, our random parameters, and transformers' model of their files."""
-    config, path = CASES[request.param], tmp_path_factory.mktemp("theirs")
+    config, path = DECODERS[request.param], tmp_path_factory.mktemp("theirs")
     params = random_params(config, 0)
     rng = np.random.default_rng(0)  # norms start at ones, which would hide a mixed-up one
     params = jax.tree_util.tree_map_with_path(
@@ -63,7 +63,7 @@ def test_what_a_config_leaves_out_is_what_transformers_takes(family, tmp_path):
 
 
 def test_a_magnitude_of_its_own_is_kept():
-    config = CASES["phi35_longrope"]
+    config = DECODERS["phi35_longrope"]
     scaling = replace(config.rope.scaling, magnitude=1.5)
     config = replace(config, rope=replace(config.rope, scaling=scaling))
     assert decoder_config(decoder_json(config), "config.json") == config
@@ -130,10 +130,10 @@ def test_remat_gives_the_same_gradients(tokens):
         assert relative(gradient(remat), gradient("none")) < 1e-5
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", DECODERS)
 def test_a_block_at_some_slots_is_the_whole_one_there(case):
     """Values and gradients; padding on the left of some rows and on the right of others."""
-    whole = CASES[case]
+    whole = DECODERS[case]
     config = replace(whole, num_layers=1, windows=whole.windows[-1:])
     decoder, rng = Decoder(config), np.random.default_rng(0)
     params = random_params(config, 0)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import traverse_util
-from helpers import CASES, ROOT, debug_config, get_config, relative
+from helpers import DECODERS, ROOT, debug_config, get_config, relative
 from safetensors.numpy import load_file, save_file
 from tokenizers.processors import TemplateProcessing
 
@@ -144,7 +144,7 @@ def prompts(answers=False):
 @pytest.mark.parametrize("case", ["llama3", "mistral_v01", "gemma3"])
 def test_a_step_on_kept_activations_is_one_of_the_whole_model(case, tokenizers):
     """Loss and gradient of the top blocks, against the whole model run on the same prompts."""
-    config, blocks = CASES[case], 2
+    config, blocks = DECODERS[case], 2
     decoder, params = Decoder(config), random_params(config, 0)
     rows, first = prompts(), config.num_layers - 2
     found = probe(alone(config), {"decoder": params}, rows, tokenizers, (16,), 4)
@@ -188,7 +188,7 @@ def test_a_step_on_kept_activations_is_one_of_the_whole_model(case, tokenizers):
 
 
 def test_what_is_kept_on_disk_is_the_same(tokenizers, tmp_path):
-    config = CASES["llama3"]
+    config = DECODERS["llama3"]
     params, rows = {"decoder": random_params(config, 0)}, prompts(answers=True)
     in_memory = keep(alone(config), params, rows, tokenizers, 1, 4)
     on_disk = keep(alone(config), params, rows, tokenizers, 1, 4, folder=tmp_path)
@@ -206,7 +206,7 @@ def test_what_is_kept_on_disk_is_the_same(tokenizers, tmp_path):
 
 
 def test_supervised_tuning_foretells_the_answers(tokenizers):
-    config = CASES["llama3"]
+    config = DECODERS["llama3"]
     decoder, params, rows = Decoder(config), random_params(config, 0), prompts(answers=True)
     kept = keep(alone(config), {"decoder": params}, rows, tokenizers, 1, 4)
     loss, count = Supervised(top(decoder, 1)).loss(
@@ -223,7 +223,7 @@ def test_supervised_tuning_foretells_the_answers(tokenizers):
 
 
 def test_batches_have_every_prompt_once_an_epoch(tokenizers):
-    config = CASES["llama3"]
+    config = DECODERS["llama3"]
     kept = keep(alone(config), {"decoder": random_params(config, 0)}, prompts(), tokenizers, 1, 4)
     batches = KeptBatches(kept, 3, 0, 4)
     seen = [batches[i].mean[:, 0, 0].tolist() for i in range(4)]
@@ -234,7 +234,7 @@ def test_batches_have_every_prompt_once_an_epoch(tokenizers):
 
 
 def test_a_probe_reads_the_last_real_token_and_comes_back(tokenizers, tmp_path):
-    config = CASES["llama3"]
+    config = DECODERS["llama3"]
     decoder, params, rows = Decoder(config), random_params(config, 0), prompts()
     found = probe(alone(config), {"decoder": params}, rows, tokenizers, (8, 16), 4)
     for k, texts in enumerate(rows.values()):
@@ -261,7 +261,7 @@ def test_a_probe_reads_the_last_real_token_and_comes_back(tokenizers, tmp_path):
 
 
 def test_edits_steer_and_take_out_a_subspace():
-    config = CASES["llama3"]
+    config = DECODERS["llama3"]
     decoder, params = Decoder(config), random_params(config, 0)
     tokens = np.random.default_rng(0).integers(0, 100, (2, 9))
     place = np.broadcast_to(np.arange(9), tokens.shape), np.ones_like(tokens)
@@ -508,7 +508,7 @@ def test_a_prompt_of_which_nothing_is_left_is_said(cache_dir):
         return {"input_ids": [[3] if "a" in text else [] for text in texts]}
 
     mute.bos_token_id = 1
-    model = Model(alone(CASES["llama3"]), {}, Tokenizers(None, mute), "", {})
+    model = Model(alone(DECODERS["llama3"]), {}, Tokenizers(None, mute), "", {})
     with pytest.raises(InputError, match="of row 2 in 'xx' no token is left; mend the row"):
         prompt_rows(debug_config(), model, {"en": ["a", "a"], "xx": ["a", "b"]})
 
@@ -575,7 +575,7 @@ def test_the_authors_probe_is_theirs_in_pytorch(side, tokenizers, cache_dir, tmp
     tokenizer.pad_token = tokenizer.eos_token
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
         single="<s> $A", special_tokens=[("<s>", tokenizer.bos_token_id)])
-    rng, config = np.random.default_rng(0), replace(CASES["llama3"], vocab_size=512)
+    rng, config = np.random.default_rng(0), replace(DECODERS["llama3"], vocab_size=512)
     texts = {name: [" ".join(rng.choice(["la", "ru", "bako", "di"], rng.integers(1, 60)))
                     for _ in range(70)] for name in ("en", "xx")}
     params = random_params(config, 0)
@@ -611,7 +611,7 @@ def test_the_authors_probe_is_theirs_in_pytorch(side, tokenizers, cache_dir, tmp
     # Finding 24: what the authors write by hand.
     assert training_rows(config, model, {"en": ["la\n\n"]})[0]["en"][0].text == tokenizer(
         TEMPLATE_EMPTY.format("la\n\n"), add_special_tokens=False)["input_ids"]
-    phi3 = replace(model, bridge=alone(replace(CASES["phi3"], vocab_size=512)))
+    phi3 = replace(model, bridge=alone(replace(DECODERS["phi3"], vocab_size=512)))
     asked = TEMPLATE_EMPTY.replace("system : ", f"system : {AUTHORS_SYSTEM}").format("la")
     assert training_rows(config, phi3, {"en": ["la"]})[0]["en"][0].text == tokenizer(
         asked, add_special_tokens=False)["input_ids"]
@@ -626,7 +626,7 @@ def test_the_authors_probe_is_theirs_in_pytorch(side, tokenizers, cache_dir, tmp
 
 
 def test_perplexity_is_that_of_one_text_after_another(tokenizers):
-    config = replace(CASES["llama3"], vocab_size=512)
+    config = replace(DECODERS["llama3"], vocab_size=512)
     params = {"decoder": random_params(config, 0)}
     texts = ["la ru la", "bako dimofu gata la ru", "di"]
     found = perplexity(alone(config), params, texts, tokenizers, 64, 2)

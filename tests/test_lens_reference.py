@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from flax import traverse_util
-from helpers import CASES, ROOT, get_config, relative
+from helpers import DECODERS, ROOT, get_config, relative
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
@@ -153,7 +153,7 @@ def bare(config: DecoderConfig) -> Bridge:
 
 @pytest.fixture(scope="module", params=["llama3", "qwen2"])
 def setup(request, tiny, tmp_path_factory):
-    config = CASES[request.param]
+    config = DECODERS[request.param]
     first = config.num_layers - BLOCKS
     # Norms start at ones, which would hide a mixed-up one.
     frozen = moved(random_params(config, 0), 0.3, 0, lambda path: path[-1].key == "scale")

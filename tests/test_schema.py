@@ -7,7 +7,7 @@ import math
 from types import SimpleNamespace
 
 import pytest
-from helpers import run_script
+from helpers import leaves, run_script
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -17,15 +17,6 @@ from jaxfusion.fields import FUSIONS, JOBS
 
 BAD = ("x", "", -1, -2.5, 0, 0.5, 10**20, 1e300, math.nan, math.inf, True, None, [], [0], [-5],
        [""], {}, {"x": 1}, "(", "\x00", "[/b]")
-
-
-def leaves(tree, path=()):
-    """Every field of a config, by its path."""
-    for name, value in tree.items():
-        if isinstance(value, dict) and value:
-            yield from leaves(value, (*path, name))
-        else:
-            yield (*path, name)
 
 
 def with_value(job, path, value):
