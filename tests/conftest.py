@@ -56,6 +56,13 @@ def tokenizers(tiny) -> Tokenizers:
     return Tokenizers(*(load_tokenizer(tiny / x, 512, x) for x in ("encoder", "decoder")))
 
 
+@pytest.fixture
+def unscored(monkeypatch) -> None:
+    """Runs do not score development rows, which takes as long to compile as their step."""
+    monkeypatch.setattr("jaxfusion.bridge.job._dev_scorer",
+                        lambda *_: lambda _: {"exact_match": 0.0})
+
+
 @pytest.fixture(scope="session")
 def real_data() -> Path:
     """Real text, read by path; it never ships with the project."""

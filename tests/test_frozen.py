@@ -48,7 +48,7 @@ def agrees(workdir, out):
     return relative(found, next_logits(model, model.tokenizers.encode_queries(TEXTS))) < 1e-5
 
 
-def test_a_scale_that_does_not_train_goes_along(cache_dir, tmp_path):
+def test_a_scale_that_does_not_train_goes_along(cache_dir, tmp_path, unscored):
     """The quickstart's `global_softmax`: `fusion/t` is in no checkpoint."""
     config = config_of(cache_dir, "fusion/w", "projector/.*")
     train(config, tmp_path / "run")
@@ -109,7 +109,7 @@ def test_a_warm_start_that_does_not_train_is_kept(cache_dir, tmp_path):
     assert agrees(tmp_path / "run", tmp_path / "out")
 
 
-def test_damage_of_what_was_frozen_is_told(cache_dir, tmp_path):
+def test_damage_of_what_was_frozen_is_told(cache_dir, tmp_path, unscored):
     train(config_of(cache_dir, "projector/.*", fusion="global_softmax"), tmp_path / "run")
     (tmp_path / "run" / FROZEN_FILE).write_bytes(b"no tensors")
     with pytest.raises(InputError, match=r"frozen\.safetensors is damaged"):
