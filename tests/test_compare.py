@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from helpers import COMPARISONS, FILES, get_config
+from helpers import COMPARISONS, FILES, get_config, leave_unscored
 
 from jaxfusion.bridge import warm_start
 from jaxfusion.bridge.compare import compare
@@ -129,6 +129,7 @@ def debug_run(cache_dir, tmp_path_factory):
     config = replace(config, base=make_inputs(config.base))
     workdir = tmp_path_factory.mktemp("quickstart") / "run"
     with pytest.MonkeyPatch.context() as patch:
+        leave_unscored(patch)
         patch.setattr(warm_start, "STEPS", 20)  # nothing asks how good it is
         return workdir, compare(config, workdir), config
 

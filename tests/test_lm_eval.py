@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import ROOT, XNLI, get_config
+from helpers import ROOT, XNLI, get_config, leave_unscored
 
 from jaxfusion.bridge.job import train
 from jaxfusion.config import from_config_dict
@@ -28,7 +28,9 @@ def workdir(cache_dir, tmp_path_factory):
     config.train.steps = config.train.eval_every = config.train.checkpoint_every = 4
     config.data.dev_rows, config.eval.max_new_tokens, config.fusion.name = 8, 4, "last"
     workdir = tmp_path_factory.mktemp("lm_eval") / "run"
-    train(make_inputs(from_config_dict(config)), workdir)
+    with pytest.MonkeyPatch.context() as patch:
+        leave_unscored(patch)
+        train(make_inputs(from_config_dict(config)), workdir)
     return workdir
 
 

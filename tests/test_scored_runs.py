@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import XNLI, get_config, run_script
+from helpers import XNLI, get_config, leave_unscored, run_script
 
 from jaxfusion.bridge.compare import check_unseen, compare, report
 from jaxfusion.bridge.job import read_data
@@ -40,7 +40,9 @@ def run(cache_dir, tmp_path_factory):
     config.data.dev_rows, config.seeds, config.eval.max_new_tokens = 8, (0, 1), 4
     config = one_by_seeds(make_inputs(from_config_dict(config)))
     workdir = tmp_path_factory.mktemp("seeds") / "run"
-    comparison = compare(replace(config, rows=6), workdir)
+    with pytest.MonkeyPatch.context() as patch:
+        leave_unscored(patch)
+        comparison = compare(replace(config, rows=6), workdir)
     return config, workdir, comparison
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from helpers import losses
+from helpers import leave_unscored, losses
 
 from jaxfusion.bridge.job import train
 from jaxfusion.config import default_config, from_config_dict
@@ -97,7 +97,7 @@ def train_on(sizes, config, workdir, stop=None):
     """The loss of every step on a mesh of the first so many devices; stopped after a step."""
     devices = jax.devices()[: math.prod(sizes)]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("jaxfusion.bridge.job._dev_scorer", lambda *_: lambda _: {"exact_match": 0.0})
+        leave_unscored(patch)
         patch.setattr(workdirs, "make_mesh", lambda **_: make_mesh(*sizes, devices=devices))
         if stop is not None:
             patch.setattr(hooks.Signals, "stop", lambda self, step: step == stop)
