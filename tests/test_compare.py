@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from helpers import COMPARISONS, FILES, get_config, leave_unscored
 
+from configs.common import finish
 from jaxfusion.bridge import warm_start
 from jaxfusion.bridge.compare import compare
 from jaxfusion.config import default_config, from_config_dict, variants

@@ -122,6 +122,14 @@ def test_train_refuses_in_one_line(words, message, cache_dir, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_without_a_config_all_are_listed(capsys):
+    assert "--config is missing" in run_script("train.py")
+    out = capsys.readouterr().out
+    assert [line.split()[0] for line in out.splitlines()] == [
+        f"configs/{file.name}" for file in FILES]
+    assert "XNLI run (arXiv:2508.09091)" in out
+
+
 @pytest.mark.parametrize("script,words", [
     ("train.py", ["--config=configs/xnli_paper.py:debug", "--config.data.path=/none/here"]),
     ("eval.py", []), ("export.py", ["--out=/tmp/out"])])

@@ -18,7 +18,6 @@ import pytest
 import torch
 from helpers import ROOT, equal, interrupt_at, losses, make_config, records, relative
 
-from configs.common import finish
 from jaxfusion import config as configs
 from jaxfusion.bridge.job import prepare, train
 from jaxfusion.config import default_config, from_config_dict

@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 from helpers import tiny_model
 
-from configs.common import finish
 from jaxfusion.bridge.warm_start import NOISE, _aligned, _pairs, warm_start
 from jaxfusion.data.rows.examples import Example
 from jaxfusion.errors import InputError

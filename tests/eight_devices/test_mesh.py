@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from helpers import leave_unscored, losses
 
+from configs.common import finish
 from jaxfusion.bridge.job import train
 from jaxfusion.config import default_config, from_config_dict
 from jaxfusion.errors import InputError, Stopped
