@@ -29,12 +29,11 @@ def free_port() -> int:
 
 def start(workdir, number, port, *flags, script=None):
     """One of two processes with two devices each, of train.py unless a command is given."""
-    env = {name: x for name, x in os.environ.items() if name != "XLA_FLAGS"} | {
+    env = os.environ | {
         "JAX_PLATFORMS": "cpu", "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
         "JAX_COORDINATOR_BIND_ADDRESS": f"127.0.0.1:{port}", "JAX_NUM_PROCESSES": "2",
         "JAX_PROCESS_ID": str(number),
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=2 "
-                     "--xla_backend_optimization_level=0 "
+        "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=2 "
                      "--xla_cpu_collective_call_terminate_timeout_seconds=300"}
     script = script or ["train.py", "--config=configs/xnli_paper.py:last,debug", *FLAGS]
     return subprocess.Popen(
