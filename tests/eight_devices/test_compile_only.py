@@ -24,6 +24,15 @@ from jaxfusion.training.optimizer import make_optimizer
 LAYERS, ROWS, WIDTH, INNER = 6, 256, 1024, 4096
 
 
+@pytest.fixture(scope="module", autouse=True)
+def flags_of_libtpu():
+    """libtpu reads XLA's flags anew, and ends the process at those that it does not know."""
+    jax.devices()  # by now the CPU has them
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("XLA_FLAGS")
+        yield
+
+
 def config_of(name, arg="debug", **train):
     config = make_inputs(from_config_dict(get_config(ROOT / "configs" / f"{name}.py", arg)))
     return replace(config, train=replace(config.train, **train))

@@ -9,7 +9,7 @@ from safetensors.numpy import load_file
 
 from jaxfusion.lens import job
 from jaxfusion.sharding.mesh import make_mesh
-from jaxfusion.training import loop
+from jaxfusion.training import workdir
 
 
 def test_probe_losses_and_scores_are_those_of_one_device(cache_dir, tmp_path, monkeypatch):
@@ -21,8 +21,8 @@ def test_probe_losses_and_scores_are_those_of_one_device(cache_dir, tmp_path, mo
     correct = {}
     for name, sizes in (("one", (1, 1, 1)), ("all", (2, 2, 2))):
         mesh = make_mesh(*sizes, devices=jax.devices()[: math.prod(sizes)])
-        for module in (job, loop):
-            monkeypatch.setattr(module, "make_mesh", lambda *_, mesh=mesh: mesh)
+        for module in (job, workdir):
+            monkeypatch.setattr(module, "make_mesh", lambda mesh=mesh, **_: mesh)
         correct[name] = job.lens(config, tmp_path / name).correct
     assert correct["one"] == correct["all"]
     for method in ("Lens", "sup"):
