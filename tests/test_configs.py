@@ -48,6 +48,7 @@ def test_debug_runs_take_a_step(file, cache_dir, tmp_path, unscored, monkeypatch
     monkeypatch.setattr(warm_start, "STEPS", 20)
     config = get_config(file, "debug").unlock()
     config.train.steps = config.train.eval_every = 1
+    config.data.train_rows, config.data.dev_rows = 32, 8
     assert int(train(make_inputs(from_config_dict(config)), tmp_path / "run").step) == 1
 
 
