@@ -422,8 +422,8 @@ FLAGS = {
                 "temperature", "top_p", "stop", "batch_size", "workdir", "nosuch"),
     "export.py": ("out", "merge", "dtype", "format", "enc", "lm", "overwrite", "workdir", "nosuch"),
 }
-WORK = ("training.bridge.train", "training.pretrain.pretrain", "training.compare.compare",
-        "lens.job.lens", "training.compile_only.compile_only")
+WORK = ("bridge.job.train", "pretraining.job.pretrain", "bridge.compare.compare", "lens.job.lens",
+        "bridge.compile_only.compile_only")
 
 
 class Begun(Exception):
