@@ -24,15 +24,16 @@ from transformers import AutoModelForCausalLM
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "benchmarks")]
 
-from conftest import relative  # noqa: E402
-from test_decoder import apply, plain  # noqa: E402
-from test_export import (  # noqa: E402
+from helpers import (  # noqa: E402
     NEAR_TIE,
     TEXTS,
+    apply,
     decoder_of,
     extend,
     make_run,
     next_logits,
+    plain,
+    relative,
 )
 
 from jaxfusion.data.batching import TokenRow, find_shapes, in_order  # noqa: E402

@@ -7,10 +7,9 @@ import string
 import numpy as np
 import pytest
 import torch
-from conftest import relative
+from helpers import make_run, next_logits, relative, write_family
 from safetensors.numpy import load_file
 from safetensors.torch import save_file
-from test_export import make_run, next_logits, write_family
 from torch import nn
 from transformers import AutoModelForCausalLM, MT5EncoderModel
 

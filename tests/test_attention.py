@@ -8,9 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import relative
+from helpers import DECODERS, apply, relative
 from jax.experimental.pallas.tpu import force_tpu_interpret_mode
-from test_decoder import CASES, apply
 
 from jaxfusion.miniatures.checkpoints import SIZES, random_params
 from jaxfusion.nn import attention
@@ -75,7 +74,7 @@ def test_kernels_equal_the_plain_form(kernel, case):
 @pytest.mark.parametrize("case", ["llama3", "mistral_v01", "qwen25_window", "gemma3"])
 def test_a_decoder_is_the_same_by_kernels(case, monkeypatch):
     """Every window of a family reaches its kernel; packed rows, so positions start anew."""
-    config, params = CASES[case], {"params": random_params(CASES[case], 0)}
+    config, params = DECODERS[case], {"params": random_params(DECODERS[case], 0)}
     tokens = np.random.default_rng(0).integers(0, 101, (2, 24))
     ids = np.array([[1] * 14 + [2] * 8 + [0] * 2, [1] * 20 + [0] * 4])
     positions = np.array([[*range(14), *range(8), 0, 0], [*range(20), 0, 0, 0, 0]])

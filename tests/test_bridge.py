@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import relative
 from flax import linen as nn
+from helpers import relative
 
 from jaxfusion.data.batching import Shape, TokenRow, collate, find_shapes
 from jaxfusion.data.packing import Packing

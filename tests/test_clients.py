@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from exports import client_reference
-from test_export import make_run, write_family
+from helpers import make_run, next_logits, write_family
 from transformers import AutoModelForCausalLM
 
 from jaxfusion.runs.export.bridge import export
@@ -141,8 +141,6 @@ def test_a_config_alone_makes_no_model(reference):
 
 def test_an_export_saved_by_transformers_is_taken_in_again(reference, tmp_path):
     """Finding 47: a Trainer's checkpoint is a directory like any export."""
-    from test_export import next_logits
-
     from jaxfusion.runs.adopt import adopt
     from jaxfusion.runs.open_run import open_run
 

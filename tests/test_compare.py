@@ -5,9 +5,10 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from test_configs import COMPARISONS, FILES, get_config
+from helpers import COMPARISONS, FILES, get_config, leave_unscored
 
 from configs.common import finish
+from jaxfusion.bridge import warm_start
 from jaxfusion.bridge.compare import compare
 from jaxfusion.config import default_config, from_config_dict, variants
 from jaxfusion.data.tasks.catalogue import TASKS
@@ -123,12 +124,15 @@ def test_every_bridge_config_makes_a_comparison():
 @pytest.fixture(scope="module")
 def debug_run(cache_dir, tmp_path_factory):
     config = get_config(QUICKSTART, "debug").unlock()
-    config.base.train.steps = config.base.train.eval_every = 10
+    config.base.train.steps = config.base.train.eval_every = 4
     config.base.data.dev_rows, config.rows = 8, 6
     config = from_config_dict(config)
     config = replace(config, base=make_inputs(config.base))
     workdir = tmp_path_factory.mktemp("quickstart") / "run"
-    return workdir, compare(config, workdir), config
+    with pytest.MonkeyPatch.context() as patch:
+        leave_unscored(patch)
+        patch.setattr(warm_start, "STEPS", 20)  # nothing asks how good it is
+        return workdir, compare(config, workdir), config
 
 
 def test_a_comparison_runs_from_start_to_report(debug_run):

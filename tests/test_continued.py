@@ -18,20 +18,10 @@ from jaxfusion.data.batching import Ragged
 from jaxfusion.data.pipeline import Batches, iterate
 from jaxfusion.data.rows.examples import Example
 from jaxfusion.data.split_text import tokenize_texts
-from jaxfusion.data.tokenizers import Tokenizers, load_tokenizer
 from jaxfusion.errors import InputError
 from jaxfusion.fields import CompareConfig
 from jaxfusion.miniatures.inputs import make_inputs
 from jaxfusion.runs.score import evaluate
-
-
-@pytest.fixture(scope="module")
-def tokenizers(tiny):
-    return Tokenizers(
-        load_tokenizer(tiny / "encoder", 512, "encoder"),
-        load_tokenizer(tiny / "decoder", 512, "decoder"),
-    )
-
 
 TEXTS = ["la bako mi " * n for n in (1, 20, 60, 200)] + ["සිංහල  text\n\nwith  “marks” " * 30, "x"]
 

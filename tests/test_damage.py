@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_training import equal, make_config
+from helpers import equal, leave_unscored, make_config
 
 from jaxfusion import config as configs
 from jaxfusion.bridge.job import train
@@ -33,7 +33,9 @@ def scored(cache_dir, tmp_path_factory):
     config = make_config(cache_dir, "last,debug", train__steps=4, train__eval_every=2,
                          train__checkpoint_every=2, train__log_every=1)
     workdir = tmp_path_factory.mktemp("damage") / "run"
-    state = train(config, workdir)
+    with pytest.MonkeyPatch.context() as patch:
+        leave_unscored(patch)
+        state = train(config, workdir)
     evaluate(workdir, limit=8, languages=("en",))
     return workdir, config, state
 

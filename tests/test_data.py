@@ -24,16 +24,7 @@ from jaxfusion.data.packing import find_packing, sizes, stratified_plan
 from jaxfusion.data.pipeline import Batches, first_rows, iterate, subset
 from jaxfusion.data.rows.examples import Example, read_examples
 from jaxfusion.data.tasks.catalogue import TASKS, check_languages, get_task
-from jaxfusion.data.tokenizers import Tokenizers, load_tokenizer
 from jaxfusion.errors import InputError
-
-
-@pytest.fixture(scope="module")
-def tokenizers(tiny):
-    return Tokenizers(
-        load_tokenizer(tiny / "encoder", 512, "encoder"),
-        load_tokenizer(tiny / "decoder", 512, "decoder"),
-    )
 
 
 def write_sib(path, lines):

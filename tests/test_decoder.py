@@ -1,62 +1,26 @@
 """The decoder against transformers' PyTorch Llama: logits, cached decoding, masks."""
 
-import math
 from dataclasses import replace
-from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from conftest import relative
+from helpers import BASE, DECODERS, apply, plain, relative
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from jaxfusion.hf.config_json import DECODER_FAMILIES, decoder_config, decoder_json
 from jaxfusion.hf.load import read_config
 from jaxfusion.hf.save import write_tower
 from jaxfusion.miniatures.checkpoints import random_params
-from jaxfusion.nn.decoder import Decoder, DecoderConfig, init_cache
-from jaxfusion.nn.rope import LinearScaling, Llama3Scaling, LongScaling, Rope
-
-BASE = DecoderConfig(
-    vocab_size=101, d_model=48, d_ff=80, num_layers=3, num_heads=6, num_kv_heads=2, head_dim=12,
-    norm_eps=2e-4, rope=Rope(777.0), max_length=64,
-)
-GEMMA = replace(BASE, activation="gelu_tanh", embed_scale=48**0.5, norm_offset=1.0,
-                tie_embeddings=True)
-LONG = LongScaling((1.0, 1.1, 1.2, 1.5, 2.0, 2.5), (1.0, 2.0, 4.0, 5.0, 7.0, 9.0), 24,
-                   math.sqrt(1 + math.log(64 / 24) / math.log(24)))
-# Every family, and what its members differ in. Windows are shorter than the texts.
-CASES = {
-    "llama2": replace(BASE, num_kv_heads=6),
-    "llama3": BASE,
-    "llama31": replace(BASE, rope=Rope(777.0, Llama3Scaling(8.0, 1.0, 4.0, 24))),
-    "llama32_tied": replace(
-        BASE, rope=Rope(777.0, Llama3Scaling(32.0, 1.5, 5.0, 16)), tie_embeddings=True
-    ),
-    "codellama": replace(BASE, rope=Rope(1e6, LinearScaling(3.0))),
-    "mistral_v01": replace(BASE, family="mistral", windows=(7,) * 3),
-    "mistral_v03": replace(BASE, family="mistral"),
-    "qwen2": replace(BASE, family="qwen2", qkv_bias=True),
-    "qwen25_window": replace(BASE, family="qwen2", qkv_bias=True, windows=(None, 7, 7)),
-    "qwen3": replace(BASE, family="qwen3", qk_norm=True, tie_embeddings=True),
-    "phi3": replace(BASE, family="phi3", windows=(11,) * 3),
-    "phi35_longrope": replace(BASE, family="phi3", num_heads=4, rope=Rope(777.0, LONG)),
-    "phi4_partial": replace(BASE, family="phi3", rope=Rope(777.0, None, 0.5)),
-    "gemma": replace(GEMMA, family="gemma"),
-    "gemma2": replace(GEMMA, family="gemma2", post_norms=True, windows=(7, None, 7),
-                      attn_scale=20**-0.5, attn_cap=3.0, logit_cap=4.0),
-    "gemma3": replace(GEMMA, family="gemma3_text", post_norms=True, qk_norm=True,
-                      num_layers=7, windows=(7,) * 5 + (None, 7), attn_scale=20**-0.5,
-                      rope=Rope(1e6, LinearScaling(8.0)), local_rope=Rope(10_000.0)),
-}
+from jaxfusion.nn.decoder import Decoder, init_cache
 
 
-@pytest.fixture(scope="module", params=CASES)
+@pytest.fixture(scope="module", params=DECODERS)
 def theirs(request, tmp_path_factory):
     """A case's config, our random parameters, and transformers' model of their files."""
-    config, path = CASES[request.param], tmp_path_factory.mktemp("theirs")
+    config, path = DECODERS[request.param], tmp_path_factory.mktemp("theirs")
     params = random_params(config, 0)
     rng = np.random.default_rng(0)  # norms start at ones, which would hide a mixed-up one
     params = jax.tree_util.tree_map_with_path(
@@ -65,17 +29,6 @@ def theirs(request, tmp_path_factory):
     write_tower(path, config, params)
     model = AutoModelForCausalLM.from_pretrained(path, attn_implementation="eager").eval()
     return config, {"params": params}, model
-
-
-def apply(config, params, *args, method="__call__", remat="none"):
-    """The decoder, compiled as a whole."""
-    return jax.jit(partial(Decoder(config, remat=remat).apply, method=method))(params, *args)
-
-
-def plain(tokens):
-    """Positions and segments of rows without padding."""
-    positions = np.broadcast_to(np.arange(tokens.shape[1]), tokens.shape)
-    return positions, np.ones_like(positions)
 
 
 @pytest.fixture(scope="module")
@@ -110,7 +63,7 @@ def test_what_a_config_leaves_out_is_what_transformers_takes(family, tmp_path):
 
 
 def test_a_magnitude_of_its_own_is_kept():
-    config = CASES["phi35_longrope"]
+    config = DECODERS["phi35_longrope"]
     scaling = replace(config.rope.scaling, magnitude=1.5)
     config = replace(config, rope=replace(config.rope, scaling=scaling))
     assert decoder_config(decoder_json(config), "config.json") == config
@@ -177,10 +130,10 @@ def test_remat_gives_the_same_gradients(tokens):
         assert relative(gradient(remat), gradient("none")) < 1e-5
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", DECODERS)
 def test_a_block_at_some_slots_is_the_whole_one_there(case):
     """Values and gradients; padding on the left of some rows and on the right of others."""
-    whole = CASES[case]
+    whole = DECODERS[case]
     config = replace(whole, num_layers=1, windows=whole.windows[-1:])
     decoder, rng = Decoder(config), np.random.default_rng(0)
     params = random_params(config, 0)

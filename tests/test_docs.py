@@ -5,29 +5,29 @@ import re
 import shlex
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import pytest
+from helpers import ROOT, flags_error
 
-ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "pocket" / "README.md", ROOT / "CONTRIBUTING.md",
          *sorted((ROOT / "docs").glob("*.md"))]
 HOOKS = {"setup", "forward"}  # that Flax and PyTorch call
 
 
-def test_the_site_builds_without_a_warning(tmp_path):
-    """Every reference between pages, and the API's docstrings."""
+@pytest.mark.parametrize("kind", ["text", pytest.param("html", marks=pytest.mark.slow)])
+def test_the_site_builds_without_a_warning(kind, tmp_path):
+    """Every reference between pages, and the API's docstrings; as text in a third of the time."""
     copy = tmp_path / "docs"  # the API's pages are written among the others
     subprocess.run(["cp", "-r", str(ROOT / "docs"), str(copy)], check=True)
     for name in ("jaxfusion", "configs", "benchmarks", "notebooks", "pocket", "README.md"):
         (tmp_path / name).symlink_to(ROOT / name)
     done = subprocess.run(
-        [sys.executable, "-m", "sphinx", "-W", "-q", "-b", "html", copy, tmp_path / "out"],
+        [sys.executable, "-m", "sphinx", "-W", "-q", "-b", kind, copy, tmp_path / "out"],
         capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert "Which fusion" in (tmp_path / "out" / "choosing.html").read_text()
-    api = (tmp_path / "out" / "api" / "jaxfusion.nn.fusion.html").read_text()
+    ending = {"text": "txt", "html": "html"}[kind]
+    assert "Which fusion" in (tmp_path / "out" / f"choosing.{ending}").read_text()
+    api = (tmp_path / "out" / "api" / f"jaxfusion.nn.fusion.{ending}").read_text()
     assert "TransformerSoftmax" in api and "2508.09091" in api
 
 
@@ -64,9 +64,7 @@ def check(command: str) -> str:
     """An error of the command's words; nothing is run."""
     words = shlex.split(command)
     if words[0] in ("train.py", "eval.py", "export.py"):
-        done = subprocess.run([sys.executable, *words, "--only_check_args"], cwd=ROOT,
-                              capture_output=True, text=True)
-        return done.stderr if done.returncode else ""
+        return flags_error(words)
     if words[0] == "-m":
         name = words[1]
         file = ROOT / f"{name.replace('.', '/')}.py"
@@ -83,9 +81,19 @@ def test_every_command_is_one_that_the_scripts_take():
     """Scripts, configs, fields and flags exist; the configs' debug runs are tests of their own."""
     found = commands()
     assert len(found) > 30
-    with ThreadPoolExecutor(2) as pool:
-        errors = dict(zip(found, pool.map(check, found), strict=True))
+    errors = {command: check(command) for command in found}
     assert not {f"{found[c]}: {c}": error for c, error in errors.items() if error}
+
+
+@pytest.mark.parametrize("command,said", [
+    ("train.py --config configs/none.py", "none.py"),
+    ("train.py --config configs/gpu.py --config.train.step=1", "step"),
+    ("eval.py --workdir a --langauges si", "langauges"), ("export.py --workdir", "workdir"),
+    ("-m jaxfusion.runs.none", "no such module"), ("benchmarks/none.py", "no such script"),
+    ("-m jaxfusion.runs.adopt --nothing=1", "--nothing"),
+])
+def test_a_command_that_is_wrong_would_be_found(command, said):
+    assert said in check(command)
 
 
 def test_messages_in_the_troubleshooting_page_are_in_the_code():

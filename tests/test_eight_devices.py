@@ -5,12 +5,23 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 
-def test_eight_devices():
+FILES = sorted(Path(__file__).with_name("eight_devices").glob("test_*.py"))
+# The one that takes longest has a process to itself, and another worker may take the rest.
+ALONE = [file for file in FILES if file.stem == "test_mesh"]
+
+
+@pytest.mark.parametrize("files,marked", [
+    pytest.param(ALONE, "not slow", id="meshes"),
+    pytest.param([x for x in FILES if x not in ALONE], "not slow", id="others"),
+    pytest.param(FILES, "slow", id="slow", marks=pytest.mark.slow),
+])
+def test_eight_devices(files, marked, cache_dir):
     flags = ("--xla_force_host_platform_device_count=8 "
              "--xla_cpu_collective_call_terminate_timeout_seconds=300")
-    command = [sys.executable, "-m", "pytest", "-q", "-n", "0", "-p", "no:cacheprovider",
-               Path(__file__).with_name("eight_devices")]
+    command = [sys.executable, "-m", "pytest", "-q", "-n", "0", "-m", marked,
+               "-p", "no:cacheprovider", *files]
     # What the run of pytest that starts this one has told its workers is not for another.
     env = {name: x for name, x in os.environ.items() if not name.startswith("PYTEST_")}
     env["XLA_FLAGS"] = f"{env.get('XLA_FLAGS', '')} {flags}"

@@ -8,12 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import relative
+from helpers import relative, tiny_model
 from hypothesis import given
 from hypothesis import strategies as st
 
-from configs.common import finish
-from jaxfusion.config import default_config, from_config_dict
 from jaxfusion.data.batching import collate, find_shapes, tokenize
 from jaxfusion.data.contamination import fingerprints
 from jaxfusion.data.rows.examples import Example
@@ -25,8 +23,7 @@ from jaxfusion.fields import EvalConfig
 from jaxfusion.reports.statistics import accuracy, holm, mcnemar, sign_flip, wilson_interval
 from jaxfusion.reports.terminal import merge_results
 from jaxfusion.runs.score import unseen
-from jaxfusion.sharding.mesh import make_mesh
-from jaxfusion.training.state import load_model, merge
+from jaxfusion.training.state import merge
 
 LABELS = ("bako", "dimofu gata")
 TASK = Task("{text}", LABELS, ("en",))
@@ -34,15 +31,9 @@ QUERIES = [f"{'la ru ' * n}Label: " for n in (1, 9, 3, 4, 12)]
 EXAMPLES = [Example(query, LABELS[i % 2], i % 2) for i, query in enumerate(QUERIES)]
 
 
-def make_model(encoder, decoder):
-    config = finish(default_config(), "global_softmax,debug").unlock()
-    config.encoder.checkpoint, config.decoder.checkpoint = str(encoder), str(decoder)
-    return load_model(from_config_dict(config), make_mesh())
-
-
 @pytest.fixture(scope="module")
 def model(tiny):
-    return make_model(tiny / "encoder", tiny / "decoder")
+    return tiny_model(tiny, "global_softmax")
 
 
 @pytest.fixture(scope="module")
@@ -59,13 +50,13 @@ def rows_of(model, examples, with_target=False, text_prompt=""):
 
 @pytest.mark.parametrize("bare", [False, True])
 def test_a_prompt_is_answered_as_it_is_alone(model, params, bare):
-    """In any batch, bucket and padding; tokens are compared up to near-ties of the top two."""
+    """In any batch, bucket and padding."""
     config = EvalConfig(batch_size=4, max_encoder_tokens=128, max_new_tokens=6)
     together = Scorer(model.bridge, model.tokenizers, config, bare=bare)(params, EXAMPLES, TASK)
+    config = EvalConfig(batch_size=1, max_new_tokens=6)
+    one = Scorer(model.bridge, model.tokenizers, config, bare=bare)
     for i, example in enumerate(EXAMPLES):
-        alone = Scorer(
-            model.bridge, model.tokenizers, EvalConfig(batch_size=1, max_new_tokens=6), bare=bare
-        )(params, [example], TASK)
+        alone = one(params, [example], TASK)
         assert alone.answers[0] == together.answers[i]
         assert alone.correct["likelihood"][0] == together.correct["likelihood"][i]
 
@@ -80,12 +71,13 @@ def test_greedy_and_likelihood_equal_a_full_pass(model, params):
     mask = options > 0
     score = make_scorer(bridge, Decoding(5, tokenizers.eos), bare=False)
     tokens, scores, greedy = score(params, batch, options, mask)
+    full = jax.jit(bridge.target_logits)
 
     def logits_after(i, answer):
         """Logits before each token of `answer` in row i, from one uncached pass."""
         row = type(rows[i])(rows[i].query, rows[i].text, list(answer))
         whole = collate(*find_shapes([row], (64,)).place([row], 1, 1), tokenizers)
-        return bridge.target_logits(params, whole)[0, : len(answer)]
+        return full(params, whole)[0, : len(answer)]
 
     for i in range(2):
         answer = tokens[i].tolist()
@@ -123,7 +115,7 @@ def test_an_answer_ends_at_every_end_token_that_the_llm_names(model, params, tin
     llm = shutil.copytree(tiny / "decoder", tmp_path / "llm")
     (llm / "generation_config.json").write_text(json.dumps(
         {"eos_token_id": [model.tokenizers.eos, int(tokens[kept])]}))
-    ending = make_model(tiny / "encoder", llm)
+    ending = tiny_model(tiny, "global_softmax", decoder=llm)
     scored = Scorer(ending.bridge, ending.tokenizers, EvalConfig(batch_size=1, max_new_tokens=4))(
         params, EXAMPLES[:1], TASK)
     assert scored.answers == [model.tokenizers.decoder.decode(

@@ -1,131 +1,58 @@
 """Exported bridges in plain PyTorch: same logits, same greedy tokens, whatever the padding."""
 
 import json
-import math
 import shutil
-from dataclasses import replace
-from functools import partial
 from unittest.mock import Mock
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from conftest import relative
+from helpers import (
+    NEAR_TIE,
+    TEXTS,
+    after,
+    extend,
+    make_run,
+    relative,
+    theirs_of,
+    write_family,
+)
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
-from test_decoder import CASES
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
 from jaxfusion import config as configs
 from jaxfusion.data.batching import TokenRow, find_shapes, in_order
 from jaxfusion.errors import InputError
 from jaxfusion.evaluation.generate import prefill
-from jaxfusion.fields import (
-    Config,
-    DataConfig,
-    DecoderSettings,
-    EncoderSettings,
-    FusionConfig,
-    GroupConfig,
-    OptimizerConfig,
-    ProjectorConfig,
-)
+from jaxfusion.fields import DataConfig
 from jaxfusion.hf import config_json as configs_of_family
 from jaxfusion.hf import save
 from jaxfusion.hf.load import SINGLE
-from jaxfusion.hf.save import write_tower
-from jaxfusion.miniatures.checkpoints import random_params
-from jaxfusion.nn.rope import LongScaling
 from jaxfusion.runs.adopt import adopt
 from jaxfusion.runs.export.bridge import export
 from jaxfusion.runs.export.langbridge import export_langbridge
-from jaxfusion.sharding.mesh import make_mesh
-from jaxfusion.training.checkpoint import Checkpoints, trained_part
-from jaxfusion.training.frozen import to_keep, write_frozen
-from jaxfusion.training.state import State, load_model, merge
-
-TEXTS = ["Premise: a b c Hypothesis: d", "e f", "the dog runs near the river and sings"]
-NEAR_TIE = 1e-4
+from jaxfusion.training.checkpoint import trained_part
+from jaxfusion.training.state import merge
 
 
-def make_run(workdir, tiny, fusion="last", projector="linear", decoder=None, trained=(),
-             data=None):
-    """A workdir with a checkpoint of random parameters, and its model."""
-    groups = {"bridge": GroupConfig(("fusion/.*", "projector/.*", *trained))}
-    if fusion in ("last", "layer"):
-        groups = {"bridge": GroupConfig(("projector/.*", *trained))}
-    config = Config(
-        encoder=EncoderSettings(str(tiny / "encoder")),
-        decoder=DecoderSettings(str(decoder or tiny / "decoder")),
-        fusion=FusionConfig(fusion, layer=2, d_ff=48), projector=ProjectorConfig(projector),
-        data=data or DataConfig(), optimizer=OptimizerConfig(groups=groups),
-    )
-    model = load_model(config, make_mesh())
-    rng = np.random.default_rng(0)
-    trainable = {path: x + jnp.asarray(rng.normal(0, 0.3, x.shape), x.dtype)
-                 for path, x in model.trainable.items()}
-    if "fusion/w" in trainable:  # its scale is 100
-        trainable |= {"fusion/w": 0.01 * trainable["fusion/w"],
-                      "fusion/t": 1e-5 * trainable["fusion/t"]}
-    workdir.mkdir(parents=True)
-    configs.save(config, workdir / "config.json")
-    checkpoints = Checkpoints(workdir)
-    checkpoints.save(State(jnp.array(3), trainable, ()), {}, None)
-    checkpoints.close()
-    write_frozen(workdir, to_keep(model, ()))
-    return replace(model, trainable=trainable)
-
-
-def theirs_of(out):
-    model = AutoModelForCausalLM.from_pretrained(out, trust_remote_code=True)
-    tokenizer = AutoTokenizer.from_pretrained(out, trust_remote_code=True)
-    return model, tokenizer
-
-
-def next_logits(model, queries):
-    """Our logits after each text's prefix, and what stands behind it."""
-    params = merge(model.trainable, model.frozen)
-    rows = [TokenRow(query, after(model), [], model.bridge.latents) for query in queries]
-    found = np.zeros((len(rows), model.bridge.decoder.config.vocab_size))
-    run = jax.jit(partial(prefill, model.bridge), static_argnums=(2, 3))
-    for numbers, batch in in_order(rows, find_shapes(rows, (64,)), model.tokenizers, len(rows)):
-        found[numbers] = run(params, batch, 1, False)[1]
-    return found
-
-
-def after(model):
-    """What follows every prefix."""
-    return model.tokenizers.encode_prompts([model.config.data.text_prompt])[0]
-
-
-def extend(model, queries, tokens):
-    """Our logits at every slot of an answer, one text after the other."""
-    bridge, params = model.bridge, merge(model.trainable, model.frozen)
-    found = []
-    for query, answer in zip(queries, tokens, strict=True):
-        rows = [TokenRow(query, after(model), list(answer), model.bridge.latents)]
-        (_, batch), = in_order(rows, find_shapes(rows, (64,)), model.tokenizers, 1)
-        found.append(jax.jit(bridge.target_logits)(params, batch)[0])
-    return np.array(found)
-
-
-def check(model, out):
+def check(model, out, length=16):
+    """Logits after every prefix, padded on either side, and greedy answers."""
     theirs, tokenizer = theirs_of(out)
     queries = model.tokenizers.encode_queries(TEXTS)
-    ours = next_logits(model, queries)
-    for side in ("right", "left"):
-        inputs = tokenizer(TEXTS, padding=True, padding_side=side, return_tensors="pt")
+    inputs = {side: tokenizer(TEXTS, padding=True, padding_side=side, return_tensors="pt")
+              for side in ("right", "left")}
+    found = theirs.generate(**inputs["left"], max_new_tokens=length, eos_token_id=None).numpy()
+    tokens = found[:, inputs["left"].input_ids.shape[1]:]
+    assert tokens.shape == (len(TEXTS), length)
+    ours = extend(model, queries, tokens)
+    for side in inputs:
         with torch.no_grad():
-            assert relative(ours, theirs(**inputs).logits[:, -1].numpy()) < 1e-5
-    found = theirs.generate(**inputs, max_new_tokens=64, eos_token_id=None).numpy()
-    tokens = found[:, inputs.input_ids.shape[1]:]
-    assert tokens.shape == (len(TEXTS), 64)
-    for row, logits in zip(tokens, extend(model, queries, tokens), strict=True):
+            assert relative(ours[:, 0], theirs(**inputs[side]).logits[:, -1].numpy()) < 1e-5
+    for row, logits in zip(tokens, ours, strict=True):
         best = np.sort(logits, axis=-1)
         near = np.flatnonzero(best[:, -1] - best[:, -2] < NEAR_TIE)
-        upto = near[0] if len(near) else len(row)
+        upto = near[0] if len(near) else length
         assert upto > 8 and np.array_equal(np.argmax(logits, -1)[:upto], row[:upto])
 
 
@@ -148,26 +75,6 @@ FAMILIES = ("llama31", "mistral_v01", "qwen25_window", "qwen3", "phi3", "phi35_l
             "gemma2", "gemma3")
 
 
-def decoder_of(case, rows):
-    """A family's decoder for prompts and answers of 64 tokens."""
-    config = replace(CASES[case], vocab_size=rows, max_length=512)
-    if config.logit_cap:  # a low one makes near-ties of all large logits
-        config = replace(config, logit_cap=30.0)
-    if isinstance(config.rope.scaling, LongScaling):  # all within the short factors
-        magnitude = math.sqrt(1 + math.log(512 / 256) / math.log(256))
-        scaling = replace(config.rope.scaling, original_length=256, magnitude=magnitude)
-        config = replace(config, rope=replace(config.rope, scaling=scaling))
-    return config
-
-
-def write_family(case, tiny, path):
-    """A family's checkpoint with the tiny tokenizer; returns its config."""
-    shutil.copytree(tiny / "decoder", path)
-    config = decoder_of(case, json.loads((path / "config.json").read_text())["vocab_size"])
-    write_tower(path, config, random_params(config, 0))
-    return config
-
-
 @pytest.mark.parametrize("case", [
     x if x in ("gemma2", "qwen25_window", "phi3") else pytest.param(x, marks=SLOW)
     for x in FAMILIES])
@@ -176,7 +83,7 @@ def test_every_family_is_answered_alike(case, tiny, tmp_path):
     config = write_family(case, tiny, path)
     model = make_run(tmp_path / "run", tiny, "global_softmax", decoder=path)
     export(tmp_path / "run", tmp_path / "out", merge=True)
-    check(model, tmp_path / "out")
+    check(model, tmp_path / "out", length=32)  # longer than any window
     alone = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "decoder")
     assert type(alone).__name__ == configs_of_family.ARCHITECTURES[config.family]
 

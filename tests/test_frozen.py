@@ -8,10 +8,8 @@ import jax
 import numpy as np
 import pytest
 import torch
-from conftest import relative
+from helpers import TEXTS, equal, make_config, next_logits, relative, theirs_of
 from safetensors.numpy import load_file
-from test_export import TEXTS, next_logits, theirs_of
-from test_training import equal, make_config
 
 from jaxfusion.bridge.job import prepare, train
 from jaxfusion.errors import InputError
@@ -50,7 +48,7 @@ def agrees(workdir, out):
     return relative(found, next_logits(model, model.tokenizers.encode_queries(TEXTS))) < 1e-5
 
 
-def test_a_scale_that_does_not_train_goes_along(cache_dir, tmp_path):
+def test_a_scale_that_does_not_train_goes_along(cache_dir, tmp_path, unscored):
     """The quickstart's `global_softmax`: `fusion/t` is in no checkpoint."""
     config = config_of(cache_dir, "fusion/w", "projector/.*")
     train(config, tmp_path / "run")
@@ -111,7 +109,7 @@ def test_a_warm_start_that_does_not_train_is_kept(cache_dir, tmp_path):
     assert agrees(tmp_path / "run", tmp_path / "out")
 
 
-def test_damage_of_what_was_frozen_is_told(cache_dir, tmp_path):
+def test_damage_of_what_was_frozen_is_told(cache_dir, tmp_path, unscored):
     train(config_of(cache_dir, "projector/.*", fusion="global_softmax"), tmp_path / "run")
     (tmp_path / "run" / FROZEN_FILE).write_bytes(b"no tensors")
     with pytest.raises(InputError, match=r"frozen\.safetensors is damaged"):

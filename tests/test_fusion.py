@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 import torch_reference as reference
-from conftest import relative
 from flax import linen as nn
+from helpers import relative
 
 from jaxfusion.nn import fusion
 from jaxfusion.nn.fusion import GlobalSoftmax, TransformerSoftmax

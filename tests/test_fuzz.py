@@ -13,19 +13,16 @@ import shutil
 import sys
 import zlib
 from contextlib import ExitStack, chdir
-from pathlib import Path
 from unittest import mock
 
 import pandas
 import pyarrow as pa
 import pytest
 from absl.testing import flagsaver
+from helpers import DECODERS, ENCODERS, ROOT, leaves
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pyarrow import parquet
-from test_decoder import CASES as DECODERS
-from test_mt5 import CASES as ENCODERS
-from test_schema import leaves
 
 from jaxfusion import cli
 from jaxfusion import config as configs
@@ -410,7 +407,6 @@ def test_texts_to_pretrain_on(rng, tmp_path_factory):
 
 # Command lines
 
-ROOT = Path(__file__).parent.parent
 CONFIGS = {"bridge": "xnli_paper", "compare": "quickstart", "pretrain": "pocket_encoder",
            "lens": "lens_paper"}
 FIELDS = [(job, path) for job, kind in JOBS.items()
@@ -426,8 +422,8 @@ FLAGS = {
                 "temperature", "top_p", "stop", "batch_size", "workdir", "nosuch"),
     "export.py": ("out", "merge", "dtype", "format", "enc", "lm", "overwrite", "workdir", "nosuch"),
 }
-WORK = ("training.bridge.train", "training.pretrain.pretrain", "training.compare.compare",
-        "lens.job.lens", "training.compile_only.compile_only")
+WORK = ("bridge.job.train", "pretraining.job.pretrain", "bridge.compare.compare", "lens.job.lens",
+        "bridge.compile_only.compile_only")
 
 
 class Begun(Exception):

@@ -7,15 +7,13 @@ import shutil
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
-from test_training import records
+from helpers import ROOT, records
 
 from jaxfusion.training.checkpoint import trained_part
 
-ROOT = Path(__file__).parent.parent
 TRAIN = ["--config.train.steps=12", "--config.train.log_every=2", "--config.train.eval_every=6",
          "--config.train.checkpoint_every=2", "--config.data.dev_rows=12"]
 COMMANDS = {

@@ -9,12 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from conftest import relative
 from flax import traverse_util
+from helpers import DECODERS, ROOT, get_config, relative
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_configs import ROOT, get_config
-from test_decoder import CASES
 from transformers import AutoModelForCausalLM
 
 from jaxfusion.config import from_config_dict
@@ -155,7 +153,7 @@ def bare(config: DecoderConfig) -> Bridge:
 
 @pytest.fixture(scope="module", params=["llama3", "qwen2"])
 def setup(request, tiny, tmp_path_factory):
-    config = CASES[request.param]
+    config = DECODERS[request.param]
     first = config.num_layers - BLOCKS
     # Norms start at ones, which would hide a mixed-up one.
     frozen = moved(random_params(config, 0), 0.3, 0, lambda path: path[-1].key == "scale")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_configs import FILES, get_config
+from helpers import ROOT, XNLI, get_config, leave_unscored
 
 from jaxfusion.bridge.job import train
 from jaxfusion.config import from_config_dict
@@ -15,9 +15,6 @@ from jaxfusion.errors import InputError
 from jaxfusion.miniatures.inputs import make_inputs
 from jaxfusion.runs.lm_harness import JaxFusion, _at_seam, _decoding
 from jaxfusion.runs.score import evaluate
-
-ROOT = Path(__file__).parent.parent
-XNLI = next(file for file in FILES if file.stem == "xnli_paper")
 
 
 class Request:
@@ -31,7 +28,9 @@ def workdir(cache_dir, tmp_path_factory):
     config.train.steps = config.train.eval_every = config.train.checkpoint_every = 4
     config.data.dev_rows, config.eval.max_new_tokens, config.fusion.name = 8, 4, "last"
     workdir = tmp_path_factory.mktemp("lm_eval") / "run"
-    train(make_inputs(from_config_dict(config)), workdir)
+    with pytest.MonkeyPatch.context() as patch:
+        leave_unscored(patch)
+        train(make_inputs(from_config_dict(config)), workdir)
     return workdir
 
 

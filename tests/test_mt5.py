@@ -1,24 +1,16 @@
 """The encoder against transformers' PyTorch one, and its three ways to be read."""
 
-from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from conftest import relative
+from helpers import ENCODERS, UNUSUAL, relative
 from transformers import MT5EncoderModel, UMT5EncoderModel
 
 from jaxfusion.miniatures.checkpoints import random_params, write_random_tower
-from jaxfusion.nn.mt5 import MT5Config, MT5Encoder
-
-# Unlike the defaults in everything: heads × head_dim is not d_model.
-UNUSUAL = MT5Config(
-    vocab_size=97, d_model=40, d_ff=72, num_layers=5, num_heads=3, head_dim=12,
-    num_buckets=18, max_distance=23, norm_eps=3e-4,
-)
-CASES = {"mt5": UNUSUAL, "umt5": replace(UNUSUAL, bias_per_layer=True)}
+from jaxfusion.nn.mt5 import MT5Encoder
 
 
 def apply(config, params, tokens, mask, states=False, **read):
@@ -35,9 +27,9 @@ def batch():
     return np.where(mask, tokens, 0), mask
 
 
-@pytest.mark.parametrize("family", CASES)
+@pytest.mark.parametrize("family", ENCODERS)
 def test_every_state_equals_transformers(family, batch, tmp_path):
-    config, (tokens, mask) = CASES[family], batch
+    config, (tokens, mask) = ENCODERS[family], batch
     write_random_tower(tmp_path, config)
     model = {"mt5": MT5EncoderModel, "umt5": UMT5EncoderModel}[family]
     theirs = model.from_pretrained(tmp_path).eval()

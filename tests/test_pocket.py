@@ -7,10 +7,11 @@ from itertools import combinations, product
 import numpy as np
 import pytest
 
+from jaxfusion.data.pocket import grammar
+from jaxfusion.data.pocket import world as pocket
 from jaxfusion.data.pocket.grammar import UP, leaves
 from jaxfusion.data.pocket.lexicon import LANGUAGES, VERSION, check_version, concepts, words
-from jaxfusion.data.pocket.world import grammar, random_inference, task_rows
-from jaxfusion.data.pocket.world import world as pocket
+from jaxfusion.data.pocket.world import random_inference, task_rows
 from jaxfusion.data.tasks.catalogue import NLI_LABELS
 from jaxfusion.data.tasks.spec import SPLITS
 from jaxfusion.errors import InputError

@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from test_configs import FILES, get_config
+from helpers import FILES, get_config
 
 from jaxfusion.config import from_config_dict, from_json
 from jaxfusion.data.pocket.lexicon import VERSION

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_configs import FILES, PRETRAINING, get_config
+from helpers import FILES, PRETRAINING, get_config
 
 from jaxfusion.config import from_config_dict
 from jaxfusion.data.pocket.lexicon import concepts, words

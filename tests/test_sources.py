@@ -16,8 +16,8 @@ from pathlib import Path
 import datasets
 import pyarrow as pa
 import pytest
+from helpers import Hub
 from pyarrow import parquet
-from test_tasks import Hub
 
 from jaxfusion import config as configs
 from jaxfusion.config import CONFIG_FILE, default_config, from_config_dict

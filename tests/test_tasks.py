@@ -2,10 +2,9 @@
 
 import json
 
-import datasets
 import pytest
+from helpers import Hub
 
-from jaxfusion.data.rows import hub as remote
 from jaxfusion.data.rows.examples import read_examples
 from jaxfusion.data.tasks.catalogue import QUESTIONS, TASKS
 from jaxfusion.data.tasks.spec import last_unsigned
@@ -74,33 +73,6 @@ def test_json_lists_and_places_by_task(tmp_path):
          "sentence_quiz2": "b", "label": 3}) + "\n")
     with pytest.raises(InputError, match=r"label 3 is not one of A, B \(or 1, 2\)"):
         read("xstorycloze", "en", tmp_path)
-
-
-class Hub:
-    """In the hub's place: what was asked for, and rows to give."""
-
-    hash = "c" * 40
-
-    def __init__(self, monkeypatch, rows, features=None):
-        self.data = datasets.Dataset.from_list(rows, features=features)
-        self.asked = []
-        monkeypatch.setattr(datasets, "load_dataset_builder", self.open)
-        monkeypatch.setattr(remote, "hub_in_reach", lambda: True)
-        remote._builder.cache_clear()
-
-    def open(self, name, config, revision):
-        self.asked.append((name, config, revision))
-        return self
-
-    def download_and_prepare(self):
-        self.asked.append("downloaded")
-
-    def as_dataset(self, split):
-        self.asked.append(split)
-        return self.data
-
-    def as_streaming_dataset(self, split):
-        return self.data.to_iterable_dataset()
 
 
 @pytest.mark.parametrize("task, language, row, asked, target", [

@@ -37,14 +37,6 @@ QUERY = "Premise: lala bako Hypothesis: bako Label: "
 
 
 @pytest.fixture(scope="module")
-def tokenizers(tiny):
-    return Tokenizers(
-        load_tokenizer(tiny / "encoder", 512, "encoder"),
-        load_tokenizer(tiny / "decoder", 512, "decoder"),
-    )
-
-
-@pytest.fixture(scope="module")
 def real(real_data, tmp_path_factory):
     """The two real SentencePiece models, each as the directory of a checkpoint."""
     folder = tmp_path_factory.mktemp("real")

@@ -10,7 +10,6 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -18,9 +17,8 @@ import numpy as np
 import pytest
 import torch
 import torch_reference as reference
-from conftest import relative
+from helpers import ROOT, equal, interrupt_at, losses, make_config, records, relative
 
-from configs.common import finish
 from jaxfusion import config as configs
 from jaxfusion.bridge.job import prepare, train
 from jaxfusion.config import default_config, from_config_dict
@@ -30,44 +28,17 @@ from jaxfusion.data.rows.examples import read_examples
 from jaxfusion.data.tasks.catalogue import TASKS
 from jaxfusion.errors import InputError, Stopped
 from jaxfusion.evaluation.scoring import Scorer
-from jaxfusion.fields import Config, GroupConfig, OptimizerConfig
+from jaxfusion.fields import GroupConfig, OptimizerConfig
 from jaxfusion.miniatures.checkpoints import write_checkpoints
-from jaxfusion.miniatures.inputs import make_inputs
 from jaxfusion.sharding.mesh import make_mesh
 from jaxfusion.training import loop
 from jaxfusion.training.checkpoint import Checkpoints
-from jaxfusion.training.logs import RunLog
 from jaxfusion.training.loop import fit
 from jaxfusion.training.optimizer import group_of_each, make_optimizer, make_schedule
 from jaxfusion.training.state import State, load_model, merge
 from jaxfusion.training.step import gradient, make_train_step
 from jaxfusion.training.trainer import Trainer, compiled_step, put_batch
 from jaxfusion.training.workdir import begin
-
-ROOT = Path(__file__).parent.parent
-
-
-def make_config(cache_dir, arg="last,debug", **fields) -> Config:
-    """A debug config of 12 steps; fields as `train__steps=4`."""
-    config = finish(default_config(), arg).unlock()
-    fields = {"train__steps": 12, "train__log_every": 2, "train__eval_every": 6,
-              "train__checkpoint_every": 6, "data__dev_rows": 12, **fields}
-    for name, value in fields.items():
-        group, field = name.split("__")
-        config[group][field] = value
-    return make_inputs(from_config_dict(config))
-
-
-def equal(a, b) -> bool:
-    same = jax.tree.map(lambda x, y: np.array_equal(np.asarray(x), np.asarray(y)), a, b)
-    return all(jax.tree.leaves(same))
-
-
-def records(workdir):
-    """Metrics by step and name, without speeds."""
-    lines = [json.loads(x) for x in (workdir / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in x.items() if k != "real_tokens" and not k.endswith("_second")}
-            for x in lines]
 
 
 @pytest.fixture(scope="module")
@@ -159,7 +130,8 @@ def _twin_losses(run, model):
 # What a step touches
 
 
-def test_frozen_weights_stay_and_buckets_compile_once(cache_dir, tmp_path, monkeypatch):
+def test_frozen_weights_stay_and_buckets_compile_once(
+        cache_dir, tmp_path, unscored, monkeypatch):
     config = make_config(cache_dir, data__buckets=(48, 60, 128), train__steps=15)
     mesh = make_mesh()
     run = prepare(config, mesh)
@@ -197,14 +169,12 @@ def test_patterns_choose_what_trains(cache_dir):
         group_of_each(paths, from_config_dict(config).optimizer.groups)
 
 
-def test_encoder_embeddings_train_in_float32_in_a_bfloat16_tower(cache_dir, tmp_path):
+def test_encoder_embeddings_train_in_float32_in_a_bfloat16_tower(cache_dir, tmp_path, unscored):
     """LangBridge's recipe: the embeddings train too, whatever the frozen dtype."""
-    config = finish(default_config(), "last,debug").unlock()
-    config.encoder.dtype, config.train.steps = "bfloat16", 3
-    config.optimizer.groups.embeddings = {
-        "patterns": ("encoder/embed/.*",), "learning_rate": 1e-2, "weight_decay": 0.0
-    }
-    config = make_inputs(from_config_dict(config))
+    config = make_config(cache_dir, encoder__dtype="bfloat16", train__steps=3)
+    groups = {**config.optimizer.groups,
+              "embeddings": GroupConfig(("encoder/embed/.*",), 1e-2, 0.0)}
+    config = replace(config, optimizer=replace(config.optimizer, groups=groups))
     state = train(config, tmp_path / "run")
     path = "encoder/embed/embedding"
     fresh = load_model(config, make_mesh())
@@ -222,18 +192,6 @@ def test_encoder_embeddings_train_in_float32_in_a_bfloat16_tower(cache_dir, tmp_
 # Resume
 
 
-def interrupt_at(monkeypatch, step):
-    """Stops the next run when it logs this step."""
-    original = RunLog.train
-
-    def stop(self, at, *args):
-        original(self, at, *args)
-        if at == step:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(RunLog, "train", stop)
-
-
 def test_a_stopped_run_ends_bit_identical(undisturbed, tmp_path, monkeypatch):
     config, whole, expected = undisturbed
     with monkeypatch.context() as patch:
@@ -249,8 +207,8 @@ def test_a_stopped_run_ends_bit_identical(undisturbed, tmp_path, monkeypatch):
     assert equal(jax.device_get(train(config, tmp_path / "run")), expected)
 
 
-def test_a_killed_process_resumes(undisturbed, tmp_path):
-    """SIGKILL in the middle; the same command again ends as an undisturbed run does."""
+def test_a_killed_process_resumes(undisturbed, tmp_path, caplog):
+    """SIGKILL in the middle; started again, it ends as an undisturbed run does."""
     _, whole, _ = undisturbed
     command = [sys.executable, "train.py", "--config=configs/xnli_paper.py:debug",
                f"--workdir={tmp_path / 'run'}", "--config.train.steps=12",
@@ -261,12 +219,13 @@ def test_a_killed_process_resumes(undisturbed, tmp_path):
         time.sleep(0.005)
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    assert "resuming" in done.stderr and "score it with" in done.stdout
+    with caplog.at_level(logging.INFO):
+        train(configs.load(tmp_path / "run" / "config.json"), tmp_path / "run")
+    assert "resuming" in caplog.text
     assert records(tmp_path / "run") == records(whole)
 
 
-def test_sigterm_saves_and_the_same_command_goes_on(undisturbed, tmp_path):
+def test_sigterm_saves_and_the_run_goes_on(undisturbed, tmp_path):
     _, whole, _ = undisturbed
     command = [sys.executable, "train.py", "--config=configs/xnli_paper.py:debug",
                f"--workdir={tmp_path / 'run'}", "--config.train.steps=12",
@@ -281,7 +240,7 @@ def test_sigterm_saves_and_the_same_command_goes_on(undisturbed, tmp_path):
     assert "stopped by SIGTERM after step" in said and "goes on from there" in said
     steps = Checkpoints(tmp_path / "run").steps
     assert steps and steps[-1] < 12
-    subprocess.run(command, cwd=ROOT, capture_output=True, check=True)
+    train(configs.load(tmp_path / "run" / "config.json"), tmp_path / "run")
     kept = {x["step"]: x["loss"] for x in records(tmp_path / "run") if "loss" in x}
     wanted = {x["step"]: x["loss"] for x in records(whole) if "loss" in x}
     assert {step: kept[step] for step in wanted} == wanted
@@ -289,19 +248,19 @@ def test_sigterm_saves_and_the_same_command_goes_on(undisturbed, tmp_path):
 
 def test_parts_of_a_batch_are_its_whole(cache_dir):
     """Gradients added up over parts are those of the batch, whatever targets lie in which part."""
-    config = make_config(cache_dir, "transformer_softmax,debug", fusion__dropout=0.0)
+    config = make_config(cache_dir, "global_softmax,debug")
     mesh = make_mesh()
     with jax.set_mesh(mesh):
         run = prepare(config, mesh)
         batch = run.batches[0]
         batch.target_mask[::3] = False  # parts with more and with fewer targets
         grads = {}
-        for parts in (1, 2, 4, 8):
+        for parts in (1, 2, 8):
             # A function of its own: the number of parts is no argument of a jitted one.
             grads[parts] = jax.jit(lambda *x, parts=parts: gradient(run.loss, *x, parts))(
                 run.trainable, run.frozen, put_batch(batch, mesh), jax.random.key(0))
     loss, count, whole = jax.device_get(grads[1])
-    for parts in (2, 4, 8):
+    for parts in (2, 8):
         value, n, parted = jax.device_get(grads[parts])
         assert n == count and relative(value, loss) < 1e-5
         for name in whole:
@@ -309,7 +268,7 @@ def test_parts_of_a_batch_are_its_whole(cache_dir):
             assert np.abs(parted[name] - whole[name]).max() < bound
 
 
-def test_a_trace_and_speeds_are_written(cache_dir, tmp_path, monkeypatch):
+def test_a_trace_and_speeds_are_written(cache_dir, tmp_path, unscored, monkeypatch):
     monkeypatch.setitem(chips.CHIPS, "cpu", chips.Chip(1e12, 1e12, 1e12, 1e12))
     train(make_config(cache_dir, train__steps=6), tmp_path / "run", profile=(3, 4))
     traces = list((tmp_path / "run" / "profile").rglob("perfetto_trace.json.gz"))
@@ -358,7 +317,7 @@ def test_a_foreign_directory_is_left_alone(cache_dir, tmp_path):
     assert os.listdir(tmp_path) == ["thesis.tex"]
 
 
-def test_a_second_stage_starts_from_the_first(undisturbed, cache_dir, tmp_path):
+def test_a_second_stage_starts_from_the_first(undisturbed, cache_dir, tmp_path, unscored):
     """MindMerger's two stages: the trained part goes on with the query as text behind it."""
     _, first, expected = undisturbed
     config = make_config(cache_dir, "transformer_softmax,debug", train__init_from=str(first),
@@ -423,7 +382,6 @@ def test_a_loss_that_is_no_number_ends_the_run(cache_dir, tmp_path):
     config = make_config(cache_dir, train__log_every=1)
     groups = {"bridge": replace(config.optimizer.groups["bridge"], learning_rate=1e30)}
     config = replace(config, optimizer=replace(config.optimizer, groups=groups))
-    start = time.monotonic()
     with pytest.raises(InputError, match=r"the loss is .* lower the learning rate"):
         train(config, tmp_path / "run")
-    assert time.monotonic() - start < 60
+    assert 0 < len(losses(tmp_path / "run")) < 12

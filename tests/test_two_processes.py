@@ -7,15 +7,16 @@ import socket
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
+from helpers import ROOT, losses, make_config
 
+from jaxfusion import config as configs
+from jaxfusion.bridge.job import train
 from jaxfusion.errors import Stopped
 from jaxfusion.runs.score import evaluate
 from jaxfusion.training.checkpoint import saved_steps
 
-ROOT = Path(__file__).parent.parent
 FLAGS = ["--config.train.steps=8", "--config.train.log_every=1", "--config.train.eval_every=4",
          "--config.train.checkpoint_every=2", "--config.data.dev_rows=8"]
 
@@ -28,12 +29,11 @@ def free_port() -> int:
 
 def start(workdir, number, port, *flags, script=None):
     """One of two processes with two devices each, of train.py unless a command is given."""
-    env = {name: x for name, x in os.environ.items() if name != "XLA_FLAGS"} | {
+    env = os.environ | {
         "JAX_PLATFORMS": "cpu", "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
         "JAX_COORDINATOR_BIND_ADDRESS": f"127.0.0.1:{port}", "JAX_NUM_PROCESSES": "2",
         "JAX_PROCESS_ID": str(number),
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=2 "
-                     "--xla_backend_optimization_level=0 "
+        "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=2 "
                      "--xla_cpu_collective_call_terminate_timeout_seconds=300"}
     script = script or ["train.py", "--config=configs/xnli_paper.py:last,debug", *FLAGS]
     return subprocess.Popen(
@@ -55,39 +55,83 @@ def wait_for_a_checkpoint(workdir, process):
     assert saved_steps(workdir) and process.poll() is None
 
 
-def losses(workdir):
-    lines = [json.loads(x) for x in (workdir / "metrics.jsonl").read_text().splitlines()]
-    return {x["step"]: x["loss"] for x in lines if "loss" in x}
+# One start of two processes for all that ends well: train.py refuses what they do not agree on, as
+# the last word of its command; then they train and score.
+TOGETHER = """
+import runpy, sys
+from pathlib import Path
+
+*sys.argv, folder = sys.argv[1:]
+try:
+    runpy.run_path(sys.argv[0], run_name="__main__")
+except SystemExit as end:
+    print(end, file=sys.stderr)
+
+from jaxfusion import config
+from jaxfusion.bridge.job import train
+from jaxfusion.runs.score import evaluate
+
+train(config.load(Path(folder) / "two.json"), Path(folder) / "two")
+evaluate(Path(folder) / "two", limit=12, languages=("en", "ar"))
+"""
+
+
+@pytest.fixture(scope="module")
+def together(cache_dir, tmp_path_factory):
+    """A folder with a run of two processes, its config, and what they said."""
+    folder, port = tmp_path_factory.mktemp("two"), free_port()
+    config = make_config(cache_dir, train__steps=4, train__log_every=1, train__eval_every=4,
+                         train__checkpoint_every=2, data__dev_rows=8)
+    configs.save(config, folder / "two.json")
+    both = [start(folder / "other", i, port, f"--config.train.seed={i}", folder, script=[
+        "-c", TOGETHER, "train.py", "--config=configs/xnli_paper.py:last,debug"])
+        for i in range(2)]
+    said = [process.communicate(timeout=300)[1] for process in both]
+    assert [process.returncode for process in both] == [0, 0], said
+    return folder, config, said
+
+
+def test_two_processes_train_as_one_does(together, tmp_path):
+    """The losses of one process, though each of two makes only its own rows of a batch."""
+    folder, config, _ = together
+    train(config, tmp_path / "one")
+    one, two = losses(tmp_path / "one"), losses(folder / "two")
+    assert one.keys() == two.keys() == set(range(1, 5))
+    assert all(abs(one[step] - two[step]) < 1e-4 * one[step] for step in one)
+    assert abs(one[1] - two[1]) < 1e-5 * one[1]
+
+
+def test_two_processes_score_as_one_does(together):
+    workdir = together[0] / "two"
+    two = json.loads((workdir / "eval" / "results.json").read_text())
+    assert not list((workdir / "eval").glob("*step*"))  # nothing was written twice
+    alone, _ = evaluate(workdir, limit=12, languages=("en", "ar"))
+    assert alone == two
+    (scores,) = two.values()
+    assert {name: x["exact_match"]["n"] for name, x in scores.items()} == {"en": 12, "ar": 12}
+
+
+def test_another_config_is_refused_by_all(together):
+    folder, _, said = together
+    assert all("error: process 1 has another config than process 0" in text for text in said)
+    assert not (folder / "other").exists()
 
 
 @pytest.fixture(scope="module")
 def undisturbed(cache_dir, tmp_path_factory):
-    workdir = tmp_path_factory.mktemp("two") / "run"
+    workdir = tmp_path_factory.mktemp("whole") / "run"
     codes, said = run_both(workdir)
     assert codes == [0, 0], said
     return workdir
 
 
-def test_two_processes_train_as_one_does(undisturbed, tmp_path):
-    """The losses of one process, though each of two makes only its own rows of a batch."""
-    command = [sys.executable, "train.py", "--config=configs/xnli_paper.py:last,debug",
-               f"--workdir={tmp_path / 'one'}", *FLAGS]
-    subprocess.run(command, cwd=ROOT, capture_output=True, check=True)
-    one, two = losses(tmp_path / "one"), losses(undisturbed)
-    assert one.keys() == two.keys() == set(range(1, 9))
-    assert all(abs(one[step] - two[step]) < 1e-4 * one[step] for step in one)
-    assert abs(one[1] - two[1]) < 1e-5 * one[1]
-
-
-def test_two_processes_score_as_one_does(undisturbed):
+@pytest.mark.slow
+def test_eval_py_scores_in_two_processes(undisturbed):
     codes, said = run_both(undisturbed, "--limit=12", script=["eval.py"])
     assert codes == [0, 0], said
-    file = undisturbed / "eval" / "results.json"
-    two = json.loads(file.read_text())
+    two = json.loads((undisturbed / "eval" / "results.json").read_text())
     alone, _ = evaluate(undisturbed, limit=12)
-    assert alone == two and all(
-        x["exact_match"]["n"] == 12 for task in two.values() for x in task.values())
-    assert not list(file.parent.glob("*step*"))  # nothing was written twice
+    assert alone == two
 
 
 @pytest.mark.slow
@@ -124,6 +168,7 @@ def test_one_is_killed_and_both_start_again(undisturbed, tmp_path):
     assert all(abs(again[step] - whole[step]) < 1e-4 * whole[step] for step in whole)
 
 
+@pytest.mark.slow
 def test_sigterm_to_one_stops_both_where_they_can_go_on(tmp_path):
     workdir, port = tmp_path / "run", free_port()
     long = ("--config.train.steps=400", "--config.train.eval_every=400")
@@ -133,11 +178,3 @@ def test_sigterm_to_one_stops_both_where_they_can_go_on(tmp_path):
     said = [process.communicate(timeout=120)[1] for process in both]
     assert [process.returncode for process in both] == [Stopped.EXIT_CODE] * 2, said
     assert all("stopped by SIGTERM after step" in text for text in said)
-
-
-def test_another_config_is_refused_by_all(tmp_path):
-    port = free_port()
-    both = [start(tmp_path / "run", i, port, f"--config.train.seed={i}") for i in range(2)]
-    said = [process.communicate(timeout=120)[1] for process in both]
-    assert [process.returncode for process in both] == [1, 1], said
-    assert all("process 1 has another config than process 0" in text for text in said)

@@ -5,24 +5,19 @@ from dataclasses import replace
 import jax
 import numpy as np
 import pytest
+from helpers import tiny_model
 
-from configs.common import finish
 from jaxfusion.bridge.warm_start import NOISE, _aligned, _pairs, warm_start
-from jaxfusion.config import default_config, from_config_dict
 from jaxfusion.data.rows.examples import Example
 from jaxfusion.errors import InputError
-from jaxfusion.sharding.mesh import make_mesh
-from jaxfusion.training.state import load_model, merge
+from jaxfusion.training.state import merge
 
 TEXTS = ["badu fege Label: ", "kilo muna", "pa re si to zu", "bo bo bo"]
 
 
 @pytest.fixture(scope="module")
 def model(tiny):
-    config = finish(default_config(), "last,debug").unlock()
-    config.encoder.checkpoint, config.decoder.checkpoint = (
-        str(tiny / role) for role in ("encoder", "decoder"))
-    return load_model(from_config_dict(config), make_mesh())
+    return tiny_model(tiny, "last")
 
 
 def test_tokens_are_aligned_by_their_characters(model):
@@ -65,11 +60,7 @@ def test_a_linear_start_is_near_the_best_under_noise(model):
 
 @pytest.mark.slow
 def test_a_feed_forward_start_leaves_little_of_the_error(tiny):
-    config = finish(default_config(), "last,debug").unlock()
-    config.encoder.checkpoint, config.decoder.checkpoint = (
-        str(tiny / role) for role in ("encoder", "decoder"))
-    config.projector.name = "ffn"
-    model = load_model(from_config_dict(config), make_mesh())
+    model = tiny_model(tiny, "last", name="ffn")
     examples = [Example(text, "", 0) for text in TEXTS * 4]
     started = warm_start(model, examples)
     x, y, _ = _pairs(model, merge(model.trainable, model.frozen), TEXTS)

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
-from test_training import interrupt_at, make_config, records
+from helpers import ROOT, interrupt_at, make_config, records
 
 from jaxfusion import config as configs
 from jaxfusion import files
@@ -30,7 +30,6 @@ from jaxfusion.bridge.job import train
 from jaxfusion.data import batching
 from jaxfusion.data.batching import Ragged, TokenRow, TokenRows, find_shapes, lengths_of, tokenize
 from jaxfusion.data.rows.examples import Example
-from jaxfusion.data.tokenizers import Tokenizers, load_tokenizer
 from jaxfusion.errors import InputError, Stopped
 from jaxfusion.files import WRITER, new_directory, only_writer, write_checked, write_whole
 from jaxfusion.hf import hub
@@ -40,8 +39,6 @@ from jaxfusion.training.checkpoint import Checkpoints
 from jaxfusion.training.hooks import Signals
 from jaxfusion.training.logs import RunLog
 from jaxfusion.training.meter import count_examples
-
-ROOT = Path(__file__).parent.parent
 
 
 def python(code, *args, **more):
@@ -86,7 +83,7 @@ def test_a_second_writer_is_refused_and_told_of_the_first(cache_dir, tmp_path):
     assert not list(workdir.iterdir())
 
 
-def test_readers_of_a_run_that_is_written_are_let_in(cache_dir, tmp_path):
+def test_readers_of_a_run_that_is_written_are_let_in(cache_dir, tmp_path, unscored):
     """Finding 35."""
     config, workdir = make_config(cache_dir, "last,debug", train__steps=2), tmp_path / "run"
     train(config, workdir)
@@ -209,7 +206,8 @@ def test_a_write_that_is_killed_leaves_old_content_that_is_whole(tmp_path, monke
     OSError(errno.ENOSPC, "No space left on device"),
     ValueError('RESOURCE_EXHAUSTED: Error writing "x": No space left on device'),
 ])
-def test_a_full_disk_is_one_line_and_the_run_goes_on(cache_dir, tmp_path, monkeypatch, error):
+def test_a_full_disk_is_one_line_and_the_run_goes_on(
+        cache_dir, tmp_path, unscored, monkeypatch, error):
     """Finding 36: whatever the library says, now or when it has written in the background."""
     config = make_config(cache_dir, "last,debug", train__steps=6, train__checkpoint_every=2,
                          train__eval_every=6)
@@ -253,7 +251,8 @@ def test_a_full_disk_leaves_no_half_of_a_file(tmp_path, monkeypatch):
     (lambda c: replace(c, optimizer=replace(c.optimizer, schedule="cosin")), lambda c: c),
     (lambda c: replace(c, train=replace(c.train, batch_size=7, accumulate=2)), lambda c: c),
 ])
-def test_a_start_that_fails_does_not_block_the_mended_one(cache_dir, tmp_path, wrong, right):
+def test_a_start_that_fails_does_not_block_the_mended_one(
+        cache_dir, tmp_path, unscored, wrong, right):
     """Finding 37."""
     config = make_config(cache_dir, "last,debug", train__steps=2)
     with pytest.raises(InputError):
@@ -263,7 +262,7 @@ def test_a_start_that_fails_does_not_block_the_mended_one(cache_dir, tmp_path, w
 
 
 def test_a_config_under_which_nothing_was_saved_gives_way(
-        cache_dir, tmp_path, monkeypatch, caplog):
+        cache_dir, tmp_path, unscored, monkeypatch, caplog):
     """Finding 37: a start that fails in its first step, as by memory, is mended the same way."""
     config, workdir = make_config(cache_dir, "last,debug", train__steps=6), tmp_path / "run"
     with monkeypatch.context() as patch:
@@ -400,17 +399,18 @@ def test_the_warm_start_depends_on_the_seed(monkeypatch):
 
 
 def test_every_record_has_real_tokens_and_short_batches_count_as_such(
-        cache_dir, tmp_path, monkeypatch):
+        cache_dir, tmp_path, unscored, monkeypatch):
     """Finding 41: also the first record, of which the time is not measured, and after a resume."""
-    config = make_config(cache_dir, "last,debug", train__steps=76, train__log_every=1,
-                         train__eval_every=76, train__checkpoint_every=38, train__batch_size=8)
+    config = make_config(cache_dir, "last,debug", train__steps=9, train__log_every=1,
+                         train__eval_every=9, train__checkpoint_every=3, train__batch_size=8,
+                         data__train_rows=20)
     taken = []
     original = RunLog.train
 
     def spy(self, step, metrics, done):
         taken.append((step, done))
         original(self, step, metrics, done)
-        if step == 40 and len(taken) == 40:
+        if step == 4 and len(taken) == 4:
             raise KeyboardInterrupt
 
     monkeypatch.setattr(RunLog, "train", spy)
@@ -419,9 +419,9 @@ def test_every_record_has_real_tokens_and_short_batches_count_as_such(
     train(config, tmp_path / "run")
     lines = [json.loads(x) for x in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert all(0 < x["real_tokens"] <= 1 for x in lines if "loss" in x)
-    assert [x["step"] for x in lines if "loss" in x] == list(range(1, 77))
-    # 300 rows in batches of 8: one of 38 batches has 4.
-    timed = {step: done.examples for step, done in taken if step not in (1, 39)}
+    assert [x["step"] for x in lines if "loss" in x] == list(range(1, 10))
+    # 20 rows in batches of 8: one of three has 4.
+    timed = {step: done.examples for step, done in taken if step not in (1, 4)}
     assert sorted(set(timed.values())) == [4, 8]
 
 
@@ -460,13 +460,6 @@ def test_rows_take_four_bytes_an_id():
     assert shapes.buckets_of(rows).tolist() == [shapes.bucket(row) for row in wanted]
     with pytest.raises(IndexError):
         Ragged()[0]
-
-
-@pytest.fixture(scope="module")
-def tokenizers(tiny):
-    sizes = {role: json.loads((tiny / role / "config.json").read_text())["vocab_size"]
-             for role in ("encoder", "decoder")}
-    return Tokenizers(*(load_tokenizer(tiny / x, sizes[x], x) for x in sizes))
 
 
 def test_tokenized_rows_take_little_more_than_their_ids(tokenizers):

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import relative
+from helpers import relative
 
 from jaxfusion.nn.attention import Pattern, pallas_attention, plain_attention, usable
 from jaxfusion.sharding.mesh import make_mesh

@@ -5,8 +5,7 @@ import math
 import jax
 import numpy as np
 import pytest
-from conftest import relative
-from test_decoder import CASES, plain
+from helpers import DECODERS, plain, relative
 
 from jaxfusion.hf.load import load_params
 from jaxfusion.hf.save import write_tower
@@ -26,10 +25,12 @@ def read(path, config, mesh):
     return load_params(path, table(config), wanted)
 
 
-@pytest.mark.parametrize("mesh", MESHES)
-@pytest.mark.parametrize("case", ["llama3", "phi3", "qwen25_window", "gemma3"])
+@pytest.mark.parametrize("case,mesh", [
+    *((case, "all") for case in ("llama3", "phi3", "qwen25_window", "gemma3")),
+    ("phi3", "fsdp"), ("phi3", "fsdp-tensor"),
+])
 def test_every_device_gets_its_block(case, mesh, tmp_path):
-    config, mesh = CASES[case], make_mesh(*MESHES[mesh])
+    config, mesh = DECODERS[case], make_mesh(*MESHES[mesh])
     params = random_params(config, 0)
     write_tower(tmp_path, config, params)
     flat = read(tmp_path, config, mesh)
@@ -48,7 +49,7 @@ def test_every_device_gets_its_block(case, mesh, tmp_path):
 
 @pytest.mark.parametrize("case", ["llama3", "phi3", "qwen25_window", "gemma3"])
 def test_logits_are_those_of_one_device(case, tmp_path):
-    config = CASES[case]
+    config = DECODERS[case]
     params = random_params(config, 0)
     write_tower(tmp_path, config, params)
     tokens = np.random.default_rng(0).integers(0, 101, (4, 24))
@@ -64,7 +65,7 @@ def test_logits_are_those_of_one_device(case, tmp_path):
 
 
 def test_what_does_not_divide_lies_whole(tmp_path):
-    config = CASES["llama3"]
+    config = DECODERS["llama3"]
     assert (config.vocab_size, config.num_kv_heads) == (101, 2)
     write_tower(tmp_path, config, random_params(config, 0))
     flat = read(tmp_path, config, make_mesh(1, 2, 4))
