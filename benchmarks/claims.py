@@ -38,7 +38,7 @@ SCORING = "likelihood"
 ROWS = 200  # of each language's test split
 CHOICE_SEEDS, CHOICE_ROWS = range(2), 300  # for the choice of a layer
 SEEDS = range(10, 20)
-ENGLISH_MARGIN = 0.03  # a bridge that has lost less than so much has kept its English
+ENGLISH_MARGIN = 0.03  # a bridge keeps its English if it loses less than this
 ALPHA = 0.05
 CHANCE = 1 / 3
 PAPER = ("global_softmax", "transformer_softmax")
@@ -60,7 +60,7 @@ class Claim:
     margin: float = 0.0
 
 
-# The paper's, then what is asked of noise, which is ours.
+# The paper's claims, then those on noise, which are ours.
 CLAIMS = (
     *(Claim("fusion beats the last layer", fusion, "last", "poor") for fusion in PAPER),
     *(Claim("token-wise beats global", "transformer_softmax", "global_softmax", group)
@@ -74,7 +74,7 @@ CLAIMS = (
     *(Claim("under noise, fusion beats the layer", FUSION_NOISE, LAYER_NOISE, group)
       for group in ("poor", "reported")),
 )
-# What the lines above suggest of noise, tested anew: written down before these seeds ran.
+# The effects of noise suggested by the lines above, tested again: fixed before these seeds ran.
 CONFIRMED = (
     Claim("noise helps", FUSION_NOISE, "transformer_softmax", "poor"),
     Claim("fusion with noise beats the best single layer", FUSION_NOISE, LAYER, "poor"),

@@ -81,7 +81,7 @@ OPTIMIZER = OptimizerConfig(
 BOS, EOS = 1, 2
 TOKENIZERS = Tokenizers(None, SimpleNamespace(bos_token_id=BOS, eos_token_id=EOS))
 CHECKED, TOLERANCE = 3, 1e-3  # steps, and by how much their losses may differ, relative
-# What `kept` is to be: times faster than the others in a run and in a sweep, and their memory.
+# The targets of `kept`: speedups over the others in a run and in a sweep, and share of memory.
 RUN, SWEEP = {"unkept": 1.7, "torch": 3.0}, {"unkept": 8.0, "torch": 15.0}
 SHARE = 0.6
 
@@ -99,7 +99,7 @@ class Size(NamedTuple):
 SIZES = {
     "tiny": Size(DecoderConfig(512, 64, 128, 8, 4, 4, 16), 32, 32, 4),
     "full": Size(DecoderConfig(8192, 384, 1024, 32, 6, 6, 64), 64, 200, 25, (39, 47, 55)),
-    # Memory alone: where weights weigh more than what a compiler takes, as they do in real LLMs.
+    # Only for memory: weights exceed the compiler's memory, as in real LLMs.
     "memory": Size(DecoderConfig(8192, 1280, 3456, 32, 20, 20, 64), 64, 64, 2, (47,)),
 }
 
@@ -472,7 +472,7 @@ def main() -> None:
                   "rounds": args.rounds, "settings": SETTINGS, "settings_timed_of_others": TIMED,
                   "targets": {"run": RUN, "sweep": SWEEP, "memory": SHARE},
                   **measure(work, args.rounds)}
-    # Of its own, larger size: a small model weighs less than what a compiler takes.
+    # A larger model: a small one needs less memory than the compiler.
     of_memory = "memory" if args.size == "full" else args.size
     with TemporaryDirectory() as folder:
         make_work(SIZES[of_memory], Path(folder))

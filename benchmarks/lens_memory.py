@@ -64,7 +64,7 @@ def needs(config: LensRunConfig) -> dict[str, float]:
             batch = Batch(**{name: made(rows, length) for name in Batch.__dataclass_fields__})
             memory = reader(Bridge(None, decoder, None, "last"), first).lower(
                 {"decoder": params}, batch, made(rows)).compile().memory_analysis()
-            # The head is no argument of this program, but it is there.
+            # The head is not an argument of this program, but is in memory.
             return weights + peak_bytes(memory) - memory.argument_size_in_bytes
 
         prompts, tasks = config.data.max_tokens, config.eval.max_decoder_tokens

@@ -93,7 +93,7 @@ class Cost:
     silent: float = 0.0
 
     def add(self, other: "Cost", times: float = 1.0) -> None:
-        """Adds what a part costs that runs so many times."""
+        """Adds the cost of a part, multiplied by its number of runs."""
         self.flops += times * other.flops
         self.bytes += times * other.bytes
         self.unknown += other.unknown
@@ -125,7 +125,7 @@ class _Program:
                 current = None
             elif current is not None and (found := INSTRUCTION.match(line)):
                 last = current[found[2]] = Instruction(*found.groups())
-            elif current is not None and last is not None:  # what a kernel says of itself
+            elif current is not None and last is not None:  # a kernel's own cost
                 last.rest += line
         self.known: dict[tuple[str, bool], Cost] = {}
         sizes = [int(n) for n in re.findall(r"(?:num_partitions|replica_count)=(\d+)", text[:5000])]
@@ -201,7 +201,7 @@ class _Program:
     def _traffic(self, x: Instruction, around: dict[str, Instruction]) -> float:
         """What an instruction reads and writes."""
         operands = [around[name] for name in x.operands if name in around]
-        if x.opcode.endswith("-start"):  # its type has what is read beside what is written
+        if x.opcode.endswith("-start"):  # its type has both inputs and outputs
             return x.bytes
         if x.opcode in ("dynamic-slice", "gather"):
             return 2 * x.bytes
@@ -213,7 +213,7 @@ class _Program:
         read = sum(_read(i, operand, inside) for i, operand in enumerate(operands))
         updates = [y for y in inside.values() if y.opcode == "dynamic-update-slice"]
         written = x.bytes
-        for y in updates:  # written in place: of the whole buffer only the slice
+        for y in updates:  # written in place: only the slice of the buffer
             if inside[y.operands[0]].opcode in ("parameter", "bitcast", "convert"):
                 written += min(inside[y.operands[1]].bytes - y.bytes, 0.0)
         return read + max(written, 0.0)

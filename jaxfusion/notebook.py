@@ -136,7 +136,7 @@ def weights(encoder: str | None, llm: str) -> float:
         backbone_size("encoder", encoder) if encoder else 0))
 
 
-def pick_models(device: Device, known: Sequence[Models], wanted: Models | None = None) -> Models:
+def pick_models(device: Device, known: Sequence[Models], requested: Models | None = None) -> Models:
     """The requested models, or the largest known ones that fit; prints the choice.
 
     Raises:
@@ -144,7 +144,7 @@ def pick_models(device: Device, known: Sequence[Models], wanted: Models | None =
     """
     fitting = [models for models in known if ROOM * weights(*models) <= device.memory]
     instead = _named(fitting[0]) if fitting else "pocket models, with POCKET = True"
-    models = wanted or (fitting[0] if fitting else known[-1])
+    models = requested or (fitting[0] if fitting else known[-1])
     for name in filter(None, models):
         check_access(name, instead)
     needs = weights(*models)

@@ -481,8 +481,8 @@ def test_the_hubs_patterns_take_what_is_read(tmp_path):
               "model-00001-of-00002.safetensors", "generation_config.json"]
     others = ["consolidated.safetensors", "onnx/model.safetensors", "original/tokenizer.model",
               "checkpoint-500/model.safetensors", "consolidated.00.pth"]
-    found = filter_repo_objects([*wanted, *others], allow_patterns=hub.WANTED,
-                                ignore_patterns=hub.UNWANTED)
+    found = filter_repo_objects([*wanted, *others], allow_patterns=hub.MODEL_FILES,
+                                ignore_patterns=hub.EXCLUDED_FILES)
     assert set(found) == set(wanted)
 
 

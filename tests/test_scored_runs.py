@@ -229,8 +229,8 @@ def test_a_page_holds_what_a_reader_asks_for(run, bridge):
     assert page == bridge / "eval" / "report.html" and "McNemar" not in page.read_text()
     evaluate(bridge, limit=6, llm_only=True)
     text, markdown = report([bridge]).read_text(), page.with_suffix(".md").read_text()
-    for part in ("McNemar", "LLM alone", "Weight of each layer", "Layers behind each token",
-                 "Training", "What was run", "&#34;learning_rate&#34;", "python 3."):
+    for part in ("McNemar", "LLM alone", "Weight of each layer", "Layer weights of each token",
+                 "Training", "Settings", "&#34;learning_rate&#34;", "python 3."):
         assert part in text
     assert not re.findall(r'(?:src|href)="(?!data:)', text)  # nothing else is needed
     pictures = re.findall(r"\]\((.*?)\)", markdown)

@@ -166,8 +166,8 @@ def chat_turn(tokenizer) -> Turn:
     user = {"role": "user", "content": WORDS}
     asked = _render(tokenizer, [user], add_generation_prompt=True)
     answered = _render(tokenizer, [user, {"role": "assistant", "content": ANSWER}])
-    before, found, after = asked.partition(WORDS)
-    if not found or WORDS in after or ANSWER not in answered:
+    before, words, after = asked.partition(WORDS)
+    if not words or WORDS in after or ANSWER not in answered:
         raise InputError(f"the decoder's chat template gives {asked!r:.200} for {WORDS!r} and "
                          f"{answered!r:.200} with an answer: expected the words unchanged, once; "
                          "set data.chat_template=False")

@@ -15,16 +15,16 @@ from urllib.error import HTTPError
 from jaxfusion.background import in_background
 from jaxfusion.errors import InputError
 
-WANTED = [
+MODEL_FILES = [
     "config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json",
     "tokenizer*", "special_tokens_map.json", "added_tokens.json", "*.model", "vocab*", "merges.txt",
     "chat_template.jinja", "README.md",
 ]
 # The same weights in other formats, and training states: gigabytes that are never read. A `*` in a
 # pattern also matches a `/`.
-UNWANTED = ["consolidated*", "*/*"]
+EXCLUDED_FILES = ["consolidated*", "*/*"]
 # All files of a model directory except its weights.
-NOT_WEIGHTS = [pattern for pattern in WANTED if "safetensors" not in pattern]
+NOT_WEIGHTS = [pattern for pattern in MODEL_FILES if "safetensors" not in pattern]
 HUB_ID = re.compile(r"(?!\.)[\w.-]+/(?!\.)[\w.-]+")
 COMMIT = re.compile(r"[0-9a-f]{40}")  # branches and tags resolve to one
 # Seconds to wait for the hub's first answer: until a warning, and in total.
@@ -96,7 +96,7 @@ def resolve(
         raise InputError(
             f"'{name}' is neither a directory nor a hub id of the form owner/name"
         )
-    path = Path(download(name, revision, WANTED))
+    path = Path(download(name, revision, MODEL_FILES))
     if also:
         download(name, path.name, list(also), ignore=[])
     if not list(path.glob("*.safetensors")):
@@ -127,7 +127,7 @@ def convert_hint(source: str, problem: str, out: str) -> str:
 
 
 def download(
-    name: str, revision: str | None, patterns: list[str], ignore: Sequence[str] = UNWANTED
+    name: str, revision: str | None, patterns: list[str], ignore: Sequence[str] = EXCLUDED_FILES
 ) -> str:
     """`snapshot_download` with one-line errors."""
     from huggingface_hub import errors, snapshot_download

@@ -171,7 +171,7 @@ def _sizes(file: Path) -> str:
 
 
 def load_params(
-    path: Path, table: Table, wanted: dict[str, jax.ShapeDtypeStruct]
+    path: Path, table: Table, specs: dict[str, jax.ShapeDtypeStruct]
 ) -> dict[str, jax.Array]:
     """Reads a tower's parameters, each shard directly from the file to its devices.
 
@@ -180,20 +180,20 @@ def load_params(
     Args:
       path: the directory.
       table: rows of its family.
-      wanted: by path in the tree: shape (stacked along blocks), dtype and sharding.
+      specs: by path in the tree: shape (stacked along blocks), dtype and sharding.
 
     Raises:
       InputError: tensors are missing, unused, have another shape or NaN; the message lists all.
     """
     tensors = open_tensors(path)
-    _check_shapes(path, table, wanted, tensors.shapes())
-    total = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in wanted.values())
+    _check_shapes(path, table, specs, tensors.shapes())
+    total = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in specs.values())
     columns = (TextColumn(f"{path.name}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
     params = {}
     with Progress(*columns, disable=total < SHOWN_BYTES) as progress:
         task = progress.add_task("", total=total)
         for row in table.rows:
-            leaf = wanted[row.ours]
+            leaf = specs[row.ours]
             params[row.ours] = _read_row(row, leaf, tensors)
             progress.advance(task, math.prod(leaf.shape) * leaf.dtype.itemsize)
     return params
@@ -240,13 +240,13 @@ def _at(row: Row, index: Index, shape: tuple[int, ...]) -> Index:
     return tuple(slice(*bound) for bound in bounds)
 
 
-def _check_shapes(path: Path, table: Table, wanted: dict[str, Any], shapes: dict[str, Any]) -> None:
+def _check_shapes(path: Path, table: Table, specs: dict[str, Any], shapes: dict[str, Any]) -> None:
     """Raises InputError with all missing, unused and mis-shaped tensors; each leaf needs a row."""
-    if {row.ours for row in table.rows} != set(wanted):
+    if {row.ours for row in table.rows} != set(specs):
         raise AssertionError("the table and the parameter tree disagree")
     problems, used = {"missing": [], "mis-shaped": [], "unused": []}, set()
     for row in table.rows:
-        shape = wanted[row.ours].shape
+        shape = specs[row.ours].shape
         layers, shape = (shape[0], shape[1:]) if row.stacked else (1, shape)
         theirs = tuple(TRANSFORMS[row.transform].their_shape(shape))
         if row.part is not None:

@@ -65,17 +65,17 @@ def _change_config(folder, change):
 
 
 def _read_tokenizer(path, subfolder, hub):
-    found = {name: cached_file(path, name, subfolder=subfolder,
+    files = {name: cached_file(path, name, subfolder=subfolder,
                                _raise_exceptions_for_missing_entries=False, **hub)
              for name in ("tokenizer.json", SPM)}
-    if found["tokenizer.json"] is None:
+    if files["tokenizer.json"] is None:
         return AutoTokenizer.from_pretrained(path, subfolder=subfolder, **hub)
-    if found[SPM] is None:
+    if files[SPM] is None:
         return FastTokenizer.from_pretrained(path, subfolder=subfolder, **hub)
     from sentencepiece import SentencePieceProcessor
 
     tokenizer = SentencePieceTokenizer.from_pretrained(path, subfolder=subfolder, **hub)
-    tokenizer.spm = SentencePieceProcessor(model_file=found[SPM])
+    tokenizer.spm = SentencePieceProcessor(model_file=files[SPM])
     return tokenizer
 
 

@@ -91,8 +91,8 @@ class Supervised:
         slots, tokens, answered = (
             x.reshape(len(stream.last), -1) for x in (batch.slots, batch.tokens, batch.answered))
         hidden, _ = run_below_last(self.upper, decoder, stream)
-        wanted = run_last(self.upper, decoder, stream._replace(hidden=hidden), slots)
-        logits = self.upper.apply({"params": decoder}, wanted, method="logits")
+        states = run_last(self.upper, decoder, stream._replace(hidden=hidden), slots)
+        logits = self.upper.apply({"params": decoder}, states, method="logits")
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, tokens)
         count = jnp.sum(answered)
         return jnp.sum(losses, where=answered) / jnp.maximum(count, 1), count

@@ -29,7 +29,7 @@ class CausalRows:
         return self.tokens.lengths - 1
 
     def row(self, i: int, rng: np.random.Generator) -> Row:
-        """Inputs, targets and weights of a row as it is drawn now."""
+        """Inputs, targets and weights of a row, with fresh random draws."""
         ids, answer = self.tokens[i], self.answers[i]
         weights = [1.0] * (len(ids) - 2 - answer) + [self.answer_weight] * answer + [1.0]
         return ids[:-1], ids[1:], weights
@@ -83,7 +83,7 @@ class DenoisingRows:
                          for words in self.words])
 
     def row(self, i: int, rng: np.random.Generator) -> Row:
-        """Inputs, targets and weights of a row as it is drawn now."""
+        """Inputs, targets and weights of a row, with fresh random draws."""
         c, words = self.config, self.words[i]
         partners = self.translations.get(self.languages[i])
         lexicon: dict[int, int] = {}

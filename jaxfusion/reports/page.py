@@ -179,7 +179,7 @@ def _markdown(content: dict[str, Any]) -> str:
                         for x in examples]
             lines.append("")
         for model, by_language in part["tokens"].items():
-            lines += [f"### Layers behind each token: {as_text(model)}", ""]
+            lines += [f"### Layer weights of each token: {as_text(model)}", ""]
             for language, x in by_language.items():
                 layers = [f"layer {i + 1}" for i in range(len(x["weights"][0]))]
                 lines += [f"{as_text(language)}: {_inline(x['text'])}", "", as_markdown([
@@ -188,7 +188,7 @@ def _markdown(content: dict[str, Any]) -> str:
                       for token, weights in zip(x["tokens"], x["weights"], strict=True))])]
     if content["curves"]:
         lines += ["## Training", "", f"![training curves]({content['curves'].name})", ""]
-    lines += ["## What was run", ""]
+    lines += ["## Settings", ""]
     for model, about in content["about"].items():
         parts = "; ".join(f"{k} {_inline(str(v))}" for k, v in about.items())
         lines += [f"- {as_text(model)}: {parts}"]

@@ -158,9 +158,9 @@ def _of_towers(
         for role in ROLES for row in table(shapes[role]).rows
         if f"{role}.{row.theirs.format(i=0)}" in tensors.files
     )
-    wanted = {row.ours: places[row.ours].update(dtype=jnp.float32) for row in rows}
+    specs = {row.ours: places[row.ours].update(dtype=jnp.float32) for row in rows}
     # Fusion and projector are read elsewhere.
-    return load_params(tensors.path, Table(rows, (r"(fusion|projector)\..*",)), wanted)
+    return load_params(tensors.path, Table(rows, (r"(fusion|projector)\..*",)), specs)
 
 
 def _check_widths(
