@@ -9,7 +9,7 @@ from jaxfusion.config import default_config, from_config_dict
 from jaxfusion.costs.chips import GIB
 from jaxfusion.hf.known_shapes import BACKBONES, backbone_shape
 from jaxfusion.sharding.mesh import make_mesh
-from jaxfusion.training.state import plan_model
+from jaxfusion.training.build import plan_model
 
 PAGE = Path(__file__).parent.parent / "docs" / "choosing.md"
 ENCODERS = tuple(name for name in BACKBONES if name.startswith("google/"))

@@ -22,7 +22,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 ROOT = Path(__file__).parent.parent
-sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "benchmarks")]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "benchmarks")]
 
 from helpers import (  # noqa: E402
     NEAR_TIE,

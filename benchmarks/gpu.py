@@ -36,8 +36,9 @@ from jaxfusion.fields import Config, DecoderSettings, EncoderSettings, FusionCon
 from jaxfusion.hf.known_shapes import BACKBONES, backbone_shape
 from jaxfusion.nn.bridge import Batch
 from jaxfusion.sharding.mesh import make_mesh
+from jaxfusion.training.build import initialise, plain, plan_model
 from jaxfusion.training.optimizer import make_optimizer
-from jaxfusion.training.state import State, initialise, plain, plan_model
+from jaxfusion.training.state import State
 from jaxfusion.training.step import gradient, make_train_step
 
 BOS = 1

@@ -29,8 +29,9 @@ from jaxfusion.lens.objective import Manipulation
 from jaxfusion.nn.bridge import Batch, Bridge
 from jaxfusion.nn.decoder import Decoder
 from jaxfusion.sharding.mesh import make_mesh, sharding
+from jaxfusion.training.build import describe, kernel_for
 from jaxfusion.training.optimizer import group_of_each, make_optimizer
-from jaxfusion.training.state import State, describe, kernel_for
+from jaxfusion.training.state import State
 from jaxfusion.training.step import make_train_step
 
 ROOT = Path(__file__).parent.parent

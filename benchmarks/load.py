@@ -63,7 +63,7 @@ def parameters():
 
     from jaxfusion.nn.decoder import Decoder
     from jaxfusion.sharding.mesh import make_mesh
-    from jaxfusion.training.state import describe
+    from jaxfusion.training.build import describe
 
     tokens = jnp.zeros((1, 2), jnp.int32)
     decoder = Decoder(config(), jnp.bfloat16)

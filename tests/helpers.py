@@ -29,6 +29,8 @@ from jaxfusion.evaluation.generate import prefill
 from jaxfusion.fields import (
     Config,
     DataConfig,
+    DecoderSettings,
+    EncoderSettings,
     FusionConfig,
     GroupConfig,
     OptimizerConfig,
@@ -43,8 +45,9 @@ from jaxfusion.nn.rope import LinearScaling, Llama3Scaling, LongScaling, Rope
 from jaxfusion.sharding.mesh import make_mesh
 from jaxfusion.training.checkpoint import Checkpoints
 from jaxfusion.training.frozen import to_keep, write_frozen
+from jaxfusion.training.load import load_model
 from jaxfusion.training.logs import RunLog
-from jaxfusion.training.state import State, load_model, merge
+from jaxfusion.training.state import State, merge
 
 ROOT = Path(__file__).parent.parent
 # configs/*.py, by what they run.

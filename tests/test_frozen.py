@@ -20,7 +20,7 @@ from jaxfusion.runs.export.bridge import export
 from jaxfusion.runs.open_run import open_run
 from jaxfusion.sharding.mesh import make_mesh
 from jaxfusion.training.frozen import FROZEN_FILE
-from jaxfusion.training.state import load_model
+from jaxfusion.training.load import load_model
 
 
 def config_of(cache_dir, *patterns, fusion="global_softmax", **fields):

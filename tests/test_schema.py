@@ -112,7 +112,7 @@ def test_an_empty_group_of_a_variant_is_refused():
 @pytest.mark.parametrize("fusion", FUSIONS)
 def test_a_layer_beyond_the_encoders_is_refused_under_every_fusion(fusion):
     from jaxfusion.miniatures.checkpoints import SIZES
-    from jaxfusion.training.state import make_bridge
+    from jaxfusion.training.build import make_bridge
 
     config = from_json(with_value("bridge", ("fusion",), {"name": fusion, "layer": 10**6}))
     with pytest.raises(InputError, match=r"fusion\.layer is 1000000, the encoder has .* 1 to 4"):

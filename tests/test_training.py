@@ -33,9 +33,10 @@ from jaxfusion.miniatures.checkpoints import write_checkpoints
 from jaxfusion.sharding.mesh import make_mesh
 from jaxfusion.training import loop
 from jaxfusion.training.checkpoint import Checkpoints
+from jaxfusion.training.load import load_model
 from jaxfusion.training.loop import fit
 from jaxfusion.training.optimizer import group_of_each, make_optimizer, make_schedule
-from jaxfusion.training.state import State, load_model, merge
+from jaxfusion.training.state import State, merge
 from jaxfusion.training.step import gradient, make_train_step
 from jaxfusion.training.trainer import Trainer, compiled_step, put_batch
 from jaxfusion.training.workdir import begin

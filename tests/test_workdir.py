@@ -33,7 +33,7 @@ from jaxfusion.data.rows.examples import Example
 from jaxfusion.errors import InputError, Stopped
 from jaxfusion.files import WRITER, new_directory, only_writer, write_checked, write_whole
 from jaxfusion.hf import hub
-from jaxfusion.training import checkpoint, state
+from jaxfusion.training import build, checkpoint
 from jaxfusion.training import workdir as workdirs
 from jaxfusion.training.checkpoint import Checkpoints
 from jaxfusion.training.hooks import Signals
@@ -355,11 +355,11 @@ def test_scripts_let_jax_have_a_gpu_s_memory():
 ])
 def test_a_kernel_that_cannot_run_is_said_once(caplog, dtype, head_dim, cap, why):
     """Finding 40."""
-    state._say_plain.cache_clear()
+    build._say_plain.cache_clear()
     with caplog.at_level(logging.INFO):
         for _ in range(3):
-            state._say_plain("decoder", "cudnn", head_dim, jnp.dtype(dtype), cap, False)
-            state._say_plain("decoder", "auto", head_dim, jnp.dtype(dtype), cap, False)
+            build._say_plain("decoder", "cudnn", head_dim, jnp.dtype(dtype), cap, False)
+            build._say_plain("decoder", "auto", head_dim, jnp.dtype(dtype), cap, False)
     found, = caplog.messages
     assert pytest.importorskip("re").search(why, found)
 

@@ -24,8 +24,9 @@ from jaxfusion.fields import ROLES, Config
 from jaxfusion.hf.known_shapes import backbone_shape
 from jaxfusion.nn.bridge import Batch
 from jaxfusion.sharding.mesh import make_mesh, sharding
+from jaxfusion.training.build import Plan, plain, plan_model
 from jaxfusion.training.optimizer import make_optimizer, make_schedules
-from jaxfusion.training.state import Plan, State, plain, plan_model
+from jaxfusion.training.state import State
 from jaxfusion.training.step import gradient, make_train_step
 from jaxfusion.training.trainer import batch_shares
 

@@ -30,9 +30,11 @@ from jaxfusion.nn.bridge import Bridge
 from jaxfusion.reports.statistics import accuracy
 from jaxfusion.sharding.hosts import all_or_none
 from jaxfusion.sharding.mesh import sharding
+from jaxfusion.training.build import plain
 from jaxfusion.training.frozen import OWN, earlier_part, frozen_part, to_keep
+from jaxfusion.training.load import Model, load_model, overlay
 from jaxfusion.training.loop import fit
-from jaxfusion.training.state import Flat, Model, State, load_model, merge, overlay, plain
+from jaxfusion.training.state import Flat, State, merge
 from jaxfusion.training.trainer import Run, batch_shares, put_batch
 from jaxfusion.training.workdir import begin
 

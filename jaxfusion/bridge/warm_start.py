@@ -16,7 +16,8 @@ from jaxfusion.errors import InputError
 from jaxfusion.nn.bridge import Params
 from jaxfusion.nn.projector import Projector
 from jaxfusion.sharding.hosts import fetch
-from jaxfusion.training.state import Model, merge, overlay
+from jaxfusion.training.load import Model, overlay
+from jaxfusion.training.state import merge
 
 ROWS = 1024  # training texts that are looked at
 BATCH = 64  # of texts, through the encoder

@@ -20,7 +20,8 @@ from jaxfusion.nn.bridge import Bridge, Params
 from jaxfusion.nn.decoder import Decoder
 from jaxfusion.runs.open_run import open_run
 from jaxfusion.sharding.hosts import fetch
-from jaxfusion.training.state import describe, kernel_for, merge
+from jaxfusion.training.build import describe, kernel_for
+from jaxfusion.training.state import merge
 
 
 @dataclass(frozen=True)

@@ -28,10 +28,12 @@ from jaxfusion.pretraining.text_lm import TextLM
 from jaxfusion.sharding.hosts import all_or_none, fetch, is_first
 from jaxfusion.sharding.mesh import sharding
 from jaxfusion.sharding.rules import replicated
+from jaxfusion.training.build import describe, initialise
 from jaxfusion.training.checkpoint import trained_part
+from jaxfusion.training.load import replaced
 from jaxfusion.training.loop import fit
 from jaxfusion.training.optimizer import group_of_each
-from jaxfusion.training.state import Flat, State, describe, initialise, merge, replaced
+from jaxfusion.training.state import Flat, State, merge
 from jaxfusion.training.trainer import Run, batch_shares, put_batch
 from jaxfusion.training.workdir import begin
 

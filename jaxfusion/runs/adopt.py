@@ -49,8 +49,10 @@ from jaxfusion.hf.tables import (
 from jaxfusion.nn.decoder import DecoderConfig
 from jaxfusion.nn.mt5 import MT5Config
 from jaxfusion.sharding.mesh import make_mesh
+from jaxfusion.training.build import describe, make_bridge
 from jaxfusion.training.checkpoint import Checkpoints
-from jaxfusion.training.state import Flat, State, describe, make_bridge, read_shapes
+from jaxfusion.training.load import read_shapes
+from jaxfusion.training.state import Flat, State
 
 
 def adopt(

@@ -26,7 +26,8 @@ from jaxfusion.nn.bridge import Params
 from jaxfusion.sharding.mesh import make_mesh
 from jaxfusion.training.checkpoint import trained_part
 from jaxfusion.training.frozen import OWN, frozen_part
-from jaxfusion.training.state import Model, load_model, merge, overlay
+from jaxfusion.training.load import Model, load_model, overlay
+from jaxfusion.training.state import merge
 
 
 def open_run(

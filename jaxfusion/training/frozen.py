@@ -18,7 +18,7 @@ from jaxfusion.fields import Config
 from jaxfusion.files import read_checked, write_checked
 from jaxfusion.sharding.hosts import fetch
 from jaxfusion.training.checkpoint import trained_part
-from jaxfusion.training.state import Model
+from jaxfusion.training.load import Model
 
 FROZEN_FILE = "frozen.safetensors"
 OWN = ("fusion/", "projector/")

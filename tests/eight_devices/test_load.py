@@ -13,7 +13,8 @@ from jaxfusion.hf.tables import table
 from jaxfusion.miniatures.checkpoints import random_params
 from jaxfusion.nn.decoder import Decoder
 from jaxfusion.sharding.mesh import make_mesh
-from jaxfusion.training.state import describe, merge
+from jaxfusion.training.build import describe
+from jaxfusion.training.state import merge
 
 MESHES = {"fsdp": (1, 8, 1), "fsdp-tensor": (1, 2, 4), "all": (2, 2, 2)}
 

@@ -24,7 +24,7 @@ from jaxfusion.runs.score import evaluate
 from jaxfusion.sharding.mesh import make_mesh
 from jaxfusion.training import digest, hooks
 from jaxfusion.training import workdir as workdirs
-from jaxfusion.training.state import plan_model
+from jaxfusion.training.build import plan_model
 
 GOLDEN = Path(__file__).with_name("specs.json")
 MESHES = {"one": (1, 1, 1), "data": (8, 1, 1), "fsdp": (1, 8, 1), "tensor": (1, 1, 8),

@@ -36,16 +36,11 @@ from jaxfusion.hf.tables import (
 )
 from jaxfusion.runs.open_run import open_run
 from jaxfusion.sharding.mesh import make_mesh
+from jaxfusion.training.build import initialise_own, plan_model
 from jaxfusion.training.checkpoint import trained_part
 from jaxfusion.training.frozen import frozen_part
-from jaxfusion.training.state import (
-    Flat,
-    find_towers,
-    initialise_own,
-    load_tokenizers,
-    plan_model,
-    read_shapes,
-)
+from jaxfusion.training.load import find_towers, load_tokenizers, read_shapes
+from jaxfusion.training.state import Flat
 
 CODE = ("modeling_jaxfusion.py", "tokenization_jaxfusion.py")
 QUERY = "{query}"  # in a text prompt

@@ -1,0 +1,215 @@
+"""From a config to a model's plan: modules, and shape, dtype and sharding of every parameter."""
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from flax import traverse_util
+from jax.sharding import Mesh, NamedSharding
+
+from jaxfusion.errors import InputError, choose
+from jaxfusion.fields import (
+    ATTENTIONS,
+    BACKWARDS,
+    DTYPES,
+    FUSIONS,
+    PROJECTORS,
+    REMATS,
+    ROLES,
+    Config,
+)
+from jaxfusion.nn.attention import why_plain
+from jaxfusion.nn.bridge import Bridge, Params
+from jaxfusion.nn.decoder import Decoder, DecoderConfig
+from jaxfusion.nn.mt5 import MT5Config, MT5Encoder
+from jaxfusion.nn.projector import Projector, Resampler
+from jaxfusion.sharding.rules import fitting_spec, spec
+from jaxfusion.training.optimizer import group_of_each
+from jaxfusion.training.state import Flat
+
+logger = logging.getLogger(__name__)
+REPORTED_BYTES = 1 << 20  # of a parameter in float32: smaller ones are replicated without a warning
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A bridge and where its parameters will lie; nothing is read or made.
+
+    Attributes:
+      bridge: the model.
+      params: shape, dtype and sharding of every parameter by path.
+      groups: the optimiser group of every trained one.
+    """
+
+    bridge: Bridge
+    params: dict[str, jax.ShapeDtypeStruct]
+    groups: dict[str, str]
+
+    @property
+    def trainable(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """What trains, by path."""
+        return {path: leaf for path, leaf in self.params.items() if path in self.groups}
+
+    @property
+    def frozen(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """What does not, by path."""
+        return {path: leaf for path, leaf in self.params.items() if path not in self.groups}
+
+
+def plan_model(
+    config: Config, shapes: dict[str, MT5Config | DecoderConfig], mesh: Mesh
+) -> Plan:
+    """The bridge between two towers of these shapes on a mesh.
+
+    Raises:
+      InputError: whatever is wrong with names, patterns or the mesh.
+    """
+    platform = mesh.devices.flat[0].platform
+    bridge = make_bridge(config, shapes["encoder"], shapes["decoder"], platform)
+    for role, shape in shapes.items():
+        if shape.num_heads % mesh.shape["tensor"]:
+            raise InputError(f"mesh.tensor is {mesh.shape['tensor']}, which does not divide the "
+                             f"{shape.num_heads} heads of the {role}; set mesh.tensor to a "
+                             "divisor, and mesh.fsdp to the rest of the devices")
+    every = ("encoder", "fusion", "projector", "decoder")
+    params = describe(lambda: bridge.init(jax.random.key(0), every), mesh)
+    groups = group_of_each(params, config.optimizer.groups)
+    if config.fusion.backward == "second_pass" and any(p.startswith("encoder/") for p in groups):
+        raise InputError(
+            "fusion.backward='second_pass' gives the encoder no gradient, but "
+            "optimizer.groups train part of it; use fusion.backward='stack'"
+        )
+    # What trains is float32 whatever its tower's dtype.
+    params |= {path: params[path].update(dtype=jnp.float32) for path in groups}
+    return Plan(bridge, params, groups)
+
+
+# What `attention='auto'` is on each platform.
+KERNEL_OF = {"cpu": "plain", "gpu": "cudnn", "cuda": "cudnn", "tpu": "pallas"}
+
+
+def kernel_for(role: str, asked: str, platform: str | None = None) -> str:
+    """The attention of a tower on a platform, jax's own by default.
+
+    Raises:
+      InputError: an unknown one, or one for another platform.
+    """
+    platform = platform or jax.default_backend()
+    own = KERNEL_OF.get(platform, "plain")
+    if choose("attention", asked, ATTENTIONS) == "auto":
+        return own
+    if asked not in ("plain", own):
+        raise InputError(f"{role}.attention is '{asked}', which is not for {platform}; set it to "
+                         "auto or plain")
+    return asked
+
+
+@lru_cache  # said once
+def _say_plain(
+    role: str, asked: str, head_dim: int, dtype: jnp.dtype, cap: float | None, dropout: bool
+) -> None:
+    """Says where a kernel that was asked for by name does not run."""
+    if asked in ("auto", "plain"):
+        return
+    why = why_plain(asked, head_dim, dtype, cap)
+    if why is not None:
+        logger.warning("%s.attention is '%s', but plain attention runs: %s", role, asked, why)
+        return
+    some = ["batches whose rows do not divide by the mesh"]
+    some += ["batches of an odd length"] if asked == "cudnn" else []
+    some += ["training with dropout"] if dropout else []
+    logger.info("%s.attention is '%s'; plain attention runs for %s", role, asked,
+                " and ".join(some))
+
+
+def make_bridge(config: Config, encoder, decoder, platform: str | None = None) -> Bridge:
+    """The bridge of a config over towers of these shapes.
+
+    Args:
+      platform: of the devices it is for; defaults to jax's.
+
+    Raises:
+      InputError: unknown names, or a layer that the encoder does not have.
+    """
+    fusion, layers = config.fusion, encoder.num_layers
+    choose("fusion", fusion.name, FUSIONS)
+    if not 1 <= fusion.layer <= layers:  # a slip under every fusion, though only `layer` reads it
+        raise InputError(f"fusion.layer is {fusion.layer}, the encoder has layers 1 to {layers}")
+    dtypes = [jnp.dtype(choose("dtype", tower.dtype, DTYPES))
+              for tower in (config.encoder, config.decoder)]
+    remats = [choose("remat", tower.remat, REMATS) for tower in (config.encoder, config.decoder)]
+    kernels = [kernel_for(role, getattr(config, role).attention, platform) for role in ROLES]
+    caps = (None, decoder.attn_cap)
+    for role, shape, dtype, cap in zip(ROLES, (encoder, decoder), dtypes, caps, strict=True):
+        _say_plain(role, getattr(config, role).attention, shape.head_dim, dtype, cap,
+                   role == "encoder" and config.encoder.dropout > 0)
+    return Bridge(
+        MT5Encoder(encoder, dtypes[0], config.encoder.dropout, remats[0], kernels[0]),
+        Decoder(decoder, dtypes[1], remats[1], kernels[1]),
+        _make_projector(config, decoder.d_model),
+        fusion.name, fusion.layer, fusion.dropout, fusion.d_ff, fusion.noise,
+        choose("fusion.backward", fusion.backward, BACKWARDS),
+    )
+
+
+def plain(bridge: Bridge) -> Bridge:
+    """The same function with nothing computed twice and no kernels, for counting its FLOPs."""
+    return replace(
+        bridge, backward="stack",
+        encoder=replace(bridge.encoder, remat="none", attention="plain"),
+        decoder=replace(bridge.decoder, remat="none", attention="plain"),
+    )
+
+
+def _make_projector(config: Config, width: int) -> Projector | Resampler:
+    c = config.projector
+    if choose("projector", c.name, PROJECTORS) != "resampler":
+        return Projector(c.name, width, c.end_std, c.d_ff)
+    if config.data.pack:
+        raise InputError("projector 'resampler' reads whole rows: set data.pack=False")
+    return Resampler(width, c.end_std, c.latents, dropout=c.dropout)
+
+
+def describe(init: Callable[[], Params], mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shape, dtype and sharding, by path, of the boxed parameters that `init` makes; makes none."""
+    is_box = lambda x: isinstance(x, nn.LogicallyPartitioned)  # noqa: E731
+    flat = {
+        "/".join(str(key.key) for key in path): box
+        for path, box in jax.tree_util.tree_leaves_with_path(jax.eval_shape(init), is_leaf=is_box)
+    }
+    unnamed = [path for path, box in flat.items() if not is_box(box)]
+    if unnamed:
+        raise AssertionError(f"parameters without logical axis names: {unnamed}")
+    specs = {path: fitting_spec(box.names, box.value.shape, mesh) for path, box in flat.items()}
+    whole = {
+        f"{name} ({size})" for path, box in flat.items() if box.value.size * 4 > REPORTED_BYTES
+        for name, size, axis in zip(box.names, box.value.shape, specs[path], strict=True)
+        if name is not None and spec([name])[0] != axis
+    }
+    if whole:
+        logger.warning("held whole, as mesh %s does not divide them: %s",
+                       dict(mesh.shape), ", ".join(sorted(whole)))
+    return {
+        path: jax.ShapeDtypeStruct(box.value.shape, box.value.dtype,
+                                   sharding=NamedSharding(mesh, specs[path]))
+        for path, box in flat.items()
+    }
+
+
+def initialise_own(plan: Plan, seed: int) -> Flat:
+    """Fusion and projector as a run of this seed starts them."""
+    return initialise(lambda: plan.bridge.init(jax.random.key(seed)), plan.params)
+
+
+def initialise(init: Callable[[], Params], places: dict[str, jax.ShapeDtypeStruct]) -> Flat:
+    """Fresh parameters by path, made where they belong."""
+
+    def flat():
+        return traverse_util.flatten_dict(nn.unbox(init()), sep="/")
+
+    out = {path: places[path].sharding for path in jax.eval_shape(flat)}
+    return jax.jit(flat, out_shardings=out)()

@@ -1,0 +1,146 @@
+"""From a config to a model on the mesh: towers from their checkpoints, the rest initialised."""
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from jaxfusion.data.pocket.lexicon import check_version
+from jaxfusion.data.tokenizers import (
+    Tokenizers,
+    adds_bos,
+    chat_turn,
+    load_tokenizer,
+    read_end_tokens,
+)
+from jaxfusion.errors import InputError
+from jaxfusion.fields import (
+    ROLES,
+    Config,
+)
+from jaxfusion.hf.hub import resolve
+from jaxfusion.hf.load import load_params, read_shape
+from jaxfusion.hf.tables import table
+from jaxfusion.nn.bridge import Bridge
+from jaxfusion.nn.decoder import DecoderConfig
+from jaxfusion.nn.mt5 import MT5Config
+from jaxfusion.training.build import initialise_own, plan_model
+from jaxfusion.training.state import Flat
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Model:
+    """A bridge with its parameters, split in two.
+
+    Attributes:
+      config: with the hub commits that were resolved.
+      trainable, frozen: parameters by path; together all of them.
+      groups: the optimiser group of every trained parameter.
+    """
+
+    config: Config
+    bridge: Bridge
+    tokenizers: Tokenizers
+    trainable: Flat
+    frozen: Flat
+    groups: dict[str, str]
+
+
+def load_model(
+    config: Config, mesh: Mesh, begin: Callable[[Bridge, Tokenizers], None] = lambda *_: None
+) -> Model:
+    """Reads both towers, starts fusion and projector, and puts all of it on the mesh.
+
+    Args:
+      begin: is called before weights are read, with what tokenizing takes.
+
+    Raises:
+      InputError: whatever is wrong with names, files, shapes, tokenizers or patterns.
+    """
+    paths, config = find_towers(config)
+    shapes = read_shapes(paths)
+    tokenizers = load_tokenizers(config, paths, shapes)
+    if config.data.bos is None:  # which it is now, it stays
+        config = replace(config, data=replace(config.data, bos=adds_bos(tokenizers.decoder)))
+    plan = plan_model(config, shapes, mesh)
+    begin(plan.bridge, tokenizers)
+    flat = initialise_own(plan, config.train.seed)
+    for role in ROLES:
+        prefix = f"{role}/"
+        wanted = {name.removeprefix(prefix): leaf for name, leaf in plan.params.items()
+                  if name.startswith(prefix)}
+        read = load_params(paths[role], table(shapes[role]), wanted)
+        flat |= {prefix + name: x for name, x in read.items()}
+    return Model(
+        config, plan.bridge, tokenizers,
+        trainable={path: flat[path] for path in flat if path in plan.groups},
+        frozen={path: flat[path] for path in flat if path not in plan.groups},
+        groups=plan.groups,
+    )
+
+
+def overlay(model: Model, trained: dict[str, np.ndarray], source: str) -> Model:
+    """The model with another run's trained part in place of its own parameters of those names.
+
+    Raises:
+      InputError: a parameter that this model lacks or has in another shape.
+    """
+    placed = replaced(model.frozen | model.trainable, trained, source)
+    return replace(
+        model,
+        trainable={path: placed[path] for path in model.trainable},
+        frozen={path: placed[path] for path in model.frozen},
+    )
+
+
+def replaced(current: Flat, trained: dict[str, np.ndarray], source: str) -> Flat:
+    """Parameters with those of another run in the place of the ones of their names.
+
+    Raises:
+      InputError: a parameter that is not among them or has another shape.
+    """
+    for path, array in trained.items():
+        if path not in current or current[path].shape != array.shape:
+            have = list(current[path].shape) if path in current else "no such parameter"
+            raise InputError(
+                f"{source} does not fit this config: '{path}' is {list(array.shape)} there, "
+                f"{have} here"
+            )
+    placed = {
+        path: jax.device_put(array.astype(current[path].dtype), current[path].sharding)
+        for path, array in trained.items()
+    }
+    return current | placed
+
+
+def find_towers(config: Config) -> tuple[dict[str, Path], Config]:
+    """Both checkpoint directories, and the config with the commits that hub ids resolved to."""
+    paths = {}
+    for role in ROLES:
+        tower = getattr(config, role)
+        paths[role], commit = resolve(tower.checkpoint, tower.revision)
+        check_version(paths[role])
+        config = replace(config, **{role: replace(tower, revision=commit or tower.revision)})
+    return paths, config
+
+
+def read_shapes(paths: dict[str, Path]) -> dict[str, MT5Config | DecoderConfig]:
+    """The shape of each tower, from its `config.json`."""
+    return {role: read_shape(role, path) for role, path in paths.items()}
+
+
+def load_tokenizers(config: Config, paths: dict[str, Path], shapes) -> Tokenizers:
+    """Both towers' tokenizers, the encoder's with what the config adds to it."""
+    added = {"encoder": config.encoder.added_tokens, "decoder": ()}
+    encoder, decoder = (
+        load_tokenizer(paths[role], shapes[role].vocab_size, role, added[role]) for role in ROLES
+    )
+    turn = chat_turn(decoder) if config.data.chat_template else None
+    ends = read_end_tokens(paths["decoder"], shapes["decoder"].vocab_size)
+    return Tokenizers(encoder, decoder, turn, ends, config.data.target_eos, config.data.bos)
