@@ -149,7 +149,7 @@ def test_a_stopped_pretraining_goes_on_bit_for_bit(cache_dir, tmp_path, monkeypa
 @pytest.mark.parametrize("fields,message", [
     ({"objective": ObjectiveConfig("causal_lm")}, "use causal_lm for a decoder"),
     ({"objective": ObjectiveConfig("code_swich")}, "did you mean 'code_switch'"),
-    ({"data": CorpusConfig("/no/where")}, "holds no text-LANGUAGE.txt"),
+    ({"data": CorpusConfig("/no/where")}, "has no text-LANGUAGE.txt"),
 ])
 def test_what_cannot_be_pretrained_is_refused(fields, message, cache_dir, tmp_path):
     config = make_inputs(from_config_dict(get_config(CONFIGS["pocket_encoder"], "debug")))

@@ -16,5 +16,5 @@ def test_names_resolve_and_misspelt_ones_raise():
 
 def test_a_mesh_fills_in_and_must_fit():
     assert make_mesh().shape == {"data": 1, "fsdp": 1, "tensor": 1}
-    with pytest.raises(InputError, match=r"tensor=3 does not fit 1 device\(s\)"):
+    with pytest.raises(InputError, match=r"tensor=3 does not match 1 device\(s\)"):
         make_mesh(tensor=3)
