@@ -57,7 +57,7 @@ def from_json(values: dict[str, Any]) -> Job:
 
 
 def _validated(kind: type, values: Any, where: str) -> Any:
-    """The values as a dataclass of fields; `where` stands before their names in messages."""
+    """The values as a dataclass of fields; `where` prefixes their names in messages."""
     try:
         text = json.dumps(values)
     except (TypeError, ValueError) as error:
@@ -83,7 +83,7 @@ def _said(kind: type, error: dict[str, Any], where: str) -> str:
             hints = _inner(hints[part])
         return (f"unknown config field '{path}'{near_match(name, hints)}; "
                 f"known: {', '.join(hints)}")
-    if error["type"] == "value_error":  # one of this project's own words
+    if error["type"] == "value_error":  # one of this project's own messages
         said = str(error["ctx"]["error"])
         if said.startswith("unknown"):
             return said

@@ -208,7 +208,7 @@ class EvalConfig(Schema):
     max_decoder_tokens: Count = 512
     max_new_tokens: Count | None = None  # of an answer; none: what the task wants, mostly 16
     temperature: Weight = 0.0  # of drawing an answer's tokens; 0 takes the likeliest
-    # Drawn among the likeliest tokens of so much probability together.
+    # Sample among the likeliest tokens with this total probability (nucleus).
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     seed: Seed = 0  # of what is drawn
     stop: tuple[Text, ...] = ()  # texts that end an answer; empty: those of the task, if any
@@ -240,7 +240,7 @@ class Config(Schema):
     mesh: MeshConfig = MeshConfig()
     # Train it once for each of these in place of train.seed: a comparison of one variant.
     seeds: Seeds = ()
-    tasks: dict[str, TaskConfig] = field(default_factory=dict)  # of one's own, by name
+    tasks: dict[str, TaskConfig] = field(default_factory=dict)  # your own, by name
 
 
 @dataclass(frozen=True)
@@ -331,15 +331,15 @@ class ParallelConfig(Schema):
     max_tokens: Count = 128  # longer prompts lose their beginning, counted and reported
     buckets: Lengths = (32, 64, 128)  # lengths that get compiled
     probe: Text | None = None  # probe.safetensors of an earlier run, in place of probing
-    # Prompts behind those that were probed and trained on: of so many the perplexity is measured,
-    # so many are answered, to see in which language (needs the extra `identify`).
+    # Prompts after those that were probed and trained on: how many for perplexity, and how many to
+    # answer, to see in which language (needs the extra `identify`).
     perplexity_rows: Rows = 0
     reply_rows: Rows = 0
     codes: dict[str, Text] = field(default_factory=dict)  # ISO 639-1, of languages named otherwise
     # Directory of the files of eval.tasks, {task} filled in; none: the hub.
     task_path: Text | None = None
     task_split: Text = "test"
-    task_rows: Count | None = None  # the first so many of each language
+    task_rows: Count | None = None  # first rows of each language
 
 
 @dataclass(frozen=True)
@@ -349,7 +349,7 @@ class LensConfig(Schema):
     method: Method = "lens"  # lens, supervised (both train), steering, disentangle, none
     recipe: Recipe = "default"  # or paper_code: prompts and probe as in the authors' code
     rank: Count | None = None  # of the language-specific subspace; none: all languages but one
-    blocks: Count = 2  # so many at the top train
+    blocks: Count = 2  # trained blocks, counted from the top
     loss_layers: tuple[Count, ...] = ()  # behind which the losses act; empty: the last
     align: Weight = 1.0  # weights of the three losses; any may be 0
     separate: Weight = 1.0
@@ -375,7 +375,7 @@ class LensRunConfig(Schema):
     train: TrainConfig = TrainConfig(epochs=1, log_every=5)
     eval: EvalConfig = EvalConfig()
     mesh: MeshConfig = MeshConfig()
-    tasks: dict[str, TaskConfig] = field(default_factory=dict)  # of one's own, by name
+    tasks: dict[str, TaskConfig] = field(default_factory=dict)  # your own, by name
     # Runs from one cache, each with its name and the fields of `lens` and others that differ.
     sweep: tuple[dict[str, Any], ...] = ()
 

@@ -255,7 +255,7 @@ def test_metrics_that_are_no_text_do_not_stop_a_run(copy, caplog):
     with caplog.at_level(logging.WARNING):
         assert read_run(copy).metrics == []
         RunLog(copy, 4, 4).__exit__(None, None, None)
-    assert "its curves are skipped" in caplog.text and "what is no record is left out" in (
+    assert "its curves are skipped" in caplog.text and "lines that are not records are dropped" in (
         caplog.text)
     assert len(file.read_bytes().splitlines()) == len(whole.splitlines()) - 1
     assert file.read_bytes().endswith(b"\n")

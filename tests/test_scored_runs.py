@@ -60,7 +60,7 @@ def test_seeds_are_trained_side_by_side(run):
     seeds = [json.loads((workdir / place / "config.json").read_text())["train"]["seed"]
              for place in run_folders(config)["transformer_softmax"]]
     assert seeds == [0, 1]
-    with pytest.raises(InputError, match="has one twice"):
+    with pytest.raises(InputError, match="contains duplicates"):
         compare(replace(config, seeds=(1, 1)), workdir.parent / "other")
     with pytest.raises(InputError, match=r"give one of its bridges: .*seed_0, .*seed_1"):
         open_run(workdir)

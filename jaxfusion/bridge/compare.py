@@ -111,7 +111,7 @@ def read_variants(config: CompareConfig, workdir: Path) -> Models:
 def check(config: CompareConfig, runs: dict[str, Config]) -> None:
     """Raises InputError for what would only show after the first variant was trained."""
     if LLM_ALONE in runs:
-        raise InputError(f"'{LLM_ALONE}' is no name for a variant: the report has it already")
+        raise InputError(f"'{LLM_ALONE}' is reserved for the report; rename this variant")
     tasks = {run.data.task for run in runs.values()}
     if len(tasks) > 1:
         raise InputError(f"variants are compared on one task, got {', '.join(sorted(tasks))}")
@@ -125,7 +125,7 @@ def check(config: CompareConfig, runs: dict[str, Config]) -> None:
         raise InputError("the seeds of a comparison are its own field, not of its base: set "
                          "config.seeds")
     if len(set(config.seeds)) < len(config.seeds):
-        raise InputError(f"config.seeds has one twice: {config.seeds}")
+        raise InputError(f"config.seeds contains duplicates: {config.seeds}")
     for names in (*config.groups.values(), config.development, config.base.eval.languages):
         check_languages(task, names, config.base.tasks)
 

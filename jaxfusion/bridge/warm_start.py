@@ -1,4 +1,4 @@
-"""A start for the projector that the papers do not have: where the LLM already is at home."""
+"""Warm start (not in the papers): fits the projector to the LLM's embeddings before training."""
 
 from collections.abc import Sequence
 from functools import partial

@@ -2,7 +2,7 @@
 
 The plain form is the reference of the other two. They read the tokens of a segment in the order of
 their slots, so what a mask of positions allows there must be what slots allow: true of every row
-whose segments lie without gaps, as batches are made.
+whose segments have no gaps, as batches are made.
 """
 
 import math
@@ -29,8 +29,8 @@ class Pattern:
 
     Attributes:
       causal: to earlier ones and itself alone.
-      window: to the last so many, itself counted; None is all.
-      scale: of the scores. cap: their bound, `cap * tanh(x / cap)`; None has none.
+      window: number of positions that a token sees, itself included; None is all.
+      scale: of the scores. cap: their bound, `cap * tanh(x / cap)`; None: unbounded.
     """
 
     causal: bool

@@ -24,11 +24,11 @@ Params = dict[str, Any]
 
 @dataclass(frozen=True)
 class Batch:
-    """One batch of fixed shape. Padding may lie anywhere in a decoder row.
+    """One batch of fixed shape. Padding may be anywhere in a decoder row.
 
     Attributes:
       enc_tokens: [B S] encoder ids.
-      enc_segments: [B S] 0 at padding; tokens of an example share a number and lie side by side.
+      enc_segments: [B S] 0 at padding; tokens of an example share a number and are contiguous.
       dec_tokens: [B N] ids at text slots, 0 elsewhere.
       dec_source: [B N] which of the projector's slots fills a prefix slot, the last being the end
         vector; -1 for text.

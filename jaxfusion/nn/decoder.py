@@ -130,7 +130,7 @@ def causal_mask(
 ) -> Bool[Array, "B N C"]:
     """Who may look at whom: the last `window` positions of the same segment; segment 0 is padding.
 
-    It knows nothing of slots, so padding may lie anywhere.
+    It does not depend on slots, so padding may be anywhere.
     """
     same = q_segments[:, :, None] == k_segments[:, None, :]
     back = q_positions[:, :, None] - k_positions[:, None, :]

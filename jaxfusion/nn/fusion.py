@@ -119,7 +119,7 @@ def weigh(
 ) -> Float[Array, "B S D"]:
     """`Σ_l weights_l h_l` for every token, accumulated in `dtype`.
 
-    A loop over the layers, as each state is read once where it lies; an einsum over `l` would
+    A loop over the layers, as each state is read once in place; an einsum over `l` would
     first transpose the whole stack.
     """
 

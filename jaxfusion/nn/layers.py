@@ -53,7 +53,7 @@ class Linear(nn.Module):
       shape: the kernel's: axes that are read, then those that come out.
       names: the kernel's logical axes.
       init: the kernel's initialiser.
-      bias_init: the bias's initialiser; None has no bias.
+      bias_init: the bias's initialiser; None: no bias.
       inputs: how many of the kernel's axes are read.
     """
 

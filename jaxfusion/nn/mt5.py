@@ -192,7 +192,7 @@ class MT5Encoder(nn.Module):
         states: bool = False,
         deterministic: bool = True,
     ):
-        """Encodes; the tokens of a segment must lie side by side, wherever the padding is.
+        """Encodes; the tokens of a segment must be contiguous; padding may be anywhere.
 
         Args:
           tokens: ids.

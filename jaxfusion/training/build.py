@@ -37,7 +37,7 @@ REPORTED_BYTES = 1 << 20  # of a parameter in float32: smaller ones are replicat
 
 @dataclass(frozen=True)
 class Plan:
-    """A bridge and where its parameters will lie; nothing is read or made.
+    """A bridge and the placement of its parameters; nothing is read or computed.
 
     Attributes:
       bridge: the model.
@@ -108,7 +108,7 @@ def kernel_for(role: str, asked: str, platform: str | None = None) -> str:
     return asked
 
 
-@lru_cache  # said once
+@lru_cache  # logged once
 def _say_plain(
     role: str, asked: str, head_dim: int, dtype: jnp.dtype, cap: float | None, dropout: bool
 ) -> None:
@@ -170,7 +170,7 @@ def _make_projector(config: Config, width: int) -> Projector | Resampler:
     if choose("projector", c.name, PROJECTORS) != "resampler":
         return Projector(c.name, width, c.end_std, c.d_ff)
     if config.data.pack:
-        raise InputError("projector 'resampler' reads whole rows: set data.pack=False")
+        raise InputError("projector 'resampler' needs one example per row: set data.pack=False")
     return Resampler(width, c.end_std, c.latents, dropout=c.dropout)
 
 
@@ -185,14 +185,14 @@ def describe(init: Callable[[], Params], mesh: Mesh) -> dict[str, jax.ShapeDtype
     if unnamed:
         raise AssertionError(f"parameters without logical axis names: {unnamed}")
     specs = {path: fitting_spec(box.names, box.value.shape, mesh) for path, box in flat.items()}
-    whole = {
+    replicated = {
         f"{name} ({size})" for path, box in flat.items() if box.value.size * 4 > REPORTED_BYTES
         for name, size, axis in zip(box.names, box.value.shape, specs[path], strict=True)
         if name is not None and spec([name])[0] != axis
     }
-    if whole:
-        logger.warning("held whole, as mesh %s does not divide them: %s",
-                       dict(mesh.shape), ", ".join(sorted(whole)))
+    if replicated:
+        logger.warning("replicated, as mesh %s does not divide them: %s",
+                       dict(mesh.shape), ", ".join(sorted(replicated)))
     return {
         path: jax.ShapeDtypeStruct(box.value.shape, box.value.dtype,
                                    sharding=NamedSharding(mesh, specs[path]))
@@ -206,7 +206,7 @@ def initialise_own(plan: Plan, seed: int) -> Flat:
 
 
 def initialise(init: Callable[[], Params], places: dict[str, jax.ShapeDtypeStruct]) -> Flat:
-    """Fresh parameters by path, made where they belong."""
+    """Fresh parameters by path, created with their shardings."""
 
     def flat():
         return traverse_util.flatten_dict(nn.unbox(init()), sep="/")

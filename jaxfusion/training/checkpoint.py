@@ -36,7 +36,7 @@ class Damaged(Exception):
 
 @dataclass(frozen=True)
 class Notes:
-    """What a checkpoint has beside its arrays.
+    """What a checkpoint stores besides its arrays.
 
     Attributes:
       data: the position in the batches. score: None where none was given.
@@ -127,7 +127,7 @@ class Checkpoints:
     def restore_newest(self, abstract: State) -> tuple[State, dict[str, Any]] | None:
         """The newest checkpoint that can be read, or None if there is none.
 
-        One that is damaged is set aside as `STEP.damaged`, and said, once another could be read;
+        A damaged one is renamed to `STEP.damaged`, with a warning, once another could be read;
         where none can be read, all stay as they are.
 
         Raises:
@@ -182,7 +182,7 @@ class Checkpoints:
     def restore_trained(self) -> tuple[int, dict[str, np.ndarray]]:
         """Step and trained parameters of the best checkpoint (the newest where none was scored).
 
-        One that is damaged is passed over, and said, for the newest that is not.
+        A damaged one is skipped, with a warning, for the newest that is intact.
 
         Raises:
           InputError: the workdir has no checkpoint, or none that can be read.
@@ -238,7 +238,7 @@ class Checkpoints:
 
 
 def read_notes(place: Path) -> Notes:
-    """What a checkpoint's directory has beside its arrays, once it agrees.
+    """What a checkpoint's directory stores besides its arrays, checked.
 
     Raises:
       Damaged, OSError, ValueError, KeyError, TypeError: it does not, or cannot be read.

@@ -1,4 +1,4 @@
-"""Digests of arrays: the same wherever their parts lie, another one after any change.
+"""Digests of arrays: independent of their sharding, different after any change.
 
 Each word of an array is mixed with its place by the finalizer of MurmurHash3 (A. Appleby, public
 domain), and the mixed words are added up. A sum does not care how an array is split, so devices and
@@ -24,10 +24,10 @@ PARTS = 64  # that a thread takes at a time
 def digests(tree: Any) -> dict[str, str]:
     """The digest of every array of a tree by its path.
 
-    Arrays may lie on devices of several processes, which then have to call this together.
+    Arrays may be sharded over several processes, which then have to call this together.
     """
     named = {_name(path): x for path, x in jax.tree_util.tree_leaves_with_path(tree)}
-    # On a CPU of one process NumPy reads an array where it lies, and there it is faster.
+    # On a CPU of one process NumPy reads an array in place, which is faster.
     here = jax.process_count() == 1 and jax.default_backend() == "cpu"
     sums = {name: sums_on_host(np.asarray(x)) if here else sums_on_device(x)
             for name, x in named.items()}

@@ -1,4 +1,4 @@
-"""What does not train in a run and no backbone has: its workdir holds it beside the checkpoints.
+"""Frozen parameters that no backbone has; the workdir stores them next to the checkpoints.
 
 These are the frozen parameters of fusion and projector, and what an earlier run (`train.init_from`)
 trained in a backbone that is frozen now.
@@ -35,7 +35,7 @@ def to_keep(model: Model, earlier: Collection[str]) -> dict[str, np.ndarray]:
 
 
 def write_frozen(workdir: Path, kept: dict[str, np.ndarray]) -> None:
-    """Writes them, all at once; no file where there are none."""
+    """Writes them atomically; no file if there are none."""
     file = workdir / FROZEN_FILE
     file.unlink(missing_ok=True)
     if kept:

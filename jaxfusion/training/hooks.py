@@ -77,8 +77,8 @@ class Profile(Hook):
 class Log(Hook):
     """Metrics and speed on the terminal, as JSONL and for TensorBoard.
 
-    A step's metrics are read once the next one is dispatched, so that the device never waits for
-    the log; before a checkpoint, at once: nothing is saved that was not looked at.
+    A step's metrics are read after the next one is dispatched, so the device never waits for the
+    log; before a checkpoint they are read immediately, so nothing unchecked is saved.
     """
 
     def __init__(self, trainer: Trainer, workdir: Path):
@@ -151,8 +151,8 @@ class Save(Hook):
 
 
 class Signals:
-    """SIGTERM is kept for the end of a step, where all processes hear of it at once. Ctrl-C ends
-    the run at once, or at the end of the step where a callback swallows it."""
+    """Handles SIGTERM at the end of a step, in all processes at the same one. Ctrl-C ends the run
+    immediately, or at the end of the step if a callback swallows it."""
 
     def __enter__(self) -> "Signals":
         self.heard = self.interrupted = False

@@ -142,8 +142,8 @@ def _drop_after(file: Path, step: int) -> bytes:
     lines = written.split(b"\n")[:-1]
     found = [read_record(line) for line in lines]
     if None in found or not is_as_written(file, written, grows=True):
-        logger.warning("%s is damaged: what is no record is left out, others may be wrong; the "
-                       "run itself does not read it", file)
+        logger.warning("%s is damaged: lines that are not records are dropped, others may be "
+                       "wrong; the run itself does not read it", file)
     kept = b"".join(line + b"\n" for line, record in zip(lines, found, strict=True)
                     if record is not None and record["step"] <= step)
     write_checked(file, kept)

@@ -14,7 +14,7 @@ from jaxfusion.training.step import Loss, gradient
 class Meter:
     """Counts what went through the steps since it was last asked.
 
-    Tokens are those of both towers, of several processes as many as this one's rows let expect;
+    Tokens are those of both towers; with several processes they are extrapolated from this one;
     FLOPs are the model's, of slots with and without tokens, and nothing that is computed again.
     """
 
@@ -55,7 +55,7 @@ class Meter:
         self.untimed = (tokens, slots)
 
     def take(self) -> Done:
-        """What was counted; begins anew."""
+        """What was counted; resets the counts."""
         tokens, slots = np.add(self.untimed, (self.tokens, self.slots))
         done = Done(self.examples, self.tokens, self.flops, self.peak,
                     float(tokens / slots) if slots else None)

@@ -27,7 +27,7 @@ def make_train_step(
       loss: of a batch, under all parameters.
       schedules: learning rate by group name, for the metrics.
       shardings: of the state; it comes out as it went in, or the second step compiles again.
-      accumulate: into so many parts the batch is cut, whose gradients are added up.
+      accumulate: number of micro-batches whose gradients are accumulated.
     """
 
     def step(state: State, frozen: Flat, batch: Any, key: Array) -> tuple[State, Metrics]:
@@ -52,7 +52,7 @@ def gradient(
 ) -> tuple[Array, Array, Flat]:
     """Mean loss of a batch, its number of targets, and the gradient of the trained part.
 
-    In parts, it is still the mean over the targets of the whole batch, wherever they lie.
+    With accumulation it is still the mean over all targets of the batch.
     """
 
     def total(trainable: Flat, part: Any, key: Array):

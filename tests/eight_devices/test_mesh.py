@@ -61,10 +61,10 @@ def test_what_a_mesh_cannot_do_is_said(caplog):
     with pytest.raises(InputError, match=r"mesh.tensor is 8, .* the 28 heads of the decoder"):
         plan(make_mesh(1, 1, 8), decoder="Qwen/Qwen2.5-7B-Instruct")
     plan(make_mesh(1, 1, 8), decoder="microsoft/Orca-2-7b")
-    assert "held whole, as mesh" in caplog.text and "vocab (32003)" in caplog.text
+    assert "replicated, as mesh" in caplog.text and "vocab (32003)" in caplog.text
     caplog.clear()
     plan(make_mesh(1, 1, 8), decoder="meta-llama/Llama-3.1-8B-Instruct")
-    assert "held whole" not in caplog.text
+    assert "replicated, as" not in caplog.text
 
 
 @pytest.fixture(scope="module")
