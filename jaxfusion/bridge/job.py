@@ -2,7 +2,6 @@
 
 import logging
 import time
-from concurrent.futures import Future
 from dataclasses import replace
 from functools import lru_cache
 from itertools import islice
@@ -30,9 +29,9 @@ from jaxfusion.nn.bridge import Bridge
 from jaxfusion.reports.statistics import accuracy
 from jaxfusion.sharding.hosts import all_or_none
 from jaxfusion.sharding.mesh import sharding
-from jaxfusion.training.build import plain
+from jaxfusion.training.build import plain, plan_model
 from jaxfusion.training.frozen import OWN, earlier_part, frozen_part, to_keep
-from jaxfusion.training.load import Model, load_model, overlay
+from jaxfusion.training.load import Model, open_towers, overlay, read_model
 from jaxfusion.training.loop import fit
 from jaxfusion.training.state import Flat, State, merge
 from jaxfusion.training.trainer import Run, batch_shares, put_batch
@@ -58,20 +57,19 @@ def train(config: Config, workdir: Path, profile: tuple[int, int] | None = None)
 
 
 def prepare(config: Config, mesh, fresh: bool = True, workdir: Path | None = None) -> Run:
-    """Loads data and model, and says what was found; only a fresh run starts from another.
+    """Loads data and model; only a fresh run starts from another.
 
     Args:
       workdir: of a run that is resumed, which holds what was frozen in it.
     """
     shares = batch_shares(config.train, mesh)
     config, task, found, dev = read_data(config)
-    waiting: list[Future] = []
-
-    def start(bridge: Bridge, tokenizers: Tokenizers) -> None:
-        waiting.append(in_background(lambda: _tokenize(config, task, found, bridge, tokenizers)))
-
-    model = load_model(config, mesh, start)
-    rows = waiting[0].result()
+    towers = open_towers(config)
+    plan = plan_model(towers.config, towers.shapes, mesh)
+    tokenized = in_background(
+        lambda: _tokenize(config, task, found, plan.bridge, towers.tokenizers))
+    model = read_model(towers, plan)
+    rows = tokenized.result()
     earlier = {}
     if not fresh:
         complete = not any(path.startswith(OWN) for path in model.frozen)

@@ -1,7 +1,6 @@
 """From a config to a model on the mesh: towers from their checkpoints, the rest initialised."""
 
 import logging
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -28,7 +27,7 @@ from jaxfusion.hf.tables import table
 from jaxfusion.nn.bridge import Bridge
 from jaxfusion.nn.decoder import DecoderConfig
 from jaxfusion.nn.mt5 import MT5Config
-from jaxfusion.training.build import initialise_own, plan_model
+from jaxfusion.training.build import Plan, initialise_own, plan_model
 from jaxfusion.training.state import Flat
 
 logger = logging.getLogger(__name__)
@@ -52,33 +51,59 @@ class Model:
     groups: dict[str, str]
 
 
-def load_model(
-    config: Config, mesh: Mesh, begin: Callable[[Bridge, Tokenizers], None] = lambda *_: None
-) -> Model:
-    """Reads both towers, starts fusion and projector, and puts all of it on the mesh.
+@dataclass(frozen=True)
+class Towers:
+    """Both towers' checkpoints, of which no weight is read yet.
 
-    Args:
-      begin: is called before weights are read, with what tokenizing takes.
+    Attributes:
+      config: with the hub commits and BOS that were resolved. paths, shapes: by role.
+    """
+
+    config: Config
+    paths: dict[str, Path]
+    shapes: dict[str, MT5Config | DecoderConfig]
+    tokenizers: Tokenizers
+
+
+def open_towers(config: Config) -> Towers:
+    """Finds both towers, and reads their shapes and tokenizers.
 
     Raises:
-      InputError: whatever is wrong with names, files, shapes, tokenizers or patterns.
+      InputError: whatever is wrong with names, files, shapes or tokenizers.
     """
     paths, config = find_towers(config)
     shapes = read_shapes(paths)
     tokenizers = load_tokenizers(config, paths, shapes)
-    if config.data.bos is None:  # which it is now, it stays
+    if config.data.bos is None:  # what it is now is kept for every later start
         config = replace(config, data=replace(config.data, bos=adds_bos(tokenizers.decoder)))
-    plan = plan_model(config, shapes, mesh)
-    begin(plan.bridge, tokenizers)
-    flat = initialise_own(plan, config.train.seed)
+    return Towers(config, paths, shapes, tokenizers)
+
+
+def load_model(config: Config, mesh: Mesh) -> Model:
+    """Reads both towers, initialises fusion and projector, and puts all of it on the mesh.
+
+    Raises:
+      InputError: whatever is wrong with names, files, shapes, tokenizers or patterns.
+    """
+    towers = open_towers(config)
+    return read_model(towers, plan_model(towers.config, towers.shapes, mesh))
+
+
+def read_model(towers: Towers, plan: Plan) -> Model:
+    """The planned model: towers from their checkpoints, the rest from the run's seed.
+
+    Raises:
+      InputError: a checkpoint lacks a tensor, or has it in another shape.
+    """
+    flat = initialise_own(plan, towers.config.train.seed)
     for role in ROLES:
         prefix = f"{role}/"
-        wanted = {name.removeprefix(prefix): leaf for name, leaf in plan.params.items()
+        params = {name.removeprefix(prefix): leaf for name, leaf in plan.params.items()
                   if name.startswith(prefix)}
-        read = load_params(paths[role], table(shapes[role]), wanted)
-        flat |= {prefix + name: x for name, x in read.items()}
+        tensors = load_params(towers.paths[role], table(towers.shapes[role]), params)
+        flat |= {prefix + name: x for name, x in tensors.items()}
     return Model(
-        config, plan.bridge, tokenizers,
+        towers.config, plan.bridge, towers.tokenizers,
         trainable={path: flat[path] for path in flat if path in plan.groups},
         frozen={path: flat[path] for path in flat if path not in plan.groups},
         groups=plan.groups,

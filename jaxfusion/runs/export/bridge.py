@@ -37,9 +37,8 @@ from jaxfusion.hf.tables import (
 from jaxfusion.runs.open_run import open_run
 from jaxfusion.sharding.mesh import make_mesh
 from jaxfusion.training.build import initialise_own, plan_model
-from jaxfusion.training.checkpoint import trained_part
 from jaxfusion.training.frozen import frozen_part
-from jaxfusion.training.load import find_towers, load_tokenizers, read_shapes
+from jaxfusion.training.load import open_towers
 from jaxfusion.training.state import Flat
 
 CODE = ("modeling_jaxfusion.py", "tokenization_jaxfusion.py")
@@ -89,17 +88,16 @@ class Trained:
 
 def collect(workdir: Path, out: Path) -> Trained:
     """Reads the workdir; raises InputError if `out` would overwrite it or its backbones."""
-    config = open_run(workdir).config
+    run = open_run(workdir)
     check_out(out, workdir)
-    step, trained = trained_part(workdir)
-    paths, config = find_towers(config)
-    check_out(out, *paths.values())
-    shapes = read_shapes(paths)
+    step, trained = run.trained
+    towers = open_towers(run.config)
+    check_out(out, *towers.paths.values())
+    config, shapes = towers.config, towers.shapes
     own = bridge_table(config.fusion.name, config.projector.name)
     trained = _with_frozen(config, workdir, trained, shapes, own)
     _check_trained(trained, own, {role: table(shapes[role]) for role in ROLES}, workdir)
-    tokenizers = load_tokenizers(config, paths, shapes)
-    return Trained(workdir, step, config, trained, paths, shapes, tokenizers)
+    return Trained(workdir, step, config, trained, towers.paths, shapes, towers.tokenizers)
 
 
 def _with_frozen(
