@@ -90,7 +90,7 @@ def test_float32_would_lose_directions(means):
 
 
 def test_what_cannot_be_factorised_is_said(means):
-    with pytest.raises(InputError, match="two languages or more, got 1"):
+    with pytest.raises(InputError, match="at least two languages, got 1"):
         factorise(means[:1])
     with pytest.raises(InputError, match="rank is 5, expected 1 to 4 with 5 languages"):
         factorise(means, 5)
@@ -385,7 +385,7 @@ def test_a_whole_run_and_again(cache_dir, tmp_path, monkeypatch):
         patched.setattr(lens_train, "cache_activations", None)
         again = job.lens(config, tmp_path / "run")
     assert again.correct == first.correct
-    with pytest.raises(InputError, match=r"holds no trained LLM; give one of: .*/Lens, "):
+    with pytest.raises(InputError, match=r"has no trained LLM; give one of: .*/Lens, "):
         export_lens(tmp_path / "run", tmp_path / "out")
     export_lens(tmp_path / "run" / "Lens", tmp_path / "out")
     check_export(config, tmp_path / "run" / "Lens", tmp_path / "out")
