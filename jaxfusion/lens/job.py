@@ -5,7 +5,7 @@ import logging
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
+from jax.sharding import Mesh
 
 from jaxfusion import config as configs
 from jaxfusion.config import CONFIG_FILE
@@ -23,8 +24,15 @@ from jaxfusion.lens import probe as probing
 from jaxfusion.lens.model import Model, load_model
 from jaxfusion.lens.parallel_text import read_parallel
 from jaxfusion.lens.probe import Probe
-from jaxfusion.lens.prompts import probe_as_authors, prompt_rows
-from jaxfusion.lens.scores import UNTOUCHED, measure, read_questions, report
+from jaxfusion.lens.prompts import Rows, probe_as_authors, prompt_rows
+from jaxfusion.lens.scores import (
+    UNTOUCHED,
+    Questions,
+    Scores,
+    measure,
+    read_questions,
+    report,
+)
 from jaxfusion.lens.sweep import CACHE, folder_of, train_all
 from jaxfusion.nn.bridge import Params
 from jaxfusion.nn.decoder import make_edits
@@ -58,8 +66,21 @@ def lens(config: LensRunConfig, workdir: Path) -> Comparison | None:
     """
     with all_or_none():
         config = _with_llm(config)
-    with only_run(config, workdir):
-        return _lens(config, workdir)
+    mesh = make_mesh(**vars(config.mesh))
+    with only_run(config, workdir), jax.set_mesh(mesh):
+        with all_or_none():
+            run = prepare(config, workdir, mesh)
+        run.write_config()
+        probe = run.probe()
+        before = run.picture(probe)
+        scores = run.score_untrained(probe)
+        seconds = run.train(probe)
+        trained, moved = run.score_trained()
+    if not is_first():
+        return None
+    draw_languages(before, moved, workdir / "languages.png")
+    scores = {name: (scores | trained)[name] for name in (UNTOUCHED, *run.methods)}
+    return report(run.config, scores, seconds, workdir)
 
 
 def _with_llm(config: LensRunConfig) -> LensRunConfig:
@@ -69,43 +90,97 @@ def _with_llm(config: LensRunConfig) -> LensRunConfig:
     return replace(config, decoder=open_run(Path(config.bridge)).config.decoder)
 
 
-def _lens(config: LensRunConfig, workdir: Path) -> Comparison | None:
-    mesh = make_mesh(**vars(config.mesh))
-    with jax.set_mesh(mesh):
-        with all_or_none():
-            config, runs, texts, answers, questions, model = prepare(config, workdir, mesh)
-        check_peers(config=json.dumps(asdict(config), sort_keys=True),
-                    prompts=json.dumps([texts, answers]), checkpoint=str(model.identity))
-        with all_or_none():
-            probed = probe_texts(config.data, texts)
-            rows = prompt_rows(config, model, probed)
+@dataclass
+class LensRun:
+    """A Lens run with everything that it reads.
+
+    Attributes:
+      config: as resolved. methods: configs of the sweep by name.
+      texts: prompts by language. answers: theirs, if any. questions: of the tasks.
+      model: the LLM; while methods train it is out of memory.
+      probed: prompts to probe, by language. rows: the same as tokens.
+    """
+
+    config: LensRunConfig
+    workdir: Path
+    mesh: Mesh
+    methods: dict[str, LensRunConfig]
+    texts: dict[str, list[str]]
+    answers: list[str] | None
+    questions: Questions
+    model: Model
+    probed: dict[str, list[str]]
+    rows: Rows
+
+    @property
+    def training(self) -> dict[str, LensRunConfig]:
+        """The methods that train."""
+        return {name: run for name, run in self.methods.items() if run.lens.method in TRAINING}
+
+    def write_config(self) -> None:
+        """Saves the config, and removes the caches of a killed run."""
+        check_peers(config=json.dumps(asdict(self.config), sort_keys=True),
+                    prompts=json.dumps([self.texts, self.answers, self.probed]),
+                    checkpoint=str(self.model.identity))
         if is_first():
-            configs.save(config, workdir / CONFIG_FILE)
-            for leftover in workdir.glob(f"{CACHE}*"):  # of a killed run
+            configs.save(self.config, self.workdir / CONFIG_FILE)
+            for leftover in self.workdir.glob(f"{CACHE}*"):
                 shutil.rmtree(leftover)
-        probe = _probe(config, model, probed, rows, workdir)
-        # The picture compares probes of the same prompts, which another probe does not have.
-        shown = probe if config.lens.recipe == "default" and not config.data.probe else (
-            _read(config, model, rows))
-        scores, moved = {UNTOUCHED: measure(config, model, questions)}, {}
-        training = {name: run for name, run in runs.items() if run.lens.method in TRAINING}
-        for name, run in runs.items():
-            if name not in training:
+
+    def probe(self) -> Probe:
+        """The probe of the untouched LLM: this run's own, another run's, or a new one."""
+        own, languages = self.workdir / PROBE_FILE, tuple(self.probed)
+        if self.config.data.probe or own.is_file():
+            probe = probing.load(Path(self.config.data.probe or own), languages,
+                                 self.model.identity)
+        elif self.config.lens.recipe == "paper_code":
+            probe = probe_as_authors(self.model, self.probed)
+        else:
+            probe = self.probe_again()
+        if is_first():
+            probing.save(probe, own, self.model.identity, asdict(self.config))
+        log_probe(probe)
+        return probe
+
+    def probe_again(self) -> Probe:
+        """A probe of the LLM as it is now."""
+        c = self.config
+        return probing.probe(self.model.bridge, self.model.params, self.rows,
+                             self.model.tokenizers, c.data.buckets, c.eval.batch_size)
+
+    def picture(self, probe: Probe) -> Probe:
+        """The probe to draw, of the prompts that are probed again after training; another run's
+        probe, or that of the authors' code, has others."""
+        if self.config.lens.recipe == "default" and not self.config.data.probe:
+            return probe
+        return self.probe_again()
+
+    def score_untrained(self, probe: Probe) -> dict[str, Scores]:
+        """Scores of the LLM as it is, and of the methods that train nothing."""
+        scores = {UNTOUCHED: measure(self.config, self.model, self.questions)}
+        for name, run in self.methods.items():
+            if run.lens.method not in TRAINING:
                 edits = None if run.lens.method == "none" else partial(
                     make_language_edits, run, probe)
-                scores[name] = measure(config, model, questions, edits)
-        model, seconds = train_all(config, training, texts, answers, model, probe, workdir, mesh)
-        for name in training:
+                scores[name] = measure(self.config, self.model, self.questions, edits)
+        return scores
+
+    def train(self, probe: Probe) -> dict[str, float]:
+        """Trains what is not trained yet; returns the seconds of each method."""
+        self.model, seconds = train_all(self.config, self.training, self.texts, self.answers,
+                                        self.model, probe, self.workdir, self.mesh)
+        return seconds
+
+    def score_trained(self) -> tuple[dict[str, Scores], dict[str, Probe]]:
+        """Scores and probes of the methods that train."""
+        scores, probes = {}, {}
+        for name in self.training:
             with all_or_none():
-                _, part = trained_part(folder_of(name, workdir))
-            with top_blocks(model.params, part):
-                moved[name] = _read(config, model, rows)
-                scores[name] = measure(config, model, questions)
-        scores = {name: scores[name] for name in (UNTOUCHED, *runs)}
-    if not is_first():
-        return None
-    draw_languages(shown, moved, workdir / "languages.png")
-    return report(config, scores, seconds, workdir)
+                _, blocks = trained_part(folder_of(name, self.workdir))
+            with top_blocks(self.model.params, blocks):
+                probes[name] = self.probe_again()
+                scores[name] = measure(self.config, self.model, self.questions)
+        return scores, probes
 
 
 def probe_texts(c: ParallelConfig, texts: dict[str, list[str]]) -> dict[str, list[str]]:
@@ -119,12 +194,11 @@ def probe_texts(c: ParallelConfig, texts: dict[str, list[str]]) -> dict[str, lis
     return {name: prompts[: c.probe_rows] for name, prompts in texts.items()}
 
 
-def prepare(config: LensRunConfig, workdir: Path, mesh):
+def prepare(config: LensRunConfig, workdir: Path, mesh: Mesh) -> LensRun:
     """Reads and checks all inputs before anything is computed.
 
-    Returns:
-      The resolved config, its runs, prompts by language, their answers, the questions for every
-      method, and the model.
+    Raises:
+      InputError: whatever is wrong with them, or with the settings of a method.
     """
     config = check_workdir(config, workdir)
     runs = variants(config)
@@ -143,7 +217,9 @@ def prepare(config: LensRunConfig, workdir: Path, mesh):
     check_layers(runs, model.bridge.decoder.config.num_layers)
     # A saved run must name the LLM that it was trained on.
     runs = {name: replace(run, decoder=config.decoder) for name, run in runs.items()}
-    return config, runs, texts, answers, questions, model
+    probed = probe_texts(config.data, texts)
+    rows = prompt_rows(config, model, probed)
+    return LensRun(config, workdir, mesh, runs, texts, answers, questions, model, probed, rows)
 
 
 def variants(config: LensRunConfig) -> dict[str, LensRunConfig]:
@@ -210,27 +286,6 @@ def check_layers(runs: dict[str, LensRunConfig], layers: int) -> None:
         # The last layer's states are after the final norm, where edits do not apply.
         elif outside := [x for x in c.layers if not 1 <= x < layers]:
             raise InputError(f"lens.layers has {outside[0]}, expected 1 to {layers - 1}")
-
-
-def _probe(config: LensRunConfig, model: Model, texts, rows, workdir: Path) -> Probe:
-    """The probe of the original LLM: this run's, another run's, or a new one."""
-    own, languages = workdir / PROBE_FILE, tuple(texts)
-    if config.data.probe or own.is_file():
-        probe = probing.load(Path(config.data.probe or own), languages, model.identity)
-    elif config.lens.recipe == "paper_code":
-        probe = probe_as_authors(model, texts)
-    else:
-        probe = _read(config, model, rows)
-    if is_first():
-        probing.save(probe, own, model.identity, asdict(config))
-    log_probe(probe)
-    return probe
-
-
-def _read(config: LensRunConfig, model: Model, rows) -> Probe:
-    """A probe of the LLM in its current state."""
-    return probing.probe(model.bridge, model.params, rows, model.tokenizers, config.data.buckets,
-                         config.eval.batch_size)
 
 
 def log_probe(probe: Probe) -> None:
