@@ -64,7 +64,7 @@ def cell(x: dict[str, Any], sign: str = "") -> str:
 
 def in_short(report: dict[str, Any]) -> list[str]:
     """The quickstart's accuracy in English and by group of languages."""
-    models = [name for name in report["languages"] if not name.startswith("layer")]
+    models = list(report["languages"])
     rows = [["English", *(f"{100 * report['languages'][x]['en']['accuracy']:.1f}" for x in models)]]
     rows += [[f"{group} languages",
               *(f"{100 * report['groups'][x][group]['accuracy']:.1f}" for x in models)]

@@ -129,7 +129,7 @@ class TaskConfig(Schema):
 
 @dataclass(frozen=True)
 class DataConfig(Schema):
-    """What is learned from."""
+    """Training data."""
 
     task: Text = "xnli"
     # Where the rows are: a directory with the task's files; a file or pattern with {language} and
@@ -144,8 +144,8 @@ class DataConfig(Schema):
     chat_template: bool = False  # the LLM's own: prefix and text prompt are the user's words
     max_encoder_tokens: Count = 200  # longer examples are cut, counted and reported
     max_decoder_tokens: Count = 200  # of text prompt, and of target with its EOS
-    # Of query and target together: a target may then be so long as its query leaves room, as
-    # LangBridge cuts them. None: max_decoder_tokens is a target's limit.
+    # Of query and target together: the target may use whatever the query leaves, as in
+    # LangBridge. None: max_decoder_tokens limits the target.
     max_total_tokens: Count | None = None
     # Begin every row of the LLM with BOS. None: where its tokenizer does; a run keeps which it was.
     bos: bool | None = None

@@ -10,7 +10,7 @@ import torch
 from helpers import BASE, DECODERS, apply, plain, relative
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from jaxfusion.hf.config_json import DECODER_FAMILIES, decoder_config, decoder_json
+from jaxfusion.hf.families import DECODER_FAMILIES, decoder_config, decoder_json
 from jaxfusion.hf.load import read_config
 from jaxfusion.hf.save import write_tower
 from jaxfusion.miniatures.checkpoints import random_params

@@ -26,7 +26,7 @@ from jaxfusion.data.batching import TokenRow, find_shapes, in_order
 from jaxfusion.errors import InputError
 from jaxfusion.evaluation.generate import prefill
 from jaxfusion.fields import DataConfig
-from jaxfusion.hf import config_json as configs_of_family
+from jaxfusion.hf import families as configs_of_family
 from jaxfusion.hf import save
 from jaxfusion.hf.load import SINGLE
 from jaxfusion.runs.adopt import adopt

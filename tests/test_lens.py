@@ -24,7 +24,7 @@ from jaxfusion.data.tokenizers import Tokenizers
 from jaxfusion.errors import InputError
 from jaxfusion.evaluation.perplexity import fidelity, load_identifier, perplexity
 from jaxfusion.fields import LensConfig, ParallelConfig
-from jaxfusion.hf.config_json import decoder_config
+from jaxfusion.hf.families import decoder_config
 from jaxfusion.hf.load import read_config
 from jaxfusion.hf.save import write_tower
 from jaxfusion.lens import job

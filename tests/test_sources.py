@@ -23,7 +23,7 @@ from jaxfusion import config as configs
 from jaxfusion.config import CONFIG_FILE, default_config, from_config_dict
 from jaxfusion.data.rows import files as readers
 from jaxfusion.data.rows import hub as remote
-from jaxfusion.data.rows.examples import at_hand, examples, find_source, read_examples
+from jaxfusion.data.rows.examples import at_hand, find_source, read_examples, read_stream
 from jaxfusion.data.tasks.catalogue import TASKS, check_languages, configured, get_task
 from jaxfusion.data.tasks.spec import SAME, Source, Task
 from jaxfusion.errors import InputError
@@ -195,7 +195,7 @@ def test_a_quoted_field_may_have_lines_and_be_long(tmp_path):
     with (tmp_path / "train.csv").open("w", newline="") as stream:
         csv.writer(stream).writerows([["text", "label"], ["two\nlines", "good"],
                                       ["x" * 200_000, "bad"], ["y", "neither"]])
-    found = examples("mine", TASK, "train", "en", str(tmp_path / "{split}.csv"))
+    found = read_stream("mine", TASK, "train", "en", str(tmp_path / "{split}.csv"))
     assert texts([next(found), next(found)]) == ["two\nlines", "x" * 200_000]
     with pytest.raises(InputError, match=r"train\.csv:5: label 'neither'"):
         next(found)
@@ -321,7 +321,7 @@ def test_a_stream_is_read_no_further_than_it_must(monkeypatch):
     rows = [{"text": str(i), "label": i % 2} for i in range(6)] + [{"text": "bad row", "label": 9}]
     hub = Hub(monkeypatch, rows)
     task = configured(TASK, DataConfig(path="hub:owner/name", streaming=True))
-    found = examples("mine", task, "train", "en", "hub:owner/name")
+    found = read_stream("mine", task, "train", "en", "hub:owner/name")
     assert texts([next(found) for _ in range(6)]) == list("012345")
     assert "downloaded" not in hub.asked
     with pytest.raises(InputError, match=r"owner/name \(None\) train row 6: label 9"):

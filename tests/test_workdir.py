@@ -300,7 +300,7 @@ def test_ctrl_c_that_a_callback_swallows_ends_the_run_after_the_step():
         except KeyboardInterrupt:
             pass  # as a callback of a library does
         with pytest.raises(KeyboardInterrupt):
-            signals.stop(3)
+            signals.should_stop(3)
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 

@@ -28,7 +28,7 @@ from jaxfusion.training.build import Plan, plain, plan_model
 from jaxfusion.training.optimizer import make_optimizer, make_schedules
 from jaxfusion.training.state import State
 from jaxfusion.training.step import gradient, make_train_step
-from jaxfusion.training.trainer import batch_shares
+from jaxfusion.training.trainer import batch_multiple
 
 STEPS = 1000  # of the schedule; any number gives the same program
 
@@ -99,7 +99,7 @@ def measure(config: Config, devices: list[jax.Device]) -> tuple[Needs, jax.stage
     mesh = make_mesh(**vars(config.mesh), devices=devices)
     shapes = {role: backbone_shape(role, getattr(config, role).checkpoint,
                                    getattr(config, role).revision) for role in ROLES}
-    batch_shares(config.train, mesh)
+    batch_multiple(config.train, mesh)
     with jax.set_mesh(mesh):
         plan = plan_model(config, shapes, mesh)
         state, batch, key = _arguments(config, plan, mesh)

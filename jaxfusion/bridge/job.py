@@ -15,8 +15,8 @@ from jaxfusion.config import CONFIG_FILE
 from jaxfusion.data.batching import Cut, TokenRows, find_shapes, tokenize
 from jaxfusion.data.contamination import fingerprints
 from jaxfusion.data.packing import find_packing
-from jaxfusion.data.pipeline import Batches, first_rows, steps_per_epoch, subset
-from jaxfusion.data.rows.examples import Example, examples, find_source
+from jaxfusion.data.pipeline import Batches, first_rows, steps_per_epoch, subset, total_steps
+from jaxfusion.data.rows.examples import Example, find_source, read_stream
 from jaxfusion.data.rows.hub import commit_of
 from jaxfusion.data.split_text import Continued, tokenize_texts
 from jaxfusion.data.tasks.catalogue import check_languages, configured, get_task
@@ -30,11 +30,11 @@ from jaxfusion.reports.statistics import accuracy
 from jaxfusion.sharding.hosts import all_or_none
 from jaxfusion.sharding.mesh import sharding
 from jaxfusion.training.build import plain, plan_model
-from jaxfusion.training.frozen import OWN, earlier_part, frozen_part, to_keep
+from jaxfusion.training.frozen import earlier_part, frozen_of, to_keep
 from jaxfusion.training.load import Model, open_towers, overlay, read_model
 from jaxfusion.training.loop import fit
 from jaxfusion.training.state import Flat, State, merge
-from jaxfusion.training.trainer import Run, batch_shares, put_batch
+from jaxfusion.training.trainer import Run, batch_multiple, put_batch
 from jaxfusion.training.workdir import begin
 
 logger = logging.getLogger(__name__)
@@ -57,31 +57,28 @@ def train(config: Config, workdir: Path, profile: tuple[int, int] | None = None)
 
 
 def prepare(config: Config, mesh, fresh: bool = True, workdir: Path | None = None) -> Run:
-    """Loads data and model; only a fresh run starts from another.
+    """Loads data and model; `init_from` and the warm start apply only to a fresh run.
 
     Args:
       workdir: of a run that is resumed, which holds what was frozen in it.
     """
-    shares = batch_shares(config.train, mesh)
-    config, task, found, dev = read_data(config)
+    shares = batch_multiple(config.train, mesh)
+    config, task, examples, dev = read_data(config)
     towers = open_towers(config)
     plan = plan_model(towers.config, towers.shapes, mesh)
     tokenized = in_background(
-        lambda: _tokenize(config, task, found, plan.bridge, towers.tokenizers))
+        lambda: _tokenize(config, task, examples, plan.bridge, towers.tokenizers))
     model = read_model(towers, plan)
     rows = tokenized.result()
     earlier = {}
     if not fresh:
-        complete = not any(path.startswith(OWN) for path in model.frozen)
-        model = overlay(model, frozen_part(workdir, config, complete), str(workdir))
+        model = overlay(model, frozen_of(model, workdir, config), str(workdir))
     elif config.train.init_from is not None:
         model, earlier = start_from(model, Path(config.train.init_from))
     elif config.projector.warm_start:
-        model = warm_start(model, found)
+        model = warm_start(model, examples)
     layout = _layout(config, rows, model, shares)
-    steps = config.train.steps or config.train.epochs * steps_per_epoch(
-        len(rows), config.train.batch_size
-    )
+    steps = total_steps(config.train, len(rows))
     batches = Batches(
         rows, layout, model.tokenizers, config.train.batch_size, config.train.seed, steps,
         sharding(mesh, "batch"),
@@ -91,9 +88,10 @@ def prepare(config: Config, mesh, fresh: bool = True, workdir: Path | None = Non
              else _dev_scorer(model, dev, task))
     return Run(
         model.config, model.bridge.loss, model.trainable, model.frozen, model.groups, batches,
-        steps, score, "log_likelihood" if task.unlabelled else "exact_match",
-        plain(model.bridge).loss, fingerprints(example.query for example in found),
-        to_keep(model, earlier) if fresh else None,
+        steps, score, best="log_likelihood" if task.unlabelled else "exact_match",
+        plain_loss=plain(model.bridge).loss,
+        seen=fingerprints(example.query for example in examples),
+        kept=to_keep(model, earlier) if fresh else None,
     )
 
 
@@ -117,27 +115,27 @@ def read_data(config: Config) -> tuple[Config, Task, list[Example], list[Example
     if commit is not None:
         config = replace(config, data=replace(c, revision=commit))
         task = configured(task, config.data)
-    found = examples(c.task, task, "train", c.language, c.path)
+    stream = read_stream(c.task, task, "train", c.language, c.path)
     if c.streaming:
-        rows = first_rows(found, c.train_rows, len(task.labels), c.balanced)
+        train = first_rows(stream, c.train_rows, len(task.labels), c.balanced)
     else:
-        rows = subset(list(found), c.train_rows, c.balanced, config.train.seed)
-    dev = islice(examples(c.task, task, "dev", c.language, c.path), c.dev_rows)
-    return config, task, rows, list(dev)
+        train = subset(list(stream), c.train_rows, c.balanced, config.train.seed)
+    dev = islice(read_stream(c.task, task, "dev", c.language, c.path), c.dev_rows)
+    return config, task, train, list(dev)
 
 
 def _tokenize(
-    config: Config, task: Task, found: list[Example], bridge: Bridge, tokenizers: Tokenizers
+    config: Config, task: Task, examples: list[Example], bridge: Bridge, tokenizers: Tokenizers
 ) -> TokenRows | Continued:
     c, clock = config.data, time.monotonic()
     limits = {"max_encoder_tokens": c.max_encoder_tokens,
               "max_decoder_tokens": c.max_decoder_tokens, "latents": bridge.latents}
     if task.unlabelled:
-        rows = tokenize_texts(found, tokenizers, seed=config.train.seed, **limits)
+        rows = tokenize_texts(examples, tokenizers, seed=config.train.seed, **limits)
         if rows.short:
             logger.warning("%d texts of fewer than two tokens left out", rows.short)
     else:
-        rows, cut = tokenize(found, tokenizers, text_prompt=c.text_prompt, with_target=True,
+        rows, cut = tokenize(examples, tokenizers, text_prompt=c.text_prompt, with_target=True,
                              max_total_tokens=c.max_total_tokens, keeps_end=task.keeps_end,
                              **limits)
         if cut.any:
@@ -159,8 +157,8 @@ def _layout(config: Config, rows: TokenRows | Continued, model: Model, shares: i
 
 
 def start_from(model: Model, workdir: Path) -> tuple[Model, Flat]:
-    """The model with the own parameters of another run, trained and frozen (the second stage of a
-    two-stage recipe), and these."""
+    """Overlays another run's fusion, projector and trained parameters (the second stage of a
+    two-stage recipe); also returns them."""
     if not (workdir / CONFIG_FILE).is_file():
         raise InputError(f"train.init_from: {workdir} is not a workdir of a run")
     step, earlier = earlier_part(workdir)

@@ -16,6 +16,7 @@ from jaxfusion.data.rows.examples import Example
 from jaxfusion.data.split_text import Continued
 from jaxfusion.data.tokenizers import Tokenizers
 from jaxfusion.errors import InputError
+from jaxfusion.fields import TrainConfig
 from jaxfusion.nn.bridge import Batch
 
 
@@ -135,6 +136,11 @@ def own_rows(rows: int, place: jax.sharding.Sharding | None) -> np.ndarray:
     own = {index[0].indices(rows)[:2]
            for index in place.addressable_devices_indices_map((rows,)).values()}
     return np.concatenate([np.arange(*bounds) for bounds in sorted(own)])
+
+
+def total_steps(train: TrainConfig, rows: int) -> int:
+    """Steps of a run on this number of rows."""
+    return train.steps or train.epochs * steps_per_epoch(rows, train.batch_size)
 
 
 def steps_per_epoch(rows: int, batch_size: int) -> int:

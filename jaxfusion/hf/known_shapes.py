@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxfusion.errors import InputError
-from jaxfusion.hf.config_json import decoder_config, encoder_config
+from jaxfusion.hf.families import decoder_config, encoder_config
 from jaxfusion.hf.hub import NOT_WEIGHTS, find_files
 from jaxfusion.hf.load import read_config
 from jaxfusion.nn.decoder import Decoder, DecoderConfig

@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 
 from jaxfusion.errors import InputError
 from jaxfusion.files import read_object
-from jaxfusion.hf.config_json import decoder_config, encoder_config
+from jaxfusion.hf.families import decoder_config, encoder_config
 from jaxfusion.hf.hub import convert_hint
 from jaxfusion.hf.tables import TRANSFORMS, Index, Row, Table
 from jaxfusion.nn.decoder import DecoderConfig

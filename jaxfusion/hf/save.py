@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from jaxfusion.errors import InputError
-from jaxfusion.hf.config_json import decoder_json, encoder_json
+from jaxfusion.hf.families import decoder_json, encoder_json
 from jaxfusion.hf.load import INDEX, SINGLE, open_tensors
 from jaxfusion.hf.tables import TRANSFORMS, Table, table
 from jaxfusion.nn.decoder import DecoderConfig

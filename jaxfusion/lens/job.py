@@ -43,7 +43,7 @@ from jaxfusion.sharding.hosts import all_or_none, check_peers, is_first
 from jaxfusion.sharding.mesh import make_mesh
 from jaxfusion.training.checkpoint import trained_part
 from jaxfusion.training.state import Flat
-from jaxfusion.training.trainer import batch_shares
+from jaxfusion.training.trainer import batch_multiple
 from jaxfusion.training.workdir import check_workdir, only_run
 
 PROBE_FILE = "probe.safetensors"
@@ -206,7 +206,7 @@ def prepare(config: LensRunConfig, workdir: Path, mesh: Mesh) -> LensRun:
     for name, run in runs.items():
         if run.lens.method not in TRAINING:
             continue
-        batch_shares(run.train, mesh)
+        batch_multiple(run.train, mesh)
         if run.lens.method == "supervised" and answers is None:
             raise InputError("supervised tuning needs answers: set data.answer to their column")
         if (number := min(run.data.rows, len(texts[config.data.central]))) < run.train.batch_size:

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from flax import traverse_util
 
 from jaxfusion import config as configs
+from jaxfusion.data.pipeline import total_steps
 from jaxfusion.errors import InputError
 from jaxfusion.fields import LensRunConfig
 from jaxfusion.lens.activations import (
@@ -126,11 +127,6 @@ def folder_of(name: str, workdir: Path) -> Path:
     return workdir / configs.directory_name(name)
 
 
-def steps_of(run: LensRunConfig, prompts: int) -> int:
-    """The number of steps of a run with this number of prompts."""
-    return run.train.steps or run.train.epochs * -(-prompts // run.train.batch_size)
-
-
 def at_end(run: LensRunConfig, workdir: Path, prompts: int) -> bool:
     """Whether a workdir has a readable checkpoint of the run's last step.
 
@@ -138,7 +134,7 @@ def at_end(run: LensRunConfig, workdir: Path, prompts: int) -> bool:
       InputError: the workdir belongs to another run.
     """
     check_workdir(run, workdir)
-    last = steps_of(run, prompts)
+    last = total_steps(run.train, prompts)
     return last in saved_steps(workdir) and trained_part(workdir)[0] == last
 
 
@@ -188,7 +184,7 @@ def train_top(run: LensRunConfig, workdir: Path, job: TopJob, params, cached: Ac
       params: of the top blocks, and other parameters that the loss reads; not modified.
     """
     part = traverse_util.flatten_dict({"decoder": params}, sep="/")
-    steps = steps_of(run, len(cached.last))
+    steps = total_steps(run.train, len(cached.last))
     # Copies: steps donate them, and other runs start from the same blocks.
     trainable = {name: jnp.array(part[name], jnp.float32) for name in job.groups}
     frozen = {name: x for name, x in part.items() if name not in job.groups} | job.aims

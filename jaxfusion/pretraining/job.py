@@ -34,7 +34,7 @@ from jaxfusion.training.load import replaced
 from jaxfusion.training.loop import fit
 from jaxfusion.training.optimizer import group_of_each
 from jaxfusion.training.state import Flat, State, merge
-from jaxfusion.training.trainer import Run, batch_shares, put_batch
+from jaxfusion.training.trainer import Run, batch_multiple, put_batch
 from jaxfusion.training.workdir import begin
 
 CHECKPOINT = "hf"  # below the workdir
@@ -89,7 +89,7 @@ def prepare(config: PretrainConfig, mesh, fresh: bool = True):
     if (name == "causal_lm") != (role == "decoder"):
         raise InputError(f"objective '{name}' does not train a tower of role '{role}': use "
                          "causal_lm for a decoder, masked_lm or code_switch for an encoder")
-    batch_shares(config.train, mesh)
+    batch_multiple(config.train, mesh)
     path = Path(config.data.path).expanduser()
     check_version(path)
     corpus = read_corpus(path, config.data.languages)

@@ -33,7 +33,7 @@ from jaxfusion.fields import (
     ProjectorConfig,
 )
 from jaxfusion.files import new_directory
-from jaxfusion.hf.config_json import decoder_config, encoder_config
+from jaxfusion.hf.families import decoder_config, encoder_config
 from jaxfusion.hf.hub import NOT_WEIGHTS, find_files, resolve
 from jaxfusion.hf.load import TensorFiles, load_params, open_tensors, read_config
 from jaxfusion.hf.save import copy_tower, usual_names, write_tokenizer

@@ -25,7 +25,7 @@ from jaxfusion.fields import CompareConfig, Config
 from jaxfusion.nn.bridge import Params
 from jaxfusion.sharding.mesh import make_mesh
 from jaxfusion.training.checkpoint import trained_part
-from jaxfusion.training.frozen import OWN, frozen_part
+from jaxfusion.training.frozen import frozen_of
 from jaxfusion.training.load import Model, load_model, overlay
 from jaxfusion.training.state import merge
 
@@ -100,8 +100,7 @@ class OpenRun:
             model = load_model(self.config, self.mesh)
             if self.llm_only:
                 return model
-            complete = not any(path.startswith(OWN) for path in model.frozen)
-            frozen = frozen_part(self.workdir, self.config, complete)
+            frozen = frozen_of(model, self.workdir, self.config)
             return overlay(model, frozen | trained, str(self.workdir))
 
     @cached_property

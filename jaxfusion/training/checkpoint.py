@@ -55,7 +55,7 @@ class Checkpoints:
     development split.
 
     Raises:
-      InputError: a file has their place; or there is none to read.
+      InputError: `checkpoints` is a file, or is missing in read-only mode.
     """
 
     def __init__(self, workdir: Path, read_only: bool = False):
@@ -245,7 +245,7 @@ def read_notes(place: Path) -> Notes:
     """
     items = _json(place / "_CHECKPOINT_METADATA")["item_handlers"]
     data = _json(place / "data" / "metadata")
-    # A bridge of others has no position.
+    # Adopted checkpoints have no position.
     if data != {} and batches_taken(data) != int(place.name):
         raise Damaged(f"its data position is {batches_taken(data)}, expected {place.name}")
     score = None

@@ -43,6 +43,11 @@ def write_frozen(workdir: Path, kept: dict[str, np.ndarray]) -> None:
         write_checked(file, save({path: np.asarray(x, order="C") for path, x in kept.items()}))
 
 
+def frozen_of(model: Model, workdir: Path, config: Config) -> dict[str, np.ndarray]:
+    """What was frozen in the run whose model this is; see `frozen_part`."""
+    return frozen_part(workdir, config, not any(path.startswith(OWN) for path in model.frozen))
+
+
 def frozen_part(
     workdir: Path, config: Config, complete: bool = False
 ) -> dict[str, np.ndarray]:

@@ -57,7 +57,7 @@ class Profile(Hook):
             self.running = True
 
     def after(self, step: int, metrics: Metrics, due: Due) -> None:
-        """Stops after the last of them, once the device is through with it."""
+        """Stops after the last of them, once the device has finished it."""
         if self.running and step >= self.steps[1]:
             jax.block_until_ready(metrics)
             self._stop()
@@ -101,10 +101,10 @@ class Log(Hook):
 
     def after(self, step: int, metrics: Metrics, due: Due) -> None:
         """Logs the step before this one, where it was due, and this one if it is saved."""
-        if step == self.first + 1:  # which compiles: no speed has that in it
+        if step == self.first + 1:  # it includes compilation, so the speed leaves it out
             jax.block_until_ready(metrics)
             self.out.restart_clock()
-            self.meter.untime()
+            self.meter.exclude_from_speed()
         self._flush()
         if due.log:
             self.pending = (step, metrics, self.meter.take())
@@ -157,8 +157,8 @@ class Signals:
     def __enter__(self) -> "Signals":
         self.heard = self.interrupted = False
         self.before = {}
-        # Of several processes jax's coordination service is told of SIGTERM, and tells all.
-        with suppress(ValueError):  # not in the main thread: whoever has it decides
+        # With several processes, jax's preemption service receives SIGTERM and agrees on a step.
+        with suppress(ValueError):  # signal handlers can only be set in the main thread
             if jax.process_count() == 1:
                 self.before[signal.SIGTERM] = signal.signal(signal.SIGTERM, self._hear)
             if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
@@ -176,11 +176,11 @@ class Signals:
         self.interrupted = True
         raise KeyboardInterrupt
 
-    def stop(self, step: int) -> bool:
-        """True at the step after which to stop.
+    def should_stop(self, step: int) -> bool:
+        """Whether to stop after this step, the same in all processes.
 
         Raises:
-          KeyboardInterrupt: Ctrl-C was pressed, and nobody has heard of it.
+          KeyboardInterrupt: Ctrl-C was pressed, and a callback swallowed the exception.
         """
         if self.interrupted:
             raise KeyboardInterrupt

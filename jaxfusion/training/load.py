@@ -125,7 +125,7 @@ def overlay(model: Model, trained: dict[str, np.ndarray], source: str) -> Model:
 
 
 def replaced(current: Flat, trained: dict[str, np.ndarray], source: str) -> Flat:
-    """Parameters with those of another run in the place of the ones of their names.
+    """Replaces parameters by name with those of another run.
 
     Raises:
       InputError: a parameter that is not among them or has another shape.

@@ -26,7 +26,7 @@ def fit(run: Run, start: Start, profile: tuple[int, int] | None = None) -> State
     """
     trainer = Trainer(run, start.mesh)
     trainer.restore(start.checkpoints)
-    _write_config(run, start)
+    _record_run(run, start)
     log = Log(trainer, start.workdir)
     hooks = [Profile(start.workdir, profile), log, Save(trainer, start.checkpoints, log)]
     with Signals() as signals, ExitStack() as stack:
@@ -37,7 +37,7 @@ def fit(run: Run, start: Start, profile: tuple[int, int] | None = None) -> State
             for hook in hooks:
                 hook.before(trainer.done + 1, rows, batch)
             metrics = trainer.do_step(batch)
-            due = trainer.due(signals.stop(trainer.done))
+            due = trainer.due(signals.should_stop(trainer.done))
             for hook in hooks:
                 hook.after(trainer.done, metrics, due)
             if due.stop:
@@ -46,8 +46,8 @@ def fit(run: Run, start: Start, profile: tuple[int, int] | None = None) -> State
     return trainer.state
 
 
-def _write_config(run: Run, start: Start) -> None:
-    """Says in the workdir what run it is, once all that a start can fail by is done."""
+def _record_run(run: Run, start: Start) -> None:
+    """Writes config, fingerprints and frozen parameters, after all that can fail at start-up."""
     if is_first():
         configs.save(run.config, start.workdir / CONFIG_FILE)
         if run.seen is not None:

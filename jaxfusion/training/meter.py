@@ -15,7 +15,7 @@ class Meter:
     """Counts what went through the steps since it was last asked.
 
     Tokens are those of both towers; with several processes they are extrapolated from this one;
-    FLOPs are the model's, of slots with and without tokens, and nothing that is computed again.
+    FLOPs are the model's, counting padding, but not recomputation.
     """
 
     def __init__(self, plain_loss: Loss, mesh):
@@ -48,8 +48,8 @@ class Meter:
                                                 frozen, batch, key)
             self.flops += self.known[shape]
 
-    def untime(self) -> None:
-        """Leaves out of the speed what was counted, as that of a step that compiles."""
+    def exclude_from_speed(self) -> None:
+        """Drops what was counted so far from the speed, such as the step that compiled."""
         tokens, slots = self.tokens, self.slots
         self._begin()
         self.untimed = (tokens, slots)

@@ -1,4 +1,4 @@
-"""What a training step changes, as two flat trees: what trains and what is frozen."""
+"""The state of a training run, and parameters as flat trees by path."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -35,6 +35,7 @@ jax.tree_util.register_dataclass(
 
 def merge(trainable: Flat, frozen: Flat) -> Params:
     """The parameter tree that the bridge takes."""
+    # `last` and `layer` have no parameters; the bridge expects the key.
     nested = traverse_util.unflatten_dict({**frozen, **trainable}, sep="/")
     return {"fusion": {}, **nested}
 

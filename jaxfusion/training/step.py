@@ -69,7 +69,7 @@ def gradient(
         (value, count), grads = grad(trainable, rows, jax.random.fold_in(key, number))
         return jax.tree.map(jnp.add, sums, (value, count.astype(jnp.float32), grads)), None
 
-    # Each part takes every so-many-th row, so that every device has its share of each.
+    # Strided split, so that each micro-batch is spread over all devices.
     parts = jax.tree.map(lambda x: jnp.moveaxis(
         x.reshape(-1, accumulate, *x.shape[1:]), 1, 0), batch)
     parts = jax.tree.map(lambda x: constrain(x, None, "batch", *[None] * (x.ndim - 2)), parts)

@@ -34,7 +34,8 @@ class Run:
       loss: of a batch.
       trainable, frozen: parameters by path. groups: the optimiser group of each trained one.
       batches: training batches by step number. steps: their number.
-      score: trained parameters -> development scores. best: the score that checkpoints are kept by.
+      score: trained parameters -> development scores. best: the name of the score that decides
+        which checkpoint is kept.
       plain_loss: the loss in the form whose FLOPs are counted.
       seen: fingerprints of the texts that are trained on; kept in the workdir.
       kept: frozen parameters that the workdir has to hold; None where it holds them already.
@@ -99,20 +100,20 @@ class Trainer:
         if restored is None:
             return
         self.state, position = restored
-        if position:  # a bridge of others has none
+        if position:  # adopted checkpoints have none
             self.data.set_state(position)
         self.done = int(self.state.step)
         logger.info("%s %s at step %d", "resuming" if self.done < self.run.steps else "finished:",
                     checkpoints.path.parent, self.done)
 
     def do_step(self, batch: Any) -> Metrics:
-        """One step; returns before the device is through with it."""
+        """One step; returns before the device has finished it."""
         self.state, metrics = self.step(self.state, self.run.frozen, batch, self.key)
         self.done += 1
         return metrics
 
     def due(self, stop: bool) -> Due:
-        """What is to be done after the step that was done last.
+        """What to do after the last completed step.
 
         Args:
           stop: the run is asked to end here.
@@ -129,10 +130,12 @@ class Trainer:
 class Step:
     """What a training step is compiled from; equal ones are the same program.
 
+    Dictionaries are not hashable: they are compared, but not hashed.
+
     Attributes:
       loss, groups: as of `Run`. accumulate: parts of a batch. steps: of the schedule.
       shardings: of the state.
-      update: what the fields above make; they tell whether it is the same.
+      update: the optax optimizer; derived from the fields above, so it is not compared.
     """
 
     loss: Loss
@@ -151,8 +154,8 @@ def compiled_step(step: Step):
     return make_train_step(step.loss, step.update, schedules, step.shardings, step.accumulate)
 
 
-def batch_shares(train: TrainConfig, mesh) -> int:
-    """Into how many equal parts the rows of a batch go: of the mesh, and one after the other.
+def batch_multiple(train: TrainConfig, mesh) -> int:
+    """Data shards times accumulation steps; the batch size must be a multiple.
 
     Raises:
       InputError: the batch does not divide.

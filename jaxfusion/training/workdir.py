@@ -1,4 +1,4 @@
-"""The directory of a run: whose it is, which run it holds, and who may write there."""
+"""The directory of a run: checks that it belongs to this run, and locks it."""
 
 import dataclasses
 import json
@@ -27,11 +27,12 @@ from jaxfusion.training.hooks import PROFILE
 from jaxfusion.training.logs import METRICS, TENSORBOARD
 
 TEMPORARY = ".orbax-checkpoint-tmp"  # in the name of what is being written
-# What a start leaves that came to no step, and one that has saved none.
-OF_NO_START = {WRITER, *(f".{CONFIG_FILE}{end}" for end in (".partial", ".sum", ".sum.partial"))}
-OF_A_START = OF_NO_START | {CONFIG_FILE, SEEN, FROZEN_FILE, METRICS, TENSORBOARD, PROFILE, *(
-    f".{file}{end}" for file in (SEEN, FROZEN_FILE, METRICS)
-    for end in (".partial", ".sum", ".sum.partial"))}
+# Files of a run that never started, and of one that started but saved no step.
+LOCK_FILES = {WRITER, *(f".{CONFIG_FILE}{end}" for end in (".partial", ".sum", ".sum.partial"))}
+FILES_BEFORE_A_SAVE = LOCK_FILES | {
+    CONFIG_FILE, SEEN, FROZEN_FILE, METRICS, TENSORBOARD, PROFILE,
+    *(f".{file}{end}" for file in (SEEN, FROZEN_FILE, METRICS)
+      for end in (".partial", ".sum", ".sum.partial"))}
 logger = logging.getLogger(__name__)
 
 
@@ -64,7 +65,7 @@ def begin(config: Job, workdir: Path) -> Iterator[Start]:
         fit the devices; or processes differ in config or checkpoints.
     """
     with only_run(config, workdir):
-        with all_or_none():
+        with all_or_none():  # again, now that no other process can write there
             config = check_workdir(config, workdir)
         check_peers(config=json.dumps(dataclasses.asdict(config), sort_keys=True))
         mesh = make_mesh(**vars(config.mesh))
@@ -75,8 +76,8 @@ def begin(config: Job, workdir: Path) -> Iterator[Start]:
 
 @contextmanager
 def only_run(config: Job, workdir: Path) -> Iterator[None]:
-    """Makes the workdir, and keeps other processes from writing there while the block runs. What
-    nothing came of goes again.
+    """Makes the workdir, and keeps other processes from writing there while the block runs. If
+    the run fails before it writes anything, new directories are removed.
 
     Raises:
       InputError: the workdir holds another run, or another process writes there.
@@ -112,8 +113,7 @@ def _remove_empty(directories: list[Path]) -> None:
 def check_workdir(config: Job, workdir: Path) -> Job:
     """The config, with hub commits as the workdir's earlier start resolved them.
 
-    A config under which nothing was saved gives way to another one: its start failed, or was
-    stopped.
+    If no step was saved, a different config may replace the old one.
 
     Raises:
       InputError: the workdir holds another run, or is none.
@@ -125,7 +125,7 @@ def check_workdir(config: Job, workdir: Path) -> Job:
     if workdir.exists() and not workdir.is_dir():
         raise InputError(f"{workdir} is a file, expected a directory; choose another --workdir")
     if not file.is_file():
-        if workdir.exists() and any(x.name not in OF_NO_START for x in workdir.iterdir()):
+        if workdir.exists() and any(x.name not in LOCK_FILES for x in workdir.iterdir()):
             raise InputError(
                 f"{workdir} is not empty and no run's workdir: {CONFIG_FILE} is missing"
             )
@@ -142,7 +142,7 @@ def check_workdir(config: Job, workdir: Path) -> Job:
     from_hub = isinstance(config, Config | LensRunConfig)
     for role in [x for x in ROLES if from_hub and hasattr(config, x)]:
         was, now = getattr(old, role), getattr(config, role)
-        if _moves(now.revision) and now.checkpoint == was.checkpoint:
+        if _is_mutable(now.revision) and now.checkpoint == was.checkpoint:
             config = replace(config, **{role: replace(now, revision=was.revision)})
     if isinstance(config, Config):
         config = replace(config, data=_same_rows(old.data, config.data))
@@ -164,16 +164,17 @@ def _has_begun(workdir: Path) -> bool:
             path.name.partition(".")[0].isdigit() and TEMPORARY not in path.name
             for path in checkpoints.iterdir()):
         return True
-    return any(path.name not in OF_A_START and path != checkpoints for path in workdir.iterdir())
+    return any(path.name not in FILES_BEFORE_A_SAVE and path != checkpoints
+               for path in workdir.iterdir())
 
 
-def _moves(revision: str | None) -> bool:
-    """Whether what a revision names may be another tomorrow."""
+def _is_mutable(revision: str | None) -> bool:
+    """Whether a revision is a branch or tag rather than a commit."""
     return revision is None or not COMMIT.fullmatch(revision)
 
 
 def _same_rows(was: DataConfig, now: DataConfig) -> DataConfig:
     """The data with its hub commit as the earlier start resolved it."""
-    if _moves(now.revision) and (was.task, was.path) == (now.task, now.path):
+    if _is_mutable(now.revision) and (was.task, was.path) == (now.task, now.path):
         return replace(now, revision=was.revision)
     return now

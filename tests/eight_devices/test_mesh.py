@@ -101,7 +101,7 @@ def train_on(sizes, config, workdir, stop=None):
         leave_unscored(patch)
         patch.setattr(workdirs, "make_mesh", lambda **_: make_mesh(*sizes, devices=devices))
         if stop is not None:
-            patch.setattr(hooks.Signals, "stop", lambda self, step: step == stop)
+            patch.setattr(hooks.Signals, "should_stop", lambda self, step: step == stop)
             with pytest.raises(Stopped):
                 train(config, workdir)
         else:

@@ -33,10 +33,10 @@ def read_examples(
     name: str, task: Task, split: str, language: str, path: str | None
 ) -> list[Example]:
     """All rows of a split in the source's order; arguments and errors as in `examples`."""
-    return list(examples(name, task, split, language, path))
+    return list(read_stream(name, task, split, language, path))
 
 
-def examples(
+def read_stream(
     name: str, task: Task, split: str, language: str, path: str | None
 ) -> Iterator[Example]:
     """Iterates over a split in the source's order, reading lazily.
