@@ -4,7 +4,8 @@
 
 Trains four bridges between pocket/encoder and pocket/decoder on English alone and scores them, the
 LLM alone and a lookup of surface features in every language of the pocket world. Writes
-runs/quickstart/report.html, report.md, accuracy.png and layers.png, and a run's workdir for each bridge.
+runs/quickstart/report.html, report.md, accuracy.png, layers.png and a run's workdir for each
+bridge.
 
 Needs: two CPU cores, three minutes. The projector starts at a regression onto the LLM's embeddings,
 which is no part of the papers' method: `--config.base.projector.warm_start=False` starts it at
