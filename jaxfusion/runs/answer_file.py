@@ -152,7 +152,7 @@ def _begin(out: Path, rows: list[Placed], about: dict[str, Any]) -> int:
         return 0
     restart = f"give another --output, or remove {out}"
     if not about_file.is_file():
-        raise InputError(f"{about_file}, with the settings of {out}, is missing: {restart}")
+        raise InputError(f"{about_file} is missing (the settings of {out}): {restart}")
     old = read_json(about_file, restart)
     for name in about:
         if old.get(name) != about[name]:
