@@ -135,7 +135,7 @@ def test_a_config_alone_makes_no_model(reference):
     config = AutoConfig.from_pretrained(reference["out"], trust_remote_code=True)
     with pytest.raises(ValueError, match="use from_pretrained"):
         AutoModelForCausalLM.from_config(config, trust_remote_code=True)
-    with pytest.raises(ValueError, match="output_loading_info; leave it out"):
+    with pytest.raises(ValueError, match="output_loading_info; remove it"):
         clients.load(reference["out"], output_loading_info=True)
 
 
