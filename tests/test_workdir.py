@@ -355,11 +355,11 @@ def test_scripts_let_jax_have_a_gpu_s_memory():
 ])
 def test_a_kernel_that_cannot_run_is_said_once(caplog, dtype, head_dim, cap, why):
     """Finding 40."""
-    build._say_plain.cache_clear()
+    build._log_plain.cache_clear()
     with caplog.at_level(logging.INFO):
         for _ in range(3):
-            build._say_plain("decoder", "cudnn", head_dim, jnp.dtype(dtype), cap, False)
-            build._say_plain("decoder", "auto", head_dim, jnp.dtype(dtype), cap, False)
+            build._log_plain("decoder", "cudnn", head_dim, jnp.dtype(dtype), cap, False)
+            build._log_plain("decoder", "auto", head_dim, jnp.dtype(dtype), cap, False)
     found, = caplog.messages
     assert pytest.importorskip("re").search(why, found)
 

@@ -18,8 +18,8 @@ from jax.sharding import Mesh
 
 from jaxfusion import config as configs
 from jaxfusion.config import CONFIG_FILE
-from jaxfusion.errors import InputError, choose
-from jaxfusion.fields import METHODS, PLACES, RECIPES, LensRunConfig, ParallelConfig
+from jaxfusion.errors import InputError
+from jaxfusion.fields import LensRunConfig, ParallelConfig
 from jaxfusion.lens import probe as probing
 from jaxfusion.lens.model import Model, load_model
 from jaxfusion.lens.parallel_text import read_parallel
@@ -230,9 +230,6 @@ def variants(config: LensRunConfig) -> dict[str, LensRunConfig]:
     """
     runs = configs.sweep(config) if config.sweep else {config.lens.method: config}
     for name, run in runs.items():
-        choose("lens.method", run.lens.method, METHODS)
-        choose("lens.recipe", run.lens.recipe, RECIPES)
-        choose("lens.keep", run.lens.keep, PLACES)
         if name == UNTOUCHED:
             raise InputError(f"a run of a sweep is named '{name}', the name of the original LLM in "
                              "tables; choose another name")

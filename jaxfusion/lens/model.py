@@ -11,8 +11,8 @@ import numpy as np
 from flax import traverse_util
 
 from jaxfusion.data.tokenizers import Tokenizers, chat_turn, load_tokenizer, read_end_tokens
-from jaxfusion.errors import InputError, choose
-from jaxfusion.fields import DTYPES, REMATS, LensRunConfig
+from jaxfusion.errors import InputError
+from jaxfusion.fields import LensRunConfig
 from jaxfusion.hf.hub import resolve
 from jaxfusion.hf.load import load_params, open_tensors, read_shape
 from jaxfusion.hf.tables import table
@@ -59,8 +59,7 @@ def _alone(config: LensRunConfig, mesh) -> tuple[Model, LensRunConfig]:
     tower = config.decoder
     path, commit = resolve(tower.checkpoint, tower.revision)
     shape = read_shape("decoder", path)
-    decoder = Decoder(shape, jnp.dtype(choose("dtype", tower.dtype, DTYPES)),
-                      choose("remat", tower.remat, REMATS),
+    decoder = Decoder(shape, jnp.dtype(tower.dtype), tower.remat,
                       kernel_for("decoder", tower.attention))
     tokens = jnp.zeros((1, 2), jnp.int32)
     places = describe(lambda: decoder.init(

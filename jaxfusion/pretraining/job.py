@@ -13,10 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
+from jaxfusion.data.pipeline import total_steps
 from jaxfusion.data.pocket.lexicon import ABOUT_FILE, WORLD_FILE, check_version
 from jaxfusion.data.tokenizers import train_tokenizer
-from jaxfusion.errors import InputError, choose
-from jaxfusion.fields import OBJECTIVES, ROLES, PretrainConfig, TowerConfig
+from jaxfusion.errors import InputError
+from jaxfusion.fields import PretrainConfig, TowerConfig
 from jaxfusion.files import new_directory
 from jaxfusion.hf.save import write_tokenizer, write_tower
 from jaxfusion.nn.bridge import Params
@@ -83,13 +84,55 @@ def _is_of(out: Path, config: PretrainConfig) -> bool:
 
 
 def prepare(config: PretrainConfig, mesh, fresh: bool = True):
-    """Returns the run, its tower's shape, and the tokenizer trained on the same text."""
-    name = choose("objective", config.objective.name, OBJECTIVES)
-    role = choose("tower.role", config.tower.role, ROLES)
+    """Returns the run, its tower's shape, and the tokenizer trained on the same text.
+
+    Raises:
+      InputError: objective and tower do not fit each other, or text is missing.
+    """
+    c, role = config.train, config.tower.role
+    batch_multiple(c, mesh)
+    texts, pairs = read_texts(config)
+    tokenizer = train_tokenizer(role, _balanced(texts, config.data.sampling, c.seed),
+                                config.tower.vocab_size)
+    train_rows, dev_rows = hold_out(texts, config.data.dev_rows, c.seed)
+    tower = tower_shape(config.tower, len(tokenizer))
+    model = TextLM(role, MT5Encoder(tower) if role == "encoder" else Decoder(tower),
+                   config.objective.noise)
+    limit, steps = config.data.max_tokens, total_steps(c, len(train_rows))
+    if role == "decoder":
+        rows, cut = causal_rows(texts, tokenizer, config.objective, limit)
+    else:
+        rows, cut = denoising_rows(texts, pairs, tokenizer, config.objective, config.data.pivot,
+                                   limit)
+    if cut:
+        logger.warning("%d texts are truncated to %d tokens", cut, limit)
+    batches = TextBatches(rows, [d.language for d in texts], train_rows, config.data,
+                          c.batch_size, c.seed, steps, sharding(mesh, "batch"))
+    logger.info("%s texts, %d tokens in the vocabulary", f"{len(train_rows):,}", len(tokenizer))
+
+    def init() -> Params:
+        return model.init(jax.random.key(c.seed))
+
+    trainable = initialise(init, describe(init, mesh))
+    if c.init_from is not None and fresh:
+        trainable = replaced(trainable, trained_part(Path(c.init_from))[1], c.init_from)
+    run = Run(config, model.loss, trainable, {},
+              group_of_each(trainable, config.optimizer.groups), batches, steps,
+              _dev_scorer(model, batches, dev_rows, mesh, config), best="accuracy",
+              plain_loss=model.loss)
+    return run, tower, tokenizer
+
+
+def read_texts(config: PretrainConfig) -> tuple[list[Document], dict[str, list[tuple[str, str]]]]:
+    """The texts that the objective learns from, and sentence pairs by language.
+
+    Raises:
+      InputError: the objective does not train such a tower, or text that it needs is missing.
+    """
+    name, role = config.objective.name, config.tower.role
     if (name == "causal_lm") != (role == "decoder"):
         raise InputError(f"objective '{name}' does not train a tower of role '{role}': use "
                          "causal_lm for a decoder, masked_lm or code_switch for an encoder")
-    batch_multiple(config.train, mesh)
     path = Path(config.data.path).expanduser()
     check_version(path)
     corpus = read_corpus(path, config.data.languages)
@@ -104,47 +147,22 @@ def prepare(config: PretrainConfig, mesh, fresh: bool = True):
     if name == "code_switch" and not corpus.pairs:
         raise InputError(f"{path} has no pairs-LANGUAGE.tsv, which objective "
                          "code_switch needs; use masked_lm")
-    tokenizer = train_tokenizer(
-        role, _balanced(texts, config.data.sampling, config.train.seed),
-        config.tower.vocab_size,
-    )
-    order = np.random.default_rng(config.train.seed).permutation(len(texts))
-    dev_rows, train_rows = np.split(order, [config.data.dev_rows])
+    return texts, corpus.pairs
+
+
+def hold_out(texts: Sequence[Document], dev_rows: int, seed: int) -> tuple[np.ndarray, list[int]]:
+    """Numbers of the texts to train on, and of those held out.
+
+    Raises:
+      InputError: nothing is left to train on.
+    """
+    order = np.random.default_rng(seed).permutation(len(texts))
+    held, train = np.split(order, [dev_rows])
+    if not len(train):
+        raise InputError(f"data.dev_rows is {dev_rows}, but there are only {len(order)} texts")
     # A text with duplicates in the training rows is not held out.
-    seen = {texts[i].text for i in train_rows}
-    dev_rows = [i for i in dev_rows if texts[i].text not in seen]
-    if not len(train_rows):
-        raise InputError(f"data.dev_rows is {config.data.dev_rows}, but there are only "
-                         f"{len(order)} texts")
-    tower = tower_shape(config.tower, len(tokenizer))
-    model = TextLM(role, MT5Encoder(tower) if role == "encoder" else Decoder(tower),
-                   config.objective.noise)
-    per_epoch = -(-len(train_rows) // config.train.batch_size)
-    steps = config.train.steps or config.train.epochs * per_epoch
-
-    if role == "decoder":
-        rows, cut = causal_rows(texts, tokenizer, config.objective, config.data.max_tokens)
-    else:
-        rows, cut = denoising_rows(texts, corpus.pairs, tokenizer, config.objective,
-                                   config.data.pivot, config.data.max_tokens)
-    if cut:
-        logger.warning("%d texts are truncated to %d tokens", cut, config.data.max_tokens)
-    batches = TextBatches(rows, [d.language for d in texts], train_rows, config.data,
-                          config.train.batch_size, config.train.seed, steps,
-                          sharding(mesh, "batch"))
-    logger.info("%s texts, %d tokens in the vocabulary", f"{len(train_rows):,}", len(tokenizer))
-
-    def init() -> Params:
-        return model.init(jax.random.key(config.train.seed))
-
-    trainable = initialise(init, describe(init, mesh))
-    if config.train.init_from is not None and fresh:
-        source = Path(config.train.init_from)
-        trainable = replaced(trainable, trained_part(source)[1], str(source))
-    run = Run(config, model.loss, trainable, {},
-              group_of_each(trainable, config.optimizer.groups), batches, steps,
-              _dev_scorer(model, batches, dev_rows, mesh, config), "accuracy", model.loss)
-    return run, tower, tokenizer
+    seen = {texts[i].text for i in train}
+    return train, [i for i in held if texts[i].text not in seen]
 
 
 def tower_shape(config: TowerConfig, vocab_size: int) -> MT5Config | DecoderConfig:

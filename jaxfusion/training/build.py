@@ -11,15 +11,8 @@ from flax import linen as nn
 from flax import traverse_util
 from jax.sharding import Mesh, NamedSharding
 
-from jaxfusion.errors import InputError, choose
+from jaxfusion.errors import InputError
 from jaxfusion.fields import (
-    ATTENTIONS,
-    BACKWARDS,
-    DTYPES,
-    FUSIONS,
-    PROJECTORS,
-    REMATS,
-    ROLES,
     Config,
 )
 from jaxfusion.nn.attention import why_plain
@@ -96,11 +89,11 @@ def kernel_for(role: str, asked: str, platform: str | None = None) -> str:
     """The attention of a tower on a platform, jax's own by default.
 
     Raises:
-      InputError: an unknown one, or one for another platform.
+      InputError: it is for another platform.
     """
     platform = platform or jax.default_backend()
     own = KERNEL_OF.get(platform, "plain")
-    if choose("attention", asked, ATTENTIONS) == "auto":
+    if asked == "auto":
         return own
     if asked not in ("plain", own):
         raise InputError(f"{role}.attention is '{asked}', which is not for {platform}; set it to "
@@ -109,10 +102,11 @@ def kernel_for(role: str, asked: str, platform: str | None = None) -> str:
 
 
 @lru_cache  # logged once
-def _say_plain(
-    role: str, asked: str, head_dim: int, dtype: jnp.dtype, cap: float | None, dropout: bool
+def _log_plain(
+    role: str, asked: str, head_dim: int, dtype: jnp.dtype, cap: float | None = None,
+    dropout: bool = False,
 ) -> None:
-    """Says where a kernel that was asked for by name does not run."""
+    """Warns where a kernel that was asked for by name does not run."""
     if asked in ("auto", "plain"):
         return
     why = why_plain(asked, head_dim, dtype, cap)
@@ -133,26 +127,23 @@ def make_bridge(config: Config, encoder, decoder, platform: str | None = None) -
       platform: of the devices it is for; defaults to jax's.
 
     Raises:
-      InputError: unknown names, or a layer that the encoder does not have.
+      InputError: a layer that the encoder does not have, or a kernel for another platform.
     """
     fusion, layers = config.fusion, encoder.num_layers
-    choose("fusion", fusion.name, FUSIONS)
     if not 1 <= fusion.layer <= layers:  # a slip under every fusion, though only `layer` reads it
         raise InputError(f"fusion.layer is {fusion.layer}, the encoder has layers 1 to {layers}")
-    dtypes = [jnp.dtype(choose("dtype", tower.dtype, DTYPES))
-              for tower in (config.encoder, config.decoder)]
-    remats = [choose("remat", tower.remat, REMATS) for tower in (config.encoder, config.decoder)]
-    kernels = [kernel_for(role, getattr(config, role).attention, platform) for role in ROLES]
-    caps = (None, decoder.attn_cap)
-    for role, shape, dtype, cap in zip(ROLES, (encoder, decoder), dtypes, caps, strict=True):
-        _say_plain(role, getattr(config, role).attention, shape.head_dim, dtype, cap,
-                   role == "encoder" and config.encoder.dropout > 0)
+    first, second = config.encoder, config.decoder
+    encoder_dtype, decoder_dtype = jnp.dtype(first.dtype), jnp.dtype(second.dtype)
+    _log_plain("encoder", first.attention, encoder.head_dim, encoder_dtype,
+               dropout=first.dropout > 0)
+    _log_plain("decoder", second.attention, decoder.head_dim, decoder_dtype, decoder.attn_cap)
     return Bridge(
-        MT5Encoder(encoder, dtypes[0], config.encoder.dropout, remats[0], kernels[0]),
-        Decoder(decoder, dtypes[1], remats[1], kernels[1]),
+        MT5Encoder(encoder, encoder_dtype, first.dropout, first.remat,
+                   kernel_for("encoder", first.attention, platform)),
+        Decoder(decoder, decoder_dtype, second.remat,
+                kernel_for("decoder", second.attention, platform)),
         _make_projector(config, decoder.d_model),
-        fusion.name, fusion.layer, fusion.dropout, fusion.d_ff, fusion.noise,
-        choose("fusion.backward", fusion.backward, BACKWARDS),
+        fusion.name, fusion.layer, fusion.dropout, fusion.d_ff, fusion.noise, fusion.backward,
     )
 
 
@@ -167,7 +158,7 @@ def plain(bridge: Bridge) -> Bridge:
 
 def _make_projector(config: Config, width: int) -> Projector | Resampler:
     c = config.projector
-    if choose("projector", c.name, PROJECTORS) != "resampler":
+    if c.name != "resampler":
         return Projector(c.name, width, c.end_std, c.d_ff)
     if config.data.pack:
         raise InputError("projector 'resampler' needs one example per row: set data.pack=False")

@@ -7,8 +7,8 @@ from typing import Any
 
 import optax
 
-from jaxfusion.errors import InputError, choose, near_match
-from jaxfusion.fields import SCHEDULES, GroupConfig, OptimizerConfig
+from jaxfusion.errors import InputError, near_match
+from jaxfusion.fields import GroupConfig, OptimizerConfig
 
 
 def group_of_each(paths: Iterable[str], groups: dict[str, GroupConfig]) -> dict[str, str]:
@@ -43,14 +43,10 @@ def make_schedules(config: OptimizerConfig, steps: int) -> dict[str, optax.Sched
 def make_schedule(
     config: OptimizerConfig, learning_rate: float, steps: int
 ) -> Callable[[Any], Any]:
-    """Linear warm-up from 0, then cosine to 0 at `steps`, or constant.
-
-    Raises:
-      InputError: unknown schedule.
-    """
+    """Linear warm-up from 0, then cosine to 0 at `steps`, or constant."""
     # As in transformers; a single step has no warm-up, in which it would learn nothing.
     warmup = min(math.ceil(config.warmup_fraction * steps), steps - 1)
-    if choose("schedule", config.schedule, SCHEDULES) == "cosine":
+    if config.schedule == "cosine":
         return optax.warmup_cosine_decay_schedule(0.0, learning_rate, warmup, max(steps, 1))
     return optax.join_schedules(
         [optax.linear_schedule(0.0, learning_rate, warmup), optax.constant_schedule(learning_rate)],

@@ -83,6 +83,7 @@ def only_run(config: Job, workdir: Path) -> Iterator[None]:
       InputError: the workdir holds another run, or another process writes there.
     """
     with all_or_none():
+        configs.check(config)
         check_workdir(config, workdir)
     with ExitStack() as stack:
         with all_or_none():
