@@ -24,6 +24,7 @@ from jaxfusion.data.tokenizers import Tokenizers
 from jaxfusion.errors import InputError
 from jaxfusion.evaluation.perplexity import fidelity, load_identifier, perplexity
 from jaxfusion.fields import LensConfig, ParallelConfig
+from jaxfusion.files import WRITER, only_writer
 from jaxfusion.hf.families import decoder_config
 from jaxfusion.hf.load import read_config
 from jaxfusion.hf.save import write_tower
@@ -462,10 +463,19 @@ def test_runs_of_a_sweep_keep_prompts_of_their_own(cache_dir, tmp_path):
                for name, x in trained_part(tmp_path / "run" / "Lens")[1].items())
 
 
-def test_the_settings_of_a_sweep_compile_once(cache_dir, tmp_path):
+def check_locked(workdir):
+    with pytest.raises(InputError, match="is being written by"), only_writer(
+            workdir / WRITER, workdir):
+        pass
+
+
+def test_the_settings_of_a_sweep_compile_once(cache_dir, tmp_path, monkeypatch):
     config = debug_config(sweep=({"name": "a"}, {"name": "b", "lens": {
         "align": 0.5, "separate": 2.0, "weights": {"deva": 3.0}}}))
     compiled_step.cache_clear()
+    draw = job.draw_languages
+    monkeypatch.setattr(job, "draw_languages", lambda *x: (  # the workdir is still locked
+        check_locked(tmp_path / "run"), draw(*x)))
     job.lens(config, tmp_path / "run")
     found = compiled_step.cache_info()
     assert (found.misses, found.hits) == (1, 1)

@@ -304,6 +304,16 @@ def test_ctrl_c_that_a_callback_swallows_ends_the_run_after_the_step():
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
+def test_the_last_save_is_on_disk_before_sigterm_may_end_the_process(
+        cache_dir, tmp_path, unscored, monkeypatch):
+    handlers, wait = [], Checkpoints.wait
+    monkeypatch.setattr(Checkpoints, "wait", lambda self: (
+        handlers.append(signal.getsignal(signal.SIGTERM)), wait(self)))
+    train(make_config(cache_dir, train__steps=1), tmp_path / "run")
+    assert handlers and all(isinstance(x.__self__, Signals) for x in handlers)
+
+
+
 def test_sigterm_before_the_first_step_has_its_status(cache_dir, tmp_path):
     """75 from the start on, while rows are tokenized."""
     process = subprocess.Popen(

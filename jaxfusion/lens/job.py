@@ -67,20 +67,21 @@ def lens(config: LensRunConfig, workdir: Path) -> Comparison | None:
     with all_or_none():
         config = _with_llm(config)
     mesh = make_mesh(**vars(config.mesh))
-    with only_run(config, workdir), jax.set_mesh(mesh):
-        with all_or_none():
-            run = prepare(config, workdir, mesh)
-        run.write_config()
-        probe = run.probe()
-        before = run.picture(probe)
-        scores = run.score_untrained(probe)
-        seconds = run.train(probe)
-        trained, moved = run.score_trained()
-    if not is_first():
-        return None
-    draw_languages(before, moved, workdir / "languages.png")
-    scores = {name: (scores | trained)[name] for name in (UNTOUCHED, *run.methods)}
-    return report(run.config, scores, seconds, workdir)
+    with only_run(config, workdir):
+        with jax.set_mesh(mesh):
+            with all_or_none():
+                run = prepare(config, workdir, mesh)
+            run.write_config()
+            probe = run.probe()
+            before = run.picture(probe)
+            scores = run.score_untrained(probe)
+            seconds = run.train(probe)
+            trained, moved = run.score_trained()
+        if not is_first():
+            return None
+        draw_languages(before, moved, workdir / "languages.png")
+        scores = {name: (scores | trained)[name] for name in (UNTOUCHED, *run.methods)}
+        return report(run.config, scores, seconds, workdir)
 
 
 def _with_llm(config: LensRunConfig) -> LensRunConfig:

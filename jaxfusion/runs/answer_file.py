@@ -68,8 +68,8 @@ def answer_file(
     if not rows:
         raise InputError(f"{source} has no rows")
     queries = [query_of(task, row, where) for row, where in rows]
-    scorer = run.scorer(task)
     with run.on_mesh(), _alone(out) as file:
+        scorer = run.scorer(task)
         done = _begin(out, rows, {
             "workdir": str(workdir.absolute()), "step": run.step, "llm_only": llm_only,
             **{name: asdict(config)[name] for name in DECODING}})

@@ -65,6 +65,7 @@ class JaxFusion(LM):
             raise InputError("workdir is missing; give --model_args workdir=DIR")
         given = {"batch_size": int(batch_size)} if str(batch_size or "").isdigit() else {}
         self.run = open_run(Path(workdir), given, llm_only)
+        self.params = self.run.params  # read before the harness makes its tasks
         self.bare, self.end, self.workdir = llm_only, end and not llm_only, workdir
 
     @property
@@ -138,7 +139,7 @@ class JaxFusion(LM):
             scorer = self.run.scorer(FREE, **_decoding(requests[places[0]].args[1]))
             examples = [Example(requests[i].args[0], "", -1) for i in places]
             with self.run.on_mesh():
-                for i, answer in zip(places, scorer(self.run.params, examples, FREE).answers,
+                for i, answer in zip(places, scorer(self.params, examples, FREE).answers,
                                      strict=True):
                     answers[i] = answer
         return answers
@@ -164,7 +165,7 @@ class JaxFusion(LM):
                 ids = [[options[i][c] if c < len(options[i]) else [] for i in numbers]
                        for c in range(most)]
                 _, scores, greedy = jax.device_get(
-                    scorer.score(self.run.params, batch, *pad_options(ids, size)))
+                    scorer.score(self.params, batch, *pad_options(ids, size)))
                 for row, i in enumerate(numbers):
                     scored[i] = [(float(scores[c, row]), bool(greedy[c, row]))
                                 for c in range(len(options[i]))]

@@ -31,7 +31,7 @@ from jaxfusion.training.state import merge
 
 
 def open_run(
-    workdir: Path, decoding: dict[str, Any] | None = None, llm_only: bool = False
+    workdir: Path | str, decoding: dict[str, Any] | None = None, llm_only: bool = False
 ) -> "OpenRun":
     """Opens the workdir of a bridge; its weights are read on first use.
 
@@ -42,6 +42,7 @@ def open_run(
     Raises:
       InputError: not the workdir of a bridge.
     """
+    workdir = Path(workdir)
     config = configs.load(workdir / CONFIG_FILE)
     if isinstance(config, CompareConfig):
         inside = ", ".join(str(workdir / x) for runs in run_folders(config).values() for x in runs)
@@ -65,9 +66,9 @@ class OpenRun:
     config: Config
     llm_only: bool = False
 
-    @cached_property
     def trained(self) -> tuple[int, dict[str, np.ndarray]]:
         """The best checkpoint's step and trained parameters by path; 0 and none for the bare LLM.
+        They are read from disk each time: a cached copy would stay in host memory.
 
         Raises:
           InputError: no readable checkpoint.
@@ -77,7 +78,7 @@ class OpenRun:
     @property
     def step(self) -> int:
         """The best checkpoint's step."""
-        return self.trained[0]
+        return self._loaded[0]
 
     @cached_property
     def mesh(self) -> Mesh:
@@ -88,20 +89,24 @@ class OpenRun:
         """A context with the mesh set, for computation."""
         return jax.set_mesh(self.mesh)
 
-    @cached_property
+    @property
     def model(self) -> Model:
         """The bridge and its parameters, on the mesh.
 
         Raises:
           InputError: towers or checkpoint cannot be read, or do not match.
         """
-        trained = self.trained[1]  # before the towers, which take longer to load
+        return self._loaded[1]
+
+    @cached_property
+    def _loaded(self) -> tuple[int, Model]:
+        step, trained = self.trained()  # before the towers, which take longer to load
         with self.on_mesh():
             model = load_model(self.config, self.mesh)
             if self.llm_only:
-                return model
+                return step, model
             frozen = frozen_of(model, self.workdir, self.config)
-            return overlay(model, frozen | trained, str(self.workdir))
+            return step, overlay(model, frozen | trained, str(self.workdir))
 
     @cached_property
     def params(self) -> Params:

@@ -24,12 +24,12 @@ def fit(run: Run, start: Start, profile: tuple[int, int] | None = None) -> State
       InputError: no checkpoint can be read, the disk is full, or the loss is not a number.
       Stopped: SIGTERM came; the state is saved.
     """
-    trainer = Trainer(run, start.mesh)
-    trainer.restore(start.checkpoints)
-    _record_run(run, start)
-    log = Log(trainer, start.workdir)
-    hooks = [Profile(start.workdir, profile), log, Save(trainer, start.checkpoints, log)]
     with Signals() as signals, ExitStack() as stack:
+        trainer = Trainer(run, start.mesh)
+        trainer.restore(start.checkpoints)
+        _record_run(run, start)
+        log = Log(trainer, start.workdir)
+        hooks = [log, Profile(start.workdir, profile), Save(trainer, start.checkpoints, log)]
         for hook in hooks:
             stack.enter_context(hook)
         while trainer.done < run.steps:
@@ -43,6 +43,7 @@ def fit(run: Run, start: Start, profile: tuple[int, int] | None = None) -> State
             if due.stop:
                 raise Stopped(f"stopped by SIGTERM after step {trainer.done}, which is saved; the "
                               "same command goes on from there")
+        start.checkpoints.wait()  # while SIGTERM does not end the process
     return trainer.state
 
 

@@ -90,7 +90,7 @@ def collect(workdir: Path, out: Path) -> Trained:
     """Reads the workdir; raises InputError if `out` would overwrite it or its backbones."""
     run = open_run(workdir)
     check_out(out, workdir)
-    step, trained = run.trained
+    step, trained = run.trained()
     towers = open_towers(run.config)
     check_out(out, *towers.paths.values())
     config, shapes = towers.config, towers.shapes
