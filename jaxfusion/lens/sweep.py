@@ -66,6 +66,9 @@ def train_all(
         due = {name: run for name, run in runs.items()
                if not at_end(run, folder_of(name, workdir), prompts[name])}
     check_peers(due=str(list(due)))
+    for name in [name for name in runs if name not in due]:
+        logger.info("finished: %s at step %d", folder_of(name, workdir),
+                    total_steps(runs[name].train, prompts[name]))
     if not due:
         return model, {}
     seconds = _cache_and_train(config, due, prompts, texts, answers, model, probe, workdir)
