@@ -21,7 +21,7 @@ from jaxfusion.errors import InputError
 WORKDIR = flags.DEFINE_list("workdir", [], "workdir of a run of train.py, or of several seeds")
 TASKS = flags.DEFINE_list("tasks", [], "default: config.eval.tasks, or the training task")
 LANGUAGES = flags.DEFINE_list("languages", [], "default: config.eval.languages, or all of a task")
-LIMIT = flags.DEFINE_integer("limit", None, "score the first so many rows", lower_bound=1)
+LIMIT = flags.DEFINE_integer("limit", None, "score only the first N rows", lower_bound=1)
 DATA_PATH = flags.DEFINE_string("data_path", None, "where the rows are, as config.data.path")
 DROP_SEEN = flags.DEFINE_bool("drop_seen", False, "leave out test rows that were trained on")
 LLM_ONLY = flags.DEFINE_bool("llm_only", False, "the bare LLM on the text prompt")
@@ -35,7 +35,7 @@ REPORT = flags.DEFINE_bool("report", False, "write report.html and report.md on 
 DECODING = {
     "max_new_tokens": flags.DEFINE_integer("max_new_tokens", None, "of an answer", lower_bound=1),
     "temperature": flags.DEFINE_float("temperature", None, "0: the likeliest token; above: drawn"),
-    "top_p": flags.DEFINE_float("top_p", None, "draw among the likeliest of so much probability"),
+    "top_p": flags.DEFINE_float("top_p", None, "sample among tokens of this total probability"),
     "seed": flags.DEFINE_integer("seed", None, "of what is drawn"),
     "stop": flags.DEFINE_multi_string("stop", None, "text that ends an answer; may be repeated"),
     "batch_size": flags.DEFINE_integer("batch_size", None, "rows at once", lower_bound=1),

@@ -73,7 +73,7 @@ def test_kernels_equal_the_plain_form(kernel, case):
 
 @pytest.mark.parametrize("case", ["llama3", "mistral_v01", "qwen25_window", "gemma3"])
 def test_a_decoder_is_the_same_by_kernels(case, monkeypatch):
-    """Every window of a family reaches its kernel; packed rows, so positions start anew."""
+    """Every window of a family reaches its kernel; packed rows, so positions restart."""
     config, params = DECODERS[case], {"params": random_params(DECODERS[case], 0)}
     tokens = np.random.default_rng(0).integers(0, 101, (2, 24))
     ids = np.array([[1] * 14 + [2] * 8 + [0] * 2, [1] * 20 + [0] * 4])

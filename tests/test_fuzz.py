@@ -151,7 +151,7 @@ def test_every_field_of_a_checkpoints_config(name):
             if path == ("use_sliding_window",) and value is False:
                 assert found.windows == ()
                 continue
-            if path == ("max_window_layers",):  # so many layers have none
+            if path == ("max_window_layers",):  # number of layers without a window
                 assert found.windows == tuple(
                     None if i < value else 7 for i in range(3)) or value > 2, value
                 continue

@@ -429,9 +429,9 @@ def test_a_damaged_last_step_is_trained_again(cache_dir, tmp_path):
         if file.is_file():
             file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
     job.lens(config, tmp_path / "run")
-    again, anew = trained_part(folder)
+    again, second = trained_part(folder)
     assert (folder / "checkpoints" / f"{last}.damaged").is_dir() and again == last
-    assert all(np.array_equal(anew[name], trained[name]) for name in trained)
+    assert all(np.array_equal(second[name], trained[name]) for name in trained)
 
 
 def test_an_llm_that_changes_meanwhile_is_said(cache_dir, tmp_path, monkeypatch):

@@ -308,6 +308,6 @@ def test_a_task_without_test_rows_is_said_before_it_is_trained_on(bridge, caplog
                      source="hub:a/b", splits={"train": "train"})
     config = replace(config, tasks={"mine": own},
                      data=replace(config.data, task="mine", path=None, dev_rows=None))
-    with pytest.raises(InputError):  # there is no hub here
+    with pytest.raises(InputError):  # the hub is offline in tests
         read_data(config)
     assert "task 'mine' has no test split: eval.py can score the run only with" in caplog.text

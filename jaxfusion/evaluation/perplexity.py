@@ -21,7 +21,7 @@ def perplexity(
     bridge: Bridge, params: Params, texts: Sequence[str], tokenizers: Tokenizers,
     max_tokens: int, batch_size: int,
 ) -> dict[str, float]:
-    """Perplexity of plain texts under the LLM alone, each after BOS (or EOS if there is no BOS).
+    """Perplexity of plain texts under the LLM alone, each after BOS (EOS without one).
 
     Args:
       max_tokens: texts are truncated to this length.

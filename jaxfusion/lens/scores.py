@@ -30,7 +30,7 @@ class Questions:
     Attributes:
       tasks: test rows, by task and language.
       texts: for perplexity, by language. replies: prompts to answer, by language.
-      identify: identifies the language of a text; None if there are no replies.
+      identify: identifies the language of a text; None without replies.
     """
 
     tasks: dict[tuple[str, str], list[Example]]

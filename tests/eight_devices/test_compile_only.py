@@ -26,7 +26,7 @@ LAYERS, ROWS, WIDTH, INNER = 6, 256, 1024, 4096
 
 @pytest.fixture(scope="module", autouse=True)
 def flags_of_libtpu():
-    """libtpu reads XLA's flags anew, and ends the process at those that it does not know."""
+    """libtpu reads XLA's flags again, and ends the process at unknown ones."""
     jax.devices()  # by now the CPU has them
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("XLA_FLAGS")

@@ -40,7 +40,7 @@ def plan(mesh, encoder="google/mt5-xl", decoder="meta-llama/Llama-2-7b-hf"):
 
 
 def test_every_parameter_lies_where_it_did():
-    """The golden table; when a spec is meant to change, write it anew with what this test shows."""
+    """The golden table; after an intended change of a spec, write what this test shows there."""
     found = {path: [str(leaf.shape), str(tuple(leaf.sharding.spec))]
              for path, leaf in sorted(plan(make_mesh(1, 4, 2)).params.items())}
     assert found == json.loads(GOLDEN.read_text("utf-8")), json.dumps(found)
@@ -95,7 +95,7 @@ def make_config(towers, **fields):
 
 
 def train_on(sizes, config, workdir, stop=None):
-    """The loss of every step on a mesh of the first so many devices; stopped after a step."""
+    """The loss of every step on a mesh of the first devices; with `stop`, up to that step."""
     devices = jax.devices()[: math.prod(sizes)]
     with pytest.MonkeyPatch.context() as patch:
         leave_unscored(patch)
