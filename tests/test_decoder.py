@@ -14,7 +14,8 @@ from jaxfusion.hf.families import DECODER_FAMILIES, decoder_config, decoder_json
 from jaxfusion.hf.load import read_config
 from jaxfusion.hf.save import write_tower
 from jaxfusion.miniatures.checkpoints import random_params
-from jaxfusion.nn.decoder import Decoder, init_cache
+from jaxfusion.nn.cache import init_cache
+from jaxfusion.nn.decoder import Decoder
 
 
 @pytest.fixture(scope="module", params=DECODERS)

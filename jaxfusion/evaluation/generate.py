@@ -10,7 +10,7 @@ import optax
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxfusion.nn.bridge import Batch, Bridge, Params
-from jaxfusion.nn.decoder import Cache, init_cache
+from jaxfusion.nn.cache import Cache, init_cache
 from jaxfusion.sharding.rules import constrain, replicated
 
 Score = Callable[..., tuple[Int[Array, "B T"], Float[Array, "C B"], Bool[Array, "C B"]]]

@@ -4,6 +4,7 @@ import math
 from typing import Any, TypeVar
 
 from jaxfusion.errors import InputError
+from jaxfusion.hf.json_fields import count, flag, group, number, required_count
 from jaxfusion.nn.decoder import DecoderConfig
 from jaxfusion.nn.mt5 import MT5Config
 from jaxfusion.nn.rope import LinearScaling, Llama3Scaling, LongScaling, Rope
@@ -21,8 +22,6 @@ KV_HEADS = {"mistral": 8, "qwen2": 32, "qwen3": 32, "gemma": 16, "gemma2": 4, "g
 HEAD_DIMS = {"qwen3": 128, "gemma": 256, "gemma2": 256, "gemma3_text": 256}
 WINDOWS = {"mistral": 4096, "qwen2": 4096, "qwen3": 4096, "gemma2": 4096, "gemma3_text": 4096}
 MOST_LAYERS = 1000
-LARGEST = 10_000_000  # of any count: a larger one is damage and would exhaust memory
-MOST = 1e30  # of any other number: fits float32
 Shape = TypeVar("Shape", MT5Config, DecoderConfig)
 PERIODS = {"gemma2": 2, "gemma3_text": 6}  # one of this many layers has no window
 
@@ -52,7 +51,7 @@ def _buckets(json: dict[str, Any], where: str) -> dict[str, int]:
     """T5's relative positions: half of the buckets for each direction; half of those for exact
     distances, the others logarithmic up to the maximum distance."""
     names = [f"relative_attention_{x}" for x in ("num_buckets", "max_distance")]
-    buckets, distance = _count(json, names[0], 32, where), _count(json, names[1], 128, where)
+    buckets, distance = count(json, names[0], 32, where), count(json, names[1], 128, where)
     if buckets < 4:
         raise InputError(f"{where}: {names[0]} is {buckets}, expected 4 or more")
     if distance <= (exact := buckets // 2 // 2):
@@ -101,14 +100,14 @@ def _encoder_config(json: dict[str, Any], where: str) -> MT5Config:
             "(mT5, umT5, T5 v1.1)"
         )
     return MT5Config(
-        vocab_size=_field(json, "vocab_size", where),
-        d_model=_field(json, "d_model", where),
-        d_ff=_field(json, "d_ff", where),
-        num_layers=_field(json, "num_layers", where),
-        num_heads=_field(json, "num_heads", where),
-        head_dim=_field(json, "d_kv", where),
+        vocab_size=required_count(json, "vocab_size", where),
+        d_model=required_count(json, "d_model", where),
+        d_ff=required_count(json, "d_ff", where),
+        num_layers=required_count(json, "num_layers", where),
+        num_heads=required_count(json, "num_heads", where),
+        head_dim=required_count(json, "d_kv", where),
         **_buckets(json, where),
-        norm_eps=_number(json, "layer_norm_epsilon", where, 1e-6),
+        norm_eps=number(json, "layer_norm_epsilon", where, 1e-6),
         bias_per_layer=json["model_type"] == "umt5",
     )
 
@@ -116,26 +115,27 @@ def _encoder_config(json: dict[str, Any], where: str) -> MT5Config:
 def _decoder_config(json: dict[str, Any], where: str) -> DecoderConfig:
     family = json["model_type"]
     for feature in ("attention_bias", "mlp_bias", "use_bidirectional_attention"):
-        if _flag(json, feature, where):
+        if flag(json, feature, where):
             raise InputError(f"{where}: {feature} is true, which is not supported for {family}")
-    heads, width = _field(json, "num_attention_heads", where), _field(json, "hidden_size", where)
-    layers = _field(json, "num_hidden_layers", where)
+    heads = required_count(json, "num_attention_heads", where)
+    width = required_count(json, "hidden_size", where)
+    layers = required_count(json, "num_hidden_layers", where)
     gemma = family.startswith("gemma")
     rope, local_rope = _ropes(json, where)
     return DecoderConfig(
-        vocab_size=_field(json, "vocab_size", where),
+        vocab_size=required_count(json, "vocab_size", where),
         d_model=width,
-        d_ff=_field(json, "intermediate_size", where),
+        d_ff=required_count(json, "intermediate_size", where),
         num_layers=layers,
         num_heads=heads,
-        num_kv_heads=_count(json, "num_key_value_heads", None if "num_key_value_heads" in json
+        num_kv_heads=count(json, "num_key_value_heads", None if "num_key_value_heads" in json
                             else KV_HEADS.get(family), where) or heads,
-        head_dim=_count(json, "head_dim", HEAD_DIMS.get(family), where) or width // heads,
-        norm_eps=_number(json, "rms_norm_eps", where, 1e-5 if family == "phi3" else 1e-6),
+        head_dim=count(json, "head_dim", HEAD_DIMS.get(family), where) or width // heads,
+        norm_eps=number(json, "rms_norm_eps", where, 1e-5 if family == "phi3" else 1e-6),
         rope=rope,
-        tie_embeddings=_flag(json, "tie_word_embeddings", where, gemma),
+        tie_embeddings=flag(json, "tie_word_embeddings", where, gemma),
         family=family,
-        max_length=_count(json, "max_position_embeddings", 131_072, where),
+        max_length=count(json, "max_position_embeddings", 131_072, where),
         activation=_activation(json, where),
         qkv_bias=family == "qwen2",
         qk_norm=family in ("qwen3", "gemma3_text"),
@@ -166,7 +166,7 @@ def _cap(json: dict[str, Any], name: str, default: float, where: str) -> float |
     """A soft cap of logits: Gemma 2 has one by default, Gemma 3 does not."""
     if name not in json and json["model_type"] == "gemma2":
         return default
-    return None if json.get(name) is None else _number(json, name, where)
+    return None if json.get(name) is None else number(json, name, where)
 
 
 def _gemma_features(json: dict[str, Any], family: str, width: int, where: str) -> dict[str, Any]:
@@ -175,7 +175,7 @@ def _gemma_features(json: dict[str, Any], family: str, width: int, where: str) -
         return features
     return {
         **features, "post_norms": True,
-        "attn_scale": _count(json, "query_pre_attn_scalar", 256, where) ** -0.5,
+        "attn_scale": count(json, "query_pre_attn_scalar", 256, where) ** -0.5,
         "attn_cap": _cap(json, "attn_logit_softcapping", 50.0, where),
         "logit_cap": _cap(json, "final_logit_softcapping", 30.0, where),
     }
@@ -184,9 +184,9 @@ def _gemma_features(json: dict[str, Any], family: str, width: int, where: str) -
 def _windows(json: dict[str, Any], layers: int, where: str) -> tuple[int | None, ...]:
     """The attention window of each layer; empty if no layer has one."""
     family = json["model_type"]
-    window = _count(json, "sliding_window", None if "sliding_window" in json
+    window = count(json, "sliding_window", None if "sliding_window" in json
                     else WINDOWS.get(family), where)
-    if family in ("qwen2", "qwen3") and not _flag(
+    if family in ("qwen2", "qwen3") and not flag(
             json, "use_sliding_window", where):
         window = None
     if window is None or family not in ("mistral", "phi3", *PERIODS, "qwen2", "qwen3"):
@@ -199,10 +199,10 @@ def _windows(json: dict[str, Any], layers: int, where: str) -> tuple[int | None,
                              f"entries, each {' or '.join(known)}")
         local = [kind == "sliding_attention" for kind in kinds]
     elif family in PERIODS:
-        period = _count(json, "sliding_window_pattern", PERIODS[family], where)
+        period = count(json, "sliding_window_pattern", PERIODS[family], where)
         local = [(i + 1) % period != 0 for i in range(layers)]
     elif family in ("qwen2", "qwen3"):
-        first = _count(json, "max_window_layers", 28, where, least=0)
+        first = count(json, "max_window_layers", 28, where, least=0)
         local = [i >= first for i in range(layers)]
     else:
         local = [True] * layers
@@ -289,23 +289,23 @@ def _ropes(json: dict[str, Any], where: str) -> tuple[Rope, Rope | None]:
     transformers 5 has `rope_parameters` (by layer type for Gemma 3), 4 has `rope_theta`,
     `rope_scaling` and `rope_local_base_freq`.
     """
-    new = _object(json, "rope_parameters", where)
+    new = group(json, "rope_parameters", where)
     if "full_attention" in new:
-        local = {"rope_theta": 10_000.0, **_object(new, "sliding_attention", where)}
-        return (_rope(json, _object(new, "full_attention", where), where),
+        local = {"rope_theta": 10_000.0, **group(new, "sliding_attention", where)}
+        return (_rope(json, group(new, "full_attention", where), where),
                 _rope(json, local, where))
-    rope = _rope(json, new or _object(json, "rope_scaling", where), where)
+    rope = _rope(json, new or group(json, "rope_scaling", where), where)
     if json["model_type"] != "gemma3_text":
         return rope, None
-    return rope, Rope(_number(json, "rope_local_base_freq", where, 10_000.0))
+    return rope, Rope(number(json, "rope_local_base_freq", where, 10_000.0))
 
 
 def _rope(json: dict[str, Any], rope: dict[str, Any], where: str) -> Rope:
     default = 1_000_000.0 if json["model_type"] == "gemma3_text" else 10_000.0
     rope = {name: value for name, value in rope.items() if value is not None}
     either = {**json, **rope}  # some fields are outside the group in one version, inside in another
-    theta = _number(either, "rope_theta", where, default)
-    partial = _number(either, "partial_rotary_factor", where, 1.0)
+    theta = number(either, "rope_theta", where, default)
+    partial = number(either, "partial_rotary_factor", where, 1.0)
     if partial > 1:
         raise InputError(f"{where}: partial_rotary_factor is {partial}, expected at most 1")
     kind = rope.get("rope_type", rope.get("type"))
@@ -314,23 +314,23 @@ def _rope(json: dict[str, Any], rope: dict[str, Any], where: str) -> Rope:
     if plain or kind == "default":
         scaling = None
     elif kind == "linear":
-        scaling = LinearScaling(_number(rope, "factor", where_in))
+        scaling = LinearScaling(number(rope, "factor", where_in))
     elif kind == "llama3":
         names = ("factor", "low_freq_factor", "high_freq_factor")
-        scaling = Llama3Scaling(*(_number(rope, name, where_in) for name in names),
-                                _field(rope, "original_max_position_embeddings", where_in))
+        scaling = Llama3Scaling(*(number(rope, name, where_in) for name in names),
+                                required_count(rope, "original_max_position_embeddings", where_in))
         if scaling.low_freq_factor >= scaling.high_freq_factor:
             raise InputError(f"{where}: low_freq_factor {scaling.low_freq_factor} is not below "
                              f"high_freq_factor {scaling.high_freq_factor}")
     elif kind in ("longrope", "su"):
-        length = _field(either, "original_max_position_embeddings", where)
+        length = required_count(either, "original_max_position_embeddings", where)
         if length < 2:
             raise InputError(f"{where}: original_max_position_embeddings is {length}, expected 2 "
                              "or more")
-        magnitude = _magnitude(_field(json, "max_position_embeddings", where), length)
+        magnitude = _magnitude(required_count(json, "max_position_embeddings", where), length)
         scaling = LongScaling(
             _factors(rope, "short_factor", where_in), _factors(rope, "long_factor", where_in),
-            length, _number(rope, "attention_factor", where_in, magnitude),
+            length, number(rope, "attention_factor", where_in, magnitude),
         )
     else:
         raise InputError(
@@ -340,32 +340,11 @@ def _rope(json: dict[str, Any], rope: dict[str, Any], where: str) -> Rope:
     return Rope(theta, scaling, partial)
 
 
-def _number(
-    json: dict[str, Any], name: str, where: str, default: float | None = None
-) -> float:
-    """A number above 0; the default, if there is one, if it is missing."""
-    value = json.get(name)
-    if value is None and default is not None:
-        return default
-    if type(value) not in (int, float) or not 0 < value <= MOST:
-        raise InputError(f"{where}: {name} is {value!r:.80}, expected a number above 0, at most "
-                         f"{MOST:.0e}")
-    return float(value)
-
-
 def _factors(rope: dict[str, Any], name: str, where: str) -> tuple[float, ...]:
     values = rope.get(name)
     if not isinstance(values, list) or not values:
         raise InputError(f"{where}: {name} is {values!r:.80}, expected a list of numbers")
-    return tuple(_number({name: value}, name, where) for value in values)
-
-
-def _object(json: dict[str, Any], name: str, where: str) -> dict[str, Any]:
-    """A group of fields; empty if it is missing."""
-    value = json.get(name)
-    if value is not None and not isinstance(value, dict):
-        raise InputError(f"{where}: {name} is {value!r:.80}, expected a JSON object")
-    return value or {}
+    return tuple(number({name: value}, name, where) for value in values)
 
 
 def _magnitude(length: int, original: int) -> float:
@@ -385,33 +364,3 @@ def _check_family(json, families, role, where) -> None:
         method = quantized.get("quant_method") if isinstance(quantized, dict) else quantized
         raise InputError(f"{where}: the checkpoint is quantized ({method!r:.80}), which is not "
                          "supported; use the original in float32, bfloat16 or float16")
-
-
-def _field(json: dict[str, Any], name: str, where: str) -> int:
-    """A required count."""
-    if json.get(name) is None:
-        raise InputError(f"{where}: field '{name}' is missing")
-    return _count(json, name, None, where)
-
-
-def _flag(json: dict[str, Any], name: str, where: str, default: bool = False) -> bool:
-    """A boolean; the default if it is missing."""
-    value = json.get(name)
-    if value is None:
-        return default
-    if not isinstance(value, bool):
-        raise InputError(f"{where}: {name} is {value!r:.80}, expected true or false")
-    return value
-
-
-def _count(
-    json: dict[str, Any], name: str, default: int | None, where: str, least: int = 1
-) -> int | None:
-    """A count from `least` to `LARGEST`; the default if it is missing."""
-    value = json.get(name)
-    if value is None:
-        return default
-    if type(value) is not int or not least <= value <= LARGEST:
-        raise InputError(f"{where}: {name} is {value!r:.80}, expected an integer from {least} to "
-                         f"{LARGEST:,}")
-    return value

@@ -14,7 +14,8 @@ import optax
 from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxfusion.nn.decoder import Cache, Decoder
+from jaxfusion.nn.cache import Cache
+from jaxfusion.nn.decoder import Decoder
 from jaxfusion.nn.fusion import GlobalSoftmax, TransformerSoftmax, add_noise, second_pass_mix
 from jaxfusion.nn.mt5 import MT5Encoder
 from jaxfusion.nn.projector import Projector, Resampler

@@ -10,6 +10,7 @@ from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxfusion.nn.attention import FUSED, Pattern, capped, plain_attention, usable
+from jaxfusion.nn.cache import Cache
 from jaxfusion.nn.layers import (
     Embedding,
     Linear,
@@ -83,27 +84,6 @@ ACTIVATIONS = {
 }
 
 
-@dataclass(frozen=True)
-class Cache:
-    """Keys and values of the tokens seen so far.
-
-    Attributes:
-      k, v: [L B C K H], C slots.
-      positions: [B C], of each slot's token among the real tokens of its row.
-      segments: [B C]; 0 marks an empty or padding slot.
-    """
-
-    k: Float[Array, "L B C K H"]
-    v: Float[Array, "L B C K H"]
-    positions: Int[Array, "B C"]
-    segments: Int[Array, "B C"]
-
-
-jax.tree_util.register_dataclass(
-    Cache, data_fields=["k", "v", "positions", "segments"], meta_fields=[]
-)
-
-
 def make_edits(
     shift: Float[Array, "L E"], basis: Float[Array, "L E r"], strength: Float[Array, "L"]
 ) -> dict[str, Any]:
@@ -116,13 +96,6 @@ def make_edits(
       shift, basis: the vectors and the subspaces' orthonormal columns. strength: s_l, 0 or more.
     """
     return {"blocks": {"shift": shift, "basis": basis * jnp.sqrt(strength)[:, None, None]}}
-
-
-def init_cache(config: DecoderConfig, batch: int, slots: int, dtype: Any) -> Cache:
-    """An empty cache of `slots` tokens for each of `batch` rows."""
-    shape = (config.num_layers, batch, slots, config.num_kv_heads, config.head_dim)
-    empty = jnp.zeros((batch, slots), jnp.int32)
-    return Cache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), empty, empty)
 
 
 def causal_mask(
