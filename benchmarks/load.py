@@ -32,7 +32,7 @@ def write(path: Path) -> None:
     import ml_dtypes
     import numpy as np
 
-    from jaxfusion.hf.families import decoder_json
+    from jaxfusion.hf.decoders import decoder_json
     from jaxfusion.hf.save import write_shards
     from jaxfusion.hf.tables import TRANSFORMS, table
 

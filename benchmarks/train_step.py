@@ -41,7 +41,7 @@ from jaxfusion.fields import DataConfig, GroupConfig, OptimizerConfig
 from jaxfusion.miniatures.checkpoints import SIZES, random_params, write_random_tower
 from jaxfusion.nn.bridge import Batch, Bridge, Params
 from jaxfusion.nn.decoder import Decoder, DecoderConfig
-from jaxfusion.nn.mt5 import MT5Config, MT5Encoder
+from jaxfusion.nn.encoder import Encoder, EncoderConfig
 from jaxfusion.nn.projector import Projector
 from jaxfusion.training.optimizer import group_of_each, make_optimizer
 from jaxfusion.training.state import State
@@ -165,16 +165,16 @@ class TorchTrainer:
         return self.loss
 
 
-def make_bridge(kind: type[Bridge], towers: tuple[MT5Config, DecoderConfig]) -> Bridge:
+def make_bridge(kind: type[Bridge], towers: tuple[EncoderConfig, DecoderConfig]) -> Bridge:
     """A bridge of this kind over towers of these shapes."""
     encoder, decoder = towers
     return kind(
-        MT5Encoder(encoder), Decoder(decoder), Projector("linear", decoder.d_model, end_std=0.0),
+        Encoder(encoder), Decoder(decoder), Projector("linear", decoder.d_model, end_std=0.0),
         "transformer_softmax", fusion_dropout=0.0,
     )
 
 
-def make_params(towers: tuple[MT5Config, DecoderConfig]) -> Params:
+def make_params(towers: tuple[EncoderConfig, DecoderConfig]) -> Params:
     """Random parameters of all four parts; `load_torch` reads the same towers."""
     trained = nn.unbox(make_bridge(Bridge, towers).init(jax.random.key(0)))
     encoder, decoder = (random_params(config, seed=0) for config in towers)
@@ -182,7 +182,7 @@ def make_params(towers: tuple[MT5Config, DecoderConfig]) -> Params:
 
 
 def load_torch(
-    towers: tuple[MT5Config, DecoderConfig], params: Params
+    towers: tuple[EncoderConfig, DecoderConfig], params: Params
 ) -> torch_reference.TorchBridge:
     """The PyTorch bridge with the same parameters; the towers are read from Hugging Face files."""
     with TemporaryDirectory() as place:
@@ -200,7 +200,7 @@ def load_torch(
     return bridge.train()
 
 
-def make_examples(number: int, towers: tuple[MT5Config, DecoderConfig]) -> list[TokenRow]:
+def make_examples(number: int, towers: tuple[EncoderConfig, DecoderConfig]) -> list[TokenRow]:
     """Examples with lengths like XNLI's: queries of 45 tokens on average, answers of 3 or 4."""
     rng = np.random.default_rng(0)
     spread = 0.5
@@ -240,7 +240,7 @@ def make_batches(
 
 
 def make_contenders(
-    towers: tuple[MT5Config, DecoderConfig], rows: list[TokenRow], batches: dict[str, Batch]
+    towers: tuple[EncoderConfig, DecoderConfig], rows: list[TokenRow], batches: dict[str, Batch]
 ) -> dict[str, Callable[[], float]]:
     """All contenders at the start of their training."""
     params = make_params(towers)

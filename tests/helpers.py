@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import transformers
 from absl import app, flags
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -40,7 +41,7 @@ from jaxfusion.hf.save import write_tower
 from jaxfusion.miniatures.checkpoints import random_params
 from jaxfusion.miniatures.inputs import make_inputs
 from jaxfusion.nn.decoder import Decoder, DecoderConfig
-from jaxfusion.nn.mt5 import MT5Config
+from jaxfusion.nn.encoder import EncoderConfig
 from jaxfusion.nn.rope import LinearScaling, Llama3Scaling, LongScaling, Rope
 from jaxfusion.sharding.mesh import make_mesh
 from jaxfusion.training.checkpoint import Checkpoints
@@ -226,11 +227,40 @@ class Hub:
 # Towers of every family
 
 # Unlike the defaults in everything: heads × head_dim is not d_model.
-UNUSUAL = MT5Config(
+UNUSUAL = EncoderConfig(
     vocab_size=97, d_model=40, d_ff=72, num_layers=5, num_heads=3, head_dim=12,
     num_buckets=18, max_distance=23, norm_eps=3e-4,
 )
-ENCODERS = {"mt5": UNUSUAL, "umt5": replace(UNUSUAL, bias_per_layer=True)}
+BERT = EncoderConfig(
+    vocab_size=97, d_model=36, d_ff=72, num_layers=5, num_heads=3, head_dim=12, norm_eps=3e-4,
+    family="bert", positions="learned", max_length=70, counts_padding=True, token_types=3,
+    norm="layer", bias=True, post_norm=True, embed_norm=True, final_norm=False,
+    activation="gelu", gated=False, attn_scale=None,
+)
+ENCODERS = {
+    "mt5": UNUSUAL, "umt5": replace(UNUSUAL, family="umt5", bias_per_layer=True),
+    "bert": replace(BERT, activation="gelu_tanh"),
+    "xlm-roberta": replace(BERT, family="xlm-roberta", counts_padding=False, first_position=6,
+                           token_types=1),
+    "m2m_100": EncoderConfig(
+        vocab_size=97, d_model=36, d_ff=72, num_layers=4, num_heads=3, head_dim=12, norm_eps=1e-5,
+        family="m2m_100", positions="sinusoidal", first_position=2, norm="layer", bias=True,
+        activation="relu", gated=False, attn_scale=None, embed_scale=6.0),
+    "modernbert": EncoderConfig(
+        vocab_size=97, d_model=36, d_ff=52, num_layers=6, num_heads=3, head_dim=12, norm_eps=3e-4,
+        family="modernbert", positions="rotary", rope=Rope(777.0), local_rope=Rope(55.0),
+        windows=(None, 6, None, 6, None, 6), norm="layer", embed_norm=True, first_norm=False,
+        activation="gelu", attn_scale=None),
+}
+
+
+def torch_encoder(family):
+    """transformers' class of an encoder of this family, alone."""
+    from transformers.models.m2m_100.modeling_m2m_100 import M2M100Encoder
+
+    return {"mt5": transformers.MT5EncoderModel, "umt5": transformers.UMT5EncoderModel,
+            "bert": transformers.BertModel, "xlm-roberta": transformers.XLMRobertaModel,
+            "m2m_100": M2M100Encoder, "modernbert": transformers.ModernBertModel}[family]
 
 
 BASE = DecoderConfig(

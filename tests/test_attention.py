@@ -15,7 +15,7 @@ from jaxfusion.miniatures.checkpoints import SIZES, random_params
 from jaxfusion.nn import attention
 from jaxfusion.nn.attention import Pattern, cudnn_attention, pallas_attention, plain_attention
 from jaxfusion.nn.decoder import Decoder
-from jaxfusion.nn.mt5 import MT5Encoder
+from jaxfusion.nn.encoder import Encoder
 
 ROWS, LENGTH, HEADS, WIDTH = 2, 200, 4, 64
 PATTERNS = {
@@ -95,12 +95,12 @@ def test_an_encoder_is_the_same_by_kernels(per_layer, monkeypatch):
     params = {"params": random_params(config, 0)}
     tokens = np.random.default_rng(0).integers(0, 101, (2, 24))
     ids = np.array([[1] * 14 + [2] * 8 + [0] * 2, [1] * 20 + [0] * 4])
-    plain = MT5Encoder(config).apply(params, tokens, ids)
+    plain = Encoder(config).apply(params, tokens, ids)
     for name, kernel in KERNELS.items():
         monkeypatch.setitem(attention.FUSED, name, kernel)
-        monkeypatch.setattr("jaxfusion.nn.mt5.usable", lambda kernel, *_: kernel)
+        monkeypatch.setattr("jaxfusion.nn.encoder.usable", lambda kernel, *_: kernel)
         with force_tpu_interpret_mode():
-            fused = jax.jit(MT5Encoder(config, attention=name).apply)(params, tokens, ids)
+            fused = jax.jit(Encoder(config, attention=name).apply)(params, tokens, ids)
         assert relative(fused[ids != 0], plain[ids != 0]) < 1e-5
 
 

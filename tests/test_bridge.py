@@ -15,13 +15,13 @@ from jaxfusion.data.packing import Packing
 from jaxfusion.fields import OptimizerConfig
 from jaxfusion.nn.bridge import Batch, Bridge
 from jaxfusion.nn.decoder import Decoder, DecoderConfig
-from jaxfusion.nn.mt5 import MT5Config, MT5Encoder
+from jaxfusion.nn.encoder import Encoder, EncoderConfig
 from jaxfusion.nn.projector import Projector, Resampler
 from jaxfusion.training.optimizer import group_of_each, make_optimizer
 from jaxfusion.training.state import State, merge
 from jaxfusion.training.step import make_train_step
 
-ENCODER = MT5Config(61, d_model=24, d_ff=32, num_layers=4, num_heads=2, head_dim=8)
+ENCODER = EncoderConfig(61, d_model=24, d_ff=32, num_layers=4, num_heads=2, head_dim=8)
 DECODER = DecoderConfig(67, d_model=32, d_ff=48, num_layers=2, num_heads=4, num_kv_heads=2,
                         head_dim=8)
 PARTS = ("encoder", "fusion", "projector", "decoder")
@@ -31,7 +31,7 @@ FUSIONS = ("last", "layer", "global_softmax", "transformer_softmax")
 def make_bridge(fusion, projector="linear", encoder=ENCODER, decoder=DECODER, **options) -> Bridge:
     projector = (Resampler(decoder.d_model, 1.0, latents=5) if projector == "resampler"
                  else Projector(projector, decoder.d_model, 1.0))
-    return Bridge(MT5Encoder(encoder), Decoder(decoder), projector, fusion, 2,
+    return Bridge(Encoder(encoder), Decoder(decoder), projector, fusion, 2,
                   fusion_d_ff=16, **options)
 
 
@@ -140,7 +140,7 @@ def test_second_pass_gives_the_stack_s_gradients():
 # What a compiled step holds, by XLA's own account; shapes only, nothing is allocated.
 
 WIDE = {
-    "encoder": MT5Config(20_000, d_model=64, d_ff=64, num_layers=16, num_heads=2, head_dim=16),
+    "encoder": EncoderConfig(20_000, d_model=64, d_ff=64, num_layers=16, num_heads=2, head_dim=16),
     "decoder": DecoderConfig(30_000, d_model=64, d_ff=64, num_layers=2, num_heads=2,
                              num_kv_heads=2, head_dim=16),
 }

@@ -10,7 +10,8 @@ import torch
 from helpers import BASE, DECODERS, apply, plain, relative
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from jaxfusion.hf.families import DECODER_FAMILIES, decoder_config, decoder_json
+from jaxfusion.hf.decoders import decoder_config, decoder_json
+from jaxfusion.hf.json_fields import FAMILIES
 from jaxfusion.hf.load import read_config
 from jaxfusion.hf.save import write_tower
 from jaxfusion.miniatures.checkpoints import random_params
@@ -53,7 +54,7 @@ def test_config_of_transformers_five_is_read_too(theirs, tmp_path):
     assert decoder_config(read_config(tmp_path), "config.json") == config
 
 
-@pytest.mark.parametrize("family", DECODER_FAMILIES)
+@pytest.mark.parametrize("family", FAMILIES["decoder"])
 def test_what_a_config_leaves_out_is_what_transformers_takes(family, tmp_path):
     least = {"model_type": family, "vocab_size": 100, "hidden_size": 64, "intermediate_size": 96,
              "num_hidden_layers": 32, "num_attention_heads": 32, "pad_token_id": None}

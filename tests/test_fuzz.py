@@ -32,7 +32,8 @@ from jaxfusion.data.tasks.spec import Source, Task
 from jaxfusion.data.tokenizers import load_tokenizer, read_end_tokens
 from jaxfusion.errors import BREAKS, InputError
 from jaxfusion.fields import JOBS
-from jaxfusion.hf.families import decoder_config, decoder_json, encoder_config, encoder_json
+from jaxfusion.hf.decoders import decoder_config, decoder_json
+from jaxfusion.hf.encoders import encoder_config, encoder_json
 from jaxfusion.hf.load import INDEX, SINGLE, open_tensors, read_shape
 from jaxfusion.pretraining.corpus import read_corpus
 

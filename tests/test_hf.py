@@ -17,7 +17,8 @@ from safetensors.numpy import load_file, save_file
 from jaxfusion.errors import InputError
 from jaxfusion.hf import hub
 from jaxfusion.hf.convert import convert
-from jaxfusion.hf.families import decoder_config, encoder_config
+from jaxfusion.hf.decoders import decoder_config
+from jaxfusion.hf.encoders import encoder_config
 from jaxfusion.hf.load import INDEX, SINGLE, load_params, open_tensors, read_config, read_shape
 from jaxfusion.hf.save import to_tensors, write_shards
 from jaxfusion.hf.tables import table

@@ -25,7 +25,7 @@ from jaxfusion.errors import InputError
 from jaxfusion.evaluation.perplexity import fidelity, load_identifier, perplexity
 from jaxfusion.fields import LensConfig, ParallelConfig
 from jaxfusion.files import WRITER, only_writer
-from jaxfusion.hf.families import decoder_config
+from jaxfusion.hf.decoders import decoder_config
 from jaxfusion.hf.load import read_config
 from jaxfusion.hf.save import write_tower
 from jaxfusion.lens import job

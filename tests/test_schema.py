@@ -219,12 +219,12 @@ def test_a_layer_that_there_is_not_is_refused_by_the_bridge():
     from jaxfusion.miniatures.checkpoints import SIZES
     from jaxfusion.nn.bridge import Bridge
     from jaxfusion.nn.decoder import Decoder
-    from jaxfusion.nn.mt5 import MT5Encoder
+    from jaxfusion.nn.encoder import Encoder
     from jaxfusion.nn.projector import Projector
 
     encoder, decoder = (dataclasses.replace(x, vocab_size=8) for x in SIZES["tiny"])
     projector = Projector("linear", decoder.d_model, 0.0)
-    bridge = Bridge(MT5Encoder(encoder), Decoder(decoder), projector, "layer", 0)
+    bridge = Bridge(Encoder(encoder), Decoder(decoder), projector, "layer", 0)
     ones = jnp.ones((1, 4), jnp.int32)
     params = nn.unbox(jax.eval_shape(lambda: bridge.init(jax.random.key(0), ("encoder",))))
     batch = SimpleNamespace(enc_tokens=ones, enc_segments=ones)

@@ -7,6 +7,11 @@ from typing import Any
 
 from jaxfusion.errors import InputError
 
+FAMILIES = {  # `model_type` of what each role takes
+    "encoder": ("mt5", "umt5", "t5", "bert", "xlm-roberta", "m2m_100", "modernbert"),
+    "decoder": ("llama", "mistral", "qwen2", "qwen3", "phi3", "gemma", "gemma2", "gemma3_text"),
+}
+MOST_LAYERS = 1000
 LARGEST = 10_000_000  # of any count: a larger one is damage and would exhaust memory
 MOST = 1e30  # of any other number: fits float32
 
@@ -60,3 +65,50 @@ def group(json: dict[str, Any], name: str, where: str) -> dict[str, Any]:
     if value is not None and not isinstance(value, dict):
         raise InputError(f"{where}: {name} is {value!r:.80}, expected a JSON object")
     return value or {}
+
+
+def check_family(json: dict[str, Any], role: str, where: str) -> None:
+    """Raises InputError for a family that the role does not take, or a quantized checkpoint."""
+    family, known = json.get("model_type"), ", ".join(FAMILIES[role])
+    other = "decoder" if role == "encoder" else "encoder"
+    if family in FAMILIES[other] or (role == "encoder" and flag(json, "is_decoder", where)):
+        kinds = {"encoder": "an encoder", "decoder": "a decoder-only LLM"}
+        raise InputError(f"{where}: model_type {family!r} is {kinds[other]}, expected "
+                         f"{kinds[role]}: {known}")
+    if family not in FAMILIES[role]:
+        raise InputError(f"{where}: model_type {family!r:.80} is not supported as {role}; "
+                         f"known: {known}")
+    if quantized := json.get("quantization_config"):
+        method = quantized.get("quant_method") if isinstance(quantized, dict) else quantized
+        raise InputError(f"{where}: the checkpoint is quantized ({method!r:.80}), which is not "
+                         "supported; use the original in float32, bfloat16 or float16")
+
+
+def check_shape(shape, where: str, kv_heads: int | None = None) -> None:
+    """Raises InputError if a tower's heads do not divide, or it has too many layers."""
+    if kv_heads and shape.num_heads % kv_heads:
+        raise InputError(f"{where}: {shape.num_heads} attention heads are not divisible by "
+                         f"{kv_heads} key and value heads")
+    if shape.num_layers > MOST_LAYERS:
+        raise InputError(f"{where}: {shape.num_layers:,} layers, expected at most {MOST_LAYERS:,}")
+
+
+def chosen(json: dict[str, Any], name: str, choices: dict[str, str], where: str) -> str:
+    """The entry of `choices` that a field names; their first if it is missing."""
+    value = json.get(name)
+    if value is None:
+        return next(iter(choices.values()))
+    if not isinstance(value, str) or value not in choices:
+        raise InputError(f"{where}: {name} is {value!r:.80}, expected {' or '.join(choices)}")
+    return choices[value]
+
+
+def local_layers(json: dict[str, Any], layers: int, where: str) -> list[bool] | None:
+    """Which layers have a window, by `layer_types`; None if it is missing."""
+    kinds, known = json.get("layer_types"), ("sliding_attention", "full_attention")
+    if kinds is None:
+        return None
+    if not isinstance(kinds, list) or len(kinds) != layers or any(x not in known for x in kinds):
+        raise InputError(f"{where}: layer_types is {kinds!r:.80}, expected a list of {layers} "
+                         f"entries, each {' or '.join(known)}")
+    return [kind == "sliding_attention" for kind in kinds]

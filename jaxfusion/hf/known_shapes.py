@@ -8,11 +8,12 @@ import jax
 import jax.numpy as jnp
 
 from jaxfusion.errors import InputError
-from jaxfusion.hf.families import decoder_config, encoder_config
+from jaxfusion.hf.decoders import decoder_config
+from jaxfusion.hf.encoders import encoder_config
 from jaxfusion.hf.hub import NOT_WEIGHTS, find_files
 from jaxfusion.hf.load import read_config
 from jaxfusion.nn.decoder import Decoder, DecoderConfig
-from jaxfusion.nn.mt5 import MT5Config, MT5Encoder
+from jaxfusion.nn.encoder import Encoder, EncoderConfig
 
 
 def _mt5(d_model: int, d_ff: int, num_layers: int, num_heads: int) -> dict[str, Any]:
@@ -78,7 +79,7 @@ BACKBONES: dict[str, dict[str, Any]] = {
 
 def backbone_shape(
     role: str, checkpoint: str, revision: str | None = None
-) -> MT5Config | DecoderConfig:
+) -> EncoderConfig | DecoderConfig:
     """A tower's shape, from the table above or from its `config.json`.
 
     Raises:
@@ -104,7 +105,7 @@ def backbone_size(role: str, checkpoint: str) -> int:
 
     def init():
         if role == "encoder":
-            return MT5Encoder(shape).init(jax.random.key(0), tokens, tokens == 0)
+            return Encoder(shape).init(jax.random.key(0), tokens, tokens == 0)
         return Decoder(shape).init(jax.random.key(0), tokens, tokens, tokens, method="score")
 
     return sum(x.size for x in jax.tree.leaves(jax.eval_shape(init)))

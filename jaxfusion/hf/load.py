@@ -16,11 +16,12 @@ from safetensors import SafetensorError, safe_open
 
 from jaxfusion.errors import InputError
 from jaxfusion.files import read_object
-from jaxfusion.hf.families import decoder_config, encoder_config
+from jaxfusion.hf.decoders import decoder_config
+from jaxfusion.hf.encoders import encoder_config
 from jaxfusion.hf.hub import convert_hint
 from jaxfusion.hf.tables import TRANSFORMS, Index, Row, Table
 from jaxfusion.nn.decoder import DecoderConfig
-from jaxfusion.nn.mt5 import MT5Config
+from jaxfusion.nn.encoder import EncoderConfig
 
 PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -41,7 +42,7 @@ def read_config(path: Path) -> dict[str, Any]:
     return read_object(file)
 
 
-def read_shape(role: str, path: Path) -> MT5Config | DecoderConfig:
+def read_shape(role: str, path: Path) -> EncoderConfig | DecoderConfig:
     """The shape of a tower, from the `config.json` of its directory.
 
     If an LLM's config ties the head to the embeddings but the weights have a different head, the
@@ -199,19 +200,12 @@ def load_params(
     return params
 
 
-def _names(row: Row, layers: int) -> list[tuple[str, ...]]:
-    """The possible names of each tensor that a row stacks (or of its only tensor)."""
-    if not row.stacked:
-        return [(row.theirs, *row.also)]
-    return [(row.theirs.format(i=i),) for i in range(layers)]
-
-
 def _read_row(row: Row, leaf: jax.ShapeDtypeStruct, tensors: TensorFiles) -> jax.Array:
     """One parameter of ours, with its dtype and sharding."""
     transform = TRANSFORMS[row.transform]
     shape = leaf.shape[1:] if row.stacked else leaf.shape
-    names = [next(name for name in options if name in tensors.files)
-             for options in _names(row, leaf.shape[0])]
+    names = [None] * row.first + [next(name for name in options if name in tensors.files)
+                                  for options in row.names(leaf.shape[0])]
 
     def shard(index: Index) -> np.ndarray:
         layers, index = (index[0], index[1:]) if row.stacked else (slice(0, 1), index)
@@ -219,7 +213,8 @@ def _read_row(row: Row, leaf: jax.ShapeDtypeStruct, tensors: TensorFiles) -> jax
         theirs = _at(row, transform.their_index(index, shape), transform.their_shape(shape))
         out = np.empty((len(names[layers]), *inner), leaf.dtype)
         for slot, name in zip(out, names[layers], strict=True):
-            slot[...] = transform.to_ours(tensors.read(name, theirs), slot.shape)
+            slot[...] = 1 if name is None else transform.to_ours(
+                tensors.read(name, theirs), slot.shape)
         return out if row.stacked else out[0]
 
     # Device by device: jax.make_array_from_callback would read the shards of all devices first.
@@ -251,7 +246,7 @@ def _check_shapes(path: Path, table: Table, specs: dict[str, Any], shapes: dict[
         theirs = tuple(TRANSFORMS[row.transform].their_shape(shape))
         if row.part is not None:
             theirs = (row.part[2], *theirs[1:])
-        for names in _names(row, layers):
+        for names in row.names(layers):
             present = [name for name in names if name in shapes]
             used.update(present)
             if not present and names[0] not in problems["missing"]:

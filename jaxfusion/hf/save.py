@@ -14,11 +14,12 @@ from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from jaxfusion.errors import InputError
-from jaxfusion.hf.families import decoder_json, encoder_json
+from jaxfusion.hf.decoders import decoder_json
+from jaxfusion.hf.encoders import encoder_json
 from jaxfusion.hf.load import INDEX, SINGLE, open_tensors
 from jaxfusion.hf.tables import TRANSFORMS, Table, table
 from jaxfusion.nn.decoder import DecoderConfig
-from jaxfusion.nn.mt5 import MT5Config
+from jaxfusion.nn.encoder import EncoderConfig
 
 SHARD_BYTES = 5_000_000_000
 
@@ -34,27 +35,25 @@ def to_tensors(rows: Table, params: dict[str, Any]) -> Iterator[tuple[str, np.nd
             yield theirs, to_theirs(arrays[0])
             continue
         for i, layers in enumerate(zip(*arrays, strict=True)):
+            if i < parts[0].first:
+                continue
             tensors = [to_theirs(layer) for layer in layers]
             yield theirs.format(i=i), tensors[0] if len(parts) == 1 else np.concatenate(tensors)
 
 
 def write_tower(
-    out: Path, config: MT5Config | DecoderConfig, params: dict[str, Any],
+    out: Path, config: EncoderConfig | DecoderConfig, params: dict[str, Any],
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
     """Writes `config.json` and the weights of one tower into an existing directory."""
-    to_json = encoder_json if isinstance(config, MT5Config) else decoder_json
+    to_json = encoder_json if isinstance(config, EncoderConfig) else decoder_json
     (out / "config.json").write_text(json.dumps(to_json(config), indent=2), "utf-8")
     write_shards(out, to_tensors(table(config), params), shard_bytes)
 
 
 def usual_names(rows: Table, layers: int) -> dict[str, tuple[str, ...]]:
     """The tensors of a tower: usual name -> all possible names."""
-    names = {}
-    for theirs, also in dict.fromkeys((row.theirs, row.also) for row in rows.rows):
-        for i in range(layers if "{i}" in theirs else 1):
-            names[theirs.format(i=i)] = tuple(x.format(i=i) for x in (theirs, *also))
-    return names
+    return {names[0]: names for row in rows.rows for names in row.names(layers)}
 
 
 def tower_names(rows: Table, layers: int, files: Container[str]) -> dict[str, str]:

@@ -3,13 +3,13 @@
 import math
 import re
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
 
 import numpy as np
 
 from jaxfusion.nn.decoder import DecoderConfig
-from jaxfusion.nn.mt5 import MT5Config
+from jaxfusion.nn.encoder import EncoderConfig
 
 Shape = tuple[int, ...]
 
@@ -82,6 +82,7 @@ class Row:
       transform: a name in `TRANSFORMS`.
       also: alternative names of the same tensor.
       part: start, stop and total number of rows, if ours is a part of theirs.
+      first: number of the first block that has the tensor; ours is 1 in those before.
     """
 
     theirs: str
@@ -89,11 +90,17 @@ class Row:
     transform: str = "same"
     also: tuple[str, ...] = ()
     part: tuple[int, int, int] | None = None
+    first: int = 0
 
     @property
     def stacked(self) -> bool:
         """Whether our parameter stacks the tensors of all blocks."""
         return "{i}" in self.theirs
+
+    def names(self, layers: int) -> list[tuple[str, ...]]:
+        """The possible names of each tensor that the row stacks (or of its only tensor)."""
+        numbers = range(self.first, layers) if self.stacked else [0]
+        return [tuple(name.format(i=i) for name in (self.theirs, *self.also)) for i in numbers]
 
 
 @dataclass(frozen=True)
@@ -108,7 +115,13 @@ class Table:
         return any(re.fullmatch(pattern, name) for pattern in self.ignored)
 
 
-def mt5_table(config: MT5Config) -> Table:
+def encoder_table(config: EncoderConfig) -> Table:
+    """The family's tensors, by their names in the encoder alone."""
+    return {"bert": _bert_table, "xlm-roberta": _bert_table, "m2m_100": _m2m100_table,
+            "modernbert": _modernbert_table}.get(config.family, _t5_table)(config)
+
+
+def _t5_table(config: EncoderConfig) -> Table:
     """mT5, umT5 and T5 v1.1: the encoder's tensors of an encoder or an encoder-decoder."""
     block, blocks = "encoder.block.{i}.layer", "blocks"
     bias = "0.SelfAttention.relative_attention_bias.weight"
@@ -132,6 +145,90 @@ def mt5_table(config: MT5Config) -> Table:
         Row("encoder.final_layer_norm.weight", "final_norm/scale"),
     )
     return Table(rows, ignored=(r"decoder\..*", r"lm_head\.weight"))
+
+
+def _bert_table(config: EncoderConfig) -> Table:
+    """BERT and XLM-R. Google's first checkpoints call a norm's scale and bias gamma and beta."""
+    block, blocks = "encoder.layer.{i}", "blocks"
+    attn, embed = f"{block}.attention", "embeddings"
+    rows = [
+        Row(f"{embed}.word_embeddings.weight", "embed/embedding"),
+        Row(f"{embed}.position_embeddings.weight", "positions"),
+        Row(f"{embed}.token_type_embeddings.weight", "token_types"),
+        *_norm(f"{embed}.LayerNorm", "embed_norm"),
+        *_heads((f"{attn}.self.{x}" for x in ("query", "key", "value")), f"{blocks}/attn"),
+        *_out(f"{attn}.output.dense", f"{blocks}/attn/o"),
+        *_norm(f"{attn}.output.LayerNorm", f"{blocks}/attn_norm"),
+        *_dense(f"{block}.intermediate.dense", f"{blocks}/mlp/up"),
+        *_dense(f"{block}.output.dense", f"{blocks}/mlp/down"),
+        *_norm(f"{block}.output.LayerNorm", f"{blocks}/mlp_norm"),
+    ]
+    old = {"LayerNorm.weight": "LayerNorm.gamma", "LayerNorm.bias": "LayerNorm.beta"}
+    rows = [replace(row, also=tuple(row.theirs.replace(new, name) for new, name in old.items()
+                                    if row.theirs.endswith(new))) for row in rows]
+    start = "bert." if config.family == "bert" else "roberta."
+    return Table(_also_in(rows, start), ignored=(
+        r".*embeddings\.position_ids", r"(.*\.)?pooler\..*", r"(cls|lm_head|classifier)\..*"))
+
+
+def _m2m100_table(config: EncoderConfig) -> Table:
+    """M2M100 and NLLB: the encoder's tensors, of it alone or of an encoder-decoder."""
+    block, blocks = "layers.{i}", "blocks"
+    shared = ("model.shared.weight", "model.encoder.embed_tokens.weight", "shared.weight")
+    rows = [
+        *_heads((f"{block}.self_attn.{x}_proj" for x in "qkv"), f"{blocks}/attn"),
+        *_out(f"{block}.self_attn.out_proj", f"{blocks}/attn/o"),
+        *_norm(f"{block}.self_attn_layer_norm", f"{blocks}/attn_norm"),
+        *_dense(f"{block}.fc1", f"{blocks}/mlp/up"), *_dense(f"{block}.fc2", f"{blocks}/mlp/down"),
+        *_norm(f"{block}.final_layer_norm", f"{blocks}/mlp_norm"),
+        *_norm("layer_norm", "final_norm"),
+    ]
+    embed = Row("embed_tokens.weight", "embed/embedding", also=shared)
+    return Table((embed, *_also_in(rows, "model.encoder.", "encoder.")), ignored=(
+        r"(model\.)?decoder\..*", r"lm_head\..*", r".*embed_positions\.weights?",
+        r"encoder\.embed_tokens\.weight"))
+
+
+def _modernbert_table(config: EncoderConfig) -> Table:
+    """ModernBERT merges q, k and v into one tensor, gate and up too; its first block has no norm
+    in front of attention."""
+    block, blocks, width = "layers.{i}", "blocks", config.d_model
+    parts = [*((f"{block}.attn.Wqkv.weight", f"attn/{x}", (i * width, (i + 1) * width, 3 * width))
+               for i, x in enumerate("qkv")),
+             *((f"{block}.mlp.Wi.weight", f"mlp/{x}", (i * config.d_ff, (i + 1) * config.d_ff,
+                                                       2 * config.d_ff))
+               for i, x in enumerate(("gate", "up")))]
+    rows = [
+        Row("embeddings.tok_embeddings.weight", "embed/embedding"),
+        Row("embeddings.norm.weight", "embed_norm/scale"),
+        Row(f"{block}.attn_norm.weight", f"{blocks}/attn_norm/scale", first=1),
+        *(Row(theirs, f"{blocks}/{ours}/kernel", "linear_in", part=part)
+          for theirs, ours, part in parts),
+        Row(f"{block}.attn.Wo.weight", f"{blocks}/attn/o/kernel", "linear_out"),
+        Row(f"{block}.mlp_norm.weight", f"{blocks}/mlp_norm/scale"),
+        Row(f"{block}.mlp.Wo.weight", f"{blocks}/mlp/down/kernel", "linear_out"),
+        Row("final_norm.weight", "final_norm/scale"),
+    ]
+    return Table(_also_in(rows, "model."), ignored=(r"(head|decoder|classifier)\..*",))
+
+
+def _also_in(rows: Iterable[Row], *starts: str) -> tuple[Row, ...]:
+    """Rows whose tensors' names may begin with one of these."""
+    return tuple(replace(row, also=(*row.also, *(
+        start + name for start in starts for name in (row.theirs, *row.also)))) for row in rows)
+
+
+def _heads(theirs: Iterable[str], ours: str) -> list[Row]:
+    """The maps of queries, keys and values, with biases."""
+    return [row for x, name in zip("qkv", theirs, strict=True) for row in (
+        Row(f"{name}.weight", f"{ours}/{x}/kernel", "linear_in"),
+        Row(f"{name}.bias", f"{ours}/{x}/bias", "heads"))]
+
+
+def _out(theirs: str, ours: str) -> list[Row]:
+    """The map of what all heads give, with its bias."""
+    return [Row(f"{theirs}.weight", f"{ours}/kernel", "linear_out"),
+            Row(f"{theirs}.bias", f"{ours}/bias")]
 
 
 def decoder_table(config: DecoderConfig) -> Table:
@@ -259,6 +356,6 @@ def _norm(theirs: str, ours: str) -> list[Row]:
     return [Row(f"{theirs}.weight", f"{ours}/scale"), Row(f"{theirs}.bias", f"{ours}/bias")]
 
 
-def table(config: MT5Config | DecoderConfig) -> Table:
+def table(config: EncoderConfig | DecoderConfig) -> Table:
     """The table of a tower's family."""
-    return mt5_table(config) if isinstance(config, MT5Config) else decoder_table(config)
+    return encoder_table(config) if isinstance(config, EncoderConfig) else decoder_table(config)

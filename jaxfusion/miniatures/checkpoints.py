@@ -23,44 +23,44 @@ from jaxfusion.files import new_directory
 from jaxfusion.hf.save import write_tower
 from jaxfusion.miniatures.text import made_up_tokenizer
 from jaxfusion.nn.decoder import Decoder, DecoderConfig
-from jaxfusion.nn.mt5 import MT5Config, MT5Encoder
+from jaxfusion.nn.encoder import Encoder, EncoderConfig
 from jaxfusion.nn.rope import Llama3Scaling, Rope
 
 LLAMA32_ROPE = Rope(500_000.0, Llama3Scaling(32.0, 1.0, 4.0, 8192))
 
 # Vocabulary sizes are set from the tokenizers, with some spare rows.
-SIZES: dict[str, tuple[MT5Config, DecoderConfig]] = {
+SIZES: dict[str, tuple[EncoderConfig, DecoderConfig]] = {
     "tiny": (
-        MT5Config(0, d_model=64, d_ff=128, num_layers=4, num_heads=4, head_dim=16),
+        EncoderConfig(0, d_model=64, d_ff=128, num_layers=4, num_heads=4, head_dim=16),
         DecoderConfig(0, 64, 128, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=16,
                       tie_embeddings=True, rope=LLAMA32_ROPE),
     ),
     "pocket": (
-        MT5Config(0, d_model=128, d_ff=256, num_layers=6, num_heads=4, head_dim=32),
+        EncoderConfig(0, d_model=128, d_ff=256, num_layers=6, num_heads=4, head_dim=32),
         DecoderConfig(0, 128, 384, num_layers=4, num_heads=4, num_kv_heads=4, head_dim=32),
     ),
     # google/mt5-small, and a Llama of 100 million parameters.
     "small": (
-        MT5Config(0, d_model=512, d_ff=1024, num_layers=8, num_heads=6, head_dim=64),
+        EncoderConfig(0, d_model=512, d_ff=1024, num_layers=8, num_heads=6, head_dim=64),
         DecoderConfig(0, 768, 2048, num_layers=10, num_heads=12, num_kv_heads=4, head_dim=64,
                       rope=LLAMA32_ROPE),
     ),
 }
 
 
-def random_params(config: MT5Config | DecoderConfig, seed: int) -> dict[str, Any]:
+def random_params(config: EncoderConfig | DecoderConfig, seed: int) -> dict[str, Any]:
     """Random parameters of a tower, unboxed, float32."""
     tokens = jnp.zeros((1, 2), jnp.int32)
 
     def init(key):
-        if isinstance(config, MT5Config):
-            return MT5Encoder(config).init(key, tokens, tokens == 0)
+        if isinstance(config, EncoderConfig):
+            return Encoder(config).init(key, tokens, tokens == 0)
         return Decoder(config).init(key, tokens, tokens, tokens, method="score")
 
     return nn.unbox(jax.jit(init)(jax.random.key(seed))["params"])
 
 
-def write_random_tower(out: Path, config: MT5Config | DecoderConfig, *, seed: int = 0) -> None:
+def write_random_tower(out: Path, config: EncoderConfig | DecoderConfig, *, seed: int = 0) -> None:
     """Writes the config and random weights of one tower into an existing directory."""
     write_tower(out, config, random_params(config, seed))
 

@@ -29,7 +29,8 @@ class Pattern:
 
     Attributes:
       causal: to earlier ones and itself alone.
-      window: number of positions that a token sees, itself included; None is all.
+      window: a token sees those fewer than this many positions away, back and, unless causal,
+        ahead; None is all.
       scale: of the scores. cap: their bound, `cap * tanh(x / cap)`; None: unbounded.
     """
 
@@ -37,6 +38,30 @@ class Pattern:
     scale: float
     window: int | None = None
     cap: float | None = None
+
+
+class LayerWindows:
+    """What a tower's config says of its layers' windows, from `windows` and `num_layers`."""
+
+    @property
+    def kinds(self) -> tuple[int | None, ...]:
+        """The different windows that layers have."""
+        return tuple(sorted(set(self.windows or (None,)), key=lambda w: (w is None, w)))
+
+    @property
+    def kind_of_layer(self) -> tuple[int, ...]:
+        """Each layer's window as a number into `kinds`."""
+        return tuple(map(self.kinds.index, self.windows or (None,) * self.num_layers))
+
+
+def segment_mask(segments: Int[Array, "B S"], window: int | None = None) -> Bool[Array, "B S S"]:
+    """Who may look at whom, both ways: tokens of the same segment, fewer than `window` slots apart;
+    segment 0 is padding."""
+    same = (segments[:, :, None] == segments[:, None, :]) & (segments != 0)[:, None, :]
+    if window is None:
+        return same
+    slots = jnp.arange(segments.shape[1])
+    return same & (jnp.abs(slots[:, None] - slots) < window)
 
 
 def capped(x: Float[Array, "*B"], cap: float | None) -> Float[Array, "*B"]:
@@ -119,10 +144,11 @@ def cudnn_attention(
       implementation: `xla` runs the same call on any device.
     """
     def attend(q, k, v, segments, bias):
-        same = (segments[:, :, None] == segments[:, None, :]) & (segments != 0)[:, None, :]
-        window = None if pattern.window is None else (pattern.window - 1, 0)
+        # cuDNN knows windows of causal attention alone; the mask holds the others.
+        mask = segment_mask(segments, None if pattern.causal else pattern.window)
+        window = (pattern.window - 1, 0) if pattern.causal and pattern.window else None
         return jax.nn.dot_product_attention(
-            q, k, v, None if bias is None else bias[None].astype(q.dtype), same[:, None],
+            q, k, v, None if bias is None else bias[None].astype(q.dtype), mask[:, None],
             scale=pattern.scale, is_causal=pattern.causal, local_window_size=window,
             implementation=implementation,
         )
@@ -137,7 +163,7 @@ def pallas_attention(
 ) -> Float[Array, "B S N H"]:
     """As `plain_attention`, by jax's kernels for TPUs, on each device's rows and heads.
 
-    Splash attention for causal patterns, flash attention for those with a bias.
+    Flash attention for patterns with a bias, splash attention for the others.
 
     Args:
       interpret: runs splash attention on any device; for the other one there is jax's
@@ -149,7 +175,7 @@ def pallas_attention(
     segments = jnp.pad(segments, ((0, 0), (0, pad)))
     if bias is not None:
         bias = jnp.pad(bias, ((0, 0), (0, pad), (0, pad)))
-    kernel = partial(_splash, interpret) if pattern.causal else _flash
+    kernel = partial(_splash, interpret) if bias is None else _flash
     out = _on_each_device(partial(kernel, pattern), q, k, v, segments, bias)
     return out[:, :length]
 
@@ -187,8 +213,11 @@ def _splash(interpret: bool, pattern: Pattern, q, k, v, segments, bias) -> Array
 
     length, width = q.shape[1], q.shape[-1]
     shape = (length, length)
-    one = masks.CausalMask(shape) if pattern.window is None else masks.LocalMask(
-        shape, (pattern.window - 1, 0), 0)
+    if pattern.window is None:
+        one = masks.CausalMask(shape) if pattern.causal else masks.FullMask(shape)
+    else:
+        reach = pattern.window - 1
+        one = masks.LocalMask(shape, (reach, 0 if pattern.causal else reach), 0)
     block = _block(length)
     sizes = splash.BlockSizes(
         block_q=block, block_kv=block, block_kv_compute=block, block_q_dkv=block,

@@ -16,8 +16,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxfusion.nn.cache import Cache
 from jaxfusion.nn.decoder import Decoder
+from jaxfusion.nn.encoder import Encoder
 from jaxfusion.nn.fusion import GlobalSoftmax, TransformerSoftmax, add_noise, second_pass_mix
-from jaxfusion.nn.mt5 import MT5Encoder
 from jaxfusion.nn.projector import Projector, Resampler
 
 Params = dict[str, Any]
@@ -69,7 +69,7 @@ class Bridge:
       backward: of `global_softmax` in training: 'stack' keeps all states, 'second_pass' none.
     """
 
-    encoder: MT5Encoder | None
+    encoder: Encoder | None
     decoder: Decoder
     projector: Projector | Resampler | None
     fusion: str

@@ -9,9 +9,17 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxfusion.nn.attention import FUSED, Pattern, capped, plain_attention, usable
+from jaxfusion.nn.attention import (
+    FUSED,
+    LayerWindows,
+    Pattern,
+    capped,
+    plain_attention,
+    usable,
+)
 from jaxfusion.nn.cache import Cache
 from jaxfusion.nn.layers import (
+    ACTIVATIONS,
     Embedding,
     Linear,
     RMSNorm,
@@ -23,7 +31,7 @@ from jaxfusion.sharding.rules import constrain
 
 
 @dataclass(frozen=True)
-class DecoderConfig:
+class DecoderConfig(LayerWindows):
     """Shape and features of a causal LM.
 
     Attributes:
@@ -66,22 +74,6 @@ class DecoderConfig:
     embed_scale: float = 1.0
     norm_offset: float = 0.0
     post_norms: bool = False
-
-    @property
-    def kinds(self) -> tuple[int | None, ...]:
-        """The different windows that layers have."""
-        return tuple(sorted(set(self.windows or (None,)), key=lambda w: (w is None, w)))
-
-    @property
-    def kind_of_layer(self) -> tuple[int, ...]:
-        """Each layer's window as a number into `kinds`."""
-        return tuple(map(self.kinds.index, self.windows or (None,) * self.num_layers))
-
-
-ACTIVATIONS = {
-    "silu": jax.nn.silu, "gelu": partial(jax.nn.gelu, approximate=False),
-    "gelu_tanh": partial(jax.nn.gelu, approximate=True),
-}
 
 
 def make_edits(

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -30,6 +31,12 @@ def symmetric_uniform(bound: float) -> Callable:
 def named(init: Callable, *names: str | None) -> Callable:
     """The initialiser `init` of a parameter whose axes bear these logical names."""
     return nn.with_logical_partitioning(init, names)
+
+
+ACTIVATIONS = {
+    "silu": jax.nn.silu, "relu": jax.nn.relu, "gelu": partial(jax.nn.gelu, approximate=False),
+    "gelu_tanh": partial(jax.nn.gelu, approximate=True),
+}
 
 
 # What a backward pass keeps of a block; the rest it computes again.
@@ -93,6 +100,26 @@ class RMSNorm(nn.Module):
         wide = x.astype(jnp.float32)
         normed = wide * jax.lax.rsqrt(jnp.mean(wide**2, axis=-1, keepdims=True) + self.epsilon)
         return (normed * (scale.astype(jnp.float32) + self.offset)).astype(self.dtype)
+
+
+class LayerNorm(nn.Module):
+    """`(x − mean) / std * scale + bias`, in float32 for any dtype of x (arXiv:1607.06450)."""
+
+    epsilon: float
+    dtype: jnp.dtype = jnp.float32
+    bias: bool = True
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
+        init = named(nn.initializers.ones, "norm")
+        scale = self.param("scale", init, (x.shape[-1],), self.dtype)
+        centred = x.astype(jnp.float32) - jnp.mean(x.astype(jnp.float32), axis=-1, keepdims=True)
+        variance = jnp.mean(centred**2, axis=-1, keepdims=True)
+        y = centred * jax.lax.rsqrt(variance + self.epsilon) * scale.astype(jnp.float32)
+        if self.bias:
+            init = named(nn.initializers.normal(0.1), "norm")
+            y = y + self.param("bias", init, (x.shape[-1],), self.dtype).astype(jnp.float32)
+        return y.astype(self.dtype)
 
 
 class Embedding(nn.Module):

@@ -22,7 +22,7 @@ from jaxfusion.files import new_directory
 from jaxfusion.hf.save import write_tokenizer, write_tower
 from jaxfusion.nn.bridge import Params
 from jaxfusion.nn.decoder import Decoder, DecoderConfig
-from jaxfusion.nn.mt5 import MT5Config, MT5Encoder
+from jaxfusion.nn.encoder import Encoder, EncoderConfig
 from jaxfusion.pretraining.corpus import Document, read_corpus
 from jaxfusion.pretraining.objectives import TextBatches, causal_rows, denoising_rows
 from jaxfusion.pretraining.text_lm import TextLM
@@ -96,7 +96,7 @@ def prepare(config: PretrainConfig, mesh, fresh: bool = True):
                                 config.tower.vocab_size)
     train_rows, dev_rows = hold_out(texts, config.data.dev_rows, c.seed)
     tower = tower_shape(config.tower, len(tokenizer))
-    model = TextLM(role, MT5Encoder(tower) if role == "encoder" else Decoder(tower),
+    model = TextLM(role, Encoder(tower) if role == "encoder" else Decoder(tower),
                    config.objective.noise)
     limit, steps = config.data.max_tokens, total_steps(c, len(train_rows))
     if role == "decoder":
@@ -165,18 +165,18 @@ def hold_out(texts: Sequence[Document], dev_rows: int, seed: int) -> tuple[np.nd
     return train, [i for i in held if texts[i].text not in seen]
 
 
-def tower_shape(config: TowerConfig, vocab_size: int) -> MT5Config | DecoderConfig:
+def tower_shape(config: TowerConfig, vocab_size: int) -> EncoderConfig | DecoderConfig:
     """The tower's shape; the rows of its table are a multiple of 32."""
     rows = -(-vocab_size // 32) * 32
     shape = (rows, config.d_model, config.d_ff, config.num_layers, config.num_heads)
     if config.role == "encoder":
-        return MT5Config(*shape, head_dim=config.head_dim)
+        return EncoderConfig(*shape, head_dim=config.head_dim)
     return DecoderConfig(*shape, num_kv_heads=config.num_heads, head_dim=config.head_dim,
                          tie_embeddings=True)
 
 
 def write_checkpoint(
-    out: Path, tower: MT5Config | DecoderConfig, tokenizer, flat: Flat, about: dict[str, Any]
+    out: Path, tower: EncoderConfig | DecoderConfig, tokenizer, flat: Flat, about: dict[str, Any]
 ) -> None:
     """Writes `config.json`, `model.safetensors`, the tokenizer's files and `pretraining.json`.
 

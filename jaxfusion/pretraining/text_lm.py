@@ -10,7 +10,7 @@ import optax
 from jaxtyping import Array, Float, Int
 
 from jaxfusion.nn.decoder import Decoder
-from jaxfusion.nn.mt5 import MT5Encoder
+from jaxfusion.nn.encoder import Encoder
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class TextLM:
     """
 
     role: str
-    tower: MT5Encoder | Decoder
+    tower: Encoder | Decoder
     noise: float = 0.0  # on the decoder's embeddings in training, relative to their rms
 
     def init(self, key: Array) -> dict[str, Any]:

@@ -33,7 +33,8 @@ from jaxfusion.fields import (
     ProjectorConfig,
 )
 from jaxfusion.files import new_directory
-from jaxfusion.hf.families import decoder_config, encoder_config
+from jaxfusion.hf.decoders import decoder_config
+from jaxfusion.hf.encoders import encoder_config
 from jaxfusion.hf.hub import NOT_WEIGHTS, find_files, resolve
 from jaxfusion.hf.load import TensorFiles, load_params, open_tensors, read_config
 from jaxfusion.hf.save import copy_tower, usual_names, write_tokenizer
@@ -47,7 +48,7 @@ from jaxfusion.hf.tables import (
     table,
 )
 from jaxfusion.nn.decoder import DecoderConfig
-from jaxfusion.nn.mt5 import MT5Config
+from jaxfusion.nn.encoder import EncoderConfig
 from jaxfusion.sharding.mesh import make_mesh
 from jaxfusion.training.build import describe, make_bridge
 from jaxfusion.training.checkpoint import Checkpoints
@@ -150,7 +151,7 @@ def _ours(path: Path, described, tensors: TensorFiles, named) -> tuple[Config, F
 
 
 def _of_towers(
-    config: Config, shapes: dict[str, MT5Config | DecoderConfig], tensors: TensorFiles
+    config: Config, shapes: dict[str, EncoderConfig | DecoderConfig], tensors: TensorFiles
 ) -> Flat:
     """The trained parameters of the backbones, from an export without `--merge`."""
     bridge = make_bridge(config, shapes["encoder"], shapes["decoder"])
@@ -167,7 +168,7 @@ def _of_towers(
 
 def _check_widths(
     config: Config, trained: Flat, partial: Path, workdir: Path
-) -> dict[str, MT5Config | DecoderConfig]:
+) -> dict[str, EncoderConfig | DecoderConfig]:
     """The backbones' shapes.
 
     Raises:

@@ -18,7 +18,7 @@ from jaxfusion.fields import (
 from jaxfusion.nn.attention import why_plain
 from jaxfusion.nn.bridge import Bridge, Params
 from jaxfusion.nn.decoder import Decoder, DecoderConfig
-from jaxfusion.nn.mt5 import MT5Config, MT5Encoder
+from jaxfusion.nn.encoder import Encoder, EncoderConfig
 from jaxfusion.nn.projector import Projector, Resampler
 from jaxfusion.sharding.rules import fitting_spec, spec
 from jaxfusion.training.optimizer import group_of_each
@@ -54,7 +54,7 @@ class Plan:
 
 
 def plan_model(
-    config: Config, shapes: dict[str, MT5Config | DecoderConfig], mesh: Mesh
+    config: Config, shapes: dict[str, EncoderConfig | DecoderConfig], mesh: Mesh
 ) -> Plan:
     """The bridge between two towers of these shapes on a mesh.
 
@@ -138,7 +138,7 @@ def make_bridge(config: Config, encoder, decoder, platform: str | None = None) -
                dropout=first.dropout > 0)
     _log_plain("decoder", second.attention, decoder.head_dim, decoder_dtype, decoder.attn_cap)
     return Bridge(
-        MT5Encoder(encoder, encoder_dtype, first.dropout, first.remat,
+        Encoder(encoder, encoder_dtype, first.dropout, first.remat,
                    kernel_for("encoder", first.attention, platform)),
         Decoder(decoder, decoder_dtype, second.remat,
                 kernel_for("decoder", second.attention, platform)),

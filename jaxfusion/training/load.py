@@ -26,7 +26,7 @@ from jaxfusion.hf.load import load_params, read_shape
 from jaxfusion.hf.tables import table
 from jaxfusion.nn.bridge import Bridge
 from jaxfusion.nn.decoder import DecoderConfig
-from jaxfusion.nn.mt5 import MT5Config
+from jaxfusion.nn.encoder import EncoderConfig
 from jaxfusion.training.build import Plan, initialise_own, plan_model
 from jaxfusion.training.state import Flat
 
@@ -61,7 +61,7 @@ class Towers:
 
     config: Config
     paths: dict[str, Path]
-    shapes: dict[str, MT5Config | DecoderConfig]
+    shapes: dict[str, EncoderConfig | DecoderConfig]
     tokenizers: Tokenizers
 
 
@@ -155,7 +155,7 @@ def find_towers(config: Config) -> tuple[dict[str, Path], Config]:
     return paths, config
 
 
-def read_shapes(paths: dict[str, Path]) -> dict[str, MT5Config | DecoderConfig]:
+def read_shapes(paths: dict[str, Path]) -> dict[str, EncoderConfig | DecoderConfig]:
     """The shape of each tower, from its `config.json`."""
     return {role: read_shape(role, path) for role, path in paths.items()}
 

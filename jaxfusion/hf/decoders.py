@@ -1,39 +1,34 @@
-"""`config.json` of a checkpoint → our tower config, in the spelling of transformers 4 or 5."""
+"""An LLM's `config.json` → our config and back, in the spelling of transformers 4 or 5."""
 
 import math
-from typing import Any, TypeVar
+from typing import Any
 
 from jaxfusion.errors import InputError
-from jaxfusion.hf.json_fields import count, flag, group, number, required_count
+from jaxfusion.hf.json_fields import (
+    check_family,
+    check_shape,
+    chosen,
+    count,
+    flag,
+    group,
+    local_layers,
+    number,
+    required_count,
+)
 from jaxfusion.nn.decoder import DecoderConfig
-from jaxfusion.nn.mt5 import MT5Config
 from jaxfusion.nn.rope import LinearScaling, Llama3Scaling, LongScaling, Rope
 
-ENCODER_FAMILIES = ("mt5", "umt5", "t5")
 ARCHITECTURES = {
     "llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM", "phi3": "Phi3ForCausalLM", "gemma": "GemmaForCausalLM",
     "gemma2": "Gemma2ForCausalLM", "gemma3_text": "Gemma3ForCausalLM",
 }
-DECODER_FAMILIES = tuple(ARCHITECTURES)
 # transformers' defaults for fields missing from config.json; in other families the number of kv
 # heads defaults to the number of heads.
 KV_HEADS = {"mistral": 8, "qwen2": 32, "qwen3": 32, "gemma": 16, "gemma2": 4, "gemma3_text": 4}
 HEAD_DIMS = {"qwen3": 128, "gemma": 256, "gemma2": 256, "gemma3_text": 256}
 WINDOWS = {"mistral": 4096, "qwen2": 4096, "qwen3": 4096, "gemma2": 4096, "gemma3_text": 4096}
-MOST_LAYERS = 1000
-Shape = TypeVar("Shape", MT5Config, DecoderConfig)
 PERIODS = {"gemma2": 2, "gemma3_text": 6}  # one of this many layers has no window
-
-
-def encoder_config(json: dict[str, Any], where: str) -> MT5Config:
-    """The shape of an mT5, umT5 or T5 v1.1 encoder.
-
-    Raises:
-      InputError: unsupported family or feed-forward layer.
-    """
-    _check_family(json, ENCODER_FAMILIES, "encoder", where)
-    return _checked(_encoder_config(json, where), where)
 
 
 def decoder_config(json: dict[str, Any], where: str) -> DecoderConfig:
@@ -43,33 +38,10 @@ def decoder_config(json: dict[str, Any], where: str) -> DecoderConfig:
       InputError: unsupported family or feature, or a field that is missing, has the wrong type or
         is out of range.
     """
-    _check_family(json, DECODER_FAMILIES, "decoder", where)
-    return _checked(_decoder_config(json, where), where)
-
-
-def _buckets(json: dict[str, Any], where: str) -> dict[str, int]:
-    """T5's relative positions: half of the buckets for each direction; half of those for exact
-    distances, the others logarithmic up to the maximum distance."""
-    names = [f"relative_attention_{x}" for x in ("num_buckets", "max_distance")]
-    buckets, distance = count(json, names[0], 32, where), count(json, names[1], 128, where)
-    if buckets < 4:
-        raise InputError(f"{where}: {names[0]} is {buckets}, expected 4 or more")
-    if distance <= (exact := buckets // 2 // 2):
-        raise InputError(f"{where}: {names[1]} is {distance}, expected more than the {exact} exact "
-                         f"distances of {names[0]} = {buckets}")
-    return {"num_buckets": buckets, "max_distance": distance}
-
-
-def _checked(shape: Shape, where: str) -> Shape:
-    """The shape, checked for consistency."""
-    heads, kv_heads = shape.num_heads, getattr(shape, "num_kv_heads", shape.num_heads)
-    if heads % kv_heads:
-        raise InputError(f"{where}: {heads} attention heads are not divisible by {kv_heads} key "
-                         "and value heads")
-    if shape.num_layers > MOST_LAYERS:
-        raise InputError(f"{where}: {shape.num_layers:,} layers, expected at most {MOST_LAYERS:,}")
-    if isinstance(shape, DecoderConfig):
-        _check_rope(shape, where)
+    check_family(json, "decoder", where)
+    shape = _decoder_config(json, where)
+    check_shape(shape, where, shape.num_kv_heads)
+    _check_rope(shape, where)
     return shape
 
 
@@ -88,28 +60,6 @@ def _check_rope(shape: DecoderConfig, where: str) -> None:
                 raise InputError(f"{where}: short_factor and long_factor have "
                                  f"{' and '.join(map(str, sorted(lengths)))} numbers, expected "
                                  f"{rotated // 2}: one for each rotated pair")
-
-
-def _encoder_config(json: dict[str, Any], where: str) -> MT5Config:
-    # transformers' default for a missing field.
-    activation = json.get("feed_forward_proj", "relu" if json["model_type"] == "t5"
-                          else "gated-gelu")
-    if activation != "gated-gelu":
-        raise InputError(
-            f"{where}: feed_forward_proj is {activation!r:.80}, expected 'gated-gelu' "
-            "(mT5, umT5, T5 v1.1)"
-        )
-    return MT5Config(
-        vocab_size=required_count(json, "vocab_size", where),
-        d_model=required_count(json, "d_model", where),
-        d_ff=required_count(json, "d_ff", where),
-        num_layers=required_count(json, "num_layers", where),
-        num_heads=required_count(json, "num_heads", where),
-        head_dim=required_count(json, "d_kv", where),
-        **_buckets(json, where),
-        norm_eps=number(json, "layer_norm_epsilon", where, 1e-6),
-        bias_per_layer=json["model_type"] == "umt5",
-    )
 
 
 def _decoder_config(json: dict[str, Any], where: str) -> DecoderConfig:
@@ -154,12 +104,7 @@ def _activation(json: dict[str, Any], where: str) -> str:
             field, names = "hidden_act", dict.fromkeys(names, "gelu_tanh")
     else:
         field, names = "hidden_act", {"silu": "silu"}
-    name = json.get(field)
-    if name is None:
-        name = next(iter(names))
-    if not isinstance(name, str) or name not in names:
-        raise InputError(f"{where}: {field} is {name!r:.80}, expected {' or '.join(names)}")
-    return names[name]
+    return chosen(json, field, names, where)
 
 
 def _cap(json: dict[str, Any], name: str, default: float, where: str) -> float | None:
@@ -191,37 +136,20 @@ def _windows(json: dict[str, Any], layers: int, where: str) -> tuple[int | None,
         window = None
     if window is None or family not in ("mistral", "phi3", *PERIODS, "qwen2", "qwen3"):
         return ()
-    if (kinds := json.get("layer_types")) is not None:
-        known = ("sliding_attention", "full_attention")
-        if not isinstance(kinds, list) or len(kinds) != layers or any(
-                kind not in known for kind in kinds):
-            raise InputError(f"{where}: layer_types is {kinds!r:.80}, expected a list of {layers} "
-                             f"entries, each {' or '.join(known)}")
-        local = [kind == "sliding_attention" for kind in kinds]
-    elif family in PERIODS:
-        period = count(json, "sliding_window_pattern", PERIODS[family], where)
-        local = [(i + 1) % period != 0 for i in range(layers)]
-    elif family in ("qwen2", "qwen3"):
-        first = count(json, "max_window_layers", 28, where, least=0)
-        local = [i >= first for i in range(layers)]
-    else:
-        local = [True] * layers
+    local = local_layers(json, layers, where) or _local_by_family(json, layers, where)
     return tuple(window if is_local else None for is_local in local) if any(local) else ()
 
 
-def encoder_json(config: MT5Config) -> dict[str, Any]:
-    """The `config.json` of an encoder; the inverse of `encoder_config`."""
-    umt5 = config.bias_per_layer
-    return {
-        "model_type": "umt5" if umt5 else "mt5",
-        "architectures": ["UMT5EncoderModel" if umt5 else "MT5EncoderModel"],
-        "vocab_size": config.vocab_size, "d_model": config.d_model, "d_ff": config.d_ff,
-        "num_layers": config.num_layers, "num_heads": config.num_heads, "d_kv": config.head_dim,
-        "relative_attention_num_buckets": config.num_buckets,
-        "relative_attention_max_distance": config.max_distance,
-        "layer_norm_epsilon": config.norm_eps, "feed_forward_proj": "gated-gelu",
-        "is_encoder_decoder": False, "dropout_rate": 0.1, "pad_token_id": 0, "eos_token_id": 1,
-    }
+def _local_by_family(json: dict[str, Any], layers: int, where: str) -> list[bool]:
+    """Which layers have a window, where `layer_types` does not say."""
+    family = json["model_type"]
+    if family in PERIODS:
+        period = count(json, "sliding_window_pattern", PERIODS[family], where)
+        return [(i + 1) % period != 0 for i in range(layers)]
+    if family in ("qwen2", "qwen3"):
+        first = count(json, "max_window_layers", 28, where, least=0)
+        return [i >= first for i in range(layers)]
+    return [True] * layers
 
 
 def decoder_json(config: DecoderConfig) -> dict[str, Any]:
@@ -351,16 +279,3 @@ def _magnitude(length: int, original: int) -> float:
     """LongRoPE's sqrt(1 + ln s / ln L), with s = length / L and the original length L."""
     stretch = length / original
     return math.sqrt(1 + math.log(stretch) / math.log(original)) if stretch > 1 else 1.0
-
-
-def _check_family(json, families, role, where) -> None:
-    family = json.get("model_type")
-    if family not in families:
-        raise InputError(
-            f"{where}: model_type {family!r:.80} is not supported as {role}; "
-            f"known: {', '.join(families)}"
-        )
-    if quantized := json.get("quantization_config"):
-        method = quantized.get("quant_method") if isinstance(quantized, dict) else quantized
-        raise InputError(f"{where}: the checkpoint is quantized ({method!r:.80}), which is not "
-                         "supported; use the original in float32, bfloat16 or float16")

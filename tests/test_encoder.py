@@ -1,0 +1,116 @@
+"""The encoder against transformers' PyTorch one, and its three ways to be read."""
+
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from flax import traverse_util
+from helpers import ENCODERS, UNUSUAL, relative, torch_encoder
+
+from jaxfusion.hf.load import load_params, read_shape
+from jaxfusion.hf.tables import table as tower_table
+from jaxfusion.miniatures.checkpoints import random_params, write_random_tower
+from jaxfusion.nn.encoder import Encoder
+
+
+def apply(config, params, tokens, mask, states=False, **read):
+    """The encoder, compiled as a whole."""
+    run = jax.jit(lambda *args, **read: Encoder(config).apply(*args, states=states, **read))
+    return run(params, tokens, mask, **read)
+
+
+@pytest.fixture(scope="module")
+def batch():
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(2, 97, (3, 40))
+    mask = np.arange(40) < np.array([[40], [29], [1]])
+    return np.where(mask, tokens, 0), mask
+
+
+@pytest.mark.parametrize("left", [0, 9])
+@pytest.mark.parametrize("family", ENCODERS)
+def test_every_state_equals_transformers(family, left, batch, tmp_path):
+    config, (tokens, mask) = ENCODERS[family], batch
+    padding = max(config.first_position - 1, 0)
+    tokens = np.where(mask, np.maximum(tokens, padding + 1), padding)
+    tokens = np.pad(tokens, ((0, 0), (left, 0)), constant_values=padding)
+    mask = np.pad(mask, ((0, 0), (left, 0)))
+    write_random_tower(tmp_path, config)
+    theirs = torch_encoder(family).from_pretrained(tmp_path, attn_implementation="eager").eval()
+    with torch.no_grad():
+        out = theirs(torch.tensor(tokens), torch.tensor(mask).long(), output_hidden_states=True)
+    params = {"params": random_params(config, 0)}
+    states = apply(config, params, tokens, mask, states=True)
+    assert len(states) == len(out.hidden_states) - 1
+    for ours, reference in zip(states, out.hidden_states[1:], strict=True):
+        assert relative(ours[mask], reference.numpy()[mask]) < 1e-5
+    last = apply(config, params, tokens, mask)
+    assert relative(last[mask], out.last_hidden_state.numpy()[mask]) < 1e-5
+
+
+@pytest.mark.parametrize("family", ENCODERS)
+def test_a_family_is_read_back_as_it_was_written(family, tmp_path):
+    config = ENCODERS[family]
+    write_random_tower(tmp_path, config)
+    assert read_shape("encoder", tmp_path) == config
+    params = random_params(config, 0)
+    flat = traverse_util.flatten_dict(params, sep="/")
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    specs = {path: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device)
+             for path, x in flat.items()}
+    loaded = load_params(tmp_path, tower_table(config), specs)
+    for path, x in flat.items():
+        assert np.array_equal(loaded[path], x), path
+
+
+@pytest.mark.parametrize("family", ENCODERS)
+def test_mix_and_probe_equal_the_stack(family, batch):
+    (tokens, mask), config = batch, ENCODERS[family]
+    params = {"params": random_params(config, 1)}
+    states = apply(config, params, tokens, mask, states=True)
+    weights = jax.random.normal(jax.random.key(0), (config.num_layers,))
+    probe = jax.random.normal(jax.random.key(1), states.shape[1:])
+    mixed = apply(config, params, tokens, mask, mix=weights)
+    assert relative(mixed, jnp.einsum("l,lbsd->bsd", weights, states)) < 1e-5
+    dots = apply(config, params, tokens, mask, probe=probe)
+    assert relative(dots, jnp.einsum("bsd,lbsd->l", probe, states)) < 1e-5
+
+
+@pytest.mark.parametrize("family", ENCODERS)
+def test_a_packed_row_gives_what_each_text_gives_alone(family, batch):
+    (tokens, mask), config = batch, ENCODERS[family]
+    params = {"params": random_params(config, 1)}
+    alone = apply(config, params, tokens, mask, states=True)
+    row, segments, gap = np.full((1, 75), 5), np.zeros((1, 75), int), 3
+    row[0, :40], segments[0, :40] = tokens[0], 1
+    row[0, 40 + gap:72], segments[0, 40 + gap:72] = tokens[1, :29], 2
+    packed = apply(config, params, row, segments, states=True)
+    assert relative(packed[:, 0, :40], alone[:, 0]) < 1e-5
+    assert relative(packed[:, 0, 40 + gap:72], alone[:, 1, :29]) < 1e-5
+
+
+@pytest.mark.parametrize("left", [0, 7])
+@pytest.mark.parametrize("family", [x for x in ENCODERS if x != "bert"])
+def test_padding_on_either_side_changes_nothing(family, batch, left):
+    (tokens, mask), config = batch, ENCODERS[family]
+    params = {"params": random_params(config, 1)}
+    padded = np.full((3, 55), 5)
+    wide_mask = np.zeros((3, 55), bool)
+    padded[:, left : left + 40], wide_mask[:, left : left + 40] = tokens, mask
+    alone = apply(config, params, tokens, mask)
+    wide = apply(config, params, padded, wide_mask)
+    assert relative(wide[:, left : left + 40][mask], alone[mask]) < 2e-6
+
+
+def test_dropout_acts_only_when_asked(batch):
+    tokens, mask = batch
+    encoder, params = Encoder(UNUSUAL, dropout=0.1), {"params": random_params(UNUSUAL, 1)}
+    plain = encoder.apply(params, tokens, mask)
+    run = lambda seed: encoder.apply(  # noqa: E731
+        params, tokens, mask, deterministic=False, rngs={"dropout": jax.random.key(seed)}
+    )
+    assert np.array_equal(plain, Encoder(UNUSUAL).apply(params, tokens, mask))
+    assert np.array_equal(run(0), run(0))
+    assert not np.array_equal(run(0), plain) and not np.array_equal(run(0), run(1))
