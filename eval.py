@@ -28,6 +28,8 @@ LLM_ONLY = flags.DEFINE_bool("llm_only", False, "the bare LLM on the text prompt
 DISTRIBUTED = flags.DEFINE_bool("distributed", False, "this process is one of several")
 ASK = flags.DEFINE_string("ask", None, "answer one input: its columns, apart by ' | '")
 INPUT = flags.DEFINE_string("input", None, "answer the rows of this file")
+LANGUAGE = flags.DEFINE_string(
+    "language", "", "of --ask and --input, for encoders that are told it (NLLB, M2M100)")
 OUTPUT = flags.DEFINE_string("output", None, "of --input: a .jsonl file, continued where it stands")
 COMPARE = flags.DEFINE_string("compare", None, "RUN_A RUN_B …, each a workdir, or several by comma")
 SCORING = flags.DEFINE_string("scoring", None, "of --compare: how an answer counts")
@@ -58,12 +60,13 @@ def main(argv: list[str]) -> None:
     elif ASK.value is not None:
         from jaxfusion.runs.ask import ask
 
-        ask(workdirs[0], ASK.value, llm_only=LLM_ONLY.value, decoding=_decoding())
+        ask(workdirs[0], ASK.value, language=LANGUAGE.value, llm_only=LLM_ONLY.value,
+            decoding=_decoding())
     elif INPUT.value is not None:
         from jaxfusion.runs.answer_file import answer_file
 
         count = answer_file(workdirs[0], local_path(INPUT.value), local_path(OUTPUT.value),
-                            llm_only=LLM_ONLY.value, decoding=_decoding())
+                            language=LANGUAGE.value, llm_only=LLM_ONLY.value, decoding=_decoding())
         print(f"{count} rows answered; all are in {OUTPUT.value}")
     elif REPORT.value:
         from jaxfusion.bridge.compare import report
@@ -90,6 +93,8 @@ def _check_flags() -> None:
         raise InputError("wanted --workdir DIR, or --compare RUN_A RUN_B")
     if (INPUT.value is None) != (OUTPUT.value is None):
         raise InputError("--input FILE and --output OUT.jsonl go together")
+    if LANGUAGE.value and ASK.value is None and INPUT.value is None:
+        raise InputError("--language is for --ask and --input; for scoring there is --languages")
     if DISTRIBUTED.value and (chosen or REPORT.value):
         raise InputError("--distributed is for scoring; the rest is done by one process")
     if len(WORKDIR.value) > 1 and (ASK.value is not None or INPUT.value is not None):

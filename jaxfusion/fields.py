@@ -67,6 +67,7 @@ class EncoderSettings(Schema):
     attention: Attention = "auto"  # plain, cudnn (GPU), pallas (TPU); auto: what the device has
     dropout: Share = 0.0  # 0.1 is what the papers' runs had by accident of `model.train()`
     added_tokens: tuple[Text, ...] = ()  # LangBridge adds whitespace tokens to the tokenizer
+    prefix: str = ""  # in front of every text that it reads; E5 wants "query: "
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ def model(tiny):
 
 
 def test_tokens_are_aligned_by_their_characters(model):
-    queries, targets = _aligned(TEXTS, model.tokenizers)
+    queries, targets = _aligned([Example(x, "", 0) for x in TEXTS], model.tokenizers)
     for text, query, target in zip(TEXTS, queries, targets, strict=True):
         llm = model.tokenizers.decoder(text.rstrip(), add_special_tokens=False)["input_ids"]
         assert len(target) == len(query)
@@ -42,7 +42,8 @@ def objective(kernel, bias, x, y):
 def test_a_linear_start_is_near_the_best_under_noise(model):
     examples = [Example(text, "", 0) for text in TEXTS * 4]
     start = warm_start(model, examples).trainable
-    x, y, end = _pairs(model, merge(model.trainable, model.frozen), TEXTS * 4)
+    x, y, end = _pairs(model, merge(model.trainable, model.frozen),
+                       [Example(x, "", 0) for x in TEXTS * 4])
     x, y = x.astype(float), y.astype(float)
     mean, spread = x.mean(axis=0), x.std()
     z = (x - mean) / spread
@@ -63,7 +64,8 @@ def test_a_feed_forward_start_leaves_little_of_the_error(tiny):
     model = tiny_model(tiny, "last", name="ffn")
     examples = [Example(text, "", 0) for text in TEXTS * 4]
     started = warm_start(model, examples)
-    x, y, _ = _pairs(model, merge(model.trainable, model.frozen), TEXTS)
+    x, y, _ = _pairs(model, merge(model.trainable, model.frozen),
+                     [Example(x, "", 0) for x in TEXTS])
 
     def error(trainable):
         params = merge(trainable, model.frozen)["projector"]

@@ -14,6 +14,7 @@ from jaxfusion.bridge.warm_start import warm_start
 from jaxfusion.config import CONFIG_FILE
 from jaxfusion.data.batching import Cut, TokenRows, find_shapes, tokenize
 from jaxfusion.data.contamination import fingerprints
+from jaxfusion.data.coverage import check_reading
 from jaxfusion.data.packing import find_packing
 from jaxfusion.data.pipeline import Batches, first_rows, steps_per_epoch, subset, total_steps
 from jaxfusion.data.rows.examples import Example, find_source, read_stream
@@ -70,6 +71,10 @@ def prepare(config: Config, mesh, fresh: bool = True, workdir: Path | None = Non
         lambda: _tokenize(config, task, examples, plan.bridge, towers.tokenizers))
     model = read_model(towers, plan)
     rows = tokenized.result()
+    check_reading(towers.tokenizers, examples)
+    for language in config.eval.languages:  # refused now, not when the run is scored
+        if towers.tokenizers.languages is not None:
+            towers.tokenizers.around_query(language)
     earlier = {}
     if not fresh:
         model = overlay(model, frozen_of(model, workdir, config), str(workdir))

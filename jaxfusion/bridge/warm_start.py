@@ -41,8 +41,7 @@ def warm_start(model: Model, examples: Sequence[Example]) -> Model:
         raise InputError("projector.warm_start is for projectors with a slot for each token, not "
                          "for resampler; set projector.warm_start=False")
     params = merge(model.trainable, model.frozen)
-    texts = [example.query for example in examples[:ROWS]]
-    features, targets, end = _pairs(model, params, texts)
+    features, targets, end = _pairs(model, params, examples[:ROWS])
     mean, spread = features.mean(axis=0), features.std()
     start = dict(_regress(model.bridge.projector, params["projector"],
                           (features - mean) / spread, targets, model.config.train.seed))
@@ -54,13 +53,13 @@ def warm_start(model: Model, examples: Sequence[Example]) -> Model:
     return overlay(model, {path: np.asarray(x) for path, x in flat.items()}, "the warm start")
 
 
-def _pairs(model: Model, params: Params, texts: list[str]):
+def _pairs(model: Model, params: Params, examples: Sequence[Example]):
     """Features and target embeddings of all encoder tokens [N D], [N E], and the end vector [E]."""
     limit = model.config.data.max_encoder_tokens
-    found = zip(*_aligned(texts, model.tokenizers), strict=True)
+    found = zip(*_aligned(examples, model.tokenizers), strict=True)
     fitting = [pair for pair in found if len(pair[0]) <= limit]
     if not fitting:
-        raise InputError(f"projector.warm_start: each of {len(texts)} texts is longer than "
+        raise InputError(f"projector.warm_start: each of {len(examples)} texts is longer than "
                          f"data.max_encoder_tokens = {limit}; set it higher, or warm_start=False")
     queries, targets = zip(*fitting, strict=True)
     rows = [TokenRow(query, [], []) for query in queries]
@@ -103,23 +102,29 @@ def _regress(
     return params
 
 
-def _aligned(texts: list[str], tokenizers: Tokenizers):
-    """Encoder ids of each text, and for each of them the LLM tokens it shares characters with."""
+def _aligned(examples: Sequence[Example], tokenizers: Tokenizers):
+    """Encoder ids of each text, and for each of them the LLM tokens it shares characters with; the
+    first one for what stands before the text, the last one for what follows it."""
+    # A space at the end belongs to the answer, as in `Tokenizers.encode_answers`.
+    texts, prefix = [x.query.rstrip() for x in examples], tokenizers.query_prefix
     try:
-        # A space at the end belongs to the answer, as in `Tokenizers.encode_answers`.
-        texts = [text.rstrip() for text in texts]
-        ours = tokenizers.encoder(texts, return_offsets_mapping=True)
+        ours = tokenizers.encoder([prefix + text for text in texts], return_offsets_mapping=True,
+                                  add_special_tokens=False)
         theirs = tokenizers.decoder(texts, return_offsets_mapping=True, add_special_tokens=False)
     except NotImplementedError:
         raise InputError(
             "projector.warm_start needs tokenizers that tell their offsets (tokenizer.json)"
         ) from None
-    targets = []
-    for i in range(len(texts)):
+    queries, targets = [], []
+    for i, example in enumerate(examples):
+        before, after = tokenizers.around_query(example.language)
         ids, spans = theirs["input_ids"][i], theirs["offset_mapping"][i]
-        targets.append([
+        queries.append([*before, *ours["input_ids"][i], *after])
+        shared = [
             [token for token, (a, b) in zip(ids, spans, strict=True)
-             if min(end, b) > max(start, a)] or ids[-1:]
+             if min(end - len(prefix), b) > max(start - len(prefix), a)]
+            or (ids[:1] if 0 < end <= len(prefix) else ids[-1:])
             for start, end in ours["offset_mapping"][i]
-        ])
-    return ours["input_ids"], targets
+        ]
+        targets.append([*[ids[:1]] * len(before), *shared, *[ids[-1:]] * len(after)])
+    return queries, targets

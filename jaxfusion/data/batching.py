@@ -142,7 +142,7 @@ def tokenize(
 
     Args:
       text_prompt: the text after the prefix; `{query}` is replaced by the encoder's text.
-      max_encoder_tokens: limit of the query; truncation keeps its end token.
+      max_encoder_tokens: limit of the query; truncation keeps the special tokens around it.
       max_decoder_tokens: limit of the text prompt, truncated at its beginning, and of the target
         with its EOS.
       with_target: False leaves the target empty, for generation.
@@ -153,24 +153,37 @@ def tokenize(
     rows, cut = TokenRows(latents), np.zeros(3, int)
     for part in in_parts(examples):
         prompts = [text_prompt.replace("{query}", example.query) for example in part]
-        queries = tokenizers.encode_queries([example.query for example in part])
+        languages = [example.language for example in part]
+        queries = tokenizers.encode_queries([example.query for example in part], languages)
         texts = _each_once(tokenizers.encode_prompts, prompts)
         targets = [[] for _ in part]
         if with_target:
             answers = _each_once(tokenizers.encode_answers, prompts,
                                  [example.target for example in part])
             targets = [[*answer, *tokenizers.ending] for answer in answers]
-        for query, text, target in zip(queries, texts, targets, strict=True):
+        for query, text, target, language in zip(queries, texts, targets, languages, strict=True):
             length = len(query)
             if length > max_encoder_tokens:
-                query = (query[-max_encoder_tokens:] if keeps_end
-                         else [*query[: max_encoder_tokens - 1], query[-1]])
+                query = _shortened(query, tokenizers.around_query(language), max_encoder_tokens,
+                                   keeps_end)
             limit = (max_decoder_tokens if max_total_tokens is None
                      else max(0, max_total_tokens - len(query) - len(tokenizers.start)))
             cut += (length > max_encoder_tokens, len(text) > max_decoder_tokens,
                     len(target) > limit)
             rows.append(query, text[-max_decoder_tokens:], target[:limit])
     return rows, Cut(*cut.tolist(), max_encoder_tokens, max_decoder_tokens, max_total_tokens)
+
+
+def _shortened(
+    query: list[int], around: tuple[list[int], list[int]], limit: int, keeps_end: bool
+) -> list[int]:
+    """A query of `limit` tokens with its special tokens; the text's beginning goes if it
+    `keeps_end`, else its end."""
+    before, after = map(len, around)
+    text = query[before : len(query) - after]
+    room = max(limit - before - after, 0)
+    kept = text[len(text) - room :] if keeps_end else text[:room]
+    return [*query[:before], *kept, *query[len(query) - after :]][:limit]
 
 
 def in_parts(examples: Sequence[Example]) -> Iterator[Sequence[Example]]:

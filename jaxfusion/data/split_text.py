@@ -28,6 +28,7 @@ class Continued:
     Attributes:
       texts: those of at least two encoder tokens.
       ids: the first encoder ids of each text. begins: the text offset of each id.
+      around: the encoder's ids before and after every text.
       short: how many texts were skipped because they are too short to split.
       latents: of the bridge.
     """
@@ -37,6 +38,7 @@ class Continued:
     begins: Ragged
     short: int
     tokenizers: Tokenizers
+    around: tuple[list[int], list[int]]
     max_encoder_tokens: int
     max_decoder_tokens: int
     seed: int
@@ -69,16 +71,16 @@ class Split(Sequence[TokenRow]):
 
     @cached_property
     def heads(self) -> np.ndarray:
-        """Encoder tokens read of each text, without the end token."""
+        """Encoder tokens read of each text, without those around it."""
         most = self.whole.ids.lengths - 1
-        least = np.minimum(LEAST - 1, most)
+        least = np.minimum(LEAST - sum(map(len, self.whole.around)), most)
         chance = np.random.default_rng((self.whole.seed, self.epoch)).random(len(most))
         return least + (chance * (most - least + 1)).astype(int)
 
     @property
     def lengths(self) -> np.ndarray:
-        """Encoder tokens of each row, including its end token."""
-        return self.heads + 1
+        """Encoder tokens of each row, including those around its text."""
+        return self.heads + sum(map(len, self.whole.around))
 
     def parts(self, i: int) -> tuple[str, str]:
         """The prefix of a text that the encoder reads, and the rest."""
@@ -87,7 +89,8 @@ class Split(Sequence[TokenRow]):
 
     def __getitem__(self, i: int) -> TokenRow:
         tokenizers, limit = self.whole.tokenizers, self.whole.max_decoder_tokens
-        ids = [*self.whole.ids[i][: self.heads[i]], tokenizers.encoder.eos_token_id]
+        before, after = self.whole.around
+        ids = [*before, *self.whole.ids[i][: self.heads[i]], *after]
         rest = self.parts(i)[1]
         target, = tokenizers.encode_texts([rest[: 16 * limit]])
         if len(target) < limit + SPARE and len(rest) > 16 * limit:
@@ -99,7 +102,7 @@ def tokenize_texts(
     examples: Sequence[Example], tokenizers: Tokenizers, *, max_encoder_tokens: int,
     max_decoder_tokens: int, seed: int, latents: int = 0,
 ) -> Continued:
-    """Texts ready to be split, with at most `max_encoder_tokens` for the encoder, end included.
+    """Texts ready to be split, of at most `max_encoder_tokens` with special tokens and prefix.
 
     Raises:
       InputError: no text has two tokens, or the encoder's tokenizer does not give the offsets of
@@ -109,19 +112,23 @@ def tokenize_texts(
         raise InputError("unlabelled text needs an encoder tokenizer with offsets (a "
                          "tokenizer.json)")
     texts, ids, begins, short = [], Ragged(), Ragged(), 0
+    before, after = tokenizers.around_query(examples[0].language)
+    prefix = tokenizers.query_prefix.rstrip()
+    before = [*before, *tokenizers.encoder(prefix, add_special_tokens=False)["input_ids"]]
+    room = max_encoder_tokens - len(before) - len(after) + 1
     for part in in_parts(examples):
         queries = [example.query for example in part]
         encoded = tokenizers.encoder(queries, add_special_tokens=False, return_offsets_mapping=True)
         for text, tokens, offsets in zip(queries, encoded["input_ids"], encoded["offset_mapping"],
                                          strict=True):
-            starts = [start for start, _ in offsets[:max_encoder_tokens]]
+            starts = [start for start, _ in offsets[:room]]
             if not any(starts):
                 short += 1
                 continue
             texts.append(text)
-            ids.append(tokens[:max_encoder_tokens])
+            ids.append(tokens[:room])
             begins.append(starts)
     if not texts:
         raise InputError(f"none of the {short} texts has two encoder tokens: nothing to split")
-    return Continued(texts, ids, begins, short, tokenizers, max_encoder_tokens,
+    return Continued(texts, ids, begins, short, tokenizers, (before, after), max_encoder_tokens,
                      max_decoder_tokens, seed, latents)

@@ -1,11 +1,12 @@
 """The two tokenizers of a bridge, checked against their models."""
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+from jaxfusion.data.languages import token_of
 from jaxfusion.errors import InputError, first_line
 from jaxfusion.files import read_object
 
@@ -43,6 +44,9 @@ class Tokenizers:
       end_tokens: from the LLM's own files: an answer ends at any of them.
       ends_targets: whether every training target ends in `eos`.
       bos: whether rows begin with BOS; None: as the tokenizer's own texts do.
+      query_prefix: what stands in front of every text that the encoder reads (E5: `query: `).
+      languages: the encoder's tokens of languages, with which its texts begin (NLLB); None: it is
+        told no language.
     """
 
     encoder: object
@@ -51,6 +55,8 @@ class Tokenizers:
     end_tokens: tuple[int, ...] = ()
     ends_targets: bool = True
     bos: bool | None = None
+    query_prefix: str = ""
+    languages: dict[str, int] | None = None
 
     @cached_property
     def start(self) -> list[int]:
@@ -84,9 +90,38 @@ class Tokenizers:
             return self.decoder.eos_token_id
         return self.turn.end
 
-    def encode_queries(self, texts: list[str]) -> list[list[int]]:
-        """Encoder ids, with the encoder's own special tokens (mT5: `</s>` at the end)."""
-        return self.encoder(texts)["input_ids"] if texts else []
+    def encode_queries(
+        self, texts: list[str], languages: Sequence[str] | None = None
+    ) -> list[list[int]]:
+        """Encoder ids, with the encoder's own special tokens (mT5: `</s>` at the end).
+
+        Args:
+          languages: of each text, for an encoder that is told them.
+
+        Raises:
+          InputError: such an encoder, and no language, or one that it does not have.
+        """
+        if not texts:
+            return []
+        prefixed = [self.query_prefix + text for text in texts]
+        if self.languages is None:
+            return self.encoder(prefixed)["input_ids"]
+        plain = self.encoder(prefixed, add_special_tokens=False)["input_ids"]
+        frames = map(self.around_query, languages or [""] * len(texts))
+        return [[*start, *ids, *end] for ids, (start, end) in zip(plain, frames, strict=True)]
+
+    def around_query(self, language: str = "") -> tuple[list[int], list[int]]:
+        """The special tokens before and after a text that the encoder reads."""
+        if self.languages is not None:
+            return [token_of(language, self.languages)], [self.encoder.eos_token_id]
+        return self._around_query
+
+    @cached_property
+    def _around_query(self) -> tuple[list[int], list[int]]:
+        plain = self.encoder("a", add_special_tokens=False)["input_ids"]
+        whole = self.encoder("a")["input_ids"]
+        first = next(i for i in range(len(whole)) if whole[i : i + len(plain)] == plain)
+        return whole[:first], whole[first + len(plain):]
 
     def encode_texts(self, texts: list[str]) -> list[list[int]]:
         """Decoder ids without special tokens: the bridge places BOS and EOS."""
@@ -232,6 +267,8 @@ def load_tokenizer(
             f"(highest id {max(ids)}), but by config.json the model's table has {vocab_size} rows; "
             "one of the two files is from another model"
         )
+    if role == "encoder" and tokenizer.eos_token_id is None and tokenizer.sep_token_id is not None:
+        tokenizer.eos_token = tokenizer.sep_token  # BERT's name of the token that ends a text
     if tokenizer.eos_token_id is None:
         raise InputError(f"the {role} tokenizer in {path} has no end token (eos_token)")
     return tokenizer

@@ -30,7 +30,7 @@ from jaxfusion.files import (
     sum_of,
     write_checked,
 )
-from jaxfusion.runs.open_run import open_run
+from jaxfusion.runs.open_run import OpenRun, open_run
 
 logger = logging.getLogger(__name__)
 BATCHES = 8  # sorted by length and written together
@@ -38,7 +38,7 @@ OURS = ("answer", "prediction", "probabilities")  # output columns
 
 
 def answer_file(
-    workdir: Path, source: Path, out: Path, *, llm_only: bool = False,
+    workdir: Path, source: Path, out: Path, *, language: str = "", llm_only: bool = False,
     decoding: dict[str, Any] | None = None,
 ) -> int:
     """Answers every row of a file with a bridge or its bare LLM.
@@ -50,6 +50,7 @@ def answer_file(
 
     Args:
       source: `.jsonl` or another file that `read_file` reads.
+      language: of the rows, for an encoder that is told it; a row's own column `language` wins.
       out: `.jsonl`; rows that it already has are not answered again.
       decoding: fields of `EvalConfig` that override the run's own.
 
@@ -67,17 +68,17 @@ def answer_file(
     task, config, rows = run.task, run.config.eval, list(read_file(source))
     if not rows:
         raise InputError(f"{source} has no rows")
-    queries = [query_of(task, row, where) for row, where in rows]
+    examples = [Example(query_of(task, row, where), "", -1, language_of(run, row, language, where))
+                for row, where in rows]
     with run.on_mesh(), _alone(out) as file:
         scorer = run.scorer(task)
         done = _begin(out, rows, {
             "workdir": str(workdir.absolute()), "step": run.step, "llm_only": llm_only,
-            **{name: asdict(config)[name] for name in DECODING}})
+            "language": language, **{name: asdict(config)[name] for name in DECODING}})
         written = out.read_bytes()
         length, digest = len(written), blake2b(written, digest_size=16)
         for numbers in _chunks(done, len(rows), BATCHES * config.batch_size):
-            examples = [Example(queries[i], "", -1) for i in numbers]
-            scored = scorer(run.params, examples, task, numbers=numbers)
+            scored = scorer(run.params, [examples[i] for i in numbers], task, numbers=numbers)
             if scored.cut.any:
                 logger.warning("rows %d to %d, longer than the limits: %s", numbers[0] + 1,
                                numbers[-1] + 1, scored.cut)
@@ -138,6 +139,20 @@ def query_of(task: Task, row: dict[str, Any], where: str) -> str:
     return text.format(**row)
 
 
+def language_of(run: OpenRun, row: dict[str, Any], language: str, where: str) -> str:
+    """The language of a row for an encoder that is told it, else nothing.
+
+    Raises:
+      InputError: the encoder does not have the language, or none is given.
+    """
+    if run.llm_only or run.tokenizers.languages is None:
+        return run.checked_language(language)
+    try:
+        return run.checked_language(str(row.get("language") or language))
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from None
+
+
 def _begin(out: Path, rows: list[Placed], about: dict[str, Any]) -> int:
     """The number of rows that `out` already answers; removes an incomplete last line.
 
@@ -154,6 +169,7 @@ def _begin(out: Path, rows: list[Placed], about: dict[str, Any]) -> int:
     if not about_file.is_file():
         raise InputError(f"{about_file} is missing (the settings of {out}): {restart}")
     old = read_json(about_file, restart)
+    old = {"language": "", **old}  # of answers from before encoders were told languages
     for name in about:
         if old.get(name) != about[name]:
             raise InputError(f"{out} was started with {name} {old.get(name)!r}, not "

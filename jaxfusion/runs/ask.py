@@ -18,12 +18,14 @@ SHADES = " ░▒▓█"
 
 
 def ask(
-    workdir: Path, text: str, *, llm_only: bool = False, decoding: dict[str, Any] | None = None
+    workdir: Path, text: str, *, language: str = "", llm_only: bool = False,
+    decoding: dict[str, Any] | None = None,
 ) -> str:
     """Prints and returns the answer to one input.
 
     Args:
       text: the columns of the task's prompt in order, separated by `|`.
+      language: of the text, for an encoder that is told it.
       llm_only: use the bare LLM.
       decoding: fields of `EvalConfig` that override the run's own.
 
@@ -31,17 +33,17 @@ def ask(
       InputError: no such run, or the wrong number of columns.
     """
     run = open_run(workdir, decoding, llm_only)
-    query = fill(run.task, text)
+    example = Example(fill(run.task, text), "", -1, run.checked_language(language))
     if not llm_only and (unknown := unknown_words(run.tokenizers.encoder, text)):
         print(f"not in the encoder's vocabulary, so spelled or skipped: {', '.join(unknown)}")
     with run.on_mesh():
-        scored = run.scorer(run.task)(run.params, [Example(query, "", -1)], run.task)
+        scored = run.scorer(run.task)(run.params, [example], run.task)
     console = Console(highlight=False)
     console.print(f"answer: [bold]{escape(scored.answers[0])}[/bold]")
     for label, chance in zip(run.task.labels, softmax(scored.likelihoods[0]), strict=True):
         console.print(f"  {100 * chance:5.1f} %  {escape(label)}")
     if not llm_only:
-        _print_weights(console, run, query)
+        _print_weights(console, run, example)
     return scored.answers[0]
 
 
@@ -72,9 +74,9 @@ def unknown_words(tokenizer, text: str) -> list[str]:
     return unknown
 
 
-def _print_weights(console: Console, run: OpenRun, query: str) -> None:
+def _print_weights(console: Console, run: OpenRun, example: Example) -> None:
     """Prints a row per encoder token with the weight of each layer, if the fusion has weights."""
-    by_token = run.layers_of(query)
+    by_token = run.layers_of(example.query, example.language)
     if by_token is None:
         console.print(f"fusion '{run.config.fusion.name}' uses a single layer")
         return

@@ -49,6 +49,7 @@ class JaxFusion(LM):
       end: whether a likelihood includes the end token, as in training and in `eval.py`; never for
         the bare LLM.
       batch_size: default: the run's.
+      language: of the texts, for an encoder that is told it (NLLB, M2M100).
       device, max_batch_size: passed by the harness and ignored; jax uses all devices.
 
     Raises:
@@ -58,13 +59,14 @@ class JaxFusion(LM):
     def __init__(
         self, workdir: str | None = None, llm_only: bool = False, end: bool = True,
         batch_size: int | str | None = None, device: str | None = None,
-        max_batch_size: int | None = None,
+        max_batch_size: int | None = None, language: str = "",
     ):
         super().__init__()
         if workdir is None:
             raise InputError("workdir is missing; give --model_args workdir=DIR")
         given = {"batch_size": int(batch_size)} if str(batch_size or "").isdigit() else {}
         self.run = open_run(Path(workdir), given, llm_only)
+        self.language = self.run.checked_language(language)
         self.params = self.run.params  # read before the harness makes its tasks
         self.bare, self.end, self.workdir = llm_only, end and not llm_only, workdir
 
@@ -95,7 +97,7 @@ class JaxFusion(LM):
         ending = self.run.tokenizers.ending if self.end else []
         ids = [[*answer, *ending] for answer in ids]
         rows, cut = self.run.scorer(FREE).rows(
-            [Example(context, "", -1) for context in contexts], FREE.keeps_end)
+            [Example(context, "", -1, self.language) for context in contexts], FREE.keeps_end)
         if cut.any:
             logger.warning("contexts longer than the limits: %s", cut)
         scores_of = self._score(rows, [[ids[i] for i in places[context]] for context in contexts])
@@ -137,7 +139,7 @@ class JaxFusion(LM):
         answers = [""] * len(requests)
         for places in groups.values():
             scorer = self.run.scorer(FREE, **_decoding(requests[places[0]].args[1]))
-            examples = [Example(requests[i].args[0], "", -1) for i in places]
+            examples = [Example(requests[i].args[0], "", -1, self.language) for i in places]
             with self.run.on_mesh():
                 for i, answer in zip(places, scorer(self.params, examples, FREE).answers,
                                      strict=True):

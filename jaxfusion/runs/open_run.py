@@ -134,19 +134,33 @@ class OpenRun:
         return Scorer(self.model.bridge, self.tokenizers, settings, self.config.data.text_prompt,
                       self.llm_only)
 
-    def layers_of(self, text: str) -> dict[str, Any] | None:
-        """The `tokens` of a text and their layer `weights`; see `token_weights`."""
-        return self._read(token_weights, Example(text, "", -1))
+    def checked_language(self, language: str) -> str:
+        """The language of a text.
 
-    def weights_of(self, texts: Sequence[str]) -> list[float] | None:
+        Raises:
+          InputError: the encoder is told no languages, or does not have this one.
+        """
+        if self.llm_only or self.tokenizers.languages is None:
+            if language:
+                raise InputError("--language is for encoders that are told it (NLLB, M2M100), and "
+                                 "this run has none; leave it out")
+        else:
+            self.tokenizers.around_query(language)
+        return language
+
+    def layers_of(self, text: str, language: str = "") -> dict[str, Any] | None:
+        """The `tokens` of a text and their layer `weights`; see `token_weights`."""
+        return self._read(token_weights, Example(text, "", -1, language))
+
+    def weights_of(self, texts: Sequence[str], language: str = "") -> list[float] | None:
         """The mean weight of each layer over the texts' tokens; see `layer_weigher`."""
         weights = layer_weigher(self.model.bridge, self.tokenizers, self.config.eval)
         with self.on_mesh():
-            return weights and weights(self.params, [Example(x, "", -1) for x in texts])
+            return weights and weights(self.params, [Example(x, "", -1, language) for x in texts])
 
-    def states_of(self, texts: Sequence[str]) -> Float[np.ndarray, "L N D"]:
+    def states_of(self, texts: Sequence[str], language: str = "") -> Float[np.ndarray, "L N D"]:
         """Every text's mean state in each layer of the encoder; see `mean_states`."""
-        return self._read(mean_states, [Example(x, "", -1) for x in texts])
+        return self._read(mean_states, [Example(x, "", -1, language) for x in texts])
 
     def _read(self, read, examples):
         with self.on_mesh():

@@ -12,6 +12,7 @@ from rich.progress import Progress
 
 from jaxfusion.config import CONFIG_FILE
 from jaxfusion.data.contamination import fingerprints, read_seen
+from jaxfusion.data.coverage import check_reading
 from jaxfusion.data.rows.examples import Example, at_hand, read_examples
 from jaxfusion.data.tasks.catalogue import check_languages, configured, get_task
 from jaxfusion.data.tasks.spec import Task
@@ -161,6 +162,10 @@ def unseen(
 
 def _score(run: OpenRun, rows: Rows) -> tuple[Results, Details]:
     results, details = {}, {}
+    if not run.llm_only:
+        for by_language in rows.values():
+            for part in by_language.values():
+                check_reading(run.tokenizers, part)
     console = Console(stderr=True)
     with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
         bar = progress.add_task("scoring", total=sum(
@@ -219,5 +224,6 @@ def _detail(examples: list[Example], scored: Scored) -> dict[str, Any]:
 
 def _layers(run: OpenRun, examples: list[Example]) -> dict[str, Any]:
     """The fusion's layer weights: on average, and for the first row's tokens."""
-    texts = [x.query for x in examples]
-    return {"layer_weights": run.weights_of(texts), "tokens": run.layers_of(texts[0])}
+    texts, language = [x.query for x in examples], examples[0].language
+    return {"layer_weights": run.weights_of(texts, language),
+            "tokens": run.layers_of(texts[0], language)}

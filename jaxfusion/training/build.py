@@ -63,6 +63,7 @@ def plan_model(
     """
     platform = mesh.devices.flat[0].platform
     bridge = make_bridge(config, shapes["encoder"], shapes["decoder"], platform)
+    _check_lengths(config, shapes["encoder"])
     for role, shape in shapes.items():
         if shape.num_heads % mesh.shape["tensor"]:
             raise InputError(f"mesh.tensor is {mesh.shape['tensor']}, which does not divide the "
@@ -79,6 +80,16 @@ def plan_model(
     # What trains is float32 whatever its tower's dtype.
     params |= {path: params[path].update(dtype=jnp.float32) for path in groups}
     return Plan(bridge, params, groups)
+
+
+def _check_lengths(config: Config, encoder: EncoderConfig) -> None:
+    """Raises InputError for texts longer than the encoder's table of positions."""
+    for name in ("data", "eval"):
+        longest = getattr(config, name).max_encoder_tokens
+        if encoder.max_length is not None and longest > encoder.max_length:
+            raise InputError(f"{name}.max_encoder_tokens is {longest:,}, but the encoder's table "
+                             f"of positions holds {encoder.max_length:,} tokens; set it to "
+                             f"{encoder.max_length} or lower")
 
 
 # What `attention='auto'` is on each platform.

@@ -8,6 +8,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from jaxfusion.data.languages import language_tokens
 from jaxfusion.data.pocket.lexicon import check_version
 from jaxfusion.data.tokenizers import (
     Tokenizers,
@@ -168,4 +169,6 @@ def load_tokenizers(config: Config, paths: dict[str, Path], shapes) -> Tokenizer
     )
     turn = chat_turn(decoder) if config.data.chat_template else None
     ends = read_end_tokens(paths["decoder"], shapes["decoder"].vocab_size)
-    return Tokenizers(encoder, decoder, turn, ends, config.data.target_eos, config.data.bos)
+    languages = language_tokens(encoder) if shapes["encoder"].family == "m2m_100" else None
+    return Tokenizers(encoder, decoder, turn, ends, config.data.target_eos, config.data.bos,
+                      config.encoder.prefix, languages)

@@ -22,11 +22,12 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)  # a run may hold millions
 class Example:
-    """One row: the encoder's text, the answer, and its class (-1 for free text)."""
+    """One row: the encoder's text, the answer, its class (-1 for free text), and its language."""
 
     query: str
     target: str
     label: int
+    language: str = ""
 
 
 def read_examples(
@@ -59,7 +60,7 @@ def read_stream(
     # Duplicate ids are checked in files alone: a user cannot fix a published dataset.
     for row, where in _once(rows) if source.kind == "files" else rows:
         empty = False
-        yield _example(task, row, where)
+        yield _example(task, row, where, language)
     if empty:
         raise InputError(f"split '{split}' of task '{name}' in '{language}' is empty: "
                          f"{source.place} has no rows for it")
@@ -237,7 +238,7 @@ def _once(rows: Iterator[Placed]) -> Iterator[Placed]:
                            duplicates, last)
 
 
-def _example(task: Task, row: dict[str, Any], where: str) -> Example:
+def _example(task: Task, row: dict[str, Any], where: str, language: str) -> Example:
     try:
         query = task.prompt.format(**row)
         answer = None if task.unlabelled else row[task.target_column]
@@ -248,12 +249,12 @@ def _example(task: Task, row: dict[str, Any], where: str) -> Example:
     for column in re.findall(r"{(\w+)}", task.prompt):
         _check_cell(row[column], column, where)
     if task.unlabelled:
-        return Example(query, "", -1)
+        return Example(query, "", -1, language)
     if not task.labels:
         _check_cell(answer, "target", where)
-        return Example(query, str(answer), -1)
+        return Example(query, str(answer), -1, language)
     label = _label(task, answer, where)
-    return Example(query, task.labels[label], label)
+    return Example(query, task.labels[label], label, language)
 
 
 def _check_cell(value: Any, column: str, where: str) -> None:
