@@ -18,12 +18,15 @@ if "device_count=8" not in os.environ["XLA_FLAGS"]:
 os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = "1"
 
 import pytest
+from hypothesis import settings
 
 from jaxfusion.data.tokenizers import Tokenizers, load_tokenizer
 from jaxfusion.files import only_writer
 from jaxfusion.miniatures.checkpoints import write_checkpoints
 
 pytest.register_assert_rewrite("helpers")
+settings.register_profile("here", deadline=None)  # the first call of a function may compile
+settings.load_profile("here")
 
 
 @pytest.fixture(scope="session")

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import transformers
 from absl import app, flags
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from configs.common import finish
@@ -315,13 +316,13 @@ NEAR_TIE = 1e-4
 
 
 def make_run(workdir, tiny, fusion="last", projector="linear", decoder=None, trained=(),
-             data=None):
+             data=None, encoder=None, prefix=""):
     """A workdir with a checkpoint of random parameters, and its model."""
     groups = {"bridge": GroupConfig(("fusion/.*", "projector/.*", *trained))}
     if fusion in ("last", "layer"):
         groups = {"bridge": GroupConfig(("projector/.*", *trained))}
     config = Config(
-        encoder=EncoderSettings(str(tiny / "encoder")),
+        encoder=EncoderSettings(str(encoder or tiny / "encoder"), prefix=prefix),
         decoder=DecoderSettings(str(decoder or tiny / "decoder")),
         fusion=FusionConfig(fusion, layer=2, d_ff=48), projector=ProjectorConfig(projector),
         data=data or DataConfig(), optimizer=OptimizerConfig(groups=groups),
@@ -390,5 +391,33 @@ def write_family(case, tiny, path):
     """A family's checkpoint with the tiny tokenizer; returns its config."""
     shutil.copytree(tiny / "decoder", path)
     config = decoder_of(case, json.loads((path / "config.json").read_text())["vocab_size"])
+    write_tower(path, config, random_params(config, 0))
+    return config
+
+
+# What each family writes around a text, in the names of its tokens.
+FRAMES = {"bert": "[CLS] $A [SEP]", "xlm-roberta": "<s> $A </s>", "modernbert": "<bos> $A <eos>",
+          "m2m_100": "eng_Latn $A </s>"}
+
+
+def write_encoder_family(family, tiny, path):
+    """An encoder's checkpoint of a family, with the tiny tokenizer and the family's own frame."""
+    shutil.copytree(tiny / "encoder", path)
+    if family in FRAMES:
+        tokenizer = AutoTokenizer.from_pretrained(path)
+        start, _, end = FRAMES[family].split()
+        extra = [start, end, "sin_Sinh"] if family == "m2m_100" else [start, end]
+        tokenizer.add_special_tokens({"additional_special_tokens": extra})
+        tokenizer._tokenizer.post_processor = TemplateProcessing(
+            single=FRAMES[family],
+            special_tokens=[(x, tokenizer.convert_tokens_to_ids(x)) for x in (start, end)])
+        tokenizer.eos_token = None if family == "bert" else end
+        tokenizer.sep_token = end
+        tokenizer.save_pretrained(path)
+    config = json.loads((path / "config.json").read_text())
+    first = ENCODERS[family].first_position and 1  # the id of padding is 0
+    config = replace(ENCODERS[family], vocab_size=config["vocab_size"], first_position=first)
+    if config.max_length:
+        config = replace(config, max_length=512)
     write_tower(path, config, random_params(config, 0))
     return config

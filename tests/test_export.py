@@ -15,20 +15,20 @@ from helpers import (
     make_run,
     relative,
     theirs_of,
+    write_encoder_family,
     write_family,
 )
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, M2M100Config, M2M100Model
 
 from jaxfusion import config as configs
 from jaxfusion.data.batching import TokenRow, find_shapes, in_order
 from jaxfusion.errors import InputError
 from jaxfusion.evaluation.generate import prefill
 from jaxfusion.fields import DataConfig
-from jaxfusion.hf import families as configs_of_family
-from jaxfusion.hf import save
-from jaxfusion.hf.load import SINGLE
+from jaxfusion.hf import decoders, save
+from jaxfusion.hf.load import SINGLE, read_shape
 from jaxfusion.runs.adopt import adopt
 from jaxfusion.runs.export.bridge import export
 from jaxfusion.runs.export.langbridge import export_langbridge
@@ -36,10 +36,11 @@ from jaxfusion.training.checkpoint import trained_part
 from jaxfusion.training.state import merge
 
 
-def check(model, out, length=16):
+def check(model, out, length=16, language=None):
     """Logits after every prefix, padded on either side, and greedy answers."""
     theirs, tokenizer = theirs_of(out)
-    queries = model.tokenizers.encode_queries(TEXTS)
+    tokenizer.src_lang = language
+    queries = model.tokenizers.encode_queries(TEXTS, language and [language] * len(TEXTS))
     inputs = {side: tokenizer(TEXTS, padding=True, padding_side=side, return_tensors="pt")
               for side in ("right", "left")}
     found = theirs.generate(**inputs["left"], max_new_tokens=length, eos_token_id=None).numpy()
@@ -71,6 +72,47 @@ def test_torch_gives_what_we_give(fusion, projector, merged, tiny, tmp_path):
     check(model, tmp_path / "out")
 
 
+@pytest.mark.parametrize("family,merged", [
+    ("bert", True), ("xlm-roberta", False), ("m2m_100", True), ("modernbert", True),
+    *(pytest.param(*x, marks=SLOW) for x in (
+        ("bert", False), ("xlm-roberta", True), ("m2m_100", False), ("modernbert", False),
+        ("umt5", True)))])
+def test_every_encoder_is_read_alike(family, merged, tiny, tmp_path):
+    path = tmp_path / "encoder"
+    config = write_encoder_family(family, tiny, path)
+    told = "sin_Sinh" if family == "m2m_100" else None
+    model = make_run(tmp_path / "run", tiny, "global_softmax", encoder=path, prefix="query: ")
+    export(tmp_path / "run", tmp_path / "out", merge=merged)
+    check(model, tmp_path / "out", language=told)
+    if merged:
+        assert read_shape("encoder", tmp_path / "out" / "encoder") == config
+    if not told:
+        return
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out", trust_remote_code=True)
+    with pytest.raises(ValueError, match=r"src_lang is \[None\], expected .* eng_Latn, sin_Sinh"):
+        tokenizer("a b")
+    told = AutoTokenizer.from_pretrained(tmp_path / "out", trust_remote_code=True, src_lang=told)
+    assert told("a b").input_ids == tokenizer("a b", src_lang="sin_Sinh").input_ids
+    assert told("a b").input_ids != tokenizer("a b", src_lang="eng_Latn").input_ids
+
+
+def test_an_encoder_inside_an_encoder_decoder(tiny, tmp_path):
+    """NLLB's checkpoints have the decoder, too."""
+    path = tmp_path / "encoder"
+    config = write_encoder_family("m2m_100", tiny, path)
+    whole = M2M100Model(M2M100Config(
+        vocab_size=config.vocab_size, d_model=36, encoder_layers=4, encoder_ffn_dim=72,
+        encoder_attention_heads=3, decoder_layers=1, decoder_ffn_dim=20,
+        decoder_attention_heads=2, pad_token_id=0)).eval()
+    whole.encoder.load_state_dict(
+        {name: torch.tensor(x) for name, x in load_file(path / SINGLE).items()})
+    whole.save_pretrained(path)
+    model = make_run(tmp_path / "run", tiny, "global_softmax", encoder=path)
+    for merged in (False, True):
+        export(tmp_path / "run", tmp_path / f"out{merged}", merge=merged)
+        check(model, tmp_path / f"out{merged}", language="eng_Latn")
+
+
 FAMILIES = ("llama31", "mistral_v01", "qwen25_window", "qwen3", "phi3", "phi35_longrope", "gemma",
             "gemma2", "gemma3")
 
@@ -85,7 +127,7 @@ def test_every_family_is_answered_alike(case, tiny, tmp_path):
     export(tmp_path / "run", tmp_path / "out", merge=True)
     check(model, tmp_path / "out", length=32)  # longer than any window
     alone = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "decoder")
-    assert type(alone).__name__ == configs_of_family.ARCHITECTURES[config.family]
+    assert type(alone).__name__ == decoders.ARCHITECTURES[config.family]
 
 
 def test_the_llms_own_generation_settings_change_nothing(tiny, tmp_path):

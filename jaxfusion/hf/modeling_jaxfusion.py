@@ -23,14 +23,19 @@ from torch import nn
 from torch.nn import functional
 from transformers import (
     AutoModelForCausalLM,
+    BertModel,
     GenerationConfig,
     GenerationMixin,
+    M2M100Model,
+    ModernBertModel,
     MT5EncoderModel,
     PretrainedConfig,
     PreTrainedModel,
     UMT5EncoderModel,
+    XLMRobertaModel,
 )
 from transformers.modeling_outputs import CausalLMOutput
+from transformers.models.m2m_100.modeling_m2m_100 import M2M100Encoder
 from transformers.utils import cached_file
 
 from .tokenization_jaxfusion import BridgeTokenizer, write_tokenizer
@@ -39,6 +44,9 @@ WEIGHTS = "model.safetensors"
 CODE = ("modeling_jaxfusion.py", "tokenization_jaxfusion.py")
 AUTO_MAP = {"AutoConfig": "modeling_jaxfusion.BridgeConfig",
             "AutoModelForCausalLM": "modeling_jaxfusion.BridgeForCausalLM"}
+ENCODERS = {"mt5": MT5EncoderModel, "umt5": UMT5EncoderModel, "bert": BertModel,
+            "xlm-roberta": XLMRobertaModel, "modernbert": ModernBertModel,
+            "m2m_100": M2M100Encoder}
 ROLES = {"encoder": "reader", "decoder": "writer"}
 IGNORED = -100  # the label of a token that is not predicted
 # The argument of from_pretrained, renamed in 4.56.
@@ -52,8 +60,9 @@ class BridgeConfig(PretrainedConfig):
 
     Args:
       reader, writer: of encoder and LLM: `checkpoint` (a hub id, or a folder inside this one if
-        `inside` is true), `revision`, `width`, `dtype`; of the reader also `layers` and `family`,
-        of the writer `capped`: whether its attention scores have a soft cap.
+        `inside` is true), `revision`, `width`, `dtype`; of the reader also `layers`, `family` and
+        `alone`: whether its files have no decoder; of the writer `capped`: whether its attention
+        scores have a soft cap.
       fusion: `name`, `layer` and `d_ff`.
       projector: `name`, `d_ff` and `latents`.
       start_ids: at the start of every row of the LLM: BOS, or the header of a chat.
@@ -319,8 +328,12 @@ class BridgeForCausalLM(PreTrainedModel, GenerationMixin):
             return kind.from_pretrained(part["checkpoint"],
                                         revision=part["revision"] or "main", **settings)
 
-        families = {"mt5": MT5EncoderModel, "umt5": UMT5EncoderModel}
-        encoder = backbone(families[config.reader["family"]], config.reader)
+        family = config.reader["family"]
+        pooling = {"add_pooling_layer": False} if family in ("bert", "xlm-roberta") else {}
+        if family == "m2m_100" and not config.reader["alone"]:
+            encoder = backbone(M2M100Model, config.reader).encoder
+        else:
+            encoder = backbone(ENCODERS[family], config.reader, **pooling)
         decoder = backbone(AutoModelForCausalLM, config.writer, **attention)
         model = cls(config, encoder, decoder)
         model._read = {"from": (path, {"revision": revision, **hub}), "bits": {
@@ -435,7 +448,8 @@ class BridgeForCausalLM(PreTrainedModel, GenerationMixin):
         c, real = self.config, self._mask(input_ids, attention_mask)
         queries = [ids[is_real & (ids >= c.query_offset) & (ids < c.prompt_offset)] - c.query_offset
                    for ids, is_real in zip(input_ids, real, strict=True)]
-        enc_ids = nn.utils.rnn.pad_sequence(queries, batch_first=True)
+        enc_ids = nn.utils.rnn.pad_sequence(queries, batch_first=True,
+                                            padding_value=c.query_pad_id - c.query_offset)
         enc_mask = nn.utils.rnn.pad_sequence([torch.ones_like(x) for x in queries],
                                              batch_first=True)
         device = self.encoder.get_input_embeddings().weight.device

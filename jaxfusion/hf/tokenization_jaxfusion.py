@@ -32,6 +32,7 @@ IGNORED = -100  # the label of a token that is not predicted
 HUB = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "token")
 SETTINGS = ("query_offset", "prompt_offset", "eos_token_id", "target_eos", "text_prompt",
             "turn")
+LATER = {"query_prefix": "", "languages": None}  # settings that earlier exports lack
 WORDS = "the user's words"
 
 
@@ -124,15 +125,19 @@ class BridgeTokenizer(PreTrainedTokenizerBase):
       settings: `query_offset` and `prompt_offset`; `eos_token_id`, which ends an answer, and
         `target_eos`, whether training targets end in it;
         `text_prompt`, the text after the prefix, with `{query}` where the query is repeated;
-        `turn`: `after` and `lead` of the chat template that the bridge was trained with, or None.
+        `turn`: `after` and `lead` of the chat template that the bridge was trained with, or None;
+        `query_prefix`, in front of every query; `languages`: the encoder's tokens of languages by
+        code, or None if it is told none.
+      src_lang: the language of queries, for such an encoder.
     """
 
     model_input_names = ("input_ids", "attention_mask")
     padding_side = "left"
     is_fast = False
 
-    def __init__(self, queries, answers, settings, **kwargs):
-        self.queries, self.answers, self.settings = queries, answers, settings
+    def __init__(self, queries, answers, settings, src_lang=None, **kwargs):
+        self.queries, self.answers = queries, answers
+        self.settings, self.src_lang = {**LATER, **settings}, src_lang
         pad = queries.convert_ids_to_tokens(queries.pad_token_id or 0)
         super().__init__(
             bos_token=answers.bos_token, pad_token=QUERY + pad,
@@ -149,10 +154,11 @@ class BridgeTokenizer(PreTrainedTokenizerBase):
         hub = {name: kwargs[name] for name in HUB if kwargs.get(name) is not None}
         with open(cached_file(path, CONFIG, **hub), encoding="utf-8") as file:
             config = json.load(file)
-        chosen = ("model_max_length", "padding_side", "truncation_side")
+        chosen = ("model_max_length", "padding_side", "truncation_side", "src_lang")
         options = {name: x for name, x in {**config, **kwargs}.items() if name in chosen}
         return cls(_read_tokenizer(path, QUERIES, hub), _read_tokenizer(path, ANSWERS, hub),
-                   {name: config[name] for name in SETTINGS}, name_or_path=str(path), **options)
+                   {name: config[name] for name in (*SETTINGS, *LATER) if name not in LATER
+                    or name in config}, name_or_path=str(path), **options)
 
     def save_pretrained(self, save_directory, push_to_hub=False, **kwargs):
         """Writes a directory that `AutoTokenizer` reads; returns its files."""
@@ -163,7 +169,8 @@ class BridgeTokenizer(PreTrainedTokenizerBase):
             "tokenizer_class": "BridgeTokenizer",
             "auto_map": {"AutoTokenizer": ["tokenization_jaxfusion.BridgeTokenizer", None]},
             "padding_side": self.padding_side, "truncation_side": self.truncation_side,
-            "model_max_length": self.model_max_length, **self.settings,
+            "model_max_length": self.model_max_length, "src_lang": self.src_lang,
+            **self.settings,
         }
         with open(os.path.join(out, CONFIG), "w", encoding="utf-8") as file:
             file.write(json.dumps(config, indent=2, ensure_ascii=False) + "\n")
@@ -179,7 +186,7 @@ class BridgeTokenizer(PreTrainedTokenizerBase):
     def __call__(self, text=None, text_pair=None, *, text_target=None, add_special_tokens=True,
                  padding=False, truncation=None, max_length=None, pad_to_multiple_of=None,
                  padding_side=None, return_tensors=None, return_attention_mask=True,
-                 verbose=True, **others):
+                 verbose=True, src_lang=None, **others):
         """Ids of queries, of answers, or of both.
 
         Args:
@@ -188,11 +195,13 @@ class BridgeTokenizer(PreTrainedTokenizerBase):
             an answer, for stop strings and forbidden words.
           text_target: answers. With `text` they follow the query, with the end token, and
             `labels` are -100 before them; alone they are `input_ids`.
+          src_lang: the language of the queries, or a list; default: the attribute of this name.
           truncation, max_length: of a query, which keeps its end token, and of its prompt, which
             is truncated at its beginning.
 
         Raises:
-          ValueError: a pair, no text, or both texts without special tokens.
+          ValueError: a pair, no text, both texts without special tokens, or a language that the
+            encoder is not told or does not have.
           TypeError: an unsupported argument.
         """
         if unknown := [name for name, x in others.items() if x]:
@@ -213,7 +222,7 @@ class BridgeTokenizer(PreTrainedTokenizerBase):
             padding=padding, truncation=truncation, max_length=max_length,
             pad_to_multiple_of=pad_to_multiple_of, verbose=verbose)
         limit = max_length if cut.value != "do_not_truncate" else None
-        rows = [[] for _ in targets] if texts is None else self._asked(texts, limit)
+        rows = [[] for _ in targets] if texts is None else self._asked(texts, limit, src_lang)
         labels = None
         if targets is not None:
             ending = [self.settings["eos_token_id"]] if self.settings["target_eos"] else []
@@ -267,9 +276,27 @@ class BridgeTokenizer(PreTrainedTokenizerBase):
             raise ValueError("expected a text or a list of texts, got something else")
         return list(texts)
 
-    def _asked(self, texts, limit):
+    def _read(self, texts, src_lang):
+        """The encoder's ids of texts."""
+        languages, texts = self.settings["languages"], [
+            self.settings["query_prefix"] + text for text in texts]
+        if languages is None:
+            if src_lang is not None:
+                raise ValueError("src_lang is for encoders that are told it (NLLB, M2M100): "
+                                 "leave it out")
+            return self.queries(texts)["input_ids"] if texts else []
+        codes = self.src_lang if src_lang is None else src_lang
+        codes = list(codes) if isinstance(codes, (list, tuple)) else [codes] * len(texts)
+        if len(codes) != len(texts) or not all(code in languages for code in codes):
+            raise ValueError(f"src_lang is {codes!r:.80}, expected the language of every text, of "
+                             f"{', '.join(languages)}")
+        plain = self.queries(texts, add_special_tokens=False)["input_ids"] if texts else []
+        return [[languages[code], *ids, self.queries.eos_token_id]
+                for code, ids in zip(codes, plain, strict=True)]
+
+    def _asked(self, texts, limit, src_lang):
         """Ids of every query and its prompt."""
-        rows = self.queries(texts)["input_ids"] if texts else []
+        rows = self._read(texts, src_lang)
         if limit is not None:
             rows = [ids if len(ids) <= limit else [*ids[: limit - 1], ids[-1]] for ids in rows]
         prompts = self._prompts(texts) if "{query}" in self.settings["text_prompt"] else None

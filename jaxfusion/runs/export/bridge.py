@@ -21,6 +21,7 @@ from jaxfusion.errors import InputError, choose
 from jaxfusion.evaluation.scoring import for_task
 from jaxfusion.fields import DTYPES, JOBS, ROLES, Config
 from jaxfusion.files import new_directory, read_json
+from jaxfusion.hf.encoders import encoder_json
 from jaxfusion.hf.load import open_tensors, read_config
 from jaxfusion.hf.save import (
     copy_tower,
@@ -71,14 +72,19 @@ class Trained:
         config = read_config(self.paths[role])
         if role == "decoder":
             return config
-        kind = "UMT5EncoderModel" if self.shapes[role].bias_per_layer else "MT5EncoderModel"
-        return {**config, "architectures": [kind], "is_encoder_decoder": False}
+        return {**config, "architectures": encoder_json(self.shapes[role])["architectures"],
+                "is_encoder_decoder": False}
 
     def dtype(self, role: str) -> str:
         """The stored dtype of a tower's embedding table."""
         files = open_tensors(self.paths[role])
         table_name = next(iter(self.names(role).values()))
         return str(files.read(table_name, (slice(0, 1), slice(0, 1))).dtype)
+
+    def is_alone(self, role: str) -> bool:
+        """Whether a tower's files have its tensors by their usual names: for M2M100, an encoder
+        without its decoder."""
+        return all(usual == stored for usual, stored in self.names(role).items())
 
     def names(self, role: str) -> dict[str, str]:
         """The tensors of a tower: usual name -> name in its files."""
@@ -204,6 +210,7 @@ def _write_tokenizers(out: Path, bridge: Trained, described: dict[str, Any]) -> 
         "query_offset": described["query_offset"], "prompt_offset": described["prompt_offset"],
         "eos_token_id": tokenizers.eos, "target_eos": tokenizers.ends_targets,
         "text_prompt": config.data.text_prompt, "turn": turn,
+        "query_prefix": tokenizers.query_prefix, "languages": tokenizers.languages,
     }
     BridgeTokenizer(tokenizers.encoder, answers, settings,
                     model_max_length=config.eval.max_encoder_tokens).save_pretrained(out)
@@ -256,20 +263,21 @@ def _describe(bridge: Trained, merge: bool, dtype: str | None) -> dict[str, Any]
                 "dtype": (merge and dtype) or bridge.dtype(role)}
 
     encoder, decoder = shapes["encoder"], bridge.tokenizers.decoder
-    family = "umt5" if encoder.bias_per_layer else "mt5"
     hidden = config.projector.d_ff or 2 * encoder.d_model
     return {
         "model_type": "jaxfusion_bridge", "architectures": ["BridgeForCausalLM"],
         "auto_map": {"AutoConfig": "modeling_jaxfusion.BridgeConfig",
                      "AutoModelForCausalLM": "modeling_jaxfusion.BridgeForCausalLM"},
         **_ids(bridge),
-        "reader": {**backbone("encoder"), "layers": encoder.num_layers, "family": family},
+        "reader": {**backbone("encoder"), "layers": encoder.num_layers, "family": encoder.family,
+                   "alone": merge or bridge.is_alone("encoder")},
         "writer": {**backbone("decoder"), "capped": shapes["decoder"].attn_cap is not None},
         "fusion": {"name": config.fusion.name, "layer": config.fusion.layer,
                    "d_ff": config.fusion.d_ff},
         "projector": {"name": config.projector.name, "d_ff": hidden,
                       "latents": config.projector.latents},
         "added_tokens": list(config.encoder.added_tokens),
+        "query_prefix": config.encoder.prefix,
         "bos_token_id": decoder.bos_token_id, "eos_token_id": bridge.tokenizers.eos,
         "start_ids": bridge.tokenizers.start,
         "after_ids": None if QUERY in config.data.text_prompt
@@ -286,7 +294,8 @@ def _ids(bridge: Trained) -> dict[str, Any]:
     rows = {role: bridge.shapes[role].vocab_size for role in ROLES}
     # A tokenizer may have tokens beyond its model's table.
     first = max(rows["decoder"], *(1 + i for i in decoder.get_vocab().values()))
-    last = bridge.tokenizers.encode_queries(["a"])[0][-1]
+    language = next(iter(bridge.tokenizers.languages or {}), "")
+    last = bridge.tokenizers.encode_queries(["a"], [language])[0][-1]
     pad = first + (encoder.pad_token_id or 0)
     return {
         "vocab_size": rows["decoder"], "query_offset": first,

@@ -100,9 +100,11 @@ def _langbridge_enc(bridge: Trained, name: str | None) -> str:
     Raises:
       InputError: it would infer another family.
     """
-    name, expected = name or bridge.config.encoder.checkpoint, "mt5"
-    if bridge.shapes["encoder"].bias_per_layer:
-        expected = "umt5"
+    name, expected = name or bridge.config.encoder.checkpoint, bridge.shapes["encoder"].family
+    if expected not in ("mt5", "umt5") or bridge.config.encoder.prefix:
+        raise InputError(f"LangBridge supports mT5 and umT5 without encoder.prefix, but {name} is "
+                         f"a {expected}{' with one' if bridge.config.encoder.prefix else ''}: use "
+                         "--format jaxfusion")
     inferred = next((x for x in ("umt5", "mt5") if x in name.lower()), "none")
     if inferred != expected:
         raise InputError(f"LangBridge expects '{expected}' in this encoder's name, got {name}; set "
