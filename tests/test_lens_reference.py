@@ -23,7 +23,7 @@ from jaxfusion.hf.load import open_tensors
 from jaxfusion.hf.save import to_tensors, write_tower
 from jaxfusion.hf.tables import table
 from jaxfusion.lens import job
-from jaxfusion.lens.activations import cache_activations, cut, split
+from jaxfusion.lens.activations import cache_activations, slice_blocks, split
 from jaxfusion.lens.objective import Manipulation, aims, make_goals
 from jaxfusion.lens.probe import Probe, probe
 from jaxfusion.lens.subspace import displacements, factorise
@@ -137,7 +137,7 @@ class Setup:
         return [*self.tokenizers.start, *self.rows[name][number].text]
 
     def top(self, params):
-        return cut(params, self.first, None)
+        return slice_blocks(params, self.first, None)
 
 
 def moved(params, scale: float, seed: int, chosen=lambda path: True):
@@ -157,7 +157,7 @@ def setup(request, tiny, tmp_path_factory):
     first = config.num_layers - BLOCKS
     # Norms start at ones, which would hide a mixed-up one.
     frozen = moved(random_params(config, 0), 0.3, 0, lambda path: path[-1].key == "scale")
-    top = moved(cut(frozen, first, None)["blocks"], 0.05, 1)
+    top = moved(slice_blocks(frozen, first, None)["blocks"], 0.05, 1)
     live = {**frozen, "blocks": jax.tree.map(
         lambda a, b: np.concatenate([a[:first], b]), frozen["blocks"], top)}
     models = []

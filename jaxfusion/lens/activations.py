@@ -72,7 +72,7 @@ def split(config: DecoderConfig, blocks: int) -> tuple[DecoderConfig, DecoderCon
             replace(config, num_layers=blocks, windows=config.windows[below:]))
 
 
-def cut(params: dict[str, Any], start: int, stop: int | None) -> dict[str, Any]:
+def slice_blocks(params: dict[str, Any], start: int, stop: int | None) -> dict[str, Any]:
     """A decoder's parameters with only blocks `start` to `stop`."""
     return {**params, "blocks": jax.tree.map(lambda x: x[start:stop], params["blocks"])}
 
