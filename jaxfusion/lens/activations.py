@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxfusion.data.batching import DECODER_STEP, Shape, TokenRow, collate
+from jaxfusion.data.batching import DECODER_STEP, BatchShape, TokenRow, collate
 from jaxfusion.data.pipeline import own_rows
 from jaxfusion.data.tokenizers import Tokenizers
 from jaxfusion.errors import InputError
@@ -150,14 +150,14 @@ def reader(bridge: Bridge, first: int) -> Callable[..., tuple[Array, Array]]:
     return read
 
 
-def _shape_of_all(rows: Sequence[TokenRow], tokenizers: Tokenizers, batch_size: int) -> Shape:
+def _shape_of_all(rows: Sequence[TokenRow], tokenizers: Tokenizers, batch_size: int) -> BatchShape:
     """One shape that fits every row: a step runs languages of all lengths together."""
     up = lambda n: -(-n // DECODER_STEP) * DECODER_STEP  # noqa: E731
     slots = up(max(len(row.query) for row in rows))
     prefix = (rows[0].latents or slots) + 1 if slots else 0
     text = max(len(row.text) + len(row.target) for row in rows)
     targets = max(1, *(len(row.target) for row in rows))
-    return Shape(batch_size, slots, up(len(tokenizers.start) + prefix + text), targets)
+    return BatchShape(batch_size, slots, up(len(tokenizers.start) + prefix + text), targets)
 
 
 def _last_slots(batch: Batch, rows: Sequence[TokenRow]) -> np.ndarray:
