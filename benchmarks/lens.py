@@ -50,7 +50,7 @@ from jaxfusion.data.batching import DECODER_STEP, TokenRow
 from jaxfusion.data.tokenizers import Tokenizers
 from jaxfusion.fields import GroupConfig, LensConfig, OptimizerConfig
 from jaxfusion.hf.load import load_params
-from jaxfusion.hf.tables import table as names_of
+from jaxfusion.hf.tables import tower_table
 from jaxfusion.lens import probe as probing
 from jaxfusion.lens.activations import (
     ActivationBatches,
@@ -180,7 +180,7 @@ class Ours:
         wanted = flatten(**jax.eval_shape(lambda: random_params(self.work.size.shape, 0)))
         place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
         wanted = {path: x.update(sharding=place) for path, x in wanted.items()}
-        flat = load_params(self.work.model, names_of(self.work.size.shape), wanted)
+        flat = load_params(self.work.model, tower_table(self.work.size.shape), wanted)
         return traverse_util.unflatten_dict(flat, sep="/")
 
     def run(self, batches: ActivationBatches, setting: Setting, steps: int) -> list[float]:

@@ -21,7 +21,7 @@ from jaxfusion.data.tokenizers import Tokenizers, load_tokenizer
 from jaxfusion.fields import GroupConfig, LensConfig
 from jaxfusion.hf.load import open_tensors
 from jaxfusion.hf.save import to_tensors, write_tower
-from jaxfusion.hf.tables import table
+from jaxfusion.hf.tables import tower_table
 from jaxfusion.lens import job
 from jaxfusion.lens.activations import cache_activations, slice_blocks, split
 from jaxfusion.lens.objective import Manipulation, aims, make_goals
@@ -262,7 +262,7 @@ def test_loss_and_gradients_are_the_authors(setup, layers, rank):
     assert wanted > 0.01 and abs(float(value) - wanted) < 1e-5 * wanted
     theirs, compared = dict(setup.torch_live.named_parameters()), 0
     shape = split(setup.config, BLOCKS)[1]
-    for name, ours in to_tensors(table(shape), {**setup.frozen, "blocks": grads}):
+    for name, ours in to_tensors(tower_table(shape), {**setup.frozen, "blocks": grads}):
         if not name.startswith("model.layers."):
             continue  # frozen: the embeddings, the head and the final norm
         head, i, tail = name.removeprefix("model.").split(".", 2)

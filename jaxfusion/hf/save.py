@@ -16,7 +16,7 @@ from safetensors.numpy import save_file
 from jaxfusion.errors import InputError
 from jaxfusion.hf.families import decoder_json, encoder_json
 from jaxfusion.hf.load import INDEX, SINGLE, open_tensors
-from jaxfusion.hf.tables import TRANSFORMS, Table, table
+from jaxfusion.hf.tables import TRANSFORMS, Table, tower_table
 from jaxfusion.nn.decoder import DecoderConfig
 from jaxfusion.nn.mt5 import MT5Config
 
@@ -45,7 +45,7 @@ def write_tower(
     """Writes `config.json` and the weights of one tower into an existing directory."""
     to_json = encoder_json if isinstance(config, MT5Config) else decoder_json
     (out / "config.json").write_text(json.dumps(to_json(config), indent=2), "utf-8")
-    write_shards(out, to_tensors(table(config), params), shard_bytes)
+    write_shards(out, to_tensors(tower_table(config), params), shard_bytes)
 
 
 def usual_names(rows: Table, layers: int) -> dict[str, tuple[str, ...]]:

@@ -259,6 +259,6 @@ def _norm(theirs: str, ours: str) -> list[Row]:
     return [Row(f"{theirs}.weight", f"{ours}/scale"), Row(f"{theirs}.bias", f"{ours}/bias")]
 
 
-def table(config: MT5Config | DecoderConfig) -> Table:
+def tower_table(config: MT5Config | DecoderConfig) -> Table:
     """The table of a tower's family."""
     return mt5_table(config) if isinstance(config, MT5Config) else decoder_table(config)

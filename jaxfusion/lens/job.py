@@ -24,7 +24,7 @@ from jaxfusion.lens import probe as probing
 from jaxfusion.lens.model import LensModel, load_lens_model
 from jaxfusion.lens.parallel_text import read_parallel
 from jaxfusion.lens.probe import Probe, load_probe, save_probe
-from jaxfusion.lens.prompts import Rows, probe_as_authors, prompt_rows
+from jaxfusion.lens.prompts import PromptRows, probe_as_authors, prompt_rows
 from jaxfusion.lens.scores import (
     UNTOUCHED,
     Questions,
@@ -111,7 +111,7 @@ class LensRun:
     questions: Questions
     model: LensModel
     probed: dict[str, list[str]]
-    rows: Rows
+    rows: PromptRows
 
     @property
     def training(self) -> dict[str, LensRunConfig]:

@@ -15,7 +15,7 @@ from jaxfusion.errors import InputError
 from jaxfusion.fields import LensRunConfig
 from jaxfusion.hf.hub import resolve
 from jaxfusion.hf.load import load_params, open_tensors, read_shape
-from jaxfusion.hf.tables import table
+from jaxfusion.hf.tables import tower_table
 from jaxfusion.nn.bridge import Bridge, Params
 from jaxfusion.nn.decoder import Decoder
 from jaxfusion.runs.open_run import open_run
@@ -64,7 +64,7 @@ def _alone(config: LensRunConfig, mesh) -> tuple[LensModel, LensRunConfig]:
     tokens = jnp.zeros((1, 2), jnp.int32)
     places = describe(lambda: decoder.init(
         jax.random.key(0), tokens, tokens, tokens, method="score")["params"], mesh)
-    params = traverse_util.unflatten_dict(load_params(path, table(shape), places), sep="/")
+    params = traverse_util.unflatten_dict(load_params(path, tower_table(shape), places), sep="/")
     tokenizer = load_tokenizer(path, shape.vocab_size, "decoder")
     turn = chat_turn(tokenizer) if config.data.chat_template else None
     model = LensModel(

@@ -29,7 +29,7 @@ from jaxfusion.sharding.rules import replicated
 
 AS_WRITTEN = SimpleNamespace(start=[])  # replaces the tokenizers for rows that include their start
 logger = logging.getLogger(__name__)
-Rows = dict[str, list[TokenRow]]
+PromptRows = dict[str, list[TokenRow]]
 
 AUTHORS_SYSTEM, AUTHORS_BATCH = "You are a helpful assistant.", 50
 AUTHORS_DATES = re.compile(r"Cutting Knowledge Date: [^\n]*\nToday Date: [^\n]*\n\n")
@@ -40,7 +40,7 @@ AUTHORS_PROBED, AUTHORS_TRAINED = 64, 128  # prompts are truncated to this many 
 def training_rows(
     config: LensRunConfig, model: LensModel, texts: dict[str, list[str]],
     answers: list[str] | None = None,
-) -> tuple[Rows, Tokenizers]:
+) -> tuple[PromptRows, Tokenizers]:
     """The training prompts by language, with answers for supervised tuning (which has no authors'
     recipe); and the tokenizers with the ids before them.
 
@@ -58,7 +58,7 @@ def training_rows(
 def prompt_rows(
     config: LensRunConfig, model: LensModel, texts: dict[str, list[str]],
     answers: list[str] | None = None,
-) -> Rows:
+) -> PromptRows:
     """Prompts as rows by language; long ones are truncated at their beginning, with a warning.
 
     Raises:
