@@ -17,7 +17,7 @@ from jaxfusion.costs.flops import count_flops
 from jaxfusion.fields import Config
 from jaxfusion.miniatures.inputs import make_inputs
 from jaxfusion.sharding.mesh import make_mesh
-from jaxfusion.training.state import count
+from jaxfusion.training.state import count_params
 from jaxfusion.training.step import gradient
 from jaxfusion.training.trainer import put_batch
 
@@ -47,7 +47,7 @@ def main() -> None:
             for name in steps
         }, args.repeats)
         report({"machine": machine(), "steps": {
-            name: {"parameters": count(inputs[0]), "flops": count_flops(step, *inputs),
+            name: {"parameters": count_params(inputs[0]), "flops": count_flops(step, *inputs),
                    "seconds": seconds[name], "median_seconds": medians(seconds)[name]}
             for name, (step, inputs) in steps.items()
         }}, args.out)

@@ -50,14 +50,14 @@ from jaxfusion.data.batching import DECODER_STEP, TokenRow
 from jaxfusion.data.tokenizers import Tokenizers
 from jaxfusion.fields import GroupConfig, LensConfig, OptimizerConfig
 from jaxfusion.hf.load import load_params
-from jaxfusion.hf.tables import table as names_of
+from jaxfusion.hf.tables import tower_table
 from jaxfusion.lens import probe as probing
 from jaxfusion.lens.activations import (
     ActivationBatches,
     Activations,
     cache_activations,
-    cut,
     last_and_mean,
+    slice_blocks,
     split,
 )
 from jaxfusion.lens.objective import Manipulation, aims, make_goals
@@ -167,7 +167,8 @@ class Ours:
         self.work, (below, above) = work, split(work.size.shape, BLOCKS)
         self.decoder, self.lower, self.upper = map(Decoder, (work.size.shape, below, above))
         self.first = below.num_layers
-        top = jax.eval_shape(lambda: cut(random_params(work.size.shape, 0), self.first, None))
+        top = jax.eval_shape(
+            lambda: slice_blocks(random_params(work.size.shape, 0), self.first, None))
         self.groups = group_of_each(flatten(decoder=top), OPTIMIZER.groups)
         self.optimizer = make_optimizer(OPTIMIZER, self.groups, work.size.steps)
         self.after = Manipulation(self.upper, (BLOCKS - 1,)).loss
@@ -179,7 +180,7 @@ class Ours:
         wanted = flatten(**jax.eval_shape(lambda: random_params(self.work.size.shape, 0)))
         place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
         wanted = {path: x.update(sharding=place) for path, x in wanted.items()}
-        flat = load_params(self.work.model, names_of(self.work.size.shape), wanted)
+        flat = load_params(self.work.model, tower_table(self.work.size.shape), wanted)
         return traverse_util.unflatten_dict(flat, sep="/")
 
     def run(self, batches: ActivationBatches, setting: Setting, steps: int) -> list[float]:
@@ -207,7 +208,7 @@ class Cached(Ours):
         kept = cache_activations(
             Bridge(None, self.decoder, None, "last"), {"decoder": params}, self.work.rows,
             TOKENIZERS, BLOCKS, BATCH * len(LANGUAGES), self.work.size.buckets)
-        self.top = flatten(decoder=cut(params, self.first, None))
+        self.top = flatten(decoder=slice_blocks(params, self.first, None))
         return ActivationBatches(kept, BATCH, 0, self.work.size.steps)
 
     def loss(self, params: dict[str, Any], batch: Activations, key=None):
@@ -220,8 +221,8 @@ class Uncached(Ours):
     def __init__(self, work: Work):
         super().__init__(work)
         params = self.load()
-        self.top = flatten(decoder=cut(params, self.first, None))
-        self.others = flatten(below=cut(params, 0, self.first))
+        self.top = flatten(decoder=slice_blocks(params, self.first, None))
+        self.others = flatten(below=slice_blocks(params, 0, self.first))
         del params  # the second model is loaded when the first is in its place
         self.others |= flatten(reference=self.load())  # a copy of its own, as two models have
 

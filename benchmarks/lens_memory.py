@@ -24,7 +24,7 @@ from jaxfusion.config import from_config_dict
 from jaxfusion.costs.chips import GIB, topology_devices
 from jaxfusion.fields import LensRunConfig
 from jaxfusion.hf.known_shapes import backbone_shape
-from jaxfusion.lens.activations import Activations, cut, reader, top
+from jaxfusion.lens.activations import Activations, reader, slice_blocks, top
 from jaxfusion.lens.objective import Manipulation
 from jaxfusion.nn.bridge import Batch, Bridge
 from jaxfusion.nn.decoder import Decoder
@@ -78,7 +78,8 @@ def needs(config: LensRunConfig) -> dict[str, float]:
 def _step(config: LensRunConfig, decoder: Decoder, params, made):
     """A compiled step on cached prompts of full length."""
     c, blocks, width = config, config.lens.blocks, decoder.config.d_model
-    upper = jax.eval_shape(lambda x: cut(x, decoder.config.num_layers - blocks, None), params)
+    upper = jax.eval_shape(
+        lambda x: slice_blocks(x, decoder.config.num_layers - blocks, None), params)
     part = {f"decoder/{path}": made(*x.shape, dtype=x.dtype)
             for path, x in traverse_util.flatten_dict(upper, sep="/").items()
             if path.split("/")[0] not in ("embed", "head")}

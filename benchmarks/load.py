@@ -34,9 +34,9 @@ def write(path: Path) -> None:
 
     from jaxfusion.hf.decoders import decoder_json
     from jaxfusion.hf.save import write_shards
-    from jaxfusion.hf.tables import TRANSFORMS, table
+    from jaxfusion.hf.tables import TRANSFORMS, tower_table
 
-    shapes, rows = parameters(), table(config()).rows
+    shapes, rows = parameters(), tower_table(config()).rows
     path.mkdir()
     (path / "config.json").write_text(json.dumps(decoder_json(config())), "utf-8")
 
@@ -78,7 +78,7 @@ def measure(path: Path) -> None:
     import jax
 
     from jaxfusion.hf.load import load_params
-    from jaxfusion.hf.tables import table
+    from jaxfusion.hf.tables import tower_table
 
     wanted = parameters()
     before, peak, done = anonymous(), [0], threading.Event()
@@ -90,7 +90,7 @@ def measure(path: Path) -> None:
     watcher = threading.Thread(target=watch)
     watcher.start()
     start = time.monotonic()
-    params = jax.block_until_ready(load_params(path, table(config()), wanted))
+    params = jax.block_until_ready(load_params(path, tower_table(config()), wanted))
     seconds = time.monotonic() - start
     done.set()
     watcher.join()

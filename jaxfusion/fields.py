@@ -16,7 +16,7 @@ from jaxfusion.schema import (
     Number,
     Patterns,
     Probability,
-    Rows,
+    RowCount,
     Schema,
     Seed,
     Seeds,
@@ -334,8 +334,8 @@ class ParallelConfig(Schema):
     probe: Text | None = None  # probe.safetensors of an earlier run, in place of probing
     # Prompts after those that were probed and trained on: how many for perplexity, and how many to
     # answer, to see in which language (needs the extra `identify`).
-    perplexity_rows: Rows = 0
-    reply_rows: Rows = 0
+    perplexity_rows: RowCount = 0
+    reply_rows: RowCount = 0
     codes: dict[str, Text] = field(default_factory=dict)  # ISO 639-1, of languages named otherwise
     # Directory of the files of eval.tasks, {task} filled in; none: the hub.
     task_path: Text | None = None

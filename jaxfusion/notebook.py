@@ -26,7 +26,7 @@ BRIDGES = (
     ("google/mt5-small", "Qwen/Qwen2.5-0.5B-Instruct"),
 )
 LLMS = tuple((None, f"Qwen/Qwen2.5-{size}-Instruct") for size in ("7B", "3B", "1.5B", "0.5B"))
-Models = tuple[str | None, str]  # encoder (None: the LLM alone) and LLM
+TowerPair = tuple[str | None, str]  # encoder (None: the LLM alone) and LLM
 
 
 @dataclass(frozen=True)
@@ -136,7 +136,9 @@ def weights(encoder: str | None, llm: str) -> float:
         backbone_size("encoder", encoder) if encoder else 0))
 
 
-def pick_models(device: Device, known: Sequence[Models], requested: Models | None = None) -> Models:
+def pick_models(
+    device: Device, known: Sequence[TowerPair], requested: TowerPair | None = None
+) -> TowerPair:
     """The requested models, or the largest known ones that fit; prints the choice.
 
     Raises:
@@ -156,7 +158,7 @@ def pick_models(device: Device, known: Sequence[Models], requested: Models | Non
     return models
 
 
-def _named(models: Models) -> str:
+def _named(models: TowerPair) -> str:
     return " and ".join(filter(None, models))
 
 

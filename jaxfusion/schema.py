@@ -40,7 +40,7 @@ def _distinct(what: str) -> Callable[[tuple], tuple]:
 
 
 Count = Annotated[int, Field(ge=1, le=MOST)]
-Rows = Annotated[int, Field(ge=0, le=MOST)]
+RowCount = Annotated[int, Field(ge=0, le=MOST)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 Share = Annotated[float, Field(ge=0, lt=1)]
 Probability = Annotated[float, Field(ge=0, le=1)]
@@ -48,9 +48,9 @@ Weight = Annotated[float, Field(ge=0, le=1e9)]
 Above0 = Annotated[float, Field(gt=0, le=1e9)]
 Axis = Annotated[int, AfterValidator(_axis)]
 Text = Annotated[str, Field(min_length=1)]
-Pattern = Annotated[str, AfterValidator(_pattern)]
+Regex = Annotated[str, AfterValidator(_pattern)]
 Lengths = Annotated[tuple[Count, ...], Field(min_length=1)]
-Patterns = Annotated[tuple[Pattern, ...], Field(min_length=1)]
+Patterns = Annotated[tuple[Regex, ...], Field(min_length=1)]
 Number = Annotated[float, Field(ge=-1e9, le=1e9)]
 Seeds = Annotated[tuple[Seed, ...], AfterValidator(_distinct("seed"))]
 

@@ -10,7 +10,7 @@ import pytest
 from flax import linen as nn
 from helpers import relative
 
-from jaxfusion.data.batching import Shape, TokenRow, collate, find_shapes
+from jaxfusion.data.batching import BatchShape, TokenRow, collate, find_shapes
 from jaxfusion.data.packing import Packing
 from jaxfusion.fields import OptimizerConfig
 from jaxfusion.nn.bridge import Batch, Bridge
@@ -225,7 +225,7 @@ def test_packed_and_unpacked_losses_and_gradients_agree(fusion):
     ]
     tokenizers = SimpleNamespace(start=[1])
     apart = collate(*find_shapes(rows, (8, 16)).place(rows, 1, 5), tokenizers)
-    groups, shape = Packing(Shape(1, 18, 40, 9)).place(rows, 1, 5)
+    groups, shape = Packing(BatchShape(1, 18, 40, 9)).place(rows, 1, 5)
     packed = collate(groups, shape, tokenizers)
     assert packed.enc_tokens.shape == (2, 18) and max(map(len, groups)) == 3
 

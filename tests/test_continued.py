@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from configs.common import finish
-from jaxfusion.bridge.compare import check
+from jaxfusion.bridge.compare import check_comparison
 from jaxfusion.bridge.job import train
 from jaxfusion.config import default_config, from_config_dict
 from jaxfusion.data.batching import Ragged
@@ -126,4 +126,4 @@ def test_what_makes_no_sense_for_text_is_refused(tmp_path, cache_dir, data):
         train(make_config(tmp_path, **data), tmp_path / "run")
     config = make_config(tmp_path)
     with pytest.raises(InputError, match="'plain' is text to learn from, where nothing can be com"):
-        check(CompareConfig(base=config), {"a": config})
+        check_comparison(CompareConfig(base=config), {"a": config})

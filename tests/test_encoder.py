@@ -10,7 +10,7 @@ from flax import traverse_util
 from helpers import ENCODERS, UNUSUAL, relative, torch_encoder
 
 from jaxfusion.hf.load import load_params, read_shape
-from jaxfusion.hf.tables import table as tower_table
+from jaxfusion.hf.tables import tower_table
 from jaxfusion.miniatures.checkpoints import random_params, write_random_tower
 from jaxfusion.nn.encoder import Encoder
 

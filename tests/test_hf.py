@@ -21,7 +21,7 @@ from jaxfusion.hf.decoders import decoder_config
 from jaxfusion.hf.encoders import encoder_config
 from jaxfusion.hf.load import INDEX, SINGLE, load_params, open_tensors, read_config, read_shape
 from jaxfusion.hf.save import to_tensors, write_shards
-from jaxfusion.hf.tables import table
+from jaxfusion.hf.tables import tower_table
 from jaxfusion.miniatures.checkpoints import random_params
 from jaxfusion.runs.export.bridge import licence_of
 
@@ -37,7 +37,7 @@ def load(path, dtype=jnp.float32):
     shapes = traverse_util.flatten_dict(jax.eval_shape(lambda: random_params(config, 0)), sep="/")
     wanted = {name: jax.ShapeDtypeStruct(x.shape, dtype, sharding=here)
               for name, x in shapes.items()}
-    return traverse_util.unflatten_dict(load_params(path, table(config), wanted), sep="/")
+    return traverse_util.unflatten_dict(load_params(path, tower_table(config), wanted), sep="/")
 
 
 @pytest.fixture
@@ -56,7 +56,7 @@ def edit(path, change):
 @pytest.mark.parametrize("role", ["encoder", "decoder"])
 def test_load_then_export_gives_the_same_tensors(tiny, role, tmp_path):
     params = load(tiny / role)
-    write_shards(tmp_path, to_tensors(table(config_of(tiny / role)), params))
+    write_shards(tmp_path, to_tensors(tower_table(config_of(tiny / role)), params))
     before, after = load_file(tiny / role / SINGLE), load_file(tmp_path / SINGLE)
     assert before.keys() == after.keys()
     assert all(np.array_equal(before[name], after[name]) for name in before)

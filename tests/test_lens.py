@@ -30,12 +30,12 @@ from jaxfusion.hf.load import read_config
 from jaxfusion.hf.save import write_tower
 from jaxfusion.lens import job
 from jaxfusion.lens import sweep as lens_train
-from jaxfusion.lens.activations import ActivationBatches, cache_activations, cut, top
+from jaxfusion.lens.activations import ActivationBatches, cache_activations, slice_blocks, top
 from jaxfusion.lens.losses import Goal, align, retain, separate
-from jaxfusion.lens.model import Model, load_model
+from jaxfusion.lens.model import LensModel, load_lens_model
 from jaxfusion.lens.objective import Manipulation, Supervised, aims, make_goals
 from jaxfusion.lens.parallel_text import read_parallel
-from jaxfusion.lens.probe import load, probe, save
+from jaxfusion.lens.probe import load_probe, probe, save_probe
 from jaxfusion.lens.prompts import AUTHORS_SYSTEM, probe_as_authors, prompt_rows, training_rows
 from jaxfusion.lens.subspace import displacements, factorise
 from jaxfusion.miniatures.checkpoints import random_params
@@ -157,7 +157,7 @@ def test_a_step_on_kept_activations_is_one_of_the_whole_model(case, tokenizers):
     kept = cache_activations(alone(config), {"decoder": params}, rows, tokenizers, blocks, 5)
     rng = np.random.default_rng(1)
     trained = jax.tree.map(lambda x: x + jnp.asarray(rng.normal(0, 0.05, x.shape), x.dtype),
-                           cut(params, first, None)["blocks"])
+                           slice_blocks(params, first, None)["blocks"])
     weights = LensConfig(align=0.7, separate=1.3, retain=2.0)
     upper, flat = top(decoder, blocks), aims(goals, weights)
     lens = traverse_util.unflatten_dict(flat, sep="/")["lens"]
@@ -189,7 +189,7 @@ def test_a_step_on_kept_activations_is_one_of_the_whole_model(case, tokenizers):
         assert np.abs(x - y).max() < 1e-4 * np.abs(y).max() + 1e-7
     # Of the untouched model nothing is to be retained, and nothing has moved yet.
     still = {**lens, "align": 0.0, "separate": 0.0}
-    untouched = {"decoder": cut(params, first, None), "lens": still}
+    untouched = {"decoder": slice_blocks(params, first, None), "lens": still}
     assert float(job.loss(untouched, batch)[0]) < 1e-9
 
 
@@ -216,7 +216,7 @@ def test_supervised_tuning_foretells_the_answers(tokenizers):
     decoder, params, rows = Decoder(config), random_params(config, 0), prompts(answers=True)
     kept = cache_activations(alone(config), {"decoder": params}, rows, tokenizers, 1, 4)
     loss, count = Supervised(top(decoder, 1)).loss(
-        {"decoder": cut(params, config.num_layers - 1, None)}, kept)
+        {"decoder": slice_blocks(params, config.num_layers - 1, None)}, kept)
     total = 0.0
     for texts in rows.values():
         for row in texts:
@@ -249,18 +249,18 @@ def test_a_probe_reads_the_last_real_token_and_comes_back(tokenizers, tmp_path):
         assert relative(found.means[:, k], np.mean(states, axis=0)) < 1e-5
         assert relative(found.variances[:, k], np.var(np.array(states, np.float64), axis=0)) < 1e-5
     file, names = tmp_path / "probe.safetensors", found.languages
-    save(found, file, {"model": "a", "tokenizer": "b"}, {"by": "test"})
-    again = load(file, names, {"model": "a", "tokenizer": "b"})
+    save_probe(found, file, {"model": "a", "tokenizer": "b"}, {"by": "test"})
+    again = load_probe(file, names, {"model": "a", "tokenizer": "b"})
     assert again.languages == names and np.array_equal(again.means, found.means)
     with pytest.raises(InputError, match="was made with another tokenizer than this config's"):
-        load(file, names, {"model": "a", "tokenizer": "c"})
+        load_probe(file, names, {"model": "a", "tokenizer": "c"})
     with pytest.raises(InputError, match="was made with another model"):
-        load(file, names, {"model": "c", "tokenizer": "b"})
+        load_probe(file, names, {"model": "c", "tokenizer": "b"})
     with pytest.raises(InputError, match="has languages en, sw, ta, expected en, ta, the central"):
-        load(file, ("en", "ta"), {})
+        load_probe(file, ("en", "ta"), {})
     file.write_bytes(b"no probe")
     with pytest.raises(InputError, match=r"probe\.safetensors is damaged"):
-        load(file, names, {})
+        load_probe(file, names, {})
 
 
 # Edits
@@ -352,7 +352,7 @@ def check_export(config, workdir, out):
     from transformers import AutoModelForCausalLM
 
     with jax.set_mesh(make_mesh()):
-        model, _ = load_model(config, make_mesh())
+        model, _ = load_lens_model(config, make_mesh())
     decoder, tokens = model.bridge.decoder, np.random.default_rng(0).integers(3, 100, (2, 12))
     place, run = plain(tokens), jax.jit(partial(decoder.apply, method="score"))
 
@@ -412,7 +412,7 @@ def test_the_llm_leaves_memory_while_its_blocks_train(cache_dir, tmp_path, monke
 
         return run
 
-    for name in ("train_top", "load_model"):
+    for name in ("train_top", "load_lens_model"):
         monkeypatch.setattr(lens_train, name, watched(getattr(lens_train, name)))
     before = count()
     job.lens(config, tmp_path / "run")
@@ -435,13 +435,13 @@ def test_a_damaged_last_step_is_trained_again(cache_dir, tmp_path):
 
 
 def test_an_llm_that_changes_meanwhile_is_said(cache_dir, tmp_path, monkeypatch):
-    load = lens_train.load_model
+    load = lens_train.load_lens_model
 
     def other(config, mesh):
         model, config = load(config, mesh)
         return replace(model, identity={**model.identity, "model": "another"}), config
 
-    monkeypatch.setattr(lens_train, "load_model", other)
+    monkeypatch.setattr(lens_train, "load_lens_model", other)
     with pytest.raises(InputError, match="was changed while the top blocks trained"):
         job.lens(debug_config(), tmp_path / "run")
 
@@ -522,7 +522,7 @@ def test_a_prompt_of_which_nothing_is_left_is_said(cache_dir):
         return {"input_ids": [[3] if "a" in text else [] for text in texts]}
 
     mute.bos_token_id = 1
-    model = Model(alone(DECODERS["llama3"]), {}, Tokenizers(None, mute), "", {})
+    model = LensModel(alone(DECODERS["llama3"]), {}, Tokenizers(None, mute), "", {})
     with pytest.raises(InputError, match="row 2 in 'xx' has no tokens; fix the row"):
         prompt_rows(debug_config(), model, {"en": ["a", "a"], "xx": ["a", "b"]})
 
@@ -595,7 +595,7 @@ def test_the_authors_probe_is_theirs_in_pytorch(side, tokenizers, cache_dir, tmp
     texts = {name: [" ".join(rng.choice(["la", "ru", "bako", "di"], rng.integers(1, 60)))
                     for _ in range(70)] for name in ("en", "xx")}
     params = random_params(config, 0)
-    model = Model(alone(config), {"decoder": params}, Tokenizers(None, tokenizer), "", {})
+    model = LensModel(alone(config), {"decoder": params}, Tokenizers(None, tokenizer), "", {})
     found = probe_as_authors(model, texts)
     write_tower(tmp_path, config, params)
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path)

@@ -21,9 +21,9 @@ from jaxfusion.data.tokenizers import Tokenizers, load_tokenizer
 from jaxfusion.fields import GroupConfig, LensConfig
 from jaxfusion.hf.load import open_tensors
 from jaxfusion.hf.save import to_tensors, write_tower
-from jaxfusion.hf.tables import table
+from jaxfusion.hf.tables import tower_table
 from jaxfusion.lens import job
-from jaxfusion.lens.activations import cache_activations, cut, split
+from jaxfusion.lens.activations import cache_activations, slice_blocks, split
 from jaxfusion.lens.objective import Manipulation, aims, make_goals
 from jaxfusion.lens.probe import Probe, probe
 from jaxfusion.lens.subspace import displacements, factorise
@@ -137,7 +137,7 @@ class Setup:
         return [*self.tokenizers.start, *self.rows[name][number].text]
 
     def top(self, params):
-        return cut(params, self.first, None)
+        return slice_blocks(params, self.first, None)
 
 
 def moved(params, scale: float, seed: int, chosen=lambda path: True):
@@ -157,7 +157,7 @@ def setup(request, tiny, tmp_path_factory):
     first = config.num_layers - BLOCKS
     # Norms start at ones, which would hide a mixed-up one.
     frozen = moved(random_params(config, 0), 0.3, 0, lambda path: path[-1].key == "scale")
-    top = moved(cut(frozen, first, None)["blocks"], 0.05, 1)
+    top = moved(slice_blocks(frozen, first, None)["blocks"], 0.05, 1)
     live = {**frozen, "blocks": jax.tree.map(
         lambda a, b: np.concatenate([a[:first], b]), frozen["blocks"], top)}
     models = []
@@ -262,7 +262,7 @@ def test_loss_and_gradients_are_the_authors(setup, layers, rank):
     assert wanted > 0.01 and abs(float(value) - wanted) < 1e-5 * wanted
     theirs, compared = dict(setup.torch_live.named_parameters()), 0
     shape = split(setup.config, BLOCKS)[1]
-    for name, ours in to_tensors(table(shape), {**setup.frozen, "blocks": grads}):
+    for name, ours in to_tensors(tower_table(shape), {**setup.frozen, "blocks": grads}):
         if not name.startswith("model.layers."):
             continue  # frozen: the embeddings, the head and the final norm
         head, i, tail = name.removeprefix("model.").split(".", 2)

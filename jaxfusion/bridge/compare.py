@@ -44,7 +44,7 @@ def compare(config: CompareConfig, workdir: Path) -> Comparison:
       InputError: whatever is wrong with one of the variants.
     """
     runs = variants(config)
-    check(config, runs)
+    check_comparison(config, runs)
     with only_run(config, workdir):
         return _compare(config, runs, workdir)
 
@@ -108,7 +108,7 @@ def read_variants(config: CompareConfig, workdir: Path) -> Models:
             **{name: [read_run(where) for where in runs] for name, runs in of.items()}}
 
 
-def check(config: CompareConfig, runs: dict[str, Config]) -> None:
+def check_comparison(config: CompareConfig, runs: dict[str, Config]) -> None:
     """Raises InputError for what would only show after the first variant was trained."""
     if LLM_ALONE in runs:
         raise InputError(f"'{LLM_ALONE}' is reserved for the report; rename this variant")

@@ -98,7 +98,7 @@ def lengths_of(rows: Sequence[TokenRow]) -> tuple[np.ndarray, np.ndarray, np.nda
 
 
 # The examples in each row of a batch, and the batch's shape.
-Placed = tuple[list[list[TokenRow]], "Shape"]
+BatchLayout = tuple[list[list[TokenRow]], "BatchShape"]
 
 
 @dataclass(frozen=True)
@@ -235,7 +235,7 @@ def tokenize_bare(
 
 
 @dataclass(frozen=True)
-class Shape:
+class BatchShape:
     """The sizes of one batch: rows, and encoder, decoder and target slots of a row."""
 
     rows: int
@@ -275,12 +275,12 @@ class Shapes:
         return np.maximum(np.searchsorted(self.buckets, queries),
                           np.searchsorted(self.texts, texts + targets))
 
-    def place(self, rows: Sequence[TokenRow], before: int, batch_size: int) -> Placed:
+    def place(self, rows: Sequence[TokenRow], before: int, batch_size: int) -> BatchLayout:
         """One example per row, in the smallest shape that fits all of them."""
         index = max(self.bucket(row) for row in rows)
         slots = self.buckets[index]
         length = before + (self.latents or slots) + (1 if slots else 0) + self.texts[index]
-        return [[row] for row in rows], Shape(batch_size, slots, length, self.targets)
+        return [[row] for row in rows], BatchShape(batch_size, slots, length, self.targets)
 
 
 def find_shapes(rows: Sequence[TokenRow], buckets: Sequence[int]) -> Shapes:
@@ -320,7 +320,7 @@ def doubling_buckets(longest: int, first: int = 64) -> tuple[int, ...]:
 
 
 def collate(
-    groups: Sequence[Sequence[TokenRow]], shape: Shape, tokenizers: Tokenizers
+    groups: Sequence[Sequence[TokenRow]], shape: BatchShape, tokenizers: Tokenizers
 ) -> Batch:
     """One batch: each group's examples packed into a row, the rest padding."""
     encoder, decoder = (shape.rows, shape.slots), (shape.rows, shape.length)

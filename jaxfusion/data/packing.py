@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from jaxfusion.data.batching import DECODER_STEP, Placed, Shape, TokenRow, lengths_of
+from jaxfusion.data.batching import DECODER_STEP, BatchLayout, BatchShape, TokenRow, lengths_of
 
 STEP = 16  # encoder slots are rounded up to a multiple of this
 SAMPLE = 512  # examples used to choose the shape, in full batches
@@ -25,16 +25,16 @@ class Packing:
       multiple: the number of rows is a multiple of this, so that devices get equal shares.
     """
 
-    shape: Shape
+    shape: BatchShape
     multiple: int = 1
 
-    def place(self, rows: Sequence[TokenRow], before: int, batch_size: int) -> Placed:
+    def place(self, rows: Sequence[TokenRow], before: int, batch_size: int) -> BatchLayout:
         """Packs the examples first-fit, longest first."""
         groups = pack(rows, self.shape, before)
         rows_needed = _round_up(max(self.shape.rows, len(groups)), self.multiple)
         return groups, replace(self.shape, rows=rows_needed)
 
-    def shape_for(self, rows: Sequence[TokenRow], before: int) -> Shape:
+    def shape_for(self, rows: Sequence[TokenRow], before: int) -> BatchShape:
         """The shape of a batch of these examples."""
         return self.place(rows, before, len(rows))[1]
 
@@ -45,7 +45,7 @@ def sizes(row: TokenRow, before: int) -> np.ndarray:
     return np.array([len(row.query), decoder, len(row.target)])
 
 
-def pack(rows: Sequence[TokenRow], shape: Shape, before: int) -> list[list[TokenRow]]:
+def pack(rows: Sequence[TokenRow], shape: BatchShape, before: int) -> list[list[TokenRow]]:
     """First-fit-decreasing bin packing into rows of `shape`, whose number of rows is ignored."""
     room: list[np.ndarray] = []
     groups: list[list[TokenRow]] = []
@@ -90,19 +90,20 @@ def find_packing(
 
 def _candidates(
     batches: list[list[TokenRow]], slots: int, least: np.ndarray, before: int
-) -> list[Shape]:
+) -> list[BatchShape]:
     """Shapes with `slots` encoder slots, and decoder slots for all rows or only for most."""
-    packed = [pack(rows, Shape(0, slots, 10**9, 10**9), before) for rows in batches]
+    packed = [pack(rows, BatchShape(0, slots, 10**9, 10**9), before) for rows in batches]
     used = [sum(sizes(row, before) for row in group) for groups in packed for group in groups]
     targets = int(max(least[2], np.max(used, axis=0)[2]))
     lengths = np.maximum(np.quantile(used, [0.5, 0.8, 1.0], axis=0)[:, 1], least[1])
     count = int(np.median([len(groups) for groups in packed]))
     return [
-        Shape(count, slots, _round_up(length, DECODER_STEP), targets) for length in set(lengths)
+        BatchShape(count, slots, _round_up(length, DECODER_STEP), targets)
+        for length in set(lengths)
     ]
 
 
-def _work(shape: Shape) -> float:
+def _work(shape: BatchShape) -> float:
     """Slots, plus a surcharge for attention, whose cost per slot grows with the row."""
     return shape.rows * sum(n * (1 + n / 2048) for n in (shape.slots, shape.length))
 

@@ -35,7 +35,7 @@ def find_model(path: Path) -> Path | None:
     return next((path / name for name in FILES if (path / name).is_file()), None)
 
 
-def read_model(file: Path):
+def read_processor(file: Path):
     """The model, as SentencePiece reads it.
 
     Raises:
@@ -65,7 +65,7 @@ def read_sentencepiece(file: Path, role: str, vocab_size: int) -> SentencePieceT
     """
     from sentencepiece import sentencepiece_model_pb2
 
-    spm, config = read_model(file), _config(file.parent)
+    spm, config = read_processor(file), _config(file.parent)
     proto = sentencepiece_model_pb2.ModelProto.FromString(spm.serialized_model_proto())
     special = _special_tokens(spm, config)
     backend = _make_backend(spm, proto)

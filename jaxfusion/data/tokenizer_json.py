@@ -19,7 +19,7 @@ def read_tokenizer_json(path: Path, role: str, vocab_size: int):
     """
     from transformers import PreTrainedTokenizerFast
 
-    from jaxfusion.data.sentencepiece_backend import read_model
+    from jaxfusion.data.sentencepiece_backend import read_processor
     from jaxfusion.hf.tokenization_jaxfusion import NORMALIZER, SentencePieceTokenizer
 
     backend, dropped = _read_backend(path / "tokenizer.json", vocab_size)
@@ -30,7 +30,7 @@ def read_tokenizer_json(path: Path, role: str, vocab_size: int):
             raise InputError(f"{file}: {NORMALIZER} is {model!r:.80}, expected the name of a file "
                              "in the same directory")
         tokenizer = SentencePieceTokenizer.from_pretrained(path)
-        tokenizer.spm = read_model(path / model)
+        tokenizer.spm = read_processor(path / model)
     else:
         tokenizer = PreTrainedTokenizerFast.from_pretrained(path)
     _add_configured(backend, config, file, vocab_size)

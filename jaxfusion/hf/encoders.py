@@ -19,7 +19,7 @@ from jaxfusion.nn.rope import Rope
 
 # transformers' names of activations, and ours.
 GELUS = {"gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"}
-ACTIVATIONS = {**GELUS, "relu": "relu", "silu": "silu", "swish": "silu"}
+ACTIVATION_NAMES = {**GELUS, "relu": "relu", "silu": "silu", "swish": "silu"}
 NAMES = {"gelu": "gelu", "gelu_tanh": "gelu_new", "relu": "relu", "silu": "silu"}
 
 
@@ -111,7 +111,7 @@ def _bert(json: dict[str, Any], where: str) -> EncoderConfig:
         first_position=first, counts_padding=bert,
         token_types=count(json, "type_vocab_size", 2, where),
         norm="layer", bias=True, post_norm=True, embed_norm=True, final_norm=False,
-        activation=chosen(json, "hidden_act", ACTIVATIONS, where), gated=False, attn_scale=None,
+        activation=chosen(json, "hidden_act", ACTIVATION_NAMES, where), gated=False, attn_scale=None,
     )
 
 
@@ -139,7 +139,7 @@ def _m2m100(json: dict[str, Any], where: str) -> EncoderConfig:
         family="m2m_100", positions="sinusoidal",
         first_position=count(json, "pad_token_id", 1, where, least=0) + 1,
         norm="layer", bias=True, activation=chosen(
-            json, "activation_function", {"relu": "relu", **ACTIVATIONS}, where),
+            json, "activation_function", {"relu": "relu", **ACTIVATION_NAMES}, where),
         gated=False, attn_scale=None,
         embed_scale=width**0.5 if flag(json, "scale_embedding", where, True) else 1.0,
     )
@@ -175,7 +175,7 @@ def _modernbert(json: dict[str, Any], where: str) -> EncoderConfig:
         local_rope=_rope(json, "sliding_attention", "local_rope_theta", 10_000.0, where),
         windows=tuple(window if is_local else None for is_local in local) if any(local) else (),
         norm="layer", embed_norm=True, first_norm=False,
-        activation=chosen(json, "hidden_activation", ACTIVATIONS, where), attn_scale=None,
+        activation=chosen(json, "hidden_activation", ACTIVATION_NAMES, where), attn_scale=None,
     )
 
 

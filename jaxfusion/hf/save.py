@@ -17,7 +17,7 @@ from jaxfusion.errors import InputError
 from jaxfusion.hf.decoders import decoder_json
 from jaxfusion.hf.encoders import encoder_json
 from jaxfusion.hf.load import INDEX, SINGLE, open_tensors
-from jaxfusion.hf.tables import TRANSFORMS, Table, table
+from jaxfusion.hf.tables import TRANSFORMS, Table, tower_table
 from jaxfusion.nn.decoder import DecoderConfig
 from jaxfusion.nn.encoder import EncoderConfig
 
@@ -48,7 +48,7 @@ def write_tower(
     """Writes `config.json` and the weights of one tower into an existing directory."""
     to_json = encoder_json if isinstance(config, EncoderConfig) else decoder_json
     (out / "config.json").write_text(json.dumps(to_json(config), indent=2), "utf-8")
-    write_shards(out, to_tensors(table(config), params), shard_bytes)
+    write_shards(out, to_tensors(tower_table(config), params), shard_bytes)
 
 
 def usual_names(rows: Table, layers: int) -> dict[str, tuple[str, ...]]:

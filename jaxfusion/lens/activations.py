@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxfusion.data.batching import DECODER_STEP, Shape, TokenRow, collate
+from jaxfusion.data.batching import DECODER_STEP, BatchShape, TokenRow, collate
 from jaxfusion.data.pipeline import own_rows
 from jaxfusion.data.tokenizers import Tokenizers
 from jaxfusion.errors import InputError
@@ -72,7 +72,7 @@ def split(config: DecoderConfig, blocks: int) -> tuple[DecoderConfig, DecoderCon
             replace(config, num_layers=blocks, windows=config.windows[below:]))
 
 
-def cut(params: dict[str, Any], start: int, stop: int | None) -> dict[str, Any]:
+def slice_blocks(params: dict[str, Any], start: int, stop: int | None) -> dict[str, Any]:
     """A decoder's parameters with only blocks `start` to `stop`."""
     return {**params, "blocks": jax.tree.map(lambda x: x[start:stop], params["blocks"])}
 
@@ -150,14 +150,14 @@ def reader(bridge: Bridge, first: int) -> Callable[..., tuple[Array, Array]]:
     return read
 
 
-def _shape_of_all(rows: Sequence[TokenRow], tokenizers: Tokenizers, batch_size: int) -> Shape:
+def _shape_of_all(rows: Sequence[TokenRow], tokenizers: Tokenizers, batch_size: int) -> BatchShape:
     """One shape that fits every row: a step runs languages of all lengths together."""
     up = lambda n: -(-n // DECODER_STEP) * DECODER_STEP  # noqa: E731
     slots = up(max(len(row.query) for row in rows))
     prefix = (rows[0].latents or slots) + 1 if slots else 0
     text = max(len(row.text) + len(row.target) for row in rows)
     targets = max(1, *(len(row.target) for row in rows))
-    return Shape(batch_size, slots, up(len(tokenizers.start) + prefix + text), targets)
+    return BatchShape(batch_size, slots, up(len(tokenizers.start) + prefix + text), targets)
 
 
 def _last_slots(batch: Batch, rows: Sequence[TokenRow]) -> np.ndarray:

@@ -21,17 +21,17 @@ from jaxfusion.config import CONFIG_FILE
 from jaxfusion.errors import InputError
 from jaxfusion.fields import LensRunConfig, ParallelConfig
 from jaxfusion.lens import probe as probing
-from jaxfusion.lens.model import Model, load_model
+from jaxfusion.lens.model import LensModel, load_lens_model
 from jaxfusion.lens.parallel_text import read_parallel
-from jaxfusion.lens.probe import Probe
-from jaxfusion.lens.prompts import Rows, probe_as_authors, prompt_rows
+from jaxfusion.lens.probe import Probe, load_probe, save_probe
+from jaxfusion.lens.prompts import PromptRows, probe_as_authors, prompt_rows
 from jaxfusion.lens.scores import (
     UNTOUCHED,
     Questions,
     Scores,
-    measure,
     read_questions,
-    report,
+    score_model,
+    write_lens_report,
 )
 from jaxfusion.lens.sweep import CACHE, folder_of, train_all
 from jaxfusion.nn.bridge import Params
@@ -81,7 +81,7 @@ def lens(config: LensRunConfig, workdir: Path) -> Comparison | None:
             return None
         draw_languages(before, moved, workdir / "languages.png")
         scores = {name: (scores | trained)[name] for name in (UNTOUCHED, *run.methods)}
-        return report(run.config, scores, seconds, workdir)
+        return write_lens_report(run.config, scores, seconds, workdir)
 
 
 def _with_llm(config: LensRunConfig) -> LensRunConfig:
@@ -109,9 +109,9 @@ class LensRun:
     texts: dict[str, list[str]]
     answers: list[str] | None
     questions: Questions
-    model: Model
+    model: LensModel
     probed: dict[str, list[str]]
-    rows: Rows
+    rows: PromptRows
 
     @property
     def training(self) -> dict[str, LensRunConfig]:
@@ -132,14 +132,14 @@ class LensRun:
         """The probe of the untouched LLM: this run's own, another run's, or a new one."""
         own, languages = self.workdir / PROBE_FILE, tuple(self.probed)
         if self.config.data.probe or own.is_file():
-            probe = probing.load(Path(self.config.data.probe or own), languages,
-                                 self.model.identity)
+            probe = load_probe(Path(self.config.data.probe or own), languages,
+                               self.model.identity)
         elif self.config.lens.recipe == "paper_code":
             probe = probe_as_authors(self.model, self.probed)
         else:
             probe = self.probe_again()
         if is_first():
-            probing.save(probe, own, self.model.identity, asdict(self.config))
+            save_probe(probe, own, self.model.identity, asdict(self.config))
         log_probe(probe)
         return probe
 
@@ -158,12 +158,12 @@ class LensRun:
 
     def score_untrained(self, probe: Probe) -> dict[str, Scores]:
         """Scores of the LLM as it is, and of the methods that train nothing."""
-        scores = {UNTOUCHED: measure(self.config, self.model, self.questions)}
+        scores = {UNTOUCHED: score_model(self.config, self.model, self.questions)}
         for name, run in self.methods.items():
             if run.lens.method not in TRAINING:
                 edits = None if run.lens.method == "none" else partial(
                     make_language_edits, run, probe)
-                scores[name] = measure(self.config, self.model, self.questions, edits)
+                scores[name] = score_model(self.config, self.model, self.questions, edits)
         return scores
 
     def train(self, probe: Probe) -> dict[str, float]:
@@ -180,7 +180,7 @@ class LensRun:
                 _, blocks = trained_part(folder_of(name, self.workdir))
             with top_blocks(self.model.params, blocks):
                 probes[name] = self.probe_again()
-                scores[name] = measure(self.config, self.model, self.questions)
+                scores[name] = score_model(self.config, self.model, self.questions)
         return scores, probes
 
 
@@ -202,7 +202,7 @@ def prepare(config: LensRunConfig, workdir: Path, mesh: Mesh) -> LensRun:
       InputError: whatever is wrong with them, or with the settings of a method.
     """
     config = check_workdir(config, workdir)
-    runs = variants(config)
+    runs = method_configs(config)
     texts, answers = read_parallel(config.data)
     for name, run in runs.items():
         if run.lens.method not in TRAINING:
@@ -214,7 +214,7 @@ def prepare(config: LensRunConfig, workdir: Path, mesh: Mesh) -> LensRun:
             raise InputError(f"train.batch_size of '{name}' is {run.train.batch_size}, but there "
                              f"are only {number} prompts; set it lower or data.rows higher")
     questions = read_questions(config, runs, texts)
-    model, config = load_model(config, mesh)
+    model, config = load_lens_model(config, mesh)
     check_layers(runs, model.bridge.decoder.config.num_layers)
     # A saved run must name the LLM that it was trained on.
     runs = {name: replace(run, decoder=config.decoder) for name, run in runs.items()}
@@ -223,7 +223,7 @@ def prepare(config: LensRunConfig, workdir: Path, mesh: Mesh) -> LensRun:
     return LensRun(config, workdir, mesh, runs, texts, answers, questions, model, probed, rows)
 
 
-def variants(config: LensRunConfig) -> dict[str, LensRunConfig]:
+def method_configs(config: LensRunConfig) -> dict[str, LensRunConfig]:
     """The configs of a sweep's runs by name; without a sweep the config's own.
 
     Raises:

@@ -15,7 +15,7 @@ from jaxfusion.errors import InputError
 from jaxfusion.fields import LensRunConfig
 from jaxfusion.hf.hub import resolve
 from jaxfusion.hf.load import load_params, open_tensors, read_shape
-from jaxfusion.hf.tables import table
+from jaxfusion.hf.tables import tower_table
 from jaxfusion.nn.bridge import Bridge, Params
 from jaxfusion.nn.decoder import Decoder
 from jaxfusion.runs.open_run import open_run
@@ -25,7 +25,7 @@ from jaxfusion.training.state import merge
 
 
 @dataclass(frozen=True)
-class Model:
+class LensModel:
     """An LLM on the mesh, alone or behind a bridge.
 
     Attributes:
@@ -46,7 +46,7 @@ class Model:
         return self.bridge.encoder is None
 
 
-def load_model(config: LensRunConfig, mesh) -> tuple[Model, LensRunConfig]:
+def load_lens_model(config: LensRunConfig, mesh) -> tuple[LensModel, LensRunConfig]:
     """The model, and the config with the resolved hub commit.
 
     Raises:
@@ -55,7 +55,7 @@ def load_model(config: LensRunConfig, mesh) -> tuple[Model, LensRunConfig]:
     return _behind_bridge(config) if config.bridge else _alone(config, mesh)
 
 
-def _alone(config: LensRunConfig, mesh) -> tuple[Model, LensRunConfig]:
+def _alone(config: LensRunConfig, mesh) -> tuple[LensModel, LensRunConfig]:
     tower = config.decoder
     path, commit = resolve(tower.checkpoint, tower.revision)
     shape = read_shape("decoder", path)
@@ -64,17 +64,18 @@ def _alone(config: LensRunConfig, mesh) -> tuple[Model, LensRunConfig]:
     tokens = jnp.zeros((1, 2), jnp.int32)
     places = describe(lambda: decoder.init(
         jax.random.key(0), tokens, tokens, tokens, method="score")["params"], mesh)
-    params = traverse_util.unflatten_dict(load_params(path, table(shape), places), sep="/")
+    params = traverse_util.unflatten_dict(load_params(path, tower_table(shape), places), sep="/")
     tokenizer = load_tokenizer(path, shape.vocab_size, "decoder")
     turn = chat_turn(tokenizer) if config.data.chat_template else None
-    model = Model(Bridge(None, decoder, None, "last"), {"decoder": params},
-                  Tokenizers(None, tokenizer, turn, read_end_tokens(path, shape.vocab_size),
-                             bos=config.data.bos), "",
-                  {"model": digest(path), "tokenizer": digest_tokenizer(tokenizer)})
+    model = LensModel(
+        Bridge(None, decoder, None, "last"), {"decoder": params},
+        Tokenizers(None, tokenizer, turn, read_end_tokens(path, shape.vocab_size),
+                   bos=config.data.bos), "",
+        {"model": digest(path), "tokenizer": digest_tokenizer(tokenizer)})
     return model, replace(config, decoder=replace(tower, revision=commit or tower.revision))
 
 
-def _behind_bridge(config: LensRunConfig) -> tuple[Model, LensRunConfig]:
+def _behind_bridge(config: LensRunConfig) -> tuple[LensModel, LensRunConfig]:
     workdir = Path(config.bridge)
     run = open_run(workdir)
     model = replace(run, config=replace(run.config, mesh=config.mesh)).model
@@ -87,9 +88,9 @@ def _behind_bridge(config: LensRunConfig) -> tuple[Model, LensRunConfig]:
     for name, x in sorted(model.trainable.items()):
         trained.update(name.encode() + np.asarray(fetch(x)).tobytes())
     both = digest_tokenizer(tokenizers.encoder) + digest_tokenizer(tokenizers.decoder)
-    loaded = Model(model.bridge, merge(model.trainable, model.frozen), tokenizers,
-                   run.config.data.text_prompt,
-                   {"model": trained.hexdigest(), "tokenizer": both})
+    loaded = LensModel(model.bridge, merge(model.trainable, model.frozen), tokenizers,
+                       run.config.data.text_prompt,
+                       {"model": trained.hexdigest(), "tokenizer": both})
     return loaded, config
 
 

@@ -17,7 +17,7 @@ from flax import traverse_util
 from jaxtyping import Array, Float, Int
 
 from jaxfusion.fields import LensConfig
-from jaxfusion.lens.activations import Activations, cut, last_and_mean, split, top
+from jaxfusion.lens.activations import Activations, last_and_mean, slice_blocks, split, top
 from jaxfusion.lens.losses import Goal, align, retain, separate
 from jaxfusion.lens.probe import Probe
 from jaxfusion.nn.decoder import Decoder, weighted_sums
@@ -125,8 +125,8 @@ def run_below_last(
         none = None if read is None else jnp.zeros((0, *read.shape[:2], stream.hidden.shape[-1]))
         return stream.hidden, none
     below = upper.clone(config=split(upper.config, 1)[0])
-    return below.apply({"params": cut(params, 0, blocks)}, stream.hidden, stream.positions,
-                       stream.segments, read, method="stream")
+    return below.apply({"params": slice_blocks(params, 0, blocks)}, stream.hidden,
+                       stream.positions, stream.segments, read, method="stream")
 
 
 def run_last(
@@ -135,8 +135,8 @@ def run_last(
     """Runs the last block and the final norm, only at the slots `at`; None: at all slots."""
     blocks = upper.config.num_layers
     last = top(upper, 1) if blocks > 1 else upper
-    return last.apply({"params": cut(params, blocks - 1, blocks)}, stream.hidden, stream.positions,
-                      stream.segments, at, method="last_block")
+    return last.apply({"params": slice_blocks(params, blocks - 1, blocks)}, stream.hidden,
+                      stream.positions, stream.segments, at, method="last_block")
 
 
 def make_goals(

@@ -126,11 +126,11 @@ def last_states(bridge: Bridge, params: Params, batch: Batch) -> Float[Array, "L
     return bridge.states(params, batch, read)[0][:, :, 0]
 
 
-def save(probe: Probe, file: Path, identity: dict[str, str], about: dict[str, Any]) -> None:
+def save_probe(probe: Probe, file: Path, identity: dict[str, str], about: dict[str, Any]) -> None:
     """Writes a probe as safetensors; for each layer also `m_a`, `M_s` and `Δ`.
 
     Args:
-      identity: digests of model and tokenizer, checked by `load`.
+      identity: digests of model and tokenizer, checked by `load_probe`.
       about: the config that made it.
     """
     tensors = {"means": probe.means, "variances": probe.variances}
@@ -147,8 +147,8 @@ def save(probe: Probe, file: Path, identity: dict[str, str], about: dict[str, An
         {name: np.ascontiguousarray(x) for name, x in tensors.items()}, header))
 
 
-def load(file: Path, languages: tuple[str, ...], identity: dict[str, str]) -> Probe:
-    """Reads what `save` wrote.
+def load_probe(file: Path, languages: tuple[str, ...], identity: dict[str, str]) -> Probe:
+    """Reads what `save_probe` wrote.
 
     Raises:
       InputError: the probe is missing or damaged, or has other languages, model or tokenizer.

@@ -23,13 +23,13 @@ from jaxfusion.data.rows.examples import Example
 from jaxfusion.data.tokenizers import WORDS, Tokenizers
 from jaxfusion.errors import InputError, first_line
 from jaxfusion.fields import LensRunConfig
-from jaxfusion.lens.model import Model
+from jaxfusion.lens.model import LensModel
 from jaxfusion.lens.probe import Probe, Sums
 from jaxfusion.sharding.rules import replicated
 
 AS_WRITTEN = SimpleNamespace(start=[])  # replaces the tokenizers for rows that include their start
 logger = logging.getLogger(__name__)
-Rows = dict[str, list[TokenRow]]
+PromptRows = dict[str, list[TokenRow]]
 
 AUTHORS_SYSTEM, AUTHORS_BATCH = "You are a helpful assistant.", 50
 AUTHORS_DATES = re.compile(r"Cutting Knowledge Date: [^\n]*\nToday Date: [^\n]*\n\n")
@@ -38,9 +38,9 @@ AUTHORS_PROBED, AUTHORS_TRAINED = 64, 128  # prompts are truncated to this many 
 
 
 def training_rows(
-    config: LensRunConfig, model: Model, texts: dict[str, list[str]],
+    config: LensRunConfig, model: LensModel, texts: dict[str, list[str]],
     answers: list[str] | None = None,
-) -> tuple[Rows, Tokenizers]:
+) -> tuple[PromptRows, Tokenizers]:
     """The training prompts by language, with answers for supervised tuning (which has no authors'
     recipe); and the tokenizers with the ids before them.
 
@@ -56,9 +56,9 @@ def training_rows(
 
 
 def prompt_rows(
-    config: LensRunConfig, model: Model, texts: dict[str, list[str]],
+    config: LensRunConfig, model: LensModel, texts: dict[str, list[str]],
     answers: list[str] | None = None,
-) -> Rows:
+) -> PromptRows:
     """Prompts as rows by language; long ones are truncated at their beginning, with a warning.
 
     Raises:
@@ -112,7 +112,7 @@ def authors_ids(
     return [ids[:most] for ids in tokenizer(texts, add_special_tokens=again)["input_ids"]]
 
 
-def probe_as_authors(model: Model, texts: dict[str, list[str]]) -> Probe:
+def probe_as_authors(model: LensModel, texts: dict[str, list[str]]) -> Probe:
     """A probe of the LLM as in the authors' code.
 
     Raises:

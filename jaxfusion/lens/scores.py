@@ -14,7 +14,7 @@ from jaxfusion.evaluation.perplexity import fidelity, load_identifier, perplexit
 from jaxfusion.evaluation.scoring import Scorer, for_task
 from jaxfusion.fields import LensRunConfig
 from jaxfusion.files import write_whole
-from jaxfusion.lens.model import Model
+from jaxfusion.lens.model import LensModel
 from jaxfusion.reports.comparison import Comparison, as_json, markdown
 from jaxfusion.reports.pictures import draw_accuracy
 
@@ -96,8 +96,8 @@ def read_questions(
     return questions
 
 
-def measure(
-    config: LensRunConfig, model: Model, questions: Questions, edits=None
+def score_model(
+    config: LensRunConfig, model: LensModel, questions: Questions, edits=None
 ) -> Scores:
     """The scores of the LLM in its current state on all questions.
 
@@ -132,7 +132,7 @@ def measure(
     return scores
 
 
-def report(
+def write_lens_report(
     config: LensRunConfig, scores: dict[str, Scores], seconds: dict[str, float], workdir: Path
 ) -> Comparison | None:
     """Writes and prints the report; returns the first task's comparison."""

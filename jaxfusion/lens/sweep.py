@@ -20,10 +20,10 @@ from jaxfusion.lens.activations import (
     ActivationBatches,
     Activations,
     cache_activations,
-    cut,
+    slice_blocks,
     top,
 )
-from jaxfusion.lens.model import Model, load_model
+from jaxfusion.lens.model import LensModel, load_lens_model
 from jaxfusion.lens.objective import Manipulation, Supervised, aims, make_goals
 from jaxfusion.lens.probe import Probe
 from jaxfusion.lens.prompts import training_rows
@@ -44,8 +44,8 @@ logger = logging.getLogger(__name__)
 
 def train_all(
     config: LensRunConfig, runs: dict[str, LensRunConfig], texts: dict[str, list[str]],
-    answers: list[str] | None, model: Model, probe: Probe, workdir: Path, mesh,
-) -> tuple[Model, dict[str, float]]:
+    answers: list[str] | None, model: LensModel, probe: Probe, workdir: Path, mesh,
+) -> tuple[LensModel, dict[str, float]]:
     """Trains every unfinished run, each in its own directory.
 
     The activations are cached first; then the LLM, which takes most of the memory, is freed until
@@ -73,7 +73,7 @@ def train_all(
         return model, {}
     seconds = _cache_and_train(config, due, prompts, texts, answers, model, probe, workdir)
     with all_or_none():
-        reloaded, _ = load_model(config, mesh)
+        reloaded, _ = load_lens_model(config, mesh)
     if reloaded.identity != model.identity:
         raise InputError(f"{config.bridge or config.decoder.checkpoint} was changed while the top "
                          "blocks trained; start again with another --workdir")
@@ -82,7 +82,7 @@ def train_all(
 
 def _cache_and_train(
     config: LensRunConfig, due: dict[str, LensRunConfig], prompts: dict[str, int],
-    texts: dict[str, list[str]], answers: list[str] | None, model: Model, probe: Probe,
+    texts: dict[str, list[str]], answers: list[str] | None, model: LensModel, probe: Probe,
     workdir: Path,
 ) -> dict[str, float]:
     """Caches activations and trains. A separate function, so that returning frees its memory before
@@ -91,7 +91,7 @@ def _cache_and_train(
     jobs = {name: make_job(run, decoder, params, probe) for name, run in due.items()}
     kinds: dict[tuple[bool, int], int] = {}  # -> the most prompts of a run of this kind
     for name, run in due.items():
-        kinds[kind_of(run)] = max(prompts[name], kinds.get(kind_of(run), 0))
+        kinds[cache_key(run)] = max(prompts[name], kinds.get(cache_key(run), 0))
     cached, seconds = {}, {}
     # Besides the blocks, the losses of Lens need only the final norm.
     unread = () if any(supervised for supervised, _ in kinds) else ("embed", "head")
@@ -107,20 +107,20 @@ def _cache_and_train(
                 model.bridge, model.params, rows, tokenizers, blocks, config.eval.batch_size,
                 config.data.buckets, disk)
         trained_with = {part: x for part, x in params.items() if part not in unread}
-        tops = {blocks: cut(trained_with, decoder.config.num_layers - blocks, None)
+        tops = {blocks: slice_blocks(trained_with, decoder.config.num_layers - blocks, None)
                 for blocks in {blocks for _, blocks in kinds}}
         model.params.clear()
         del params, trained_with
         for name, run in due.items():
             logger.info("\n%s", name)
             clock = time.monotonic()
-            own = jax.tree.map(lambda x, n=prompts[name]: x[:n], cached[kind_of(run)])
+            own = jax.tree.map(lambda x, n=prompts[name]: x[:n], cached[cache_key(run)])
             train_top(run, folder_of(name, workdir), jobs[name], tops[run.lens.blocks], own)
             seconds[name] = time.monotonic() - clock
     return seconds
 
 
-def kind_of(run: LensRunConfig) -> tuple[bool, int]:
+def cache_key(run: LensRunConfig) -> tuple[bool, int]:
     """The key of a run's cached activations: whether it reads answers, and its trained blocks."""
     return run.lens.method == "supervised", run.lens.blocks
 

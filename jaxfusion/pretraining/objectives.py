@@ -13,7 +13,7 @@ from jaxfusion.pretraining.corpus import Document, Pair, induce_lexicon
 from jaxfusion.pretraining.text_lm import TextBatch
 
 # One text as ids: inputs, targets, and the weight of each prediction.
-Row = tuple[list[int], list[int], list[float]]
+TextRow = tuple[list[int], list[int], list[float]]
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class CausalRows:
         """Tokens of each row, at most. [rows]"""
         return self.tokens.lengths - 1
 
-    def row(self, i: int, rng: np.random.Generator) -> Row:
+    def row(self, i: int, rng: np.random.Generator) -> TextRow:
         """Inputs, targets and weights of a row, with fresh random draws."""
         ids, answer = self.tokens[i], self.answers[i]
         weights = [1.0] * (len(ids) - 2 - answer) + [self.answer_weight] * answer + [1.0]
@@ -82,7 +82,7 @@ class DenoisingRows:
         return np.array([min(sum(len(self.pieces[w]) for w in words) + 1, self.most)
                          for words in self.words])
 
-    def row(self, i: int, rng: np.random.Generator) -> Row:
+    def row(self, i: int, rng: np.random.Generator) -> TextRow:
         """Inputs, targets and weights of a row, with fresh random draws."""
         c, words = self.config, self.words[i]
         partners = self.translations.get(self.languages[i])

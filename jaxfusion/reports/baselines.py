@@ -5,17 +5,18 @@ from collections.abc import Sequence
 
 # English function words: quantifiers, negation, auxiliaries.
 CUES = frozenset(("the", "every", "no", "not", "does", "do"))
-Row = dict[str, str]
 
 
-def surface(row: Row) -> tuple:
+def surface(row: dict[str, str]) -> tuple:
     """Surface features: word overlap, lengths, quantifiers and negations of both sentences."""
     a, b = (row[column].split() for column in ("premise", "hypothesis"))
     cues = [tuple(word for word in words if word in CUES) for words in (a, b)]
     return (len(set(a) - set(b)), len(set(b) - set(a)), len(a), len(b), *cues)
 
 
-def lookup_correct(train: Sequence[Row], test: Sequence[Row], features=surface) -> list[bool]:
+def lookup_correct(
+    train: Sequence[dict[str, str]], test: Sequence[dict[str, str]], features=surface
+) -> list[bool]:
     """Whether each test row's label is the most frequent one of training rows with its features.
 
     Args:

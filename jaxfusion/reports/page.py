@@ -32,7 +32,7 @@ LIBRARIES = ("jaxfusion", "jax", "flax", "optax", "transformers", "numpy")
 
 
 @dataclass(frozen=True)
-class Example:
+class ChangedAnswer:
     """A row that two models answer differently, one of them correctly."""
 
     query: str
@@ -107,7 +107,7 @@ def _section(c: Comparison, models: Models, folder: Path, prefix: str) -> dict[s
 
 def _changed(
     c: Comparison, models: Models, model: str
-) -> dict[str, dict[str, list[Example]]]:
+) -> dict[str, dict[str, list[ChangedAnswer]]]:
     """The first rows gained and lost against the reference by language, for the first seeds."""
     changed = {}
     for language in c.languages:
@@ -118,7 +118,8 @@ def _changed(
             kind = "gained" if now > was else "lost"
             if now != was and len(rows[kind]) < EXAMPLES:
                 answers = [_answer(x, i, c.scoring) for x in (before, after)]
-                rows[kind].append(Example(before["queries"][i], before["targets"][i], *answers))
+                rows[kind].append(
+                    ChangedAnswer(before["queries"][i], before["targets"][i], *answers))
         if any(rows.values()):
             changed[language] = rows
     return changed

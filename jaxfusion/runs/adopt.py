@@ -45,7 +45,7 @@ from jaxfusion.hf.tables import (
     langbridge_names,
     langbridge_table,
     mindmerger_table,
-    table,
+    tower_table,
 )
 from jaxfusion.nn.decoder import DecoderConfig
 from jaxfusion.nn.encoder import EncoderConfig
@@ -159,7 +159,7 @@ def _of_towers(
     places = describe(lambda: bridge.init(jax.random.key(0), ROLES), make_mesh())
     rows = tuple(
         replace(row, theirs=f"{role}.{row.theirs}", ours=f"{role}/{row.ours}", also=())
-        for role in ROLES for row in table(shapes[role]).rows
+        for role in ROLES for row in tower_table(shapes[role]).rows
         if f"{role}.{row.theirs.format(i=0)}" in tensors.files
     )
     specs = {row.ours: places[row.ours].update(dtype=jnp.float32) for row in rows}
@@ -228,7 +228,7 @@ def _write_backbone(role: str, name: str, source: Path, tensors: TensorFiles, ou
     if embed_name in shapes:
         config["vocab_size"] = shapes[embed_name][0]  # added tokens extend the table
     shape = read(config, f"{place}/config.json")
-    usual = usual_names(table(shape), shape.num_layers)
+    usual = usual_names(tower_table(shape), shape.num_layers)
     stored = {name: next((x for x in langbridge_names(role, names).values() if x in shapes), None)
             for name, names in usual.items()}
     missing = [name for name, x in stored.items() if x is None]

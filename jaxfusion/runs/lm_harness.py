@@ -36,7 +36,7 @@ from jaxfusion.runs.open_run import open_run
 logger = logging.getLogger(__name__)
 # No labels; few-shot examples come first, so the question is at the end.
 FREE = Task("{text}", (), (), keeps_end=True)
-Scored = list[tuple[float, bool]]
+Likelihoods = list[tuple[float, bool]]
 
 
 @register_model("jaxfusion")
@@ -77,7 +77,7 @@ class JaxFusion(LM):
 
     def loglikelihood(
         self, requests: list[Instance], disable_tqdm: bool = False
-    ) -> Scored:
+    ) -> Likelihoods:
         """Log-likelihood of each continuation, and whether it is the greedy one.
 
         Spaces between context and continuation belong to the context, as in jaxfusion's prompts;
@@ -154,7 +154,7 @@ class JaxFusion(LM):
 
     def _score(
         self, rows: Sequence[TokenRow], options: Sequence[list[list[int]]]
-    ) -> list[Scored]:
+    ) -> list[Likelihoods]:
         """Each option's log-likelihood after its row, and whether it is greedy."""
         scorer = self.run.scorer(FREE, max_new_tokens=0)
         size, tokenizers = self.run.config.eval.batch_size, self.run.tokenizers

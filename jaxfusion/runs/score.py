@@ -27,7 +27,7 @@ from jaxfusion.runs.open_run import OpenRun, open_run
 from jaxfusion.sharding.hosts import check_peers, is_first
 
 logger = logging.getLogger(__name__)
-Rows = dict[str, dict[str, list[Example]]]  # by task and language
+TaskRows = dict[str, dict[str, list[Example]]]  # by task and language
 SHOWN = 80  # characters of a row in messages
 
 
@@ -87,9 +87,9 @@ def evaluate(
 def read_rows(
     config: Config, tasks: tuple[str, ...], languages: tuple[str, ...], limit: int | None,
     data_path: str | None,
-) -> Rows:
+) -> TaskRows:
     """The test rows of every requested task and language, read before anything is scored."""
-    rows: Rows = {}
+    rows: TaskRows = {}
     for name in tasks or config.eval.tasks or (config.data.task,):
         task, path = get_task(name, config.tasks), data_path
         if name == config.data.task:  # data.path has the rows of the training task only
@@ -119,8 +119,8 @@ def seen_by(config: Config, workdir: Path) -> np.ndarray:
 
 
 def unseen(
-    rows: Rows, seen: np.ndarray, drop: bool, own: Mapping[str, TaskConfig] | None = None
-) -> Rows:
+    rows: TaskRows, seen: np.ndarray, drop: bool, own: Mapping[str, TaskConfig] | None = None
+) -> TaskRows:
     """The test rows that were not trained on.
 
     Args:
@@ -129,7 +129,7 @@ def unseen(
     Raises:
       InputError: a row was trained on and `drop` is False, or all rows were.
     """
-    unseen_rows: Rows = {}
+    unseen_rows: TaskRows = {}
     for name, by_language in rows.items():
         is_seen = {language: np.isin(fingerprints(x.query for x in examples), seen)
                  for language, examples in by_language.items()}
@@ -160,7 +160,7 @@ def unseen(
     return unseen_rows
 
 
-def _score(run: OpenRun, rows: Rows) -> tuple[Results, Details]:
+def _score(run: OpenRun, rows: TaskRows) -> tuple[Results, Details]:
     results, details = {}, {}
     if not run.llm_only:
         for by_language in rows.values():

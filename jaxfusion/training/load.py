@@ -24,7 +24,7 @@ from jaxfusion.fields import (
 )
 from jaxfusion.hf.hub import resolve
 from jaxfusion.hf.load import load_params, read_shape
-from jaxfusion.hf.tables import table
+from jaxfusion.hf.tables import tower_table
 from jaxfusion.nn.bridge import Bridge
 from jaxfusion.nn.decoder import DecoderConfig
 from jaxfusion.nn.encoder import EncoderConfig
@@ -101,7 +101,7 @@ def read_model(towers: Towers, plan: Plan) -> Model:
         prefix = f"{role}/"
         params = {name.removeprefix(prefix): leaf for name, leaf in plan.params.items()
                   if name.startswith(prefix)}
-        tensors = load_params(towers.paths[role], table(towers.shapes[role]), params)
+        tensors = load_params(towers.paths[role], tower_table(towers.shapes[role]), params)
         flat |= {prefix + name: x for name, x in tensors.items()}
     return Model(
         towers.config, plan.bridge, towers.tokenizers,

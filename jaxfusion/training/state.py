@@ -40,6 +40,6 @@ def merge(trainable: Flat, frozen: Flat) -> Params:
     return {"fusion": {}, **nested}
 
 
-def count(flat: Flat) -> int:
+def count_params(flat: Flat) -> int:
     """Number of scalars in a flat tree."""
     return sum(x.size for x in flat.values())

@@ -19,7 +19,7 @@ from jaxfusion.fields import Job, OptimizerConfig, TrainConfig
 from jaxfusion.sharding.mesh import sharding
 from jaxfusion.training.checkpoint import Checkpoints, abstract_like
 from jaxfusion.training.optimizer import make_optimizer, make_schedules
-from jaxfusion.training.state import Flat, State, count
+from jaxfusion.training.state import Flat, State, count_params
 from jaxfusion.training.step import Loss, Metrics, make_train_step
 
 logger = logging.getLogger(__name__)
@@ -88,7 +88,8 @@ class Trainer:
             run.loss, run.config.train.accumulate, run.steps, c, run.groups,
             jax.tree.map(lambda x: x.sharding, self.state), optimizer))
         logger.info("%s parameters train, %s are frozen; %s steps",
-                    *(f"{n:,}" for n in (count(run.trainable), count(run.frozen), run.steps)))
+                    *(f"{n:,}" for n in (count_params(run.trainable), count_params(run.frozen),
+                                         run.steps)))
 
     def restore(self, checkpoints: Checkpoints) -> None:
         """Goes to the newest checkpoint, if there is one.

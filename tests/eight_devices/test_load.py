@@ -9,7 +9,7 @@ from helpers import DECODERS, plain, relative
 
 from jaxfusion.hf.load import load_params
 from jaxfusion.hf.save import write_tower
-from jaxfusion.hf.tables import table
+from jaxfusion.hf.tables import tower_table
 from jaxfusion.miniatures.checkpoints import random_params
 from jaxfusion.nn.decoder import Decoder
 from jaxfusion.sharding.mesh import make_mesh
@@ -23,7 +23,7 @@ def read(path, config, mesh):
     """The checkpoint's parameters as they lie on the mesh."""
     wanted = describe(lambda: Decoder(config).init(
         jax.random.key(0), *(np.zeros((1, 8), np.int32),) * 3, method="score")["params"], mesh)
-    return load_params(path, table(config), wanted)
+    return load_params(path, tower_table(config), wanted)
 
 
 @pytest.mark.parametrize("case,mesh", [

@@ -232,7 +232,7 @@ def _read_parquet(file: Path, columns, quoted: bool) -> Iterator[Placed]:
                     if limit < 0:
                         raise InputError(f"{file} unpacks to more than {UNPACKED_TIMES:,} times "
                                          f"its {size:,} bytes; reading stopped at row {number}")
-                    yield named(row, classes), f"{file} row {number}"
+                    yield with_class_names(row, classes), f"{file} row {number}"
     except InputError:
         raise
     # Dates, times and zones that Python cannot represent raise OverflowError or KeyError.
@@ -258,7 +258,7 @@ def _as_objects(batch) -> Iterator[Row]:
         yield from batch.slice(start, OBJECTS).to_pylist()
 
 
-def named(row: Row, names: dict[str, list[str]]) -> Row:
+def with_class_names(row: Row, names: dict[str, list[str]]) -> Row:
     """The row with class numbers replaced by names; an unknown class (-1) stays a number."""
     return row | {column: known[row[column]] for column, known in names.items()
                   if isinstance(row.get(column), int) and 0 <= row[column] < len(known)}

@@ -6,7 +6,7 @@ from functools import lru_cache
 from itertools import islice
 from typing import Any
 
-from jaxfusion.data.rows.files import named
+from jaxfusion.data.rows.files import with_class_names
 from jaxfusion.data.tasks.spec import Placed, Source
 from jaxfusion.errors import InputError, first_line
 from jaxfusion.hf.hub import COMMIT, hub_in_reach
@@ -38,7 +38,7 @@ def read_hub(
             chosen = range(len(data))[selected]
             rows = zip(chosen, data.select(chosen), strict=True)
         for number, row in rows:
-            yield named(row, names), f"{source.name} ({config}) {split} row {number}"
+            yield with_class_names(row, names), f"{source.name} ({config}) {split} row {number}"
     except InputError:
         raise
     except Exception as error:  # whatever the hub and its libraries raise

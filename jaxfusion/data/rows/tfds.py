@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from jaxfusion.data.rows.files import named
+from jaxfusion.data.rows.files import with_class_names
 from jaxfusion.data.rows.hub import label_names
 from jaxfusion.data.tasks.spec import Placed, Source
 from jaxfusion.errors import InputError, first_line
@@ -41,7 +41,7 @@ def read_tfds(
         part = numbers[first : first + ROWS]
         for number, row in zip(part, data.__getitems__(part), strict=True):
             where = f"{source.place} {theirs} row {number}"
-            yield named(plain(row, where), names), where
+            yield with_class_names(as_builtin(row, where), names), where
 
 
 def _builder(source: Source, language: str):
@@ -77,21 +77,21 @@ def _command(name: str, builder) -> str:
             "file_format='array_record').download_and_prepare()\"`")
 
 
-def plain(value: Any, where: str) -> Any:
+def as_builtin(value: Any, where: str) -> Any:
     """A decoded feature as built-in Python types: bytes become text, arrays lists.
 
     Raises:
       InputError: bytes that are not UTF-8.
     """
     if isinstance(value, dict):
-        return {key: plain(x, where) for key, x in value.items()}
+        return {key: as_builtin(x, where) for key, x in value.items()}
     if isinstance(value, bytes):
         try:
             return value.decode("utf-8")
         except UnicodeDecodeError as error:
             raise InputError(f"{where}: a text is not UTF-8 ({error.reason})") from None
     if hasattr(value, "tolist"):
-        return plain(value.tolist(), where)
+        return as_builtin(value.tolist(), where)
     if isinstance(value, list | tuple):
-        return [plain(x, where) for x in value]
+        return [as_builtin(x, where) for x in value]
     return value

@@ -33,7 +33,7 @@ from jaxfusion.hf.save import (
 from jaxfusion.hf.tables import (
     Table,
     bridge_table,
-    table,
+    tower_table,
 )
 from jaxfusion.runs.open_run import open_run
 from jaxfusion.sharding.mesh import make_mesh
@@ -65,7 +65,7 @@ class Trained:
 
     def replaced(self, role: str) -> dict[str, np.ndarray]:
         """The trained tensors of a tower."""
-        return dict(trained_tensors(role, self.trained, table(self.shapes[role])))
+        return dict(trained_tensors(role, self.trained, tower_table(self.shapes[role])))
 
     def json(self, role: str) -> dict[str, Any]:
         """A tower's `config.json`; an encoder-decoder's is reduced to its encoder."""
@@ -89,7 +89,7 @@ class Trained:
     def names(self, role: str) -> dict[str, str]:
         """The tensors of a tower: usual name -> name in its files."""
         files = open_tensors(self.paths[role]).files
-        return tower_names(table(self.shapes[role]), self.shapes[role].num_layers, files)
+        return tower_names(tower_table(self.shapes[role]), self.shapes[role].num_layers, files)
 
 
 def collect(workdir: Path, out: Path) -> Trained:
@@ -102,7 +102,7 @@ def collect(workdir: Path, out: Path) -> Trained:
     config, shapes = towers.config, towers.shapes
     own = bridge_table(config.fusion.name, config.projector.name)
     trained = _with_frozen(config, workdir, trained, shapes, own)
-    _check_trained(trained, own, {role: table(shapes[role]) for role in ROLES}, workdir)
+    _check_trained(trained, own, {role: tower_table(shapes[role]) for role in ROLES}, workdir)
     return Trained(workdir, step, config, trained, towers.paths, shapes, towers.tokenizers)
 
 

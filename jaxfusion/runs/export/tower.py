@@ -13,7 +13,7 @@ from jaxfusion.files import new_directory
 from jaxfusion.hf.hub import resolve
 from jaxfusion.hf.load import open_tensors, read_config, read_shape
 from jaxfusion.hf.save import copy_tower, tower_names, write_tokenizer
-from jaxfusion.hf.tables import table
+from jaxfusion.hf.tables import tower_table
 from jaxfusion.pretraining.job import CHECKPOINT
 from jaxfusion.runs.export.bridge import check_dtype, check_out, licence_of, trained_tensors
 from jaxfusion.training.checkpoint import trained_part
@@ -38,7 +38,7 @@ def export_tower(
                          "command again")
     role = config.tower.role
     shape = read_shape(role, source)
-    names = tower_names(table(shape), shape.num_layers, open_tensors(source).files)
+    names = tower_names(tower_table(shape), shape.num_layers, open_tensors(source).files)
     with new_directory(out, overwrite) as partial:
         copy_tower(source, partial, read_config(source), names, {}, dtype)
         write_tokenizer(partial, load_tokenizer(source, shape.vocab_size, role))
@@ -66,7 +66,7 @@ def export_lens(
     source, _ = resolve(config.decoder.checkpoint, config.decoder.revision)
     check_out(out, workdir, source)
     shape = read_shape("decoder", source)
-    rows, first = table(shape), shape.num_layers - config.lens.blocks
+    rows, first = tower_table(shape), shape.num_layers - config.lens.blocks
     replaced = {  # the checkpoint numbers blocks from the first trained one
         re.sub(r"(?<=layers\.)\d+", lambda match: str(int(match[0]) + first), name): x
         for name, x in trained_tensors("decoder", trained, rows)
