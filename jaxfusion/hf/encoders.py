@@ -111,7 +111,8 @@ def _bert(json: dict[str, Any], where: str) -> EncoderConfig:
         first_position=first, counts_padding=bert,
         token_types=count(json, "type_vocab_size", 2, where),
         norm="layer", bias=True, post_norm=True, embed_norm=True, final_norm=False,
-        activation=chosen(json, "hidden_act", ACTIVATION_NAMES, where), gated=False, attn_scale=None,
+        activation=chosen(json, "hidden_act", ACTIVATION_NAMES, where), gated=False,
+        attn_scale=None,
     )
 
 

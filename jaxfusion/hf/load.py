@@ -19,7 +19,7 @@ from jaxfusion.files import read_object
 from jaxfusion.hf.decoders import decoder_config
 from jaxfusion.hf.encoders import encoder_config
 from jaxfusion.hf.hub import convert_hint
-from jaxfusion.hf.tables import TRANSFORMS, Index, TensorRow, Table
+from jaxfusion.hf.tables import TRANSFORMS, Entry, Index, Table
 from jaxfusion.nn.decoder import DecoderConfig
 from jaxfusion.nn.encoder import EncoderConfig
 
@@ -200,7 +200,7 @@ def load_params(
     return params
 
 
-def _read_row(row: TensorRow, leaf: jax.ShapeDtypeStruct, tensors: TensorFiles) -> jax.Array:
+def _read_row(row: Entry, leaf: jax.ShapeDtypeStruct, tensors: TensorFiles) -> jax.Array:
     """One parameter of ours, with its dtype and sharding."""
     transform = TRANSFORMS[row.transform]
     shape = leaf.shape[1:] if row.stacked else leaf.shape
@@ -227,7 +227,7 @@ def _read_row(row: TensorRow, leaf: jax.ShapeDtypeStruct, tensors: TensorFiles) 
     return jax.make_array_from_single_device_arrays(leaf.shape, leaf.sharding, arrays)
 
 
-def _at(row: TensorRow, index: Index, shape: tuple[int, ...]) -> Index:
+def _at(row: Entry, index: Index, shape: tuple[int, ...]) -> Index:
     """The index with explicit bounds, relative to the full tensor if the row is a part."""
     bounds = [cut.indices(n)[:2] for cut, n in zip(index, shape, strict=True)]
     if row.part is not None:

@@ -72,7 +72,7 @@ TRANSFORMS = {
 
 
 @dataclass(frozen=True)
-class TensorRow:
+class Entry:
     """One parameter of ours and its Hugging Face tensor.
 
     Attributes:
@@ -107,7 +107,7 @@ class TensorRow:
 class Table:
     """All rows of a family, and patterns of tensors that we skip on purpose."""
 
-    rows: tuple[TensorRow, ...]
+    rows: tuple[Entry, ...]
     ignored: tuple[str, ...] = ()
 
     def ignores(self, name: str) -> bool:
@@ -126,23 +126,23 @@ def _t5_table(config: EncoderConfig) -> Table:
     block, blocks = "encoder.block.{i}.layer", "blocks"
     bias = "0.SelfAttention.relative_attention_bias.weight"
     if config.bias_per_layer:
-        bias_row = TensorRow(f"{block}.{bias}", f"{blocks}/relative_bias/embedding")
+        bias_row = Entry(f"{block}.{bias}", f"{blocks}/relative_bias/embedding")
     else:
-        bias_row = TensorRow(f"encoder.block.0.layer.{bias}", "relative_bias/embedding")
+        bias_row = Entry(f"encoder.block.0.layer.{bias}", "relative_bias/embedding")
     rows = (
         # MADLAD-400's files have the shared table under the last name, the decoder's.
-        TensorRow("shared.weight", "embed/embedding",
+        Entry("shared.weight", "embed/embedding",
             also=("encoder.embed_tokens.weight", "decoder.embed_tokens.weight")),
         bias_row,
-        TensorRow(f"{block}.0.layer_norm.weight", f"{blocks}/attn_norm/scale"),
-        *(TensorRow(f"{block}.0.SelfAttention.{x}.weight", f"{blocks}/attn/{x}/kernel", "linear_in")
+        Entry(f"{block}.0.layer_norm.weight", f"{blocks}/attn_norm/scale"),
+        *(Entry(f"{block}.0.SelfAttention.{x}.weight", f"{blocks}/attn/{x}/kernel", "linear_in")
           for x in "qkv"),
-        TensorRow(f"{block}.0.SelfAttention.o.weight", f"{blocks}/attn/o/kernel", "linear_out"),
-        TensorRow(f"{block}.1.layer_norm.weight", f"{blocks}/mlp_norm/scale"),
-        TensorRow(f"{block}.1.DenseReluDense.wi_0.weight", f"{blocks}/mlp/gate/kernel", "linear_in"),
-        TensorRow(f"{block}.1.DenseReluDense.wi_1.weight", f"{blocks}/mlp/up/kernel", "linear_in"),
-        TensorRow(f"{block}.1.DenseReluDense.wo.weight", f"{blocks}/mlp/down/kernel", "linear_out"),
-        TensorRow("encoder.final_layer_norm.weight", "final_norm/scale"),
+        Entry(f"{block}.0.SelfAttention.o.weight", f"{blocks}/attn/o/kernel", "linear_out"),
+        Entry(f"{block}.1.layer_norm.weight", f"{blocks}/mlp_norm/scale"),
+        Entry(f"{block}.1.DenseReluDense.wi_0.weight", f"{blocks}/mlp/gate/kernel", "linear_in"),
+        Entry(f"{block}.1.DenseReluDense.wi_1.weight", f"{blocks}/mlp/up/kernel", "linear_in"),
+        Entry(f"{block}.1.DenseReluDense.wo.weight", f"{blocks}/mlp/down/kernel", "linear_out"),
+        Entry("encoder.final_layer_norm.weight", "final_norm/scale"),
     )
     return Table(rows, ignored=(r"decoder\..*", r"lm_head\.weight"))
 
@@ -152,9 +152,9 @@ def _bert_table(config: EncoderConfig) -> Table:
     block, blocks = "encoder.layer.{i}", "blocks"
     attn, embed = f"{block}.attention", "embeddings"
     rows = [
-        TensorRow(f"{embed}.word_embeddings.weight", "embed/embedding"),
-        TensorRow(f"{embed}.position_embeddings.weight", "positions"),
-        TensorRow(f"{embed}.token_type_embeddings.weight", "token_types"),
+        Entry(f"{embed}.word_embeddings.weight", "embed/embedding"),
+        Entry(f"{embed}.position_embeddings.weight", "positions"),
+        Entry(f"{embed}.token_type_embeddings.weight", "token_types"),
         *_norm(f"{embed}.LayerNorm", "embed_norm"),
         *_heads((f"{attn}.self.{x}" for x in ("query", "key", "value")), f"{blocks}/attn"),
         *_out(f"{attn}.output.dense", f"{blocks}/attn/o"),
@@ -183,7 +183,7 @@ def _m2m100_table(config: EncoderConfig) -> Table:
         *_norm(f"{block}.final_layer_norm", f"{blocks}/mlp_norm"),
         *_norm("layer_norm", "final_norm"),
     ]
-    embed = TensorRow("embed_tokens.weight", "embed/embedding", also=shared)
+    embed = Entry("embed_tokens.weight", "embed/embedding", also=shared)
     return Table((embed, *_also_in(rows, "model.encoder.", "encoder.")), ignored=(
         r"(model\.)?decoder\..*", r"lm_head\..*", r".*embed_positions\.weights?",
         r"encoder\.embed_tokens\.weight"))
@@ -199,36 +199,36 @@ def _modernbert_table(config: EncoderConfig) -> Table:
                                                        2 * config.d_ff))
                for i, x in enumerate(("gate", "up")))]
     rows = [
-        TensorRow("embeddings.tok_embeddings.weight", "embed/embedding"),
-        TensorRow("embeddings.norm.weight", "embed_norm/scale"),
-        TensorRow(f"{block}.attn_norm.weight", f"{blocks}/attn_norm/scale", first=1),
-        *(TensorRow(theirs, f"{blocks}/{ours}/kernel", "linear_in", part=part)
+        Entry("embeddings.tok_embeddings.weight", "embed/embedding"),
+        Entry("embeddings.norm.weight", "embed_norm/scale"),
+        Entry(f"{block}.attn_norm.weight", f"{blocks}/attn_norm/scale", first=1),
+        *(Entry(theirs, f"{blocks}/{ours}/kernel", "linear_in", part=part)
           for theirs, ours, part in parts),
-        TensorRow(f"{block}.attn.Wo.weight", f"{blocks}/attn/o/kernel", "linear_out"),
-        TensorRow(f"{block}.mlp_norm.weight", f"{blocks}/mlp_norm/scale"),
-        TensorRow(f"{block}.mlp.Wo.weight", f"{blocks}/mlp/down/kernel", "linear_out"),
-        TensorRow("final_norm.weight", "final_norm/scale"),
+        Entry(f"{block}.attn.Wo.weight", f"{blocks}/attn/o/kernel", "linear_out"),
+        Entry(f"{block}.mlp_norm.weight", f"{blocks}/mlp_norm/scale"),
+        Entry(f"{block}.mlp.Wo.weight", f"{blocks}/mlp/down/kernel", "linear_out"),
+        Entry("final_norm.weight", "final_norm/scale"),
     ]
     return Table(_also_in(rows, "model."), ignored=(r"(head|decoder|classifier)\..*",))
 
 
-def _also_in(rows: Iterable[TensorRow], *starts: str) -> tuple[TensorRow, ...]:
+def _also_in(rows: Iterable[Entry], *starts: str) -> tuple[Entry, ...]:
     """Rows whose tensors' names may begin with one of these."""
     return tuple(replace(row, also=(*row.also, *(
         start + name for start in starts for name in (row.theirs, *row.also)))) for row in rows)
 
 
-def _heads(theirs: Iterable[str], ours: str) -> list[TensorRow]:
+def _heads(theirs: Iterable[str], ours: str) -> list[Entry]:
     """The maps of queries, keys and values, with biases."""
     return [row for x, name in zip("qkv", theirs, strict=True) for row in (
-        TensorRow(f"{name}.weight", f"{ours}/{x}/kernel", "linear_in"),
-        TensorRow(f"{name}.bias", f"{ours}/{x}/bias", "heads"))]
+        Entry(f"{name}.weight", f"{ours}/{x}/kernel", "linear_in"),
+        Entry(f"{name}.bias", f"{ours}/{x}/bias", "heads"))]
 
 
-def _out(theirs: str, ours: str) -> list[TensorRow]:
+def _out(theirs: str, ours: str) -> list[Entry]:
     """The map of what all heads give, with its bias."""
-    return [TensorRow(f"{theirs}.weight", f"{ours}/kernel", "linear_out"),
-            TensorRow(f"{theirs}.bias", f"{ours}/bias")]
+    return [Entry(f"{theirs}.weight", f"{ours}/kernel", "linear_out"),
+            Entry(f"{theirs}.bias", f"{ours}/bias")]
 
 
 def decoder_table(config: DecoderConfig) -> Table:
@@ -237,28 +237,28 @@ def decoder_table(config: DecoderConfig) -> Table:
     attn, mlp = f"{block}.self_attn", f"{block}.mlp"
     mlp_norm = "pre_feedforward" if config.post_norms else "post_attention"
     rows = [
-        TensorRow("model.embed_tokens.weight", "embed/embedding"),
-        TensorRow(f"{block}.input_layernorm.weight", f"{blocks}/attn_norm/scale"),
+        Entry("model.embed_tokens.weight", "embed/embedding"),
+        Entry(f"{block}.input_layernorm.weight", f"{blocks}/attn_norm/scale"),
         *_inputs(config),
-        TensorRow(f"{attn}.o_proj.weight", f"{blocks}/attn/o/kernel", "linear_out"),
-        TensorRow(f"{block}.{mlp_norm}_layernorm.weight", f"{blocks}/mlp_norm/scale"),
-        TensorRow(f"{mlp}.down_proj.weight", f"{blocks}/mlp/down/kernel", "linear_out"),
-        TensorRow("model.norm.weight", "final_norm/scale"),
+        Entry(f"{attn}.o_proj.weight", f"{blocks}/attn/o/kernel", "linear_out"),
+        Entry(f"{block}.{mlp_norm}_layernorm.weight", f"{blocks}/mlp_norm/scale"),
+        Entry(f"{mlp}.down_proj.weight", f"{blocks}/mlp/down/kernel", "linear_out"),
+        Entry("model.norm.weight", "final_norm/scale"),
     ]
     if config.qkv_bias:
-        rows += [TensorRow(f"{attn}.{x}_proj.bias", f"{blocks}/attn/{x}/bias", "heads") for x in "qkv"]
+        rows += [Entry(f"{attn}.{x}_proj.bias", f"{blocks}/attn/{x}/bias", "heads") for x in "qkv"]
     if config.qk_norm:
-        rows += [TensorRow(f"{attn}.{x}_norm.weight", f"{blocks}/attn/{x}_norm/scale") for x in "qk"]
+        rows += [Entry(f"{attn}.{x}_norm.weight", f"{blocks}/attn/{x}_norm/scale") for x in "qk"]
     if config.post_norms:
-        rows += [TensorRow(f"{block}.{theirs}_layernorm.weight", f"{blocks}/{ours}_post_norm/scale")
+        rows += [Entry(f"{block}.{theirs}_layernorm.weight", f"{blocks}/{ours}_post_norm/scale")
                  for theirs, ours in (("post_attention", "attn"), ("post_feedforward", "mlp"))]
     ignored = (r".*\.rotary_emb\.inv_freq",)
     if config.tie_embeddings:
         return Table(tuple(rows), (*ignored, r"lm_head\.weight"))
-    return Table((*rows, TensorRow("lm_head.weight", "head/embedding")), ignored)
+    return Table((*rows, Entry("lm_head.weight", "head/embedding")), ignored)
 
 
-def _inputs(config: DecoderConfig) -> list[TensorRow]:
+def _inputs(config: DecoderConfig) -> list[Entry]:
     """The input projections of a block; Phi-3 merges q, k, v into one tensor, gate and up too."""
     block, blocks = "model.layers.{i}", "blocks"
     heads = (config.num_heads, config.num_kv_heads, config.num_kv_heads)
@@ -270,37 +270,37 @@ def _inputs(config: DecoderConfig) -> list[TensorRow]:
         for name, part in zip(names, pairwise(ends), strict=True):
             ours = f"{blocks}/{room.removeprefix('self_')}/{name}/kernel"
             if config.family == "phi3":
-                rows.append(TensorRow(f"{block}.{room}.{fused}.weight", ours, "linear_in",
+                rows.append(Entry(f"{block}.{room}.{fused}.weight", ours, "linear_in",
                                 part=(*part, ends[-1])))
             else:
-                rows.append(TensorRow(f"{block}.{room}.{name}_proj.weight", ours, "linear_in"))
+                rows.append(Entry(f"{block}.{room}.{name}_proj.weight", ours, "linear_in"))
     return rows
 
 
 def bridge_table(fusion: str, projector: str) -> Table:
     """Fusion and projector, with the names of `modeling_jaxfusion.py`."""
-    rows: list[TensorRow] = []
+    rows: list[Entry] = []
     if fusion == "global_softmax":
-        rows += [TensorRow(f"fusion.{x}", f"fusion/{x}") for x in "wt"]
+        rows += [Entry(f"fusion.{x}", f"fusion/{x}") for x in "wt"]
     if fusion == "transformer_softmax":
-        rows += [TensorRow(f"fusion.{x}", f"fusion/{x}") for x in ("cls", "positions")]
+        rows += [Entry(f"fusion.{x}", f"fusion/{x}") for x in ("cls", "positions")]
         for x in "qkvo":
-            rows += [TensorRow(f"fusion.{x}.weight", f"fusion/{x}_kernel", "linear_in"),
-                     TensorRow(f"fusion.{x}.bias", f"fusion/{x}_bias")]
+            rows += [Entry(f"fusion.{x}.weight", f"fusion/{x}_kernel", "linear_in"),
+                     Entry(f"fusion.{x}.bias", f"fusion/{x}_bias")]
         for x in ("up", "down", "weigh"):
             rows += _dense(f"fusion.{x}", f"fusion/{x}")
         for x in ("attn_norm", "mlp_norm"):
             rows += _norm(f"fusion.{x}", f"fusion/{x}")
     if projector == "resampler":
-        rows += [TensorRow("projector.latents", "projector/latents")]
-        rows += [TensorRow(f"projector.{x}.weight", f"projector/{x}/kernel", "linear_in")
+        rows += [Entry("projector.latents", "projector/latents")]
+        rows += [Entry(f"projector.{x}.weight", f"projector/{x}/kernel", "linear_in")
                  for x in ("q", "k", "v", "o", "out")]
         for x in ("feature_norm", "latent_norm", "norm"):
             rows += _norm(f"projector.{x}", f"projector/{x}")
     dense = {"linear": ("out",), "resampler": ("up", "down")}.get(projector, ("hidden", "out"))
     for x in dense:
         rows += _dense(f"projector.{x}", f"projector/{x}")
-    return Table((*rows, TensorRow("projector.end", "projector/end")))
+    return Table((*rows, Entry("projector.end", "projector/end")))
 
 
 # LangBridge's names of the projectors.
@@ -326,16 +326,16 @@ def langbridge_table(projector: str) -> Table:
     else:
         attn, ffn = f"{start}.layers.0.0", f"{start}.layers.0.1"
         rows = [
-            TensorRow(f"{start}.latents", "projector/latents"),
+            Entry(f"{start}.latents", "projector/latents"),
             *_norm(f"{attn}.norm_media", "projector/feature_norm"),
             *_norm(f"{attn}.norm_latents", "projector/latent_norm"),
-            *(TensorRow(f"{attn}.to_{theirs}.weight", f"projector/{ours}/kernel", "linear_in")
+            *(Entry(f"{attn}.to_{theirs}.weight", f"projector/{ours}/kernel", "linear_in")
               for theirs, ours in (("q", "q"), ("k", "k"), ("v", "v"), ("out", "o"))),
             *_dense(f"{ffn}.0", "projector/up"), *_dense(f"{ffn}.2", "projector/down"),
-            TensorRow(f"{start}.out_proj.weight", "projector/out/kernel", "linear_in"),
+            Entry(f"{start}.out_proj.weight", "projector/out/kernel", "linear_in"),
             *_norm(f"{start}.norm", "projector/norm"),
         ]
-    return Table((*rows, TensorRow(f"{start}.enc_eos", "projector/end")))
+    return Table((*rows, Entry(f"{start}.enc_eos", "projector/end")))
 
 
 def mindmerger_table(start: str) -> Table:
@@ -343,17 +343,17 @@ def mindmerger_table(start: str) -> Table:
     return Table((
         *_dense(f"{start}mlp.linear1", "projector/hidden"),
         *_dense(f"{start}mlp.linear2", "projector/out"),
-        TensorRow(f"{start}end_boundary", "projector/end", "vector"),
+        Entry(f"{start}end_boundary", "projector/end", "vector"),
     ))
 
 
-def _dense(theirs: str, ours: str) -> list[TensorRow]:
-    return [TensorRow(f"{theirs}.weight", f"{ours}/kernel", "linear_in"),
-            TensorRow(f"{theirs}.bias", f"{ours}/bias")]
+def _dense(theirs: str, ours: str) -> list[Entry]:
+    return [Entry(f"{theirs}.weight", f"{ours}/kernel", "linear_in"),
+            Entry(f"{theirs}.bias", f"{ours}/bias")]
 
 
-def _norm(theirs: str, ours: str) -> list[TensorRow]:
-    return [TensorRow(f"{theirs}.weight", f"{ours}/scale"), TensorRow(f"{theirs}.bias", f"{ours}/bias")]
+def _norm(theirs: str, ours: str) -> list[Entry]:
+    return [Entry(f"{theirs}.weight", f"{ours}/scale"), Entry(f"{theirs}.bias", f"{ours}/bias")]
 
 
 def tower_table(config: EncoderConfig | DecoderConfig) -> Table:
