@@ -28,9 +28,10 @@ def finish(config: ConfigDict, arg: str | None, words: dict[str, Word] | None = 
     Raises:
       InputError: an unknown word.
     """
-    known = {**(words or {}), **OF_JOB[config.job]}
+    known = {**OF_JOB[config.job], **(words or {})}
     chosen = [choose("config argument", word, known) for word in (arg.split(",") if arg else [])]
-    for word in sorted(chosen, key=(*(words or {}), *FUSIONS, "debug", "compare").index):
+    own = [word for word in words or {} if word != "compare"]
+    for word in sorted(chosen, key=[*own, *FUSIONS, "debug", "compare"].index):
         config = known[word](config) or config
     return config.lock()
 

@@ -22,6 +22,30 @@ def _mt5(d_model: int, d_ff: int, num_layers: int, num_heads: int) -> dict[str, 
             "feed_forward_proj": "gated-gelu"}
 
 
+def _xlm_r(hidden: int, layers: int, heads: int, rows: int = 250_002, **more: Any):
+    return {"model_type": "xlm-roberta", "vocab_size": rows, "hidden_size": hidden,
+            "intermediate_size": 4 * hidden, "num_hidden_layers": layers,
+            "num_attention_heads": heads, "max_position_embeddings": 514, "type_vocab_size": 1,
+            "layer_norm_eps": 1e-5, "pad_token_id": 1, **more}
+
+
+def _bert(hidden: int, layers: int, heads: int, rows: int) -> dict[str, Any]:
+    return {"model_type": "bert", "vocab_size": rows, "hidden_size": hidden,
+            "intermediate_size": 4 * hidden, "num_hidden_layers": layers,
+            "num_attention_heads": heads, "max_position_embeddings": 512}
+
+
+def _m2m100(width: int, inner: int, layers: int, rows: int) -> dict[str, Any]:
+    return {"model_type": "m2m_100", "vocab_size": rows, "d_model": width,
+            "encoder_ffn_dim": inner, "encoder_layers": layers, "encoder_attention_heads": 16}
+
+
+def _mmbert(hidden: int, heads: int) -> dict[str, Any]:
+    return {"model_type": "modernbert", "vocab_size": 256_000, "hidden_size": hidden,
+            "intermediate_size": 1152, "num_hidden_layers": 22, "num_attention_heads": heads,
+            "local_rope_theta": 160_000.0}
+
+
 def _llama(hidden: int, inner: int, layers: int, heads: int, kv: int, rows: int, **more: Any):
     return {"model_type": "llama", "vocab_size": rows, "hidden_size": hidden,
             "intermediate_size": inner, "num_hidden_layers": layers, "num_attention_heads": heads,
@@ -53,6 +77,24 @@ BACKBONES: dict[str, dict[str, Any]] = {
     "google/mt5-small": _mt5(512, 1024, 8, 6), "google/mt5-base": _mt5(768, 2048, 12, 12),
     "google/mt5-large": _mt5(1024, 2816, 24, 16), "google/mt5-xl": XL, "google/mt5-xxl": XXL,
     "DKYoon/mt5-xl-lm-adapt": XL, "DKYoon/mt5-xxl-lm-adapt": XXL,
+    "intfloat/multilingual-e5-small": _bert(384, 12, 12, 250_037),
+    "intfloat/multilingual-e5-base": _xlm_r(768, 12, 12),
+    "intfloat/multilingual-e5-large": _xlm_r(1024, 24, 16),
+    "FacebookAI/xlm-roberta-base": _xlm_r(768, 12, 12),
+    "FacebookAI/xlm-roberta-large": _xlm_r(1024, 24, 16),
+    "BAAI/bge-m3": _xlm_r(1024, 24, 16, max_position_embeddings=8194),
+    "cis-lmu/glot500-base": _xlm_r(768, 12, 12, 401_145),
+    "google-bert/bert-base-multilingual-cased": _bert(768, 12, 12, 119_547),
+    "sentence-transformers/LaBSE": _bert(768, 12, 12, 501_153),
+    "google/muril-base-cased": _bert(768, 12, 12, 197_285),
+    "facebook/nllb-200-distilled-600M": _m2m100(1024, 4096, 12, 256_206),
+    "facebook/nllb-200-distilled-1.3B": _m2m100(1024, 8192, 24, 256_206),
+    "facebook/nllb-200-3.3B": _m2m100(2048, 8192, 24, 256_206),
+    "facebook/m2m100_418M": _m2m100(1024, 4096, 12, 128_112),
+    "jhu-clsp/mmBERT-small": _mmbert(384, 6), "jhu-clsp/mmBERT-base": _mmbert(768, 12),
+    "HuggingFaceTB/SmolLM2-135M-Instruct": _llama(
+        576, 1536, 30, 9, 3, 49_152, rope_theta=100_000.0, tie_word_embeddings=True,
+        max_position_embeddings=8192),
     "meta-llama/Llama-2-7b-hf": _llama(*LLAMA_7B, 32_000),
     "meta-llama/Llama-2-13b-hf": _llama(*LLAMA_13B, 32_000),
     "meta-math/MetaMath-7B-V1.0": _llama(*LLAMA_7B, 32_001),
