@@ -15,7 +15,7 @@ from typing import Any
 
 from absl import flags
 
-from jaxfusion.cli import local_path, refuse_words, run_main, set_up_logging, take_device_memory
+from jaxfusion.cli import local_path, refuse_words, run_main, set_up_jax, set_up_logging
 from jaxfusion.errors import InputError
 
 WORKDIR = flags.DEFINE_list("workdir", [], "workdir of a run of train.py, or of several seeds")
@@ -49,7 +49,7 @@ def main(argv: list[str]) -> None:
     refuse_words(argv[: len(argv) - len(words)])
     set_up_logging()
     _check_flags()
-    take_device_memory()
+    set_up_jax()
     from jaxfusion.sharding.hosts import join
 
     if DISTRIBUTED.value:

@@ -18,8 +18,8 @@ from jaxfusion.cli import (
     local_path,
     refuse_words,
     run_main,
+    set_up_jax,
     set_up_logging,
-    take_device_memory,
 )
 from jaxfusion.config import from_config_dict, one_by_seeds
 from jaxfusion.errors import InputError
@@ -69,7 +69,7 @@ def main(argv: list[str]) -> None:
                          "one")
     if PROFILE.value and (COMPILE_ONLY.value or config.job in ("compare", "lens")):
         raise InputError("--profile_steps is for a single run")
-    take_device_memory()
+    set_up_jax()
     # jax, and all that stands on it, is imported only once the config is known to be right, and of
     # the jobs only the one that runs.
     from jaxfusion.miniatures.inputs import make_inputs

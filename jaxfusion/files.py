@@ -25,6 +25,11 @@ NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 WRITER = ".writer"  # the file in a workdir that names its writer
 
 
+def cache_dir() -> Path:
+    """Where what can be made again is kept: `$JAXFUSION_CACHE`, or `~/.cache/jaxfusion`."""
+    return Path(os.environ.get("JAXFUSION_CACHE", Path.home() / ".cache" / "jaxfusion"))
+
+
 def read_object(file: Path) -> dict[str, Any]:
     """The JSON object in a file that this library did not write.
 

@@ -185,7 +185,7 @@ def pad_options(
     """Ids and mask [C B T] of C options for each row, padded to few lengths."""
     longest = max((len(answer) for rows in ids for answer in rows), default=0)
     # One token needs only the prompt's last logits; longer answers are padded to powers of 2.
-    longest = longest if longest <= 1 else max(8, 1 << (longest - 1).bit_length())
+    longest = longest if longest <= 1 else max(4, 1 << (longest - 1).bit_length())
     shape = (len(ids), batch_size, longest)
     options, mask = np.zeros(shape, np.int32), np.zeros(shape, bool)
     for c, rows in enumerate(ids):

@@ -1,6 +1,5 @@
 """Inputs of `:debug` configs: checkpoints and rows, created on first use and cached."""
 
-import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +11,7 @@ from jaxfusion.data.tasks.catalogue import get_task
 from jaxfusion.data.tasks.spec import Task
 from jaxfusion.errors import InputError, choose
 from jaxfusion.fields import Job, LensRunConfig, PretrainConfig
-from jaxfusion.files import new_directory
+from jaxfusion.files import cache_dir, new_directory
 from jaxfusion.miniatures.checkpoints import SIZES, write_checkpoints
 from jaxfusion.miniatures.text import write_rows
 
@@ -29,7 +28,7 @@ def make_inputs(config: Job) -> Job:
 
     They are created if missing, below `$JAXFUSION_CACHE` (default `~/.cache/jaxfusion`).
     """
-    cache = Path(os.environ.get("JAXFUSION_CACHE", Path.home() / ".cache" / "jaxfusion"))
+    cache = cache_dir()
     if isinstance(config, LensRunConfig):
         return _lens_inputs(config, cache)
     if config.data.path and config.data.path.startswith(f"{MADE}pocket"):
