@@ -29,8 +29,8 @@ def convert(
       dtype: of a GGUF file's tensors; None keeps every value.
 
     Raises:
-      InputError: no pickle, a shard that is missing or unreadable, or `out` is not empty; for a GGUF
-        file as in `convert_gguf`.
+      InputError: no pickle, a shard that is missing or unreadable, or `out` is not empty; for a
+        GGUF file as in `convert_gguf`.
     """
     if is_gguf(Path(source).expanduser()):
         return convert_gguf(Path(source).expanduser(), out, dtype)

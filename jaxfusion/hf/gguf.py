@@ -1,7 +1,7 @@
 """GGUF files → Hugging Face directories.
 
-The `gguf` package reads the file and restores quantised blocks; the tensors go to disk one shard at a
-time, under the names that it knows for them.
+The `gguf` package reads the file, restores quantised blocks and knows the names of tensors, which
+go to disk one shard at a time.
 """
 
 import json
@@ -27,8 +27,8 @@ from jaxfusion.hf.tables import TRANSFORMS, table
 from jaxfusion.nn.decoder import Decoder, DecoderConfig
 
 MAGIC = b"GGUF"
-ENCODERS = ("t5", "t5encoder", "bert", "nomic-bert", "nomic-bert-moe", "jina-bert-v2", "modern-bert",
-            "neo-bert", "eurobert", "gemma-embedding")
+ENCODERS = ("t5", "t5encoder", "bert", "nomic-bert", "nomic-bert-moe", "jina-bert-v2", "neo-bert",
+            "modern-bert", "eurobert", "gemma-embedding")
 DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 # The dtypes of files that quantise nothing; all others are restored to float32.
 STORED = {"F16": "float16", "BF16": "bfloat16"}
@@ -63,6 +63,8 @@ def convert_gguf(
     names = _match(meta, config, shapes)
     tokenizer, more = gguf_tokenizer(meta, config.vocab_size)
     used = [tensors[name] for name in names.values()]
+    for tensor in {x.tensor_type: x for x in used}.values():  # an unknown type fails at once
+        _values(meta.file, tensor._replace(data=tensor.data[:1]))
     main = dtype or _dtype_of(used)
     rounded: list[str] = []
     with new_directory(Path(out)) as partial:
@@ -89,8 +91,9 @@ def _read(file: Path) -> tuple[Metadata, dict[str, Any]]:
         reader = GGUFReader(file)
         fields = {key: x.contents() for key, x in reader.fields.items()}
     except Exception as error:  # whatever the reader stumbles over
-        raise InputError(f"{file} cannot be read: it is damaged, truncated ({file.stat().st_size:,} "
-                         f"bytes) or of an unknown version or type: {first_line(error)}") from None
+        size = f"{file.stat().st_size:,} bytes"
+        raise InputError(f"{file} cannot be read: it is damaged, truncated ({size}) or of an "
+                         f"unknown version or type: {first_line(error)}") from None
     return Metadata(file, fields), {x.name: x for x in reader.tensors}
 
 
@@ -191,8 +194,9 @@ def _values(file: Path, tensor: Any) -> np.ndarray:
     try:
         values = dequantize(tensor.data, tensor.tensor_type)
     except Exception as error:  # the package raises no class of its own
-        raise InputError(f"{file}: {tensor.name} has type {tensor.tensor_type.name}, which cannot be "
-                         f"read: {first_line(error)}") from None
+        kind = tensor.tensor_type.name
+        raise InputError(f"{file}: {tensor.name} has type {kind}, which cannot be read: "
+                         f"{first_line(error)}") from None
     if values.dtype != np.float32 or not np.isfinite(values).all():
         raise InputError(f"{file}: {tensor.name} has NaN or infinity; the file is damaged")
     return values
@@ -201,8 +205,8 @@ def _values(file: Path, tensor: Any) -> np.ndarray:
 def _halves(values: np.ndarray, heads: int) -> np.ndarray:
     """Rows of a projection in the order of Hugging Face.
 
-    RoPE turns two dimensions of a head together: neighbours in llama.cpp's Llama, one of each half in
-    Hugging Face's.
+    RoPE turns two dimensions of a head together: neighbours in llama.cpp's Llama, one of each half
+    in Hugging Face's.
     """
     pairs = values.reshape(heads, -1, 2, *values.shape[1:])
     return pairs.swapaxes(1, 2).reshape(values.shape)
@@ -228,8 +232,8 @@ def _report(
     quantised = {kind: n for kind, n in kinds.items() if kind not in (*STORED, "F32")}
     if quantised:
         what = ", ".join(f"{n} {kind}" for kind, n in sorted(quantised.items()))
-        yield (f"{sum(quantised.values())} of {len(tensors)} tensors were quantised ({what}): values "
-               "are those of the file, not the original's")
+        yield (f"{sum(quantised.values())} of {len(tensors)} tensors were quantised ({what}): "
+               "values are those of the file, not the original's")
     if rounded:
         yield f"{len(rounded)} of {len(tensors)} tensors were rounded to {dtype}"
     else:

@@ -103,20 +103,37 @@ def gguf_decoder(
     checked = decoder_config(decoder_json(config), str(meta.file))
     if checked != config:
         raise AssertionError(f"config.json changes {config} to {checked}")
-    return config, remarks
+    return config, remarks + _unsaid(meta, config)
 
 
 def _head_dim(meta: Metadata, width: int, heads: int) -> int:
     size = meta.of_model("attention.key_length", int, width // heads)
     values = meta.of_model("attention.value_length", int, size)
-    if values != size:
+    if values != size or size < 1:
         raise InputError(f"{meta.file}: keys have {size} dimensions and values {values}, which is "
                          "not supported")
     return size
 
 
+def _unsaid(meta: Metadata, config: DecoderConfig) -> list[str]:
+    """What old files do not say, and what is taken instead."""
+    remarks = []
+    name = meta.get("general.name", str, "").lower()
+    if config.family == "llama" and "mistral" in name:
+        remarks.append("GGUF does not say whether a Mistral has a window (7B v0.1 has one of 4,096 "
+                       "tokens): taking none")
+    if config.family == "phi3" and "phi3.attention.sliding_window" not in meta.fields:
+        remarks.append("the file does not say whether attention has a window: taking none")
+    if meta.architecture == "llama" and config.rope == Rope(5e5) and config.max_length == 131_072:
+        remarks.append("the file looks like Llama 3.1 or later but has no rope_freqs.weight, like "
+                       "the first conversions: its frequencies are not those of the original")
+    return remarks
+
+
 def _windows(meta: Metadata, family: str, layers: int) -> tuple[int | None, ...]:
-    window = meta.of_model("attention.sliding_window", int, 0)
+    # Gemma's first files do not say it.
+    usual = {"gemma2": 4096, "gemma3_text": _REQUIRED}.get(family, 0)
+    window = meta.of_model("attention.sliding_window", int, usual)
     if not window:
         return ()
     if family in ("qwen2", "qwen3"):
@@ -198,8 +215,8 @@ def _llama3_scaling(
 ) -> Llama3Scaling | None:
     """The settings of Llama 3.1 and later that give these divisors of the frequencies.
 
-    GGUF has the divisors but not the settings. Published models differ in the factor alone, which is
-    the largest divisor.
+    GGUF has the divisors but not the settings. Published models differ in the factor alone, which
+    is the largest divisor.
 
     Raises:
       InputError: those settings give other divisors.

@@ -1,9 +1,9 @@
 """The tokenizer in a GGUF file's metadata.
 
-transformers reads it, too, but drops what has no field of its own: that SmolLM and Qwen cut numbers
-into digits, Qwen's Unicode normalization, Llama 3's whole words, BOS if the file does not mention it.
-GGUF names the rules (`tokenizer.ggml.pre`); those of the supported families are here. A name that is
-not is refused: other rules give other ids without any sign of it.
+GGUF names the rules by which a text is cut into words (`tokenizer.ggml.pre`) but not the rules
+themselves; those of the supported families are here. An unknown name is refused, since other rules
+give other ids without any sign of it. transformers falls back to GPT-2's, and drops what the rules
+imply: Qwen's Unicode normalization, Llama 3's whole words, and BOS if no field mentions it.
 """
 
 from collections.abc import Mapping
@@ -138,7 +138,8 @@ def _check_vocabulary(meta: Metadata, tokens: list[Any], rows: int) -> list[int]
         raise InputError(f"{meta.file}: {len(types)} types of {len(tokens)} tokens; the tokenizer "
                          "is damaged")
     if len(tokens) > rows:
-        raise InputError(f"{meta.file}: {len(tokens)} tokens, but the model's table has {rows} rows")
+        raise InputError(f"{meta.file}: {len(tokens)} tokens, but the model's table has {rows} "
+                         "rows")
     if len(set(tokens)) != len(tokens):
         twice = next(x for i, x in enumerate(tokens) if x in tokens[:i])
         raise InputError(f"{meta.file}: token {twice!r:.80} is there twice")
@@ -155,7 +156,7 @@ def _special_ids(meta: Metadata, kind: str, tokens: list[str]) -> dict[str, int]
             special[ours] = i
     ids = [*special.values(), *end_tokens(meta)]
     if wrong := [i for i in ids if not 0 <= i < len(tokens)]:
-        raise InputError(f"{meta.file}: special token {wrong[0]} is not one of {len(tokens)} tokens")
+        raise InputError(f"{meta.file}: special token {wrong[0]} is not one of {len(tokens)}")
     if "eos" not in special:
         raise InputError(f"{meta.file}: tokenizer.ggml.eos_token_id is missing")
     return special
@@ -164,7 +165,7 @@ def _special_ids(meta: Metadata, kind: str, tokens: list[str]) -> dict[str, int]
 def _byte_level(
     meta: Metadata, tokens: list[str], types: list[int]
 ) -> tuple[Tokenizer, list[str], bool]:
-    """The backend of a byte-level BPE tokenizer, its tokens, and whether its texts begin with BOS."""
+    """The backend of a byte-level BPE, its tokens, and whether its texts usually begin with BOS."""
     name = meta.get("tokenizer.ggml.pre", str, "default")
     if name not in RULES:
         raise InputError(f"{meta.file}: how its tokenizer cuts words ({name!r:.80}) is not known, "
@@ -194,13 +195,13 @@ def _sentencepiece(
 ) -> tuple[Tokenizer, list[str], bool]:
     """As `_byte_level`, for a SentencePiece BPE model.
 
-    Like SentencePiece and llama.cpp, it puts a space before a text even if the text begins with one.
-    transformers does so only for Phi-3.
+    Like SentencePiece and llama.cpp, it puts a space before a text even if the text begins with
+    one. transformers does so only for Phi-3.
     """
     scores = meta.get("tokenizer.ggml.scores", list)
     if len(scores) != len(tokens):
-        raise InputError(f"{meta.file}: {len(scores)} scores of {len(tokens)} tokens; the tokenizer "
-                         "is damaged")
+        raise InputError(f"{meta.file}: {len(scores)} scores of {len(tokens)} tokens; the "
+                         "tokenizer is damaged")
     # Converters write Gemma's runs of spaces as spaces.
     tokens = [SPACE * len(x) if len(x) > 1 and not x.strip(" ") else x for x in tokens]
     plain = {}
