@@ -60,6 +60,9 @@ def _shards(path: Path) -> list[str]:
         shards = sorted(set(read_weight_map(path / index).values()))
     elif (path / single).is_file():
         shards = [single]
+    elif files := sorted(path.glob("*.gguf")):
+        raise InputError(f"{path} has neither {single} nor {index}, but GGUF files: give one of "
+                         f"them, such as {files[0]}")
     else:
         raise InputError(f"{path} has neither {single} nor {index}: nothing to convert")
     return shards

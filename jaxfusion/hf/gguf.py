@@ -37,10 +37,10 @@ SHARD_BYTES = 2_000_000_000
 
 def is_gguf(file: Path) -> bool:
     """Whether a path names a GGUF file, or a file with its magic bytes."""
+    if not file.is_file():
+        return file.suffix.lower() == ".gguf" and not file.is_dir()
     if file.suffix.lower() == ".gguf":
         return True
-    if not file.is_file():
-        return False
     with file.open("rb") as opened:
         return opened.read(4) == MAGIC
 
@@ -79,7 +79,7 @@ def convert_gguf(
 
 def _read(file: Path) -> tuple[Metadata, dict[str, Any]]:
     """A file's metadata, and its tensors by GGUF's name, mapped to memory."""
-    from gguf import GGUFReader
+    from gguf import GGUFEndian, GGUFReader
 
     if not file.is_file():
         raise InputError(f"{file} is not a file")
@@ -94,6 +94,8 @@ def _read(file: Path) -> tuple[Metadata, dict[str, Any]]:
         size = f"{file.stat().st_size:,} bytes"
         raise InputError(f"{file} cannot be read: it is damaged, truncated ({size}) or of an "
                          f"unknown version or type: {first_line(error)}") from None
+    if reader.endianess != GGUFEndian.LITTLE:  # dequantize would give other numbers
+        raise InputError(f"{file} is a big-endian GGUF file, which is not supported")
     return Metadata(file, fields), {x.name: x for x in reader.tensors}
 
 
@@ -178,7 +180,8 @@ def _restore(
             values = _halves(values, heads[projection])
         if config.norm_offset and projection.endswith("norm"):
             values = values - np.float32(config.norm_offset)  # GGUF adds it
-        stored = values.astype(DTYPES[dtype or STORED.get(tensor.tensor_type.name, "float32")])
+        kept = dtype or STORED.get(tensor.tensor_type.name, "float32")
+        stored = values.astype(DTYPES[kept], copy=False)
         if stored.dtype != np.float32 and not np.array_equal(stored.astype(np.float32), values):
             rounded.append(name)
             if not np.isfinite(stored.astype(np.float32)).all():

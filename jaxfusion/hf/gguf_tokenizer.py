@@ -93,9 +93,9 @@ def gguf_tokenizer(meta: Metadata, rows: int) -> tuple[Any, list[str]]:
     from transformers import PreTrainedTokenizerFast
 
     kind = meta.get("tokenizer.ggml.model", str, "none")
-    tokens = meta.get("tokenizer.ggml.tokens", list, [])
-    if kind == "none" or not tokens:
+    if kind == "none" or not meta.get("tokenizer.ggml.tokens", list, []):
         raise InputError(f"{meta.file} has no tokenizer (tokenizer.ggml.model and .tokens)")
+    tokens = _values_of(meta, "tokens", str)
     if kind not in ("gpt2", "llama"):
         raise InputError(f"{meta.file}: a tokenizer of kind {kind!r:.80} is not supported; known: "
                          "gpt2 (byte-level BPE), llama (SentencePiece)")
@@ -133,10 +133,9 @@ def merges_by_score(scores: Mapping[str, float]) -> list[tuple[str, str]]:
 
 def _check_vocabulary(meta: Metadata, tokens: list[Any], rows: int) -> list[int]:
     """The types of the tokens."""
-    types = meta.get("tokenizer.ggml.token_type", list)
-    if len(types) != len(tokens) or not all(isinstance(x, str) for x in tokens):
-        raise InputError(f"{meta.file}: {len(types)} types of {len(tokens)} tokens; the tokenizer "
-                         "is damaged")
+    types = _values_of(meta, "token_type", int, len(tokens))
+    if wrong := [x for x in types if not 1 <= x <= BYTE]:
+        raise InputError(f"{meta.file}: a token of type {wrong[0]}, expected 1 to {BYTE}")
     if len(tokens) > rows:
         raise InputError(f"{meta.file}: {len(tokens)} tokens, but the model's table has {rows} "
                          "rows")
@@ -144,6 +143,15 @@ def _check_vocabulary(meta: Metadata, tokens: list[Any], rows: int) -> list[int]
         twice = next(x for i, x in enumerate(tokens) if x in tokens[:i])
         raise InputError(f"{meta.file}: token {twice!r:.80} is there twice")
     return types
+
+
+def _values_of(meta: Metadata, name: str, kind: type, length: int | None = None) -> list[Any]:
+    """A list of the tokenizer's, checked for its length and the type of its values."""
+    values = meta.get(f"tokenizer.ggml.{name}", list)
+    if length not in (None, len(values)) or not all(type(x) is kind for x in values):
+        raise InputError(f"{meta.file}: tokenizer.ggml.{name} has {len(values)} values, expected "
+                         f"{'' if length is None else f'{length} of '}type {kind.__name__}")
+    return values
 
 
 def _special_ids(meta: Metadata, kind: str, tokens: list[str]) -> dict[str, int]:
@@ -172,7 +180,7 @@ def _byte_level(
                          f"so ids could differ from the model's; known: {', '.join(RULES)}. Use "
                          "the model's original checkpoint, or a newer GGUF file of it")
     rules = RULES[name]
-    merges = [tuple(x.split(" ")) for x in meta.get("tokenizer.ggml.merges", list)]
+    merges = [tuple(x.split(" ")) for x in _values_of(meta, "merges", str)]
     vocab = {token: i for i, token in enumerate(tokens)}
     try:
         backend = Tokenizer(models.BPE(vocab, merges, ignore_merges=rules.whole))
@@ -198,10 +206,7 @@ def _sentencepiece(
     Like SentencePiece and llama.cpp, it puts a space before a text even if the text begins with
     one. transformers does so only for Phi-3.
     """
-    scores = meta.get("tokenizer.ggml.scores", list)
-    if len(scores) != len(tokens):
-        raise InputError(f"{meta.file}: {len(scores)} scores of {len(tokens)} tokens; the "
-                         "tokenizer is damaged")
+    scores = _values_of(meta, "scores", float, len(tokens))
     # Converters write Gemma's runs of spaces as spaces.
     tokens = [SPACE * len(x) if len(x) > 1 and not x.strip(" ") else x for x in tokens]
     plain = {}
@@ -229,11 +234,12 @@ def _add_tokens(backend, meta: Metadata, tokens, types, special: dict[str, int])
     keeps = ("<unk>", "<s>", "<|endoftext|>")
     for i, (token, kind) in enumerate(zip(tokens, types, strict=True)):
         control = kind == CONTROL or i in special.values()
+        added = AddedToken(token, normalized=False, special=control,
+                           rstrip=strips and token not in keeps)
         if control:
-            backend.add_special_tokens([AddedToken(
-                token, normalized=False, special=True, rstrip=strips and token not in keeps)])
+            backend.add_special_tokens([added])
         elif kind == USER_DEFINED and token.strip(SPACE):
-            backend.add_tokens([AddedToken(token, normalized=False)])
+            backend.add_tokens([added])
 
 
 def _set_template(backend, meta: Metadata, named, special, begins: bool) -> list[str]:
