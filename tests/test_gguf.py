@@ -297,8 +297,9 @@ def test_nothing_is_lost_unless_asked_for(kind, dtype, stored, base, tmp_path, c
     wanted = gguf.dequantize(gguf.quantize(base[1]["output.weight"], kind), kind)
     assert np.array_equal(tensors["lm_head.weight"], wanted.astype(stored))
     assert ("16 of 21 tensors were quantised" in said) == kind.name.startswith("Q")
-    assert ("were rounded to bfloat16" in said) == (dtype is not None)
-    assert ("keeps every value" in said) == (dtype is None)
+    assert ("21 bfloat16; 16 were rounded" in said) == (dtype is not None)
+    assert ("every value is kept" in said) == (dtype is None)
+    assert ("16 float16, 5 float32" in said) == (kind is Kind.F16)
 
 
 def test_large_models_become_shards(base, tmp_path, monkeypatch):
@@ -468,6 +469,8 @@ REFUSED = {
     "types": (change("token_type", [1, 2]), "token_type has 2 values, expected 341 of type int"),
     "no type": (change("token_type", [9] * 341), "a token of type 9, expected 1 to 6"),
     "merges": (change("merges", ["x yy"]), "merges is damaged"),
+    "scale": (change("llama.attention.scale", 0.5), "llama.attention.scale is 0.5, which is not"),
+    "mask": (change("llama.attention.causal", False), "not causal: it is an encoder"),
     "yarn": (change("llama.rope.scaling.type", "yarn"), "RoPE scaling 'yarn' is not supported"),
     "no width": (change("llama.embedding_length", None), "llama.embedding_length is missing"),
     "text": (change("llama.embedding_length", "64"), "embedding_length is '64', expected int"),
@@ -565,7 +568,7 @@ def test_the_command(base, tmp_path, monkeypatch, capsys):
     command = ["convert", str(file), str(tmp_path / "out"), "--dtype", "bfloat16"]
     monkeypatch.setattr(sys, "argv", command)
     main()
-    assert "rounded to bfloat16" in capsys.readouterr().out
+    assert "16 were rounded" in capsys.readouterr().out
     with pytest.raises(SystemExit, match=r"^error: .* is not empty"):
         main()
     monkeypatch.setitem(sys.modules, "gguf", None)

@@ -65,15 +65,14 @@ def convert_gguf(
     used = [tensors[name] for name in names.values()]
     for tensor in {x.tensor_type: x for x in used}.values():  # an unknown type fails at once
         _values(meta.file, tensor._replace(data=tensor.data[:1]))
-    main = dtype or _dtype_of(used)
-    rounded: list[str] = []
+    kept, rounded = _dtypes(used, dtype), []
     with new_directory(Path(out)) as partial:
         restored = _restore(meta, config, {x: tensors[name] for x, name in names.items()}, dtype,
                             rounded)
         write_shards(partial, restored, shard_bytes)
-        _write_configs(partial, config, tokenizer, main, end_tokens(meta))
+        _write_configs(partial, config, tokenizer, kept.most_common(1)[0][0], end_tokens(meta))
         write_tokenizer(partial, tokenizer)
-    for line in _report(used, main, rounded, remarks + more, meta.unused()):
+    for line in _report(used, dtype, rounded, remarks + more, meta.unused()):
         print(line, flush=True)
 
 
@@ -160,12 +159,17 @@ def _shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def _dtype_of(tensors: list[Any]) -> str:
-    """The dtype that most of the numbers have without a loss."""
+def _dtypes(tensors: list[Any], dtype: str | None) -> Counter[str]:
+    """How many numbers are written in which dtype."""
     sizes: Counter[str] = Counter()
     for tensor in tensors:
-        sizes[STORED.get(tensor.tensor_type.name, "float32")] += tensor.n_elements
-    return sizes.most_common(1)[0][0]
+        sizes[_dtype_of(tensor, dtype)] += tensor.n_elements
+    return sizes
+
+
+def _dtype_of(tensor: Any, dtype: str | None) -> str:
+    """The dtype asked for, or the one that keeps every value."""
+    return dtype or STORED.get(tensor.tensor_type.name, "float32")
 
 
 def _restore(
@@ -180,8 +184,7 @@ def _restore(
             values = _halves(values, heads[projection])
         if config.norm_offset and projection.endswith("norm"):
             values = values - np.float32(config.norm_offset)  # GGUF adds it
-        kept = dtype or STORED.get(tensor.tensor_type.name, "float32")
-        stored = values.astype(DTYPES[kept], copy=False)
+        stored = values.astype(DTYPES[_dtype_of(tensor, dtype)], copy=False)
         if stored.dtype != np.float32 and not np.array_equal(stored.astype(np.float32), values):
             rounded.append(name)
             if not np.isfinite(stored.astype(np.float32)).all():
@@ -228,7 +231,7 @@ def _write_configs(
 
 
 def _report(
-    tensors: list[Any], dtype: str, rounded: list[str], remarks: list[str], unused: list[str]
+    tensors: list[Any], dtype: str | None, rounded: list[str], remarks: list[str], unused: list[str]
 ) -> Iterator[str]:
     """What was written, what of the original is lost, and what the file left open."""
     kinds = Counter(x.tensor_type.name for x in tensors)
@@ -237,11 +240,11 @@ def _report(
         what = ", ".join(f"{n} {kind}" for kind, n in sorted(quantised.items()))
         yield (f"{sum(quantised.values())} of {len(tensors)} tensors were quantised ({what}): "
                "values are those of the file, not the original's")
-    if rounded:
-        yield f"{len(rounded)} of {len(tensors)} tensors were rounded to {dtype}"
-    else:
-        half = "; --dtype bfloat16 halves the size and rounds" if quantised else ""
-        yield f"{len(tensors)} tensors are written as {dtype}, which keeps every value{half}"
+    written = Counter(_dtype_of(x, dtype) for x in tensors)
+    half = "; --dtype bfloat16 halves the size and rounds" if quantised and dtype is None else ""
+    yield (f"{len(tensors)} tensors are written: "
+           f"{', '.join(f'{n} {name}' for name, n in written.most_common())}; "
+           + (f"{len(rounded)} were rounded" if rounded else f"every value is kept{half}"))
     yield from remarks
     if unused:
         yield f"fields of the file that were not used: {listed(unused)}"

@@ -21,6 +21,8 @@ FAMILIES = {"llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "gemma2": "gem
 GEMMA_LAYERS = {"gemma2": (26, 42, 46), "gemma3_text": (18, 26, 34, 48, 62)}
 # Factors of RoPE's frequencies, which converters store as tensors.
 ROPE_TENSORS = ("rope_freqs.weight", "rope_factors_short.weight", "rope_factors_long.weight")
+SCALES = ("attention.scale", "logit_scale", "residual_scale", "embedding_scale",
+          "attention.clamp_kqv", "attention.max_alibi_bias", "expert_count")
 LLAMA3_LENGTH = 8192  # every published Llama 3 was trained on it before its frequencies changed
 _REQUIRED = object()
 
@@ -84,6 +86,7 @@ def gguf_decoder(
                          "expected 1 or more of each")
     head_dim = _head_dim(meta, width, heads)
     windows = _windows(meta, family, layers)
+    _check_features(meta)
     if windows and family == "llama":
         family = "mistral"  # the same layers with a window
     if "token_embd.weight" not in shapes:
@@ -113,6 +116,16 @@ def _head_dim(meta: Metadata, width: int, heads: int) -> int:
         raise InputError(f"{meta.file}: keys have {size} dimensions and values {values}, which is "
                          "not supported")
     return size
+
+
+def _check_features(meta: Metadata) -> None:
+    """Raises InputError for a feature that other models of the same architecture have."""
+    if not meta.of_model("attention.causal", bool, True):
+        raise InputError(f"{meta.file}: its attention is not causal: it is an encoder")
+    for key in SCALES:
+        if (value := meta.of_model(key, float, 0.0)) not in (0, 1):
+            raise InputError(f"{meta.file}: {meta.architecture}.{key} is {value:g}, which is not "
+                             "supported")
 
 
 def _unsaid(meta: Metadata, config: DecoderConfig) -> list[str]:
