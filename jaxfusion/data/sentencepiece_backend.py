@@ -22,6 +22,7 @@ from transformers import PreTrainedTokenizerFast
 
 from jaxfusion.errors import InputError, first_line
 from jaxfusion.files import read_object
+from jaxfusion.hf.gguf_tokenizer import merges_by_score
 from jaxfusion.hf.tokenization_jaxfusion import SPACE, SentencePieceTokenizer
 
 FILES = ("tokenizer.model", "spiece.model")
@@ -186,15 +187,9 @@ def _bpe(spm, falls_back: bool) -> models.BPE:
     plain = [i for i in range(len(spm))
              if not (spm.is_control(i) or spm.is_unknown(i) or spm.is_byte(i))]
     vocab = {spm.id_to_piece(i): i for i in range(len(spm))}
-    known = {spm.id_to_piece(i): spm.get_score(i) for i in plain}
-    merges = [
-        (-score, cut, piece[:cut], piece[cut:])
-        for piece, score in known.items() for cut in range(1, len(piece))
-        if piece[:cut] in known and piece[cut:] in known
-    ]
-    return models.BPE(vocab, [(left, right) for _, _, left, right in sorted(merges)],
-                      unk_token=spm.id_to_piece(spm.unk_id()), fuse_unk=True,
-                      byte_fallback=falls_back)
+    merges = merges_by_score({spm.id_to_piece(i): spm.get_score(i) for i in plain})
+    return models.BPE(vocab, merges, unk_token=spm.id_to_piece(spm.unk_id()),
+                      fuse_unk=True, byte_fallback=falls_back)
 
 
 def _symbols(proto) -> tuple[str, ...]:

@@ -1,8 +1,8 @@
-"""Converts a pickle checkpoint to safetensors: `python -m jaxfusion.hf.convert SRC OUT`.
+"""Converts a pickle checkpoint or a GGUF file: `python -m jaxfusion.hf.convert SRC OUT`.
 
-SRC is a directory with `pytorch_model.bin` (or shards and an index), or a hub id. Needs the extra
-`convert` (PyTorch). Tensors are unpickled with `weights_only=True`, one shard at a time, memory-
-mapped if the file format allows it.
+SRC is a directory with `pytorch_model.bin` (or shards and an index), a hub id, or a GGUF file of an
+LLM. Needs the extra `convert` (PyTorch, gguf). Tensors are unpickled with `weights_only=True`, one
+shard at a time, memory-mapped if the file format allows it.
 """
 
 import argparse
@@ -15,16 +15,27 @@ from typing import Any
 
 from jaxfusion.errors import InputError, first_line
 from jaxfusion.files import new_directory
+from jaxfusion.hf.gguf import DTYPES, convert_gguf, is_gguf
 from jaxfusion.hf.hub import NOT_WEIGHTS, find_files
 from jaxfusion.hf.load import INDEX, PICKLES, SINGLE, read_weight_map
 
 
-def convert(source: str, out: Path, revision: str | None = None) -> None:
+def convert(
+    source: str, out: Path, revision: str | None = None, dtype: str | None = None
+) -> None:
     """Writes the checkpoint `source` as safetensors to the new directory `out`.
 
+    Args:
+      dtype: of a GGUF file's tensors; None keeps every value.
+
     Raises:
-      InputError: no pickle, a shard that is missing or unreadable, or `out` is not empty.
+      InputError: no pickle, a shard that is missing or unreadable, or `out` is not empty; for a
+        GGUF file as in `convert_gguf`.
     """
+    if is_gguf(Path(source).expanduser()):
+        return convert_gguf(Path(source).expanduser(), out, dtype)
+    if dtype is not None:
+        raise InputError(f"--dtype is for GGUF files; {source} keeps the dtypes of its pickles")
     path = find_files(source, [*NOT_WEIGHTS, "pytorch_model*"], revision)
     shards = _shards(path)
     with new_directory(Path(out)) as partial:
@@ -49,6 +60,9 @@ def _shards(path: Path) -> list[str]:
         shards = sorted(set(read_weight_map(path / index).values()))
     elif (path / single).is_file():
         shards = [single]
+    elif files := sorted(path.glob("*.gguf")):
+        raise InputError(f"{path} has neither {single} nor {index}, but GGUF files: give one of "
+                         f"them, such as {files[0]}")
     else:
         raise InputError(f"{path} has neither {single} nor {index}: nothing to convert")
     return shards
@@ -108,12 +122,14 @@ def _are_tensors(value: Any) -> bool:
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("source", metavar="SRC", help="directory or hub id")
+    parser.add_argument("source", metavar="SRC", help="directory, hub id or GGUF file")
     parser.add_argument("out", metavar="OUT", type=Path, help="directory to write")
     parser.add_argument("--revision", help="branch, tag or commit of a hub id")
+    parser.add_argument("--dtype", choices=list(DTYPES), help="of a GGUF file's tensors (default: "
+                        "what keeps every value; quantised ones become float32)")
     args = parser.parse_args()
     try:
-        convert(args.source, args.out, args.revision)
+        convert(args.source, args.out, args.revision, args.dtype)
     except (InputError, OSError) as error:
         sys.exit(f"error: {error}")
     except ModuleNotFoundError as error:

@@ -92,6 +92,9 @@ def resolve(
     local = Path(name).expanduser()
     if local.is_dir():
         return local, None
+    if name.lower().endswith(".gguf"):
+        raise InputError(convert_hint(name, "is a GGUF file", local.stem, "GGUF files are not "
+                                      "loaded directly"))
     if not HUB_ID.fullmatch(name) or name.startswith(("./", "../")):
         raise InputError(
             f"'{name}' is neither a directory nor a hub id of the form owner/name"
@@ -118,10 +121,12 @@ def find_files(name: str, patterns: list[str], revision: str | None = None) -> P
     return Path(download(name, revision, patterns))
 
 
-def convert_hint(source: str, problem: str, out: str) -> str:
-    """The error message for a pickle checkpoint, with the command that converts it."""
+def convert_hint(
+    source: str, problem: str, out: str, why: str = "pickles are never loaded here"
+) -> str:
+    """The error message for a checkpoint in another format, with the command that converts it."""
     return (
-        f"{source} {problem}; pickles are never loaded here. Convert it once (needs the extra "
+        f"{source} {problem}; {why}. Convert it once (needs the extra "
         f"'convert'): python -m jaxfusion.hf.convert {source} checkpoints/{out}"
     )
 
