@@ -30,7 +30,7 @@ from jaxfusion.hf.gguf_tokenizer import CONTROL, USER_DEFINED
 from jaxfusion.hf.hub import resolve
 from jaxfusion.hf.load import INDEX, SINGLE, load_params, open_tensors, read_shape
 from jaxfusion.hf.save import to_tensors
-from jaxfusion.hf.tables import table
+from jaxfusion.hf.tables import tower_table
 from jaxfusion.miniatures.checkpoints import random_params
 from jaxfusion.nn.decoder import DecoderConfig
 from jaxfusion.nn.rope import LinearScaling, Llama3Scaling, LongScaling, Rope
@@ -164,7 +164,7 @@ def tensors_of(config: DecoderConfig, params) -> dict[str, np.ndarray]:
     number = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == family)
     names, tensors = gguf.get_tensor_name_map(number, config.num_layers), {}
     heads = {"q_proj": config.num_heads, "k_proj": config.num_kv_heads}
-    for name, x in to_tensors(table(config), params):
+    for name, x in to_tensors(tower_table(config), params):
         projection, x = name.split(".")[-2], np.asarray(x, order="C")
         if family == "llama" and projection in heads:
             n = heads[projection]
@@ -243,7 +243,7 @@ def load(path):
     shapes = traverse_util.flatten_dict(jax.eval_shape(lambda: random_params(config, 0)), sep="/")
     specs = {name: jax.ShapeDtypeStruct(x.shape, jnp.float32, sharding=here)
              for name, x in shapes.items()}
-    params = load_params(path, table(config), specs)
+    params = load_params(path, tower_table(config), specs)
     return config, {"params": traverse_util.unflatten_dict(params, sep="/")}
 
 

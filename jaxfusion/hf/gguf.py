@@ -19,11 +19,11 @@ from flax import traverse_util
 
 from jaxfusion.errors import InputError, first_line, listed
 from jaxfusion.files import new_directory
-from jaxfusion.hf.families import decoder_json
+from jaxfusion.hf.decoders import decoder_json
 from jaxfusion.hf.gguf_config import FAMILIES, ROPE_TENSORS, Metadata, gguf_decoder
 from jaxfusion.hf.gguf_tokenizer import end_tokens, gguf_tokenizer
 from jaxfusion.hf.save import write_shards, write_tokenizer
-from jaxfusion.hf.tables import TRANSFORMS, table
+from jaxfusion.hf.tables import TRANSFORMS, tower_table
 from jaxfusion.nn.decoder import Decoder, DecoderConfig
 
 MAGIC = b"GGUF"
@@ -149,7 +149,7 @@ def _shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
 
     specs = traverse_util.flatten_dict(nn.unbox(jax.eval_shape(init)["params"]), sep="/")
     shapes = {}
-    for row in table(config).rows:
+    for row in tower_table(config).rows:
         shape = specs[row.ours].shape
         shape = TRANSFORMS[row.transform].their_shape(shape[1:] if row.stacked else shape)
         if row.part is not None:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from jaxfusion.errors import InputError
-from jaxfusion.hf.families import PERIODS, decoder_config, decoder_json
+from jaxfusion.hf.decoders import PERIODS, decoder_config, decoder_json
 from jaxfusion.nn.decoder import DecoderConfig
 from jaxfusion.nn.rope import LinearScaling, Llama3Scaling, LongScaling, Rope
 
