@@ -1,13 +1,19 @@
 """Tokenizers of real and of made models: ids, chats, what is added and what is refused."""
 
+import copy
 import json
+import re
 import shutil
 import unicodedata
 
 import pytest
+from helpers import write_encoder_family
+from tokenizers import normalizers
 
 from jaxfusion.data import sentencepiece_backend as sentencepiece
 from jaxfusion.data.batching import tokenize, tokenize_bare
+from jaxfusion.data.coverage import check_reading, lost_marks
+from jaxfusion.data.languages import language_tokens, token_of
 from jaxfusion.data.rows.examples import Example, read_examples
 from jaxfusion.data.tasks.catalogue import TASKS
 from jaxfusion.data.tokenizers import (
@@ -357,3 +363,81 @@ def test_answers_continue_prompts(tokenizers):
 def test_a_table_that_is_too_small_is_laid_on_neither_file(tiny):
     with pytest.raises(InputError, match=r"by config\.json .*; one of the two files is from"):
         load_tokenizer(tiny / "decoder", 100, "decoder")
+
+
+@pytest.mark.parametrize("language", ["sin_Sinh", "si"])
+def test_nllbs_texts_begin_with_their_language(language, tiny, tmp_path):
+    write_encoder_family("m2m_100", tiny, tmp_path / "encoder")
+    encoder = load_tokenizer(tmp_path / "encoder", 544, "encoder")
+    ours = Tokenizers(encoder, encoder, languages=language_tokens(encoder), query_prefix="la ")
+    plain = encoder("la ru", add_special_tokens=False)["input_ids"]
+    token, end = encoder.convert_tokens_to_ids(["sin_Sinh", "</s>"])
+    assert ours.encode_queries(["ru"], [language]) == [[token, *plain, end]]
+    long, _ = tokenize([Example("ru " * 99, "", 0, language)], ours, text_prompt="",
+                       max_encoder_tokens=9, max_decoder_tokens=9, with_target=False)
+    assert len(long[0].query) == 9 and long[0].query[0] == token and long[0].query[-1] == end
+
+
+def test_a_language_without_a_token_is_refused(tiny, tmp_path):
+    write_encoder_family("m2m_100", tiny, tmp_path / "encoder")
+    tokens = language_tokens(load_tokenizer(tmp_path / "encoder", 544, "encoder"))
+    with pytest.raises(InputError, match=r"no token for language 'xx'; it has: eng_Latn, sin_Sinh"):
+        token_of("xx", tokens)
+    with pytest.raises(InputError, match=r"give --language \(one of eng_Latn, sin_Sinh\)"):
+        token_of("", tokens)
+    with pytest.raises(InputError, match=r"its tokenizer has no such tokens"):
+        language_tokens(load_tokenizer(tiny / "encoder", 544, "encoder"))
+
+
+def test_m2m100s_own_ids(languages, tmp_path):
+    """Its SentencePiece model cuts texts, and `vocab.json` numbers the pieces."""
+    from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
+
+    texts = [x for x in languages if x.strip()][::2]
+    SentencePieceTrainer.train(
+        sentence_iterator=iter(texts), vocab_size=3000, model_type="bpe", minloglevel=2,
+        model_prefix=str(tmp_path / "sentencepiece.bpe"))
+    spm = SentencePieceProcessor(model_file=str(tmp_path / "sentencepiece.bpe.model"))
+    pieces = [spm.id_to_piece(i) for i in range(3, len(spm))][::-1]  # in another order
+    vocab = {x: i for i, x in enumerate(("<s>", "<pad>", "</s>", "<unk>", *pieces))}
+    (tmp_path / "vocab.json").write_text(json.dumps(vocab), "utf-8")
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(
+        {"tokenizer_class": "M2M100Tokenizer", "src_lang": "en", "tgt_lang": "en"}))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "m2m_100"}))
+    encoder = load_tokenizer(tmp_path, len(vocab) + 108, "encoder")
+    ours = Tokenizers(encoder, None, languages=language_tokens(encoder))
+    si = encoder.convert_tokens_to_ids("__si__")
+    assert si >= len(vocab)
+    wanted = [[si, *(vocab.get(x, 3) for x in spm.encode(text, out_type=str)), 2]
+              for text in texts[:200]]
+    assert ours.encode_queries(texts[:200], ["sin_Sinh"] * 200) == wanted
+
+
+def test_a_bare_model_of_xlm_r_has_fairseqs_ids(languages, tmp_path):
+    """Glot500 has no tokenizer.json."""
+    from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
+
+    SentencePieceTrainer.train(
+        sentence_iterator=iter(languages[::2]), vocab_size=5000, model_type="unigram",
+        normalization_rule_name="nmt_nfkc", minloglevel=2,
+        model_prefix=str(tmp_path / "sentencepiece.bpe"))
+    spm = SentencePieceProcessor(model_file=str(tmp_path / "sentencepiece.bpe.model"))
+    wanted = [[0, *(3 if i == 0 else i + 1 for i in spm.encode(x)), 2] for x in languages]
+    ours = load_tokenizer(tmp_path, 5200, "encoder")
+    assert Tokenizers(ours, None).encode_queries(languages) == wanted
+    assert ours.pad_token_id == 1 and ours.convert_tokens_to_ids("<mask>") == 5001
+    write_tokenizer(tmp_path / "again", ours)
+    again = load_tokenizer(tmp_path / "again", 5200, "encoder")
+    assert Tokenizers(again, None).encode_queries(languages) == wanted
+
+
+def test_what_a_tokenizer_loses_is_said(tiny, caplog):
+    encoder = load_tokenizer(tiny / "encoder", 544, "encoder")
+    check_reading(Tokenizers(encoder, None), [Example("ba du fe", "", 0, "en")])
+    assert not caplog.records
+    check_reading(Tokenizers(encoder, None), [Example("සිංහල භාෂාව", "", 0, "si")])
+    assert re.search(r"does not know \d+% of the tokens in 'si'", caplog.text)
+    stripped = copy.deepcopy(encoder)
+    stripped.backend_tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.NFD(), normalizers.StripAccents()])
+    assert lost_marks(stripped, ["සිංහල භාෂාව"]) > 0.5 and lost_marks(encoder, ["සිංහල"]) == 0

@@ -41,7 +41,7 @@ def language_tokens(tokenizer) -> dict[str, int]:
     Raises:
       InputError: it has none.
     """
-    names = {*tokenizer.get_vocab(), *tokenizer.all_special_tokens}
+    names = {*tokenizer.get_vocab(), *getattr(tokenizer, "lang_token_to_id", {})}
     tokens = {name.strip("_"): tokenizer.convert_tokens_to_ids(name)
               for name in sorted(names) if TOKEN.fullmatch(name)}
     if not tokens:

@@ -25,14 +25,19 @@ from jaxfusion.files import read_object
 from jaxfusion.hf.gguf_tokenizer import merges_by_score
 from jaxfusion.hf.tokenization_jaxfusion import SPACE, SentencePieceTokenizer
 
-FILES = ("tokenizer.model", "spiece.model")
+XLM_R = "sentencepiece.bpe.model"  # fairseq's file name, and its own ids of special tokens
+FILES = ("tokenizer.model", "spiece.model", XLM_R)
+FAIRSEQ = ("<s>", "<pad>", "</s>", "<unk>")  # ids 0 to 3; a piece's id is SentencePiece's plus 1
 PROBES = ("Is this  a test? Yes: 12 ñ 中文 සිංහල", " one", "  two\nthree  ", "(un)known: 1,234.5",
           "Ａ① ﬁne e\u0301", "\x85one\x85",
           "ক\u09c7\u09be \u1112\u1161\u11ab ක\u0dd9\u0dcf \u06cc\u0654\u064e")
 
 
 def find_model(path: Path) -> Path | None:
-    """The SentencePiece model of a checkpoint directory."""
+    """The SentencePiece model of a checkpoint directory; None for M2M100's, whose ids come from a
+    vocabulary next to it."""
+    if (path / XLM_R).is_file() and (path / "vocab.json").is_file():
+        return None
     return next((path / name for name in FILES if (path / name).is_file()), None)
 
 
@@ -55,8 +60,8 @@ def read_sentencepiece(file: Path, role: str, vocab_size: int) -> SentencePieceT
     """The tokenizer of a directory with a SentencePiece model and no `tokenizer.json`.
 
     Special tokens come from the files next to the model, or from the model itself. An encoder's
-    text ends with its end token, as T5's does; an LLM's begins with BOS, as Llama's does, unless
-    `tokenizer_config.json` sets `add_bos_token` to false.
+    text ends with its end token, as T5's does, and XLM-R's begins with BOS, too; an LLM's begins with
+    BOS, as Llama's does, unless `tokenizer_config.json` sets `add_bos_token` to false.
 
     Args:
       role: 'encoder' or 'decoder'. vocab_size: rows of the model's embedding table.
@@ -68,11 +73,14 @@ def read_sentencepiece(file: Path, role: str, vocab_size: int) -> SentencePieceT
 
     spm, config = read_processor(file), _config(file.parent)
     proto = sentencepiece_model_pb2.ModelProto.FromString(spm.serialized_model_proto())
-    special = _special_tokens(spm, config)
-    backend = _make_backend(spm, proto)
+    fairseq, special = file.name == XLM_R, _special_tokens(spm, config)
+    backend = _make_backend(spm, proto, fairseq)
+    if fairseq:
+        special |= {"pad_token": "<pad>", "mask_token": "<mask>"}
     backend.add_special_tokens([AddedToken(x, normalized=False) for x in special.values()])
     _add_tokens(backend, spm, config, file.parent, role, vocab_size)
-    backend.post_processor = _template(backend, special, config, role)
+    backend.post_processor = _template(backend, special, config, role == "decoder" or fairseq,
+                                       role == "encoder")
     chat = file.with_name("chat_template.jinja")
     normalizes = bool(proto.normalizer_spec.precompiled_charsmap)
     kind = SentencePieceTokenizer if normalizes else PreTrainedTokenizerFast
@@ -83,6 +91,8 @@ def read_sentencepiece(file: Path, role: str, vocab_size: int) -> SentencePieceT
         tokenizer.spm = spm
     for text in PROBES + _symbols(proto):
         ids, expected = tokenizer(text, add_special_tokens=False)["input_ids"], spm.encode(text)
+        if fairseq:
+            expected = [FAIRSEQ.index("<unk>") if i == spm.unk_id() else i + 1 for i in expected]
         if ids != expected:
             raise InputError(f"tokenizers and SentencePiece differ on {file}: {text!r} gives "
                              f"{ids}, expected {expected}; put the model's own tokenizer.json next "
@@ -127,25 +137,31 @@ def _add_tokens(backend, spm, config, path: Path, role: str, vocab_size: int) ->
             raise InputError(f"{path}: token {_content(token)!r} has id {i} in its files, but got "
                              f"id {backend.token_to_id(_content(token))}; put the model's own "
                              "tokenizer.json next to it")
+    if path.joinpath(XLM_R).is_file():
+        return
     sentinels = config.get("extra_ids", 100)
     has_some = any(backend.token_to_id(f"{start}<extra_id_0>") is not None for start in ("", SPACE))
     if role == "encoder" and not has_some and len(spm) + sentinels <= vocab_size:
         backend.add_special_tokens([f"<extra_id_{i}>" for i in reversed(range(sentinels))])
 
 
-def _template(backend, special: dict[str, str], config: dict[str, Any], role: str):
-    """The template with the special tokens around a text."""
+def _template(backend, special: dict[str, str], config: dict[str, Any], begins: bool, ends: bool):
+    """The template with the special tokens around a text.
+
+    Args:
+      begins, ends: whether there are such tokens, unless the config says otherwise.
+    """
     parts = ["$A"]
-    if config.get("add_bos_token", role == "decoder") and "bos_token" in special:
+    if config.get("add_bos_token", begins) and "bos_token" in special:
         parts.insert(0, special["bos_token"])
-    if config.get("add_eos_token", role == "encoder") and "eos_token" in special:
+    if config.get("add_eos_token", ends) and "eos_token" in special:
         parts.append(special["eos_token"])
     return TemplateProcessing(single=" ".join(parts), special_tokens=[
         (x, backend.token_to_id(x)) for x in parts if x != "$A"])
 
 
-def _make_backend(spm, proto) -> Tokenizer:
-    """The backend of a model, without special tokens.
+def _make_backend(spm, proto, fairseq: bool) -> Tokenizer:
+    """The backend of a model, without special tokens; with fairseq's ids of them if asked.
 
     Raises:
       InputError: a model type that `tokenizers` does not support.
@@ -155,8 +171,11 @@ def _make_backend(spm, proto) -> Tokenizer:
     match proto.trainer_spec.model_type:
         case kinds.UNIGRAM:
             pieces = [(piece.piece, piece.score) for piece in proto.pieces]
-            backend = Tokenizer(models.Unigram(pieces, spm.unk_id(), falls_back))
-        case kinds.BPE:
+            if fairseq:  # in SentencePiece: <unk>, <s>, </s>, then the pieces
+                pieces = [*((token, 0.0) for token in FAIRSEQ), *pieces[3:]]
+            unknown = FAIRSEQ.index("<unk>") if fairseq else spm.unk_id()
+            backend = Tokenizer(models.Unigram(pieces, unknown, falls_back))
+        case kinds.BPE if not fairseq:
             backend = Tokenizer(_bpe(spm, falls_back))
         case other:
             raise InputError(f"a SentencePiece model of type {kinds.Name(other)} is not supported, "
