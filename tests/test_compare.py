@@ -114,7 +114,7 @@ def test_variants_set_leave_out_and_check_fields():
 
 
 def test_every_bridge_config_makes_a_comparison():
-    file = next(file for file in FILES if file.stem == "sib200")
+    file = next(file for file in FILES if file.stem == "xnli_paper")
     config = from_config_dict(get_config(file, "compare"))
     assert config.base == from_config_dict(get_config(file)) and len(variants(config)) == 3
     with pytest.raises(InputError, match="unknown config argument 'compare'"):

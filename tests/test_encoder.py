@@ -1,18 +1,27 @@
 """The encoder against transformers' PyTorch one, and its three ways to be read."""
 
+import re
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+import transformers
 from flax import traverse_util
-from helpers import ENCODERS, UNUSUAL, relative, torch_encoder
+from helpers import DECODERS, ENCODERS, UNUSUAL, relative, torch_encoder
 
+from jaxfusion.config import default_config, from_config_dict
+from jaxfusion.errors import InputError
+from jaxfusion.hf.decoders import decoder_config
+from jaxfusion.hf.encoders import encoder_config, encoder_json
 from jaxfusion.hf.load import load_params, read_shape
 from jaxfusion.hf.tables import tower_table
 from jaxfusion.miniatures.checkpoints import random_params, write_random_tower
 from jaxfusion.nn.encoder import Encoder
+from jaxfusion.sharding.mesh import make_mesh
+from jaxfusion.training.build import plan_model
 
 
 def apply(config, params, tokens, mask, states=False, **read):
@@ -114,3 +123,46 @@ def test_dropout_acts_only_when_asked(batch):
     assert np.array_equal(plain, Encoder(UNUSUAL).apply(params, tokens, mask))
     assert np.array_equal(run(0), run(0))
     assert not np.array_equal(run(0), plain) and not np.array_equal(run(0), run(1))
+
+
+@pytest.mark.parametrize("kind", ["Bert", "XLMRoberta", "M2M100", "ModernBert", "MT5", "UMT5"])
+def test_transformers_defaults_are_ours(kind):
+    """A config.json without a field means what transformers means."""
+    theirs = getattr(transformers, f"{kind}Config")
+    full = theirs().to_dict()
+    sizes = ("model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
+             "num_attention_heads", "d_model", "d_ff", "d_kv", "num_layers", "num_heads",
+             "encoder_ffn_dim", "encoder_layers", "encoder_attention_heads", "feed_forward_proj")
+    short = {name: full[name] for name in sizes if name in full}
+    assert encoder_config(short, "short") == encoder_config(full, "full")
+
+
+@pytest.mark.parametrize("family,change,message", [
+    ("bert", {"model_type": "llama"}, "model_type 'llama' is a decoder-only LLM, expected an enc"),
+    ("bert", {"is_decoder": True}, "model_type 'bert' is a decoder-only LLM, expected an encoder"),
+    ("bert", {"model_type": "albert"}, "model_type 'albert' is not supported as encoder; known: m"),
+    ("bert", {"position_embedding_type": "relative_key"}, "position_embedding_type is 'relative_k"),
+    ("bert", {"hidden_act": "tanh"}, "hidden_act is 'tanh', expected gelu or gelu_new"),
+    ("bert", {"num_attention_heads": 5}, "width 36 is not divisible by 5 attention heads"),
+    ("xlm-roberta", {"max_position_embeddings": 3}, "max_position_embeddings is 3, expected more"),
+    ("m2m_100", {"scale_embedding": "yes"}, "scale_embedding is 'yes', expected true or false"),
+    ("modernbert", {"mlp_bias": True}, "mlp_bias is true, which is not supported for modernbert"),
+    ("modernbert", {"layer_types": ["full_attention"]}, "expected a list of 6 entries"),
+    ("modernbert", {"rope_parameters": {"full_attention": {"rope_type": "yarn"}}},
+     "rope_type 'yarn' is not supported for modernbert"),
+])
+def test_a_config_that_cannot_be_read_is_refused(family, change, message):
+    with pytest.raises(InputError, match=re.escape(message)):
+        encoder_config({**encoder_json(ENCODERS[family]), **change}, "config.json")
+
+
+def test_an_encoder_as_llm_is_refused():
+    with pytest.raises(InputError, match="model_type .bert. is an encoder, expected a decoder"):
+        decoder_config(encoder_json(ENCODERS["bert"]), "config.json")
+
+
+def test_texts_longer_than_the_table_of_positions_are_refused():
+    config = from_config_dict(default_config())
+    shapes = {"encoder": replace(ENCODERS["bert"], max_length=300), "decoder": DECODERS["llama3"]}
+    with pytest.raises(InputError, match=r"eval\.max_encoder_tokens is 512, .* holds 300 tokens"):
+        plan_model(config, shapes, make_mesh())

@@ -14,7 +14,7 @@ from jaxfusion.data import sentencepiece_backend as sentencepiece
 from jaxfusion.data.batching import tokenize, tokenize_bare
 from jaxfusion.data.coverage import check_reading, lost_marks
 from jaxfusion.data.languages import language_tokens, token_of
-from jaxfusion.data.rows.examples import Example, read_examples
+from jaxfusion.data.rows.examples import Example, at_hand, read_examples
 from jaxfusion.data.tasks.catalogue import TASKS
 from jaxfusion.data.tokenizers import (
     LANGBRIDGE_WHITESPACE,
@@ -126,9 +126,9 @@ def test_what_is_not_a_sentencepiece_model_is_said(real, tmp_path):
 @pytest.fixture(scope="module")
 def languages(real_data):
     """Texts of 20 languages as written and with decomposed characters, from the data alone."""
-    task = TASKS["sib200"]
-    rows = [x.query for language in task.languages
-            for x in read_examples("sib200", task, "dev", language, str(real_data / "sib200"))]
+    task, path = TASKS["sib200"], str(real_data / "sib200")
+    rows = [x.query for language in at_hand("sib200", task, "dev", path)
+            for x in read_examples("sib200", task, "dev", language, path)]
     return [*rows, *(unicodedata.normalize("NFD", x) for x in rows)]
 
 

@@ -60,8 +60,8 @@ def read_sentencepiece(file: Path, role: str, vocab_size: int) -> SentencePieceT
     """The tokenizer of a directory with a SentencePiece model and no `tokenizer.json`.
 
     Special tokens come from the files next to the model, or from the model itself. An encoder's
-    text ends with its end token, as T5's does, and XLM-R's begins with BOS, too; an LLM's begins with
-    BOS, as Llama's does, unless `tokenizer_config.json` sets `add_bos_token` to false.
+    text ends with its end token, as T5's does, and XLM-R's begins with BOS, too. An LLM's begins
+    with BOS, as Llama's does, unless `tokenizer_config.json` sets `add_bos_token` to false.
 
     Args:
       role: 'encoder' or 'decoder'. vocab_size: rows of the model's embedding table.

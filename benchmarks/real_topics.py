@@ -1,0 +1,115 @@
+r"""The bridges of configs/real_topics.py beside what needs none: its LLM and its encoder alone.
+
+    python train.py --config configs/real_topics.py:compare --workdir runs/real_topics
+    python benchmarks/real_topics.py runs/real_topics --out benchmarks/results/real_topics.json
+
+Needs scikit-learn. The encoder alone is a logistic regression on its mean-pooled last states,
+trained on the same English rows, its regularisation chosen on the English development rows. The LLM
+alone answers a prompt that names the topics, without examples and with five English ones.
+"""
+
+import argparse
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+from timing import machine
+
+from jaxfusion import config as configs
+from jaxfusion.bridge.compare import read_variants, side_by_side
+from jaxfusion.config import run_folders
+from jaxfusion.data.rows.examples import Example, read_examples
+from jaxfusion.data.tasks.catalogue import configured, get_task
+from jaxfusion.evaluation.scoring import Scorer, for_task
+from jaxfusion.reports.comparison import as_json, markdown
+from jaxfusion.runs.open_run import OpenRun, open_run
+
+LLM, FEW, REGRESSION = "LLM, topics named", "LLM, 5 examples", "encoder + regression"
+STRENGTHS = [0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0]  # 1 / L2 penalty
+SHOTS = 5
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("workdir", type=Path)
+    parser.add_argument("--out", type=Path, required=True)
+    args = parser.parse_args()
+    config = configs.load(args.workdir / "config.json")
+    first = next(iter(run_folders(config).values()))[0]
+    models = read_variants(config, args.workdir)
+    comparison = side_by_side(config, models, {})
+    run = open_run(args.workdir / first)
+    languages = list(comparison.languages)
+    correct = {
+        **llm_alone(run, languages, config.rows),
+        REGRESSION: regression(run, languages, config.rows),
+        **{name: by for name, by in comparison.correct.items() if name != "LLM alone"},
+    }
+    comparison = replace(comparison, correct=correct, reference=REGRESSION)
+    seconds = json.loads((args.workdir / "report.json").read_text("utf-8"))["seconds"]
+    result = {"table": markdown(comparison), **as_json(comparison), "seconds": seconds,
+              "machine": machine()}
+    args.out.write_text(json.dumps(result, indent=1) + "\n", "utf-8")
+    print(result["table"])
+
+
+def rows_of(run: OpenRun, split: str, language: str, limit: int | None = None) -> list[Example]:
+    """Rows of a split, as the run reads them."""
+    data = run.config.data
+    task = configured(get_task(data.task, run.config.tasks), data)
+    return read_examples(data.task, task, split, language, data.path)[:limit]
+
+
+def texts_of(rows: list[Example], run: OpenRun) -> list[str]:
+    """The sentences without the task's words around them."""
+    before, after = run.task.prompt.split("{text}")
+    return [row.query.removeprefix(before).removesuffix(after) for row in rows]
+
+
+def regression(run: OpenRun, languages: list[str], limit: int | None) -> dict[str, list[int]]:
+    """Which test rows a logistic regression on the encoder's vectors gets right, by language."""
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.preprocessing import normalize
+
+    def read(split: str, language: str, limit: int | None = None):
+        rows = rows_of(run, split, language, limit)
+        vectors = run.states_of(texts_of(rows, run), language)[-1]
+        return normalize(vectors), np.array([row.label for row in rows])
+
+    english = run.config.data.language
+    (x, y), (dev_x, dev_y) = read("train", english), read("dev", english)
+    fits = [LogisticRegression(C=c, max_iter=5000).fit(x, y) for c in STRENGTHS]
+    best = max(fits, key=lambda fit: fit.score(dev_x, dev_y))
+    print(f"regression: C={best.C}, {100 * best.score(dev_x, dev_y):.1f}% of English development")
+    tested = {name: read("test", name, limit) for name in languages}
+    return {name: (best.predict(x) == y).astype(int).tolist() for name, (x, y) in tested.items()}
+
+
+def llm_alone(run: OpenRun, languages: list[str], limit: int | None) -> dict[str, dict]:
+    """Which test rows the LLM gets right with the topics in its prompt, without and with examples
+    (the first English training rows of five topics)."""
+    task, shown = run.task, {}
+    for row in rows_of(run, "train", run.config.data.language):
+        shown.setdefault(row.label, row)
+    asked = "Text: {}\nTopic:"
+    named = f"The topic of a text is one of: {', '.join(task.labels)}.\n\n"
+    examples = "".join(f"{asked.format(text)} {row.target}\n\n" for row, text in zip(
+        list(shown.values())[:SHOTS], texts_of(list(shown.values()), run), strict=False))
+    settings = replace(for_task(run.config.eval, task), max_new_tokens=1, max_decoder_tokens=1024)
+    scorer = Scorer(run.model.bridge, run.tokenizers, settings, bare=True)
+    correct = {}
+    for name, before in ((LLM, named), (FEW, named + examples)):
+        correct[name] = {}
+        for language in languages:
+            rows = rows_of(run, "test", language, limit)
+            prompts = [replace(row, query=before + asked.format(text))
+                       for row, text in zip(rows, texts_of(rows, run), strict=True)]
+            with run.on_mesh():
+                scored = scorer(run.params, prompts, task)
+            correct[name][language] = [int(x) for x in scored.correct["likelihood"]]
+    return correct
+
+
+if __name__ == "__main__":
+    main()
