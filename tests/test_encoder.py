@@ -157,7 +157,7 @@ def test_a_config_that_cannot_be_read_is_refused(family, change, message):
 
 
 def test_an_encoder_as_llm_is_refused():
-    with pytest.raises(InputError, match="model_type .bert. is an encoder, expected a decoder"):
+    with pytest.raises(InputError, match=r"model_type 'bert' is an encoder, expected a decoder"):
         decoder_config(encoder_json(ENCODERS["bert"]), "config.json")
 
 

@@ -30,8 +30,11 @@ from jaxfusion.fields import DataConfig
 from jaxfusion.hf import decoders, save
 from jaxfusion.hf.load import SINGLE, read_shape
 from jaxfusion.runs.adopt import adopt
+from jaxfusion.runs.answer_file import answer_file
+from jaxfusion.runs.ask import ask
 from jaxfusion.runs.export.bridge import export
 from jaxfusion.runs.export.langbridge import export_langbridge
+from jaxfusion.runs.open_run import open_run
 from jaxfusion.training.checkpoint import trained_part
 from jaxfusion.training.state import merge
 
@@ -270,3 +273,28 @@ def test_nothing_half_written_and_nothing_lost(tiny, tmp_path, monkeypatch):
     assert (out / "config.json").is_file() and not (out / "mine").exists()
     with pytest.raises(InputError, match="which only --merge writes"):
         export(tmp_path / "run", tmp_path / "other", dtype="bfloat16")
+
+
+def test_an_encoder_that_is_told_languages_is_asked_with_one(tiny, tmp_path):
+    """`--ask`, `--input` and lm-eval give it a language, or are refused."""
+    write_encoder_family("m2m_100", tiny, tmp_path / "encoder")
+    told, other = tmp_path / "told", tmp_path / "other"
+    make_run(told, tiny, "global_softmax", encoder=tmp_path / "encoder")
+    make_run(other, tiny)
+    short = {"max_new_tokens": 1}
+    assert ask(told, "ba du | fe", language="sin_Sinh", decoding=short) is not None
+    source, out = tmp_path / "rows.jsonl", tmp_path / "out.jsonl"
+    rows = [{"premise": "ba", "hypothesis": "du", "language": code} for code in ("si", "eng_Latn")]
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+    assert answer_file(told, source, out, decoding=short) == 2
+    tokens = open_run(told).layers_of("ba du", "si")["tokens"]
+    assert tokens[0] == "sin_Sinh" and tokens[-1] == "</s>"
+    with pytest.raises(InputError, match=r"give --language \(one of eng_Latn, sin_Sinh\)"):
+        ask(told, "ba du | fe", decoding=short)
+    with pytest.raises(InputError, match="no token for language 'xx'"):
+        ask(told, "ba du | fe", language="xx", decoding=short)
+    source.write_text(json.dumps({"premise": "ba", "hypothesis": "du", "language": "xx"}), "utf-8")
+    with pytest.raises(InputError, match=r"rows\.jsonl:1: the encoder has no token for language"):
+        answer_file(told, source, tmp_path / "new.jsonl", decoding=short)
+    with pytest.raises(InputError, match="--language is for encoders that are told it"):
+        ask(other, "ba du | fe", language="sin_Sinh", decoding=short)
