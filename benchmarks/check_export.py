@@ -21,6 +21,7 @@ def main(out: str, reference: str) -> None:
         wanted = json.load(file)
     model = AutoModelForCausalLM.from_pretrained(out, trust_remote_code=True)
     tokenizer = AutoTokenizer.from_pretrained(out, trust_remote_code=True)
+    tokenizer.src_lang = wanted["language"]
     logits, difference = torch.tensor(wanted["logits"]), 0.0
     for side in ("right", "left"):
         inputs = tokenizer(wanted["texts"], padding=True, padding_side=side, return_tensors="pt")

@@ -1,4 +1,4 @@
-"""Tests loading and export for every family of LLMs, and the exports in fresh environments.
+"""Tests loading and export for every family of towers, and the exports in fresh environments.
 
     python benchmarks/exports.py runs/exports
 
@@ -34,6 +34,7 @@ from helpers import (  # noqa: E402
     next_logits,
     plain,
     relative,
+    write_encoder_family,
 )
 
 from jaxfusion.data.batching import TokenRow, find_shapes, in_order  # noqa: E402
@@ -50,6 +51,10 @@ NAMES = {
     "phi35_longrope": "Phi-3.5 (longrope)", "gemma": "Gemma", "gemma2": "Gemma 2",
     "gemma3": "Gemma 3 (text)",
 }
+ENCODERS = {"mt5": "mT5", "umt5": "umT5", "bert": "BERT (multilingual-E5-small, LaBSE, MuRIL)",
+            "xlm-roberta": "XLM-R (multilingual-E5, bge-m3, Glot500)",
+            "modernbert": "ModernBERT (mmBERT)", "m2m_100": "M2M100, NLLB"}
+TOLD = {"m2m_100": "sin_Sinh"}  # the language of the texts, for encoders that are told it
 FUSIONS = ("last", "layer", "global_softmax", "transformer_softmax")
 NEW_TOKENS = 64
 
@@ -81,9 +86,9 @@ def make_decoder(case: str, tiny: Path, out: Path) -> float:
                     reference)
 
 
-def reference(model, file: Path) -> None:
+def reference(model, file: Path, language: str | None = None) -> None:
     """Our bridge's output for the texts: logits, greedy tokens, and how many are unambiguous."""
-    queries = model.tokenizers.encode_queries(TEXTS)
+    queries = model.tokenizers.encode_queries(TEXTS, language and [language] * len(TEXTS))
     rows = [TokenRow(query, [], [], model.bridge.latents) for query in queries]
     # No token ends an answer.
     score = make_scorer(model.bridge, Decoding(NEW_TOKENS, eos=-1), False)
@@ -96,7 +101,7 @@ def reference(model, file: Path) -> None:
     upto = [int(np.argmax(row)) if row.any() else NEW_TOKENS for row in near]
     file.write_text(json.dumps({
         "texts": TEXTS, "logits": next_logits(model, queries).tolist(), "tokens": tokens.tolist(),
-        "upto": upto,
+        "upto": upto, "language": language,
     }), "utf-8")
 
 
@@ -181,16 +186,20 @@ def into_page(mark: str, text: str) -> None:
 def check_families(tiny: Path, work: Path, pythons: dict[str, Path]) -> None:
     """Writes logits and tokens of every family in each environment into docs/checkpoints.md."""
     results: dict[str, Any] = {}
-    cases = [(case, "transformer_softmax") for case in NAMES]
-    cases += [("llama31", fusion) for fusion in FUSIONS[:-1]]
-    for case, fusion in cases:
-        name, where = f"{case}, {fusion}", work / f"{case}-{fusion}"
+    cases = [("mt5", case, "transformer_softmax") for case in NAMES]
+    cases += [("mt5", "llama31", fusion) for fusion in FUSIONS[:-1]]
+    cases += [(encoder, "llama31", "global_softmax") for encoder in ENCODERS if encoder != "mt5"]
+    for encoder, case, fusion in cases:
+        name, where = f"{encoder}, {case}, {fusion}", work / f"{encoder}-{case}-{fusion}"
         where.mkdir()
         load = make_decoder(case, tiny, where / "decoder")
-        model = make_run(where / "run", tiny, fusion, decoder=where / "decoder")
+        write_encoder_family(encoder, tiny, where / "encoder")
+        model = make_run(where / "run", tiny, fusion, decoder=where / "decoder",
+                         encoder=where / "encoder")
         export(where / "run", where / "out", merge=True)
-        reference(model, where / "reference.json")
-        results[name] = {"load": load, "case": case, "fusion": fusion, "releases": {}}
+        reference(model, where / "reference.json", TOLD.get(encoder))
+        results[name] = {"load": load, "encoder": encoder, "case": case, "fusion": fusion,
+                         "releases": {}}
         for release, python in pythons.items():
             check = subprocess.run(
                 [python, ROOT / "benchmarks" / "check_export.py", where / "out",
@@ -215,10 +224,10 @@ def failed(results: dict[str, Any]) -> list[str]:
 def table(results: dict[str, Any]) -> str:
     """Markdown: a row for each family and fusion."""
     releases = [x["transformers"] for x in next(iter(results.values()))["releases"].values()]
-    header = ["LLM", "fusion", "our logits − transformers'",
+    header = ["encoder", "LLM", "fusion", "our logits − transformers'",
               *(f"export in {release}: logits, {NEW_TOKENS} tokens" for release in releases)]
     rows = [
-        [NAMES[x["case"]], f"`{x['fusion']}`", f"{x['load']:.0e}",
+        [ENCODERS[x["encoder"]], NAMES[x["case"]], f"`{x['fusion']}`", f"{x['load']:.0e}",
          *(f"{y['difference']:.0e}, "
            + (f"equal (at least {y['compared']})" if y["tokens"] else "NOT equal")
            for y in x["releases"].values())]

@@ -176,8 +176,7 @@ CLAIMS = """\
 (`fusion.noise`), which is ours. Test rows are scored by likelihood over the labels, on languages
 and with seeds that were not used for any choice. Mean over seeds and languages in %, its 95%
 interval with both seeds and rows resampled (pigeonhole bootstrap: Owen, 2007), and the standard
-deviation across seeds. Chance is 33.3. In these runs the warm start drew the same samples for every
-seed; it now uses the run's seed, so the spread across seeds does not include its contribution.
+deviation across seeds. Chance is 33.3.
 
 Noise began as a control. A fusion of our own, which weighted layers by their agreement and trained
 with that noise, was chosen on the development languages. On these rows it was not better in the

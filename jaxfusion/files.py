@@ -27,7 +27,7 @@ WRITER = ".writer"  # the file in a workdir that names its writer
 
 def cache_dir() -> Path:
     """Where what can be made again is kept: `$JAXFUSION_CACHE`, or `~/.cache/jaxfusion`."""
-    return Path(os.environ.get("JAXFUSION_CACHE", Path.home() / ".cache" / "jaxfusion"))
+    return Path(os.environ.get("JAXFUSION_CACHE") or Path("~/.cache/jaxfusion").expanduser())
 
 
 def read_object(file: Path) -> dict[str, Any]:

@@ -52,10 +52,11 @@ def test_splits_are_fresh_in_every_epoch_and_the_same_again(tokenizers):
     assert lengths == [continue_texts(tokenizers).at(e).lengths.tolist() for e in range(4)]
     assert len({tuple(x) for x in lengths}) == 4
     assert lengths[0] != continue_texts(tokenizers, seed=4).at(0).lengths.tolist()
-    ids = Ragged()
+    ids, begins = Ragged(), Ragged()
     for _ in range(5000):
         ids.append(texts.ids[3])
-    many = replace(texts, ids=ids, texts=texts.texts[3:4] * 5000)
+        begins.append(texts.begins[3])
+    many = replace(texts, ids=ids, begins=begins, texts=texts.texts[3:4] * 5000)
     drawn = np.bincount(many.at(0).lengths, minlength=65)[32:]
     assert drawn.sum() == 5000 and drawn.min() > 90 and drawn.max() < 220  # evenly, 152 each
 
@@ -127,3 +128,22 @@ def test_what_makes_no_sense_for_text_is_refused(tmp_path, cache_dir, data):
     config = make_config(tmp_path)
     with pytest.raises(InputError, match="'plain' is text to learn from, where nothing can be com"):
         check_comparison(CompareConfig(base=config), {"a": config})
+
+
+@pytest.mark.parametrize("prefix", ["ba du ", "ba du fe ru " * 5])
+def test_a_prefix_stands_in_front_of_every_split(prefix, tokenizers):
+    """Also one that is longer than the least length of a split."""
+    told = replace(tokenizers, query_prefix=prefix)
+    texts = TEXTS[1:4]
+    before = len(told.encoder(prefix, add_special_tokens=False)["input_ids"])
+    split = tokenize_texts([Example(x, "", -1) for x in texts], told, max_encoder_tokens=90,
+                           max_decoder_tokens=16, seed=0).at(0)
+    for i, row in enumerate(split):
+        read, rest = split.parts(i)
+        whole = told.encode_queries([read.rstrip()])[0]
+        assert row.query == whole and len(whole) == split.lengths[i] > before + 1
+        assert read and rest and read + rest == split.whole.texts[i]
+    with pytest.raises(InputError, match=r"within data\.max_encoder_tokens = 9: nothing to split"):
+        tokenize_texts([Example(x, "", -1) for x in texts], replace(
+            tokenizers, query_prefix="ba du fe ru " * 12), max_encoder_tokens=9,
+            max_decoder_tokens=16, seed=0)

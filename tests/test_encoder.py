@@ -139,7 +139,7 @@ def test_transformers_defaults_are_ours(kind):
 
 @pytest.mark.parametrize("family,change,message", [
     ("bert", {"model_type": "llama"}, "model_type 'llama' is a decoder-only LLM, expected an enc"),
-    ("bert", {"is_decoder": True}, "model_type 'bert' is a decoder-only LLM, expected an encoder"),
+    ("bert", {"is_decoder": True}, "is_decoder is true, expected an encoder"),
     ("bert", {"model_type": "albert"}, "model_type 'albert' is not supported as encoder; known: m"),
     ("bert", {"position_embedding_type": "relative_key"}, "position_embedding_type is 'relative_k"),
     ("bert", {"hidden_act": "tanh"}, "hidden_act is 'tanh', expected gelu or gelu_new"),

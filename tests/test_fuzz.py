@@ -437,7 +437,7 @@ def begin(*args):
 
 def run_script(place, script, words):
     """The config with which a script would begin its work, or none where it refuses to."""
-    nothing = ("cli.set_up_logging", "cli.take_device_memory", "sharding.hosts.join")
+    nothing = ("cli.set_up_logging", "cli.set_up_jax", "sharding.hosts.join")
     with ExitStack() as stack:
         stack.enter_context(chdir(place))
         stack.enter_context(flagsaver.flagsaver())

@@ -349,13 +349,13 @@ def test_scripts_let_jax_have_a_gpu_s_memory():
         import os, sys
         import jaxfusion.cli as cli
         assert "jax" not in sys.modules
-        cli.take_device_memory()
+        cli.set_up_jax()
         assert os.environ["XLA_PYTHON_CLIENT_MEM_FRACTION"] == "0.92"
     """
     process = python(code)
     assert process.wait() == 0, process.stderr.read()
     for script in ("train.py", "eval.py"):
-        assert "    take_device_memory()\n" in (ROOT / script).read_text()
+        assert "    set_up_jax()\n" in (ROOT / script).read_text()
 
 
 @pytest.mark.parametrize("dtype,head_dim,cap,why", [

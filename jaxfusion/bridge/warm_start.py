@@ -107,14 +107,13 @@ def _aligned(examples: Sequence[Example], tokenizers: Tokenizers):
     first one for what stands before the text, the last one for what follows it."""
     # A space at the end belongs to the answer, as in `Tokenizers.encode_answers`.
     texts, prefix = [x.query.rstrip() for x in examples], tokenizers.query_prefix
-    try:
-        ours = tokenizers.encoder([prefix + text for text in texts], return_offsets_mapping=True,
-                                  add_special_tokens=False)
-        theirs = tokenizers.decoder(texts, return_offsets_mapping=True, add_special_tokens=False)
-    except NotImplementedError:
+    if not (tokenizers.encoder.is_fast and tokenizers.decoder.is_fast):
         raise InputError(
-            "projector.warm_start needs tokenizers that tell their offsets (tokenizer.json)"
-        ) from None
+            "projector.warm_start needs tokenizers that tell their offsets (tokenizer.json)")
+    ours, theirs = (
+        tokenizer(prefixed, return_offsets_mapping=True, add_special_tokens=False)
+        for tokenizer, prefixed in ((tokenizers.encoder, [prefix + text for text in texts]),
+                                    (tokenizers.decoder, texts)))
     queries, targets = [], []
     for i, example in enumerate(examples):
         before, after = tokenizers.around_query(example.language)

@@ -142,7 +142,7 @@ def tokenize(
 
     Args:
       text_prompt: the text after the prefix; `{query}` is replaced by the encoder's text.
-      max_encoder_tokens: limit of the query; truncation keeps the special tokens around it.
+      max_encoder_tokens: limit of the query; truncation keeps the prefix and special tokens.
       max_decoder_tokens: limit of the text prompt, truncated at its beginning, and of the target
         with its EOS.
       with_target: False leaves the target empty, for generation.
@@ -164,7 +164,7 @@ def tokenize(
         for query, text, target, language in zip(queries, texts, targets, languages, strict=True):
             length = len(query)
             if length > max_encoder_tokens:
-                query = _shortened(query, tokenizers.around_query(language), max_encoder_tokens,
+                query = _shortened(query, tokenizers.kept_of_query(language), max_encoder_tokens,
                                    keeps_end)
             limit = (max_decoder_tokens if max_total_tokens is None
                      else max(0, max_total_tokens - len(query) - len(tokenizers.start)))
@@ -175,11 +175,11 @@ def tokenize(
 
 
 def _shortened(
-    query: list[int], around: tuple[list[int], list[int]], limit: int, keeps_end: bool
+    query: list[int], kept_around: tuple[int, int], limit: int, keeps_end: bool
 ) -> list[int]:
-    """A query of `limit` tokens with its special tokens; the text's beginning goes if it
+    """A query of `limit` tokens with those around its text; the text's beginning goes if it
     `keeps_end`, else its end."""
-    before, after = map(len, around)
+    before, after = kept_around
     text = query[before : len(query) - after]
     room = max(limit - before - after, 0)
     kept = text[len(text) - room :] if keeps_end else text[:room]

@@ -22,8 +22,8 @@ from transformers import PreTrainedTokenizerFast
 
 from jaxfusion.errors import InputError, first_line
 from jaxfusion.files import read_object
-from jaxfusion.hf.gguf_tokenizer import merges_by_score
-from jaxfusion.hf.tokenization_jaxfusion import SPACE, SentencePieceTokenizer
+from jaxfusion.hf.sentencepiece_rules import SPACE, merges_by_score
+from jaxfusion.hf.tokenization_jaxfusion import SentencePieceTokenizer
 
 XLM_R = "sentencepiece.bpe.model"  # fairseq's file name, and its own ids of special tokens
 FILES = ("tokenizer.model", "spiece.model", XLM_R)

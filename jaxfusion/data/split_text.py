@@ -27,8 +27,9 @@ class Continued:
 
     Attributes:
       texts: those of at least two encoder tokens.
-      ids: the first encoder ids of each text. begins: the text offset of each id.
-      around: the encoder's ids before and after every text.
+      ids: the first encoder ids of each text, behind those of the encoder's prefix.
+      begins: the text offset of each id; negative in the prefix.
+      around: the encoder's special tokens before and after every text.
       short: how many texts were skipped because they are too short to split.
       latents: of the bridge.
     """
@@ -46,6 +47,12 @@ class Continued:
 
     def __len__(self) -> int:
         return len(self.texts)
+
+    @cached_property
+    def prefixes(self) -> np.ndarray:
+        """Number of the prefix's ids in front of each text. [N]"""
+        inside = np.concatenate([[0], np.cumsum(np.array(self.begins.ids) < 0)])
+        return np.diff(inside[np.array(self.begins.ends)])
 
     def at(self, epoch: int) -> "Split":
         """The texts as split in an epoch."""
@@ -71,15 +78,15 @@ class Split(Sequence[TokenRow]):
 
     @cached_property
     def heads(self) -> np.ndarray:
-        """Encoder tokens read of each text, without those around it."""
-        most = self.whole.ids.lengths - 1
-        least = np.minimum(LEAST - sum(map(len, self.whole.around)), most)
+        """Encoder tokens read of each text with its prefix, without the special ones."""
+        most, prefix = self.whole.ids.lengths - 1, self.whole.prefixes
+        least = np.clip(LEAST - sum(map(len, self.whole.around)), prefix + 1, most)
         chance = np.random.default_rng((self.whole.seed, self.epoch)).random(len(most))
         return least + (chance * (most - least + 1)).astype(int)
 
     @property
     def lengths(self) -> np.ndarray:
-        """Encoder tokens of each row, including those around its text."""
+        """Encoder tokens of each row, with the special ones."""
         return self.heads + sum(map(len, self.whole.around))
 
     def parts(self, i: int) -> tuple[str, str]:
@@ -105,30 +112,31 @@ def tokenize_texts(
     """Texts ready to be split, of at most `max_encoder_tokens` with special tokens and prefix.
 
     Raises:
-      InputError: no text has two tokens, or the encoder's tokenizer does not give the offsets of
-        its tokens.
+      InputError: no text has two tokens, the limit leaves no room for them, or the encoder's
+        tokenizer does not give the offsets of its tokens.
     """
     if not tokenizers.encoder.is_fast:
         raise InputError("unlabelled text needs an encoder tokenizer with offsets (a "
                          "tokenizer.json)")
     texts, ids, begins, short = [], Ragged(), Ragged(), 0
-    before, after = tokenizers.around_query(examples[0].language)
-    prefix = tokenizers.query_prefix.rstrip()
-    before = [*before, *tokenizers.encoder(prefix, add_special_tokens=False)["input_ids"]]
-    room = max_encoder_tokens - len(before) - len(after) + 1
+    around, prefix = tokenizers.around_query(examples[0].language), tokenizers.query_prefix
+    room = max_encoder_tokens - sum(map(len, around)) + 1
     for part in in_parts(examples):
-        queries = [example.query for example in part]
-        encoded = tokenizers.encoder(queries, add_special_tokens=False, return_offsets_mapping=True)
-        for text, tokens, offsets in zip(queries, encoded["input_ids"], encoded["offset_mapping"],
-                                         strict=True):
-            starts = [start for start, _ in offsets[:room]]
-            if not any(starts):
+        encoded = tokenizers.encoder([prefix + example.query for example in part],
+                                     add_special_tokens=False, return_offsets_mapping=True)
+        for example, tokens, offsets in zip(part, encoded["input_ids"], encoded["offset_mapping"],
+                                            strict=True):
+            # A token may span the prefix's last space and the text's first word.
+            starts = [-1 if end <= len(prefix) and prefix else max(start - len(prefix), 0)
+                      for start, end in offsets[:room]]
+            if not any(start > 0 for start in starts):
                 short += 1
                 continue
-            texts.append(text)
+            texts.append(example.query)
             ids.append(tokens[:room])
             begins.append(starts)
     if not texts:
-        raise InputError(f"none of the {short} texts has two encoder tokens: nothing to split")
-    return Continued(texts, ids, begins, short, tokenizers, (before, after), max_encoder_tokens,
+        raise InputError(f"none of the {short} texts has two encoder tokens within "
+                         f"data.max_encoder_tokens = {max_encoder_tokens}: nothing to split")
+    return Continued(texts, ids, begins, short, tokenizers, around, max_encoder_tokens,
                      max_decoder_tokens, seed, latents)

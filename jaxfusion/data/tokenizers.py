@@ -116,6 +116,17 @@ class Tokenizers:
             return [token_of(language, self.languages)], [self.encoder.eos_token_id]
         return self._around_query
 
+    def kept_of_query(self, language: str = "") -> tuple[int, int]:
+        """How many ids truncation keeps at a query's two ends: special tokens and the prefix."""
+        before, after = self.around_query(language)
+        return len(before) + self._prefix_length, len(after)
+
+    @cached_property
+    def _prefix_length(self) -> int:
+        # Its last space may be part of the text's first token.
+        prefix = self.query_prefix.rstrip()
+        return len(self.encoder(prefix, add_special_tokens=False)["input_ids"]) if prefix else 0
+
     @cached_property
     def _around_query(self) -> tuple[list[int], list[int]]:
         plain = self.encoder("a", add_special_tokens=False)["input_ids"]

@@ -17,10 +17,10 @@ from jaxfusion.hf.json_fields import (
 from jaxfusion.nn.encoder import EncoderConfig
 from jaxfusion.nn.rope import Rope
 
-# transformers' names of activations, and ours.
-GELUS = {"gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"}
-ACTIVATION_NAMES = {**GELUS, "relu": "relu", "silu": "silu", "swish": "silu"}
-NAMES = {"gelu": "gelu", "gelu_tanh": "gelu_new", "relu": "relu", "silu": "silu"}
+# transformers' names of activations -> ours, and back.
+ACTIVATIONS_BY_NAME = {"gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh",
+                       "relu": "relu", "silu": "silu", "swish": "silu"}
+NAME_OF_ACTIVATION = {"gelu": "gelu", "gelu_tanh": "gelu_new", "relu": "relu", "silu": "silu"}
 
 
 def encoder_config(json: dict[str, Any], where: str) -> EncoderConfig:
@@ -55,6 +55,9 @@ def _t5(json: dict[str, Any], where: str) -> EncoderConfig:
             f"{where}: feed_forward_proj is {activation!r:.80}, expected 'gated-gelu' "
             "(mT5, umT5, T5 v1.1)"
         )
+    if json.get("dense_act_fn", "gelu_new") != "gelu_new":  # transformers lets it win
+        raise InputError(f"{where}: dense_act_fn is {json['dense_act_fn']!r:.80}, expected "
+                         "'gelu_new'")
     umt5 = json["model_type"] == "umt5"
     return EncoderConfig(
         vocab_size=required_count(json, "vocab_size", where),
@@ -111,7 +114,7 @@ def _bert(json: dict[str, Any], where: str) -> EncoderConfig:
         first_position=first, counts_padding=bert,
         token_types=count(json, "type_vocab_size", 2, where),
         norm="layer", bias=True, post_norm=True, embed_norm=True, final_norm=False,
-        activation=chosen(json, "hidden_act", ACTIVATION_NAMES, where), gated=False,
+        activation=chosen(json, "hidden_act", ACTIVATIONS_BY_NAME, where), gated=False,
         attn_scale=None,
     )
 
@@ -120,7 +123,7 @@ def _bert_json(c: EncoderConfig) -> dict[str, Any]:
     kind = "BertModel" if c.family == "bert" else "XLMRobertaModel"
     return {
         "architectures": [kind], **_sizes_json(c), "intermediate_size": c.d_ff,
-        "layer_norm_eps": c.norm_eps, "hidden_act": NAMES[c.activation],
+        "layer_norm_eps": c.norm_eps, "hidden_act": NAME_OF_ACTIVATION[c.activation],
         "max_position_embeddings": c.first_position + c.max_length,
         "type_vocab_size": c.token_types, "pad_token_id": max(c.first_position - 1, 0),
     }
@@ -140,7 +143,7 @@ def _m2m100(json: dict[str, Any], where: str) -> EncoderConfig:
         family="m2m_100", positions="sinusoidal",
         first_position=count(json, "pad_token_id", 1, where, least=0) + 1,
         norm="layer", bias=True, activation=chosen(
-            json, "activation_function", {"relu": "relu", **ACTIVATION_NAMES}, where),
+            json, "activation_function", ACTIVATIONS_BY_NAME, where, "relu"),
         gated=False, attn_scale=None,
         embed_scale=width**0.5 if flag(json, "scale_embedding", where, True) else 1.0,
     )
@@ -150,7 +153,8 @@ def _m2m100_json(c: EncoderConfig) -> dict[str, Any]:
     return {
         "architectures": ["M2M100Encoder"], "d_model": c.d_model, "encoder_ffn_dim": c.d_ff,
         "encoder_layers": c.num_layers, "encoder_attention_heads": c.num_heads,
-        "activation_function": NAMES[c.activation], "scale_embedding": c.embed_scale != 1.0,
+        "activation_function": NAME_OF_ACTIVATION[c.activation],
+        "scale_embedding": c.embed_scale != 1.0,
         "pad_token_id": c.first_position - 1, "encoder_layerdrop": 0.0,
     }
 
@@ -176,26 +180,33 @@ def _modernbert(json: dict[str, Any], where: str) -> EncoderConfig:
         local_rope=_rope(json, "sliding_attention", "local_rope_theta", 10_000.0, where),
         windows=tuple(window if is_local else None for is_local in local) if any(local) else (),
         norm="layer", embed_norm=True, first_norm=False,
-        activation=chosen(json, "hidden_activation", ACTIVATION_NAMES, where), attn_scale=None,
+        activation=chosen(json, "hidden_activation", ACTIVATIONS_BY_NAME, where), attn_scale=None,
     )
 
 
-def _rope(json: dict[str, Any], kind: str, old: str, default: float, where: str) -> Rope:
-    """RoPE of one kind of layer: transformers 5 has `rope_parameters`, 4 has `old`."""
-    rope = group(group(json, "rope_parameters", where), kind, where)
-    form = rope.get("rope_type", "default")
-    if form != "default" or json.get("rope_scaling"):
+def _rope(json: dict[str, Any], kind: str, field: str, default: float, where: str) -> Rope:
+    """RoPE of one kind of layer: `rope_parameters` in transformers 5, `field` in 4."""
+    if json.get("rope_scaling"):
+        raise InputError(f"{where}: rope_scaling is {json['rope_scaling']!r:.80}, which is not "
+                         "supported for modernbert")
+    rope = group(json, "rope_parameters", where)
+    if unknown := rope.keys() - {"full_attention", "sliding_attention"}:
+        raise InputError(f"{where}: rope_parameters has {', '.join(sorted(unknown))}, expected "
+                         "full_attention and sliding_attention")
+    rope = group(rope, kind, where)
+    if (form := rope.get("rope_type", "default")) != "default":
         raise InputError(f"{where}: rope_type {form!r:.80} is not supported for modernbert, "
                          "expected default")
-    return Rope(number(rope if "rope_theta" in rope else {"rope_theta": json.get(old)},
-                       "rope_theta", where, default))
+    if "rope_theta" in rope:
+        return Rope(number(rope, "rope_theta", where))
+    return Rope(number(json, field, where, None if field in json else default))
 
 
 def _modernbert_json(c: EncoderConfig) -> dict[str, Any]:
     window = next((w for w in c.windows if w), None)
     return {
         "architectures": ["ModernBertModel"], **_sizes_json(c), "intermediate_size": c.d_ff,
-        "norm_eps": c.norm_eps, "hidden_activation": NAMES[c.activation],
+        "norm_eps": c.norm_eps, "hidden_activation": NAME_OF_ACTIVATION[c.activation],
         "layer_types": ["sliding_attention" if w else "full_attention"
                         for w in c.windows or (None,) * c.num_layers],
         "global_attn_every_n_layers": _period(c),

@@ -21,7 +21,7 @@ FAMILIES = {"llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "gemma2": "gem
 GEMMA_LAYERS = {"gemma2": (26, 42, 46), "gemma3_text": (18, 26, 34, 48, 62)}
 # Factors of RoPE's frequencies, which converters store as tensors.
 ROPE_TENSORS = ("rope_freqs.weight", "rope_factors_short.weight", "rope_factors_long.weight")
-SCALES = ("attention.scale", "logit_scale", "residual_scale", "embedding_scale",
+SCALES = ("logit_scale", "residual_scale", "embedding_scale",
           "attention.clamp_kqv", "attention.max_alibi_bias", "expert_count")
 LLAMA3_LENGTH = 8192  # every published Llama 3 was trained on it before its frequencies changed
 _REQUIRED = object()
@@ -86,7 +86,7 @@ def gguf_decoder(
                          "expected 1 or more of each")
     head_dim = _head_dim(meta, width, heads)
     windows = _windows(meta, family, layers)
-    _check_features(meta)
+    _check_features(meta, head_dim)
     if windows and family == "llama":
         family = "mistral"  # the same layers with a window
     if "token_embd.weight" not in shapes:
@@ -118,10 +118,14 @@ def _head_dim(meta: Metadata, width: int, heads: int) -> int:
     return size
 
 
-def _check_features(meta: Metadata) -> None:
+def _check_features(meta: Metadata, head_dim: int) -> None:
     """Raises InputError for a feature that other models of the same architecture have."""
     if not meta.of_model("attention.causal", bool, True):
         raise InputError(f"{meta.file}: its attention is not causal: it is an encoder")
+    scale, usual = meta.of_model("attention.scale", float, 0.0), head_dim**-0.5
+    if scale and not math.isclose(scale, usual, rel_tol=1e-4):
+        raise InputError(f"{meta.file}: {meta.architecture}.attention.scale is {scale:g}, expected "
+                         f"{usual:g}")
     for key in SCALES:
         if (value := meta.of_model(key, float, 0.0)) not in (0, 1):
             raise InputError(f"{meta.file}: {meta.architecture}.{key} is {value:g}, which is not "

@@ -6,7 +6,6 @@ give other ids without any sign of it. transformers falls back to GPT-2's, and d
 imply: Qwen's Unicode normalization, Llama 3's whole words, and BOS if no field mentions it.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,8 +22,8 @@ from tokenizers.processors import TemplateProcessing
 
 from jaxfusion.errors import InputError, first_line
 from jaxfusion.hf.gguf_config import Metadata
+from jaxfusion.hf.sentencepiece_rules import SPACE, merges_by_score
 
-SPACE = "\u2581"  # SentencePiece's
 # llama.h's kinds of tokens.
 UNKNOWN, CONTROL, USER_DEFINED = 2, 3, 4
 BYTE = 6
@@ -119,16 +118,6 @@ def end_tokens(meta: Metadata) -> list[int]:
     """The ids that end a text, a turn or a message, as far as the file names them."""
     ids = (meta.get(f"tokenizer.ggml.{name}_token_id", int, None) for name in ("eos", "eot", "eom"))
     return list(dict.fromkeys(i for i in ids if i is not None))
-
-
-def merges_by_score(scores: Mapping[str, float]) -> list[tuple[str, str]]:
-    """The merges of SentencePiece's BPE: those that give the piece of the highest score first."""
-    merges = [
-        (-score, cut, piece[:cut], piece[cut:])
-        for piece, score in scores.items() for cut in range(1, len(piece))
-        if piece[:cut] in scores and piece[cut:] in scores
-    ]
-    return [(left, right) for _, _, left, right in sorted(merges)]
 
 
 def _check_vocabulary(meta: Metadata, tokens: list[Any], rows: int) -> list[int]:

@@ -71,7 +71,9 @@ def check_family(json: dict[str, Any], role: str, where: str) -> None:
     """Raises InputError for a family that the role does not take, or a quantized checkpoint."""
     family, known = json.get("model_type"), ", ".join(FAMILIES[role])
     other = "decoder" if role == "encoder" else "encoder"
-    if family in FAMILIES[other] or (role == "encoder" and flag(json, "is_decoder", where)):
+    if role == "encoder" and flag(json, "is_decoder", where):
+        raise InputError(f"{where}: is_decoder is true, expected an encoder")
+    if family in FAMILIES[other]:
         kinds = {"encoder": "an encoder", "decoder": "a decoder-only LLM"}
         raise InputError(f"{where}: model_type {family!r} is {kinds[other]}, expected "
                          f"{kinds[role]}: {known}")
@@ -93,11 +95,14 @@ def check_shape(shape, where: str, kv_heads: int | None = None) -> None:
         raise InputError(f"{where}: {shape.num_layers:,} layers, expected at most {MOST_LAYERS:,}")
 
 
-def chosen(json: dict[str, Any], name: str, choices: dict[str, str], where: str) -> str:
-    """The entry of `choices` that a field names; their first if it is missing."""
+def chosen(
+    json: dict[str, Any], name: str, choices: dict[str, str], where: str,
+    default: str | None = None,
+) -> str:
+    """The entry of `choices` that a field names; if it is missing, of the default or the first."""
     value = json.get(name)
     if value is None:
-        return next(iter(choices.values()))
+        value = default or next(iter(choices))
     if not isinstance(value, str) or value not in choices:
         raise InputError(f"{where}: {name} is {value!r:.80}, expected {' or '.join(choices)}")
     return choices[value]

@@ -15,6 +15,7 @@ import json
 import logging
 import os
 import shutil
+from importlib import import_module
 
 import torch
 import transformers
@@ -23,19 +24,12 @@ from torch import nn
 from torch.nn import functional
 from transformers import (
     AutoModelForCausalLM,
-    BertModel,
     GenerationConfig,
     GenerationMixin,
-    M2M100Model,
-    ModernBertModel,
-    MT5EncoderModel,
     PretrainedConfig,
     PreTrainedModel,
-    UMT5EncoderModel,
-    XLMRobertaModel,
 )
 from transformers.modeling_outputs import CausalLMOutput
-from transformers.models.m2m_100.modeling_m2m_100 import M2M100Encoder
 from transformers.utils import cached_file
 
 from .tokenization_jaxfusion import BridgeTokenizer, write_tokenizer
@@ -44,9 +38,10 @@ WEIGHTS = "model.safetensors"
 CODE = ("modeling_jaxfusion.py", "tokenization_jaxfusion.py")
 AUTO_MAP = {"AutoConfig": "modeling_jaxfusion.BridgeConfig",
             "AutoModelForCausalLM": "modeling_jaxfusion.BridgeForCausalLM"}
-ENCODERS = {"mt5": MT5EncoderModel, "umt5": UMT5EncoderModel, "bert": BertModel,
-            "xlm-roberta": XLMRobertaModel, "modernbert": ModernBertModel,
-            "m2m_100": M2M100Encoder}
+# transformers' class of each family; ModernBert's is there from 4.48 on.
+ENCODERS = {"mt5": "MT5EncoderModel", "umt5": "UMT5EncoderModel", "bert": "BertModel",
+            "xlm-roberta": "XLMRobertaModel", "modernbert": "ModernBertModel",
+            "m2m_100": "M2M100Model"}
 ROLES = {"encoder": "reader", "decoder": "writer"}
 IGNORED = -100  # the label of a token that is not predicted
 # The argument of from_pretrained, renamed in 4.56.
@@ -330,10 +325,12 @@ class BridgeForCausalLM(PreTrainedModel, GenerationMixin):
 
         family = config.reader["family"]
         pooling = {"add_pooling_layer": False} if family in ("bert", "xlm-roberta") else {}
+        kind = getattr(transformers, ENCODERS[family])
+        if family == "m2m_100" and config.reader["alone"]:
+            kind = import_module(kind.__module__).M2M100Encoder
+        encoder = backbone(kind, config.reader, **pooling)
         if family == "m2m_100" and not config.reader["alone"]:
-            encoder = backbone(M2M100Model, config.reader).encoder
-        else:
-            encoder = backbone(ENCODERS[family], config.reader, **pooling)
+            encoder = encoder.encoder
         decoder = backbone(AutoModelForCausalLM, config.writer, **attention)
         model = cls(config, encoder, decoder)
         model._read = {"from": (path, {"revision": revision, **hub}), "bits": {

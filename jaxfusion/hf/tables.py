@@ -12,8 +12,6 @@ from jaxfusion.nn.decoder import DecoderConfig
 from jaxfusion.nn.encoder import EncoderConfig
 
 Shape = tuple[int, ...]
-
-
 Index = tuple[slice, ...]
 
 
@@ -82,7 +80,8 @@ class Entry:
       transform: a name in `TRANSFORMS`.
       also: alternative names of the same tensor.
       part: start, stop and total number of rows, if ours is a part of theirs.
-      first: number of the first block that has the tensor; ours is 1 in those before.
+      first: number of the first block that has the tensor, a norm's scale; ours is 1 in those
+        before.
     """
 
     theirs: str

@@ -32,7 +32,7 @@ IGNORED = -100  # the label of a token that is not predicted
 HUB = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "token")
 SETTINGS = ("query_offset", "prompt_offset", "eos_token_id", "target_eos", "text_prompt",
             "turn")
-LATER = {"query_prefix": "", "languages": None}  # settings that earlier exports lack
+DEFAULTS = {"query_prefix": "", "languages": None}  # of settings that earlier exports lack
 WORDS = "the user's words"
 
 
@@ -45,6 +45,7 @@ def write_tokenizer(out, tokenizer):
     tokenizer.save_pretrained(out)
     if not os.path.isfile(os.path.join(out, "tokenizer.json")):
         return  # a slow tokenizer has its own class in both
+
     def change(config):
         for name in ("backend", "is_local", "local_files_only"):  # loading options
             config.pop(name, None)
@@ -90,10 +91,18 @@ class SentencePieceTokenizer(FastTokenizer):
     spm = None  # SentencePieceProcessor of a model whose normalizer is not the identity
 
     def __call__(self, text, *args, **kwargs):
-        """As in transformers, for one text or a list of texts."""
+        """As in transformers, for one text or a list of texts; offsets are of the given texts."""
         one = isinstance(text, str)
-        texts = self._normalize([text] if one else list(text))
-        return super().__call__(texts[0] if one else texts, *args, **kwargs)
+        normal = [self._normalize(x) for x in ([text] if one else text)]
+        texts = [x for x, _ in normal]
+        encoded = super().__call__(texts[0] if one else texts, *args, **kwargs)
+        if kwargs.get("return_offsets_mapping"):
+            rows = [encoded["offset_mapping"]] if one else encoded["offset_mapping"]
+            rows = [[(0, 0) if start == end == 0 else (places[start], places[end])
+                     for start, end in row]
+                    for row, (_, places) in zip(rows, normal, strict=True)]
+            encoded["offset_mapping"] = rows[0] if one else rows
+        return encoded
 
     def save_pretrained(self, save_directory, **kwargs):
         """As in transformers; also writes the SentencePiece model."""
@@ -103,16 +112,26 @@ class SentencePieceTokenizer(FastTokenizer):
         _change_config(save_directory, lambda config: {**config, NORMALIZER: SPM})
         return written
 
-    def _normalize(self, texts):
-        """Normalizes the text between added tokens, which are matched before normalization."""
+    def _normalize(self, text):
+        """The text as the backend reads it, and the place in `text` of each of its characters.
+
+        Added tokens are matched before normalization, and stay as they are.
+        """
         added = sorted(self.get_added_vocab(), key=len, reverse=True)
-        parts = [re.split(f"({'|'.join(map(re.escape, added))})", text) if added else [text]
-                 for text in texts]
-        plain = [part for text in parts for part in text[::2]]
-        # The backend adds the space before the first word.
-        normal = iter(self.spm.normalize(plain))
-        return ["".join(part if i % 2 else next(normal).removeprefix(SPACE).replace(SPACE, " ")
-                        for i, part in enumerate(text)) for text in parts]
+        parts = re.split(f"({'|'.join(map(re.escape, added))})", text) if added else [text]
+        whole, places, start = "", [], 0
+        for i, part in enumerate(parts):
+            if i % 2:
+                normal, offsets = part, range(len(part))
+            else:
+                normal, offsets = self.spm.normalize(part, with_offsets=True)
+                # The backend adds the space before the first word.
+                offsets = offsets[normal.startswith(SPACE) : len(normal)]
+                normal = normal.removeprefix(SPACE).replace(SPACE, " ")
+            whole += normal
+            places += [start + offset for offset in offsets]
+            start += len(part)
+        return whole, [*places, start]
 
 
 class BridgeTokenizer(PreTrainedTokenizerBase):
@@ -137,7 +156,7 @@ class BridgeTokenizer(PreTrainedTokenizerBase):
 
     def __init__(self, queries, answers, settings, src_lang=None, **kwargs):
         self.queries, self.answers = queries, answers
-        self.settings, self.src_lang = {**LATER, **settings}, src_lang
+        self.settings, self.src_lang = {**DEFAULTS, **settings}, src_lang
         pad = queries.convert_ids_to_tokens(queries.pad_token_id or 0)
         super().__init__(
             bos_token=answers.bos_token, pad_token=QUERY + pad,
@@ -156,9 +175,10 @@ class BridgeTokenizer(PreTrainedTokenizerBase):
             config = json.load(file)
         chosen = ("model_max_length", "padding_side", "truncation_side", "src_lang")
         options = {name: x for name, x in {**config, **kwargs}.items() if name in chosen}
+        settings = {name: config[name] for name in SETTINGS}
+        settings |= {name: config[name] for name in DEFAULTS if name in config}
         return cls(_read_tokenizer(path, QUERIES, hub), _read_tokenizer(path, ANSWERS, hub),
-                   {name: config[name] for name in (*SETTINGS, *LATER) if name not in LATER
-                    or name in config}, name_or_path=str(path), **options)
+                   settings, name_or_path=str(path), **options)
 
     def save_pretrained(self, save_directory, push_to_hub=False, **kwargs):
         """Writes a directory that `AutoTokenizer` reads; returns its files."""
@@ -244,7 +264,7 @@ class BridgeTokenizer(PreTrainedTokenizerBase):
 
     def tokenize(self, text, pair=None, **kwargs):
         """The names of the tokens of a query."""
-        return self.convert_ids_to_tokens(self.encode(text, pair))
+        return self.convert_ids_to_tokens(self.encode(text, pair, **kwargs))
 
     def apply_chat_template(self, conversation, tokenize=True, return_dict=True, **kwargs):
         """The ids of one user message, in the format that the bridge was trained with.

@@ -304,7 +304,9 @@ class Encoder(nn.Module):
     Attributes:
       config: shape and features.
       dtype: of parameters and activations; norms, softmax and mixes run in float32.
-      dropout: the rate where T5 has dropout (papers' runs left it on by accident: 0.1).
+      dropout: the rate where T5 has dropout, in every family: of the embeddings, attention weights,
+        sublayers, the feed-forward's hidden units and the final norm (papers' runs left it on by
+        accident: 0.1).
       remat: what the backward pass recomputes: `none`, or a name in `REMAT_POLICIES`.
       attention: a name in `KERNELS`; with dropout it is always plain.
     """

@@ -160,7 +160,7 @@ def _of_towers(
     rows = tuple(
         replace(row, theirs=f"{role}.{row.theirs}", ours=f"{role}/{row.ours}", also=())
         for role in ROLES for row in tower_table(shapes[role]).rows
-        if f"{role}.{row.theirs.format(i=0)}" in tensors.files
+        if f"{role}.{row.theirs.format(i=row.first)}" in tensors.files
     )
     specs = {row.ours: places[row.ours].update(dtype=jnp.float32) for row in rows}
     # Fusion and projector are read elsewhere.

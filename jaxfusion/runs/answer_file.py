@@ -145,10 +145,11 @@ def language_of(run: OpenRun, row: dict[str, Any], language: str, where: str) ->
     Raises:
       InputError: the encoder does not have the language, or none is given.
     """
-    if run.llm_only or run.tokenizers.languages is None:
-        return run.checked_language(language)
+    own = row.get("language")
+    if run.llm_only or run.tokenizers.languages is None or is_blank(own):
+        own = language
     try:
-        return run.checked_language(str(row.get("language") or language))
+        return run.checked_language(str(own))
     except InputError as error:
         raise InputError(f"{where}: {error}") from None
 

@@ -67,7 +67,8 @@ def unknown_words(tokenizer, text: str) -> list[str]:
     unknown = []
     for word in dict.fromkeys(text.replace("|", " ").split()):
         ids = tokenizer(word, add_special_tokens=False)["input_ids"]
-        pieces = [piece.strip("▁") for piece in tokenizer.convert_ids_to_tokens(ids)]
+        pieces = [piece.removeprefix("##").strip("▁Ġ")
+                  for piece in tokenizer.convert_ids_to_tokens(ids)]
         spelled = len(word) > 2 and all(len(piece) <= 1 for piece in pieces)
         if tokenizer.unk_token_id in ids or spelled:
             unknown.append(word)

@@ -140,12 +140,14 @@ class OpenRun:
         Raises:
           InputError: the encoder is told no languages, or does not have this one.
         """
-        if self.llm_only or self.tokenizers.languages is None:
-            if language:
-                raise InputError("--language is for encoders that are told it (NLLB, M2M100), and "
-                                 "this run has none; leave it out")
-        else:
+        if self.llm_only and language:
+            raise InputError("--language is for the encoder, which the bare LLM has not; leave it "
+                             "out")
+        if not self.llm_only and self.tokenizers.languages is not None:
             self.tokenizers.around_query(language)
+        elif language:
+            raise InputError("--language is for encoders that are told it (NLLB, M2M100), and this "
+                             "run's is not; leave it out")
         return language
 
     def layers_of(self, text: str, language: str = "") -> dict[str, Any] | None:

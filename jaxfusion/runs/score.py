@@ -13,6 +13,7 @@ from rich.progress import Progress
 from jaxfusion.config import CONFIG_FILE
 from jaxfusion.data.contamination import fingerprints, read_seen
 from jaxfusion.data.coverage import check_reading
+from jaxfusion.data.languages import by_every_code
 from jaxfusion.data.rows.examples import Example, at_hand, read_examples
 from jaxfusion.data.tasks.catalogue import check_languages, configured, get_task
 from jaxfusion.data.tasks.spec import Task
@@ -67,6 +68,8 @@ def evaluate(
     rows = read_rows(config, tasks, languages, limit, data_path)
     drop_seen = drop_seen or config.eval.drop_seen
     rows = unseen(rows, seen_by(config, workdir), drop_seen, config.tasks)
+    if not (languages or config.eval.languages):
+        rows = readable(run, rows)
     with run.on_mesh():
         new, details = _score(run, rows)
     if not is_first():
@@ -99,6 +102,18 @@ def read_rows(
         rows[name] = {language: read_examples(name, task, "test", language, path)[:limit]
                         for language in chosen}
     return rows
+
+
+def readable(run: OpenRun, rows: TaskRows) -> TaskRows:
+    """The rows without languages that nobody asked for and the encoder cannot be told."""
+    if run.llm_only or run.tokenizers.languages is None:
+        return rows
+    told = by_every_code(run.tokenizers.languages)
+    left_out = sorted({x for by_language in rows.values() for x in by_language} - told.keys())
+    if left_out:
+        logger.warning("left out, as the encoder has no token for them: %s", ", ".join(left_out))
+    return {name: {language: part for language, part in by_language.items() if language in told}
+            for name, by_language in rows.items()}
 
 
 def seen_by(config: Config, workdir: Path) -> np.ndarray:

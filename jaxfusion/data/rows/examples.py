@@ -126,7 +126,10 @@ def at_hand(name: str, task: Task, split: str, path: str | None) -> tuple[str, .
     source = task.source if path is None else task.at(path.replace("{task}", name))
     languages = []
     if path is not None and (folder := Path(source.place).expanduser()).is_dir():
-        languages = [x for x in task.languages if _own_files(task, folder, split, x)]
+        theirs = task.files and split in task.files.splits and task.files.by_language and (
+            replace(task.files, place=str(folder / task.files.place)))
+        languages = [x for x in task.languages if _own_files(task, folder, split, x)
+                     or (theirs and _filled(theirs, split, x).is_file())]
     elif source and source.kind == "files" and source.by_language and split in source.splits:
         languages = [x for x in task.languages if _matches(_filled(source, split, x))]
     return tuple(languages) or task.languages

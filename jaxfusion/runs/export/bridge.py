@@ -15,6 +15,7 @@ import numpy as np
 from flax import traverse_util
 
 from jaxfusion.config import CONFIG_FILE
+from jaxfusion.data.languages import by_every_code
 from jaxfusion.data.tasks.catalogue import get_task
 from jaxfusion.data.tokenizers import Tokenizers
 from jaxfusion.errors import InputError, choose
@@ -210,7 +211,8 @@ def _write_tokenizers(out: Path, bridge: Trained, described: dict[str, Any]) -> 
         "query_offset": described["query_offset"], "prompt_offset": described["prompt_offset"],
         "eos_token_id": tokenizers.eos, "target_eos": tokenizers.ends_targets,
         "text_prompt": config.data.text_prompt, "turn": turn,
-        "query_prefix": tokenizers.query_prefix, "languages": tokenizers.languages,
+        "query_prefix": tokenizers.query_prefix,
+        "languages": tokenizers.languages and by_every_code(tokenizers.languages),
     }
     BridgeTokenizer(tokenizers.encoder, answers, settings,
                     model_max_length=config.eval.max_encoder_tokens).save_pretrained(out)
@@ -325,6 +327,7 @@ def _card(bridge: Trained, described: dict[str, Any]) -> str:
         language=config.data.language, step=bridge.step,
         parts="\n".join(parts), scores="\n".join(scores),
         config=json.dumps(described, indent=2),
+        told=TOLD.format(config.data.language) if bridge.tokenizers.languages else "",
     )
 
 
@@ -336,6 +339,8 @@ def licence_of(path: Path) -> str:
     return match[1] if match else "see its own page"
 
 
+TOLD = """
+tokenizer.src_lang = "{}"  # of the texts"""
 CARD = """\
 ---
 library_name: transformers
@@ -354,7 +359,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 model = AutoModelForCausalLM.from_pretrained(DIR, trust_remote_code=True)
 tokenizer = AutoTokenizer.from_pretrained(DIR, trust_remote_code=True)
-texts = ["..."]
+texts = ["..."]{told}
 inputs = tokenizer(texts, padding=True, return_tensors="pt")
 tokens = model.generate(**inputs, max_new_tokens=32)
 print(tokenizer.batch_decode(tokens, skip_special_tokens=True))
