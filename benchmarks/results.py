@@ -180,9 +180,9 @@ deviation across seeds. Chance is 33.3.
 
 Noise began as a control. A fusion of our own, which weighted layers by their agreement and trained
 with that noise, was chosen on the development languages. On these rows it was not better in the
-poor languages than one layer with the same noise, so it was removed. The lines on noise are
-therefore a second look at these rows, and the last three seeds were added after the results of the
-first seven were known; the last table below tests the most important of them again."""
+poor languages than one layer with the same noise, so it was removed, and the lines on noise are a
+second look at these rows. An earlier table, whose warm starts drew the same samples for every seed,
+showed five lines on noise to hold. With a draw for each seed none of them is left."""
 VERDICTS = """\
 Differences in points. `p` is the larger of two tests of the paired differences, a t-test over seeds
 and a randomisation test over rows. Holm's correction is over all lines; a claim holds if the
