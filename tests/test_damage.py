@@ -382,4 +382,4 @@ def test_no_damage_is_silent(scored, tmp_path, caplog, flips, others):
         assert not silent, f"{i}: {file}, {what}: {silent}"
         said += "said" in found.values()
         shutil.rmtree(place)
-    assert said > (flips + others) / 4
+    assert said > (flips + others) / 5

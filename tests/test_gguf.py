@@ -469,7 +469,7 @@ REFUSED = {
     "types": (change("token_type", [1, 2]), "token_type has 2 values, expected 341 of type int"),
     "no type": (change("token_type", [9] * 341), "a token of type 9, expected 1 to 6"),
     "merges": (change("merges", ["x yy"]), "merges is damaged"),
-    "scale": (change("llama.attention.scale", 0.5), "llama.attention.scale is 0.5, which is not"),
+    "scale": (change("llama.attention.scale", 0.5), "llama.attention.scale is 0.5, expected 0.25"),
     "mask": (change("llama.attention.causal", False), "not causal: it is an encoder"),
     "yarn": (change("llama.rope.scaling.type", "yarn"), "RoPE scaling 'yarn' is not supported"),
     "no width": (change("llama.embedding_length", None), "llama.embedding_length is missing"),

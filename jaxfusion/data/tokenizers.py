@@ -44,7 +44,7 @@ class Tokenizers:
       end_tokens: from the LLM's own files: an answer ends at any of them.
       ends_targets: whether every training target ends in `eos`.
       bos: whether rows begin with BOS; None: as the tokenizer's own texts do.
-      query_prefix: what stands in front of every text that the encoder reads (E5: `query: `).
+      query_prefix: what stands in front of every text that the encoder reads (E5: "query: ").
       languages: the encoder's tokens of languages, with which its texts begin (NLLB); None: it is
         told no language.
     """
