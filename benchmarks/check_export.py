@@ -29,7 +29,7 @@ def main(out: str, reference: str) -> None:
         assert found.isfinite().all()
         difference = max(difference, float((found - logits).abs().max() / logits.abs().max()))
         tokens = model.generate(**inputs, max_new_tokens=len(wanted["tokens"][0]),
-                                eos_token_id=None)
+                                eos_token_id=None)[:, inputs["input_ids"].shape[1]:]
         # Compared up to the first step whose two best logits are nearly the same.
         same = all(
             torch.equal(row[:upto], torch.tensor(theirs)[:upto])

@@ -389,8 +389,10 @@ class BridgeForCausalLM(PreTrainedModel, GenerationMixin):
         """Encoder ids [B S] → the prefix [B P E], its mask [B P], and the end vector [E]."""
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
-        states = self.encoder(input_ids=input_ids, attention_mask=attention_mask,
-                              output_hidden_states=True).hidden_states[1:]
+        out = self.encoder(input_ids=input_ids, attention_mask=attention_mask,
+                           output_hidden_states=True)
+        # The last one after the final norm, which ModernBERT's lacks in transformers 4.
+        states = (*out.hidden_states[1:-1], out.last_hidden_state)
         device = self.projector.end.device
         states = torch.stack(states).to(device, torch.float32)
         mask = attention_mask.to(device)
