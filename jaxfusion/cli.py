@@ -120,6 +120,8 @@ def _parse_flags(argv: list[str]) -> list[str]:
         if isinstance(first, InputError):  # wrapped by the libraries
             raise InputError(str(first)) from None
         text = str(error.args[0] if isinstance(error, KeyError) else error)
+        if isinstance(first, AttributeError) and first.name == "get_config":
+            text = "the file of --config has no function get_config: it is not a config"
         if text.strip("\"'").isidentifier():  # ml_collections' own KeyError
             name = text.strip("\"'")
             text = f"the config has no field '{name}'; its fields are in jaxfusion/fields.py"

@@ -9,15 +9,7 @@ imply: Qwen's Unicode normalization, Llama 3's whole words, and BOS if no field 
 from dataclasses import dataclass
 from typing import Any
 
-from tokenizers import (
-    AddedToken,
-    Regex,
-    Tokenizer,
-    decoders,
-    models,
-    normalizers,
-    pre_tokenizers,
-)
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from tokenizers.processors import TemplateProcessing
 
 from jaxfusion.errors import InputError, first_line

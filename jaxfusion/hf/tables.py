@@ -131,7 +131,7 @@ def _t5_table(config: EncoderConfig) -> Table:
     rows = (
         # MADLAD-400's files have the shared table under the last name, the decoder's.
         Entry("shared.weight", "embed/embedding",
-            also=("encoder.embed_tokens.weight", "decoder.embed_tokens.weight")),
+              also=("encoder.embed_tokens.weight", "decoder.embed_tokens.weight")),
         bias_row,
         Entry(f"{block}.0.layer_norm.weight", f"{blocks}/attn_norm/scale"),
         *(Entry(f"{block}.0.SelfAttention.{x}.weight", f"{blocks}/attn/{x}/kernel", "linear_in")
@@ -270,7 +270,7 @@ def _inputs(config: DecoderConfig) -> list[Entry]:
             ours = f"{blocks}/{room.removeprefix('self_')}/{name}/kernel"
             if config.family == "phi3":
                 rows.append(Entry(f"{block}.{room}.{fused}.weight", ours, "linear_in",
-                                part=(*part, ends[-1])))
+                                  part=(*part, ends[-1])))
             else:
                 rows.append(Entry(f"{block}.{room}.{name}_proj.weight", ours, "linear_in"))
     return rows

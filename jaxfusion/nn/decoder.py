@@ -9,14 +9,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxfusion.nn.attention import (
-    FUSED,
-    LayerWindows,
-    Pattern,
-    capped,
-    plain_attention,
-    usable,
-)
+from jaxfusion.nn.attention import FUSED, LayerWindows, Pattern, capped, plain_attention, usable
 from jaxfusion.nn.cache import Cache
 from jaxfusion.nn.layers import (
     ACTIVATIONS,

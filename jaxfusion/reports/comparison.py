@@ -7,13 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxfusion.reports.statistics import (
-    bootstrap_mean,
-    holm,
-    mcnemar,
-    sign_flip,
-    wilson_interval,
-)
+from jaxfusion.reports.statistics import bootstrap_mean, holm, mcnemar, sign_flip, wilson_interval
 
 ALL_GROUPS = "all groups"
 Interval = tuple[float, float]

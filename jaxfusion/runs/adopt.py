@@ -140,8 +140,8 @@ def _ours(path: Path, described, tensors: TensorFiles, named) -> tuple[Config, F
     revisions = {role: None if named[role] else part["revision"] for role, part in parts.items()}
     config = Config(
         encoder=EncoderSettings(names["encoder"], revisions["encoder"],
-                              added_tokens=tuple(described["added_tokens"]),
-                              prefix=described.get("query_prefix", "")),
+                                added_tokens=tuple(described["added_tokens"]),
+                                prefix=described.get("query_prefix", "")),
         decoder=DecoderSettings(names["decoder"], revisions["decoder"]),
         fusion=FusionConfig(fusion["name"], fusion["layer"], d_ff=fusion["d_ff"]),
         projector=ProjectorConfig(projector["name"], projector["d_ff"], projector["latents"]),

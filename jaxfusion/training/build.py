@@ -12,9 +12,7 @@ from flax import traverse_util
 from jax.sharding import Mesh, NamedSharding
 
 from jaxfusion.errors import InputError
-from jaxfusion.fields import (
-    Config,
-)
+from jaxfusion.fields import Config
 from jaxfusion.nn.attention import why_plain
 from jaxfusion.nn.bridge import Bridge, Params
 from jaxfusion.nn.decoder import Decoder, DecoderConfig
@@ -150,7 +148,7 @@ def make_bridge(config: Config, encoder, decoder, platform: str | None = None) -
     _log_plain("decoder", second.attention, decoder.head_dim, decoder_dtype, decoder.attn_cap)
     return Bridge(
         Encoder(encoder, encoder_dtype, first.dropout, first.remat,
-                   kernel_for("encoder", first.attention, platform)),
+                kernel_for("encoder", first.attention, platform)),
         Decoder(decoder, decoder_dtype, second.remat,
                 kernel_for("decoder", second.attention, platform)),
         _make_projector(config, decoder.d_model),

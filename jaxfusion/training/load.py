@@ -18,10 +18,7 @@ from jaxfusion.data.tokenizers import (
     read_end_tokens,
 )
 from jaxfusion.errors import InputError
-from jaxfusion.fields import (
-    ROLES,
-    Config,
-)
+from jaxfusion.fields import ROLES, Config
 from jaxfusion.hf.hub import resolve
 from jaxfusion.hf.load import load_params, read_shape
 from jaxfusion.hf.tables import tower_table

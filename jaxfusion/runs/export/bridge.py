@@ -24,18 +24,8 @@ from jaxfusion.fields import DTYPES, JOBS, ROLES, Config
 from jaxfusion.files import new_directory, read_json
 from jaxfusion.hf.encoders import encoder_json
 from jaxfusion.hf.load import open_tensors, read_config
-from jaxfusion.hf.save import (
-    copy_tower,
-    to_tensors,
-    tower_names,
-    write_shards,
-    write_tokenizer,
-)
-from jaxfusion.hf.tables import (
-    Table,
-    bridge_table,
-    tower_table,
-)
+from jaxfusion.hf.save import copy_tower, to_tensors, tower_names, write_shards, write_tokenizer
+from jaxfusion.hf.tables import Table, bridge_table, tower_table
 from jaxfusion.runs.open_run import open_run
 from jaxfusion.sharding.mesh import make_mesh
 from jaxfusion.training.build import initialise_own, plan_model
