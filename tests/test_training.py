@@ -27,7 +27,7 @@ from jaxfusion.data.pipeline import subset
 from jaxfusion.data.rows.examples import read_examples
 from jaxfusion.data.tasks.catalogue import TASKS
 from jaxfusion.errors import InputError, Stopped
-from jaxfusion.evaluation.scoring import Scorer
+from jaxfusion.evaluation.scoring import Scorer, for_task
 from jaxfusion.fields import GroupConfig, OptimizerConfig
 from jaxfusion.miniatures.checkpoints import write_checkpoints
 from jaxfusion.sharding.mesh import make_mesh
@@ -374,7 +374,7 @@ def test_thirty_two_real_rows_are_learned(real_data, cache_dir, tmp_path, fusion
     task = TASKS["sib200"]
     rows = read_examples("sib200", task, "train", "eng_Latn", str(real_data / "sib200"))
     rows = subset(rows, 32, balanced=False, seed=config.train.seed)
-    scorer = Scorer(model.bridge, model.tokenizers, config.eval)
+    scorer = Scorer(model.bridge, model.tokenizers, for_task(config.eval, task))
     scored = scorer(merge(state.trainable, model.frozen), rows, task)
     assert np.mean(scored.correct["exact_match"]) > 0.9
 
