@@ -7,7 +7,6 @@ State numbering is Hugging Face's: `h_0` the embedding output, `h_1 … h_{L-1}`
 after each block, `h_L` after the final norm, if the family has one.
 """
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -15,7 +14,6 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int
 
@@ -37,6 +35,7 @@ from jaxfusion.nn.layers import (
     named,
     rematerialised,
 )
+from jaxfusion.nn.positions import RelativeBias, sinusoids, token_positions
 from jaxfusion.nn.rope import Rope, rope_tables, rotate
 from jaxfusion.sharding.rules import constrain
 
@@ -116,63 +115,10 @@ class EncoderConfig(LayerWindows):
             return RMSNorm(self.norm_eps, dtype, name=name)
         return LayerNorm(self.norm_eps, dtype, self.bias, name=name)
 
-
-def relative_buckets(length: int, num_buckets: int, max_distance: int) -> Int[np.ndarray, "S S"]:
-    """Bucket of every (query, key) distance, both directions (T5, arXiv:1910.10683, section 2.1).
-
-    Half of the buckets are for keys after the query; of each half, half are exact distances and
-    the others grow logarithmically up to `max_distance`, where the last one takes the rest.
-    """
-    distance = np.arange(length)[None, :] - np.arange(length)[:, None]
-    half = num_buckets // 2
-    exact = half // 2
-    far = np.maximum(np.abs(distance), 1).astype(np.float32) / np.float32(exact)
-    log_scale = np.float32(math.log(max_distance / exact))
-    logarithmic = exact + (np.log(far) / log_scale * np.float32(half - exact)).astype(np.int32)
-    near = np.abs(distance) < exact
-    bucket = np.where(near, np.abs(distance), np.minimum(logarithmic, half - 1))
-    return bucket + np.where(distance > 0, half, 0)
-
-
-def token_positions(
-    segments: Int[Array, "B S"], counts_padding: bool = False
-) -> Int[Array, "B S"]:
-    """Place of every token in its text, from 0; anything at padding.
-
-    Args:
-      segments: 0 at padding; the tokens of a segment are contiguous.
-      counts_padding: a row's first text begins at slot 0, whatever padding precedes it, as
-        transformers counts for BERT.
-    """
-    segments, slots = segments.astype(jnp.int32), jnp.arange(segments.shape[1])
-    before = jnp.pad(segments, ((0, 0), (1, 0)))[:, :-1]
-    starts = (segments != before) & (segments != 0)
-    if counts_padding:
-        starts &= jnp.cumsum(starts, axis=1) > 1
-    return slots - jax.lax.cummax(jnp.where(starts, slots, 0), axis=1)
-
-
-def sinusoids(positions: Int[Array, "B S"], width: int) -> Float[Array, "B S D"]:
-    """Sine and cosine of every position (fairseq's form of arXiv:1706.03762, section 3.5)."""
-    half = width // 2
-    frequencies = jnp.exp(jnp.arange(half) * (-math.log(10_000) / (half - 1)))
-    angles = positions[:, :, None].astype(jnp.float32) * frequencies
-    waves = jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
-    return jnp.pad(waves, ((0, 0), (0, 0), (0, width % 2)))
-
-
-class RelativeBias(nn.Module):
-    """The learned attention bias of every head by relative position bucket."""
-
-    config: EncoderConfig
-
-    @nn.compact
-    def __call__(self, length: int) -> Float[Array, "N S S"]:
-        c = self.config
-        init = named(nn.initializers.normal(1.0), "buckets", "heads")
-        table = self.param("embedding", init, (c.num_buckets, c.num_heads), jnp.float32)
-        buckets = relative_buckets(length, c.num_buckets, c.max_distance)
-        return jnp.take(table.astype(jnp.float32), buckets, axis=0).transpose(2, 0, 1)
+    def make_relative_bias(self) -> RelativeBias:
+        """T5's bias of the scores."""
+        return RelativeBias(self.num_buckets, self.max_distance, self.num_heads,
+                            name="relative_bias")
 
 
 class Context(NamedTuple):
@@ -274,7 +220,7 @@ class Block(nn.Module):
             kind = 0  # known when compiled: nothing is copied
         drop = nn.Dropout(self.dropout, deterministic=self.deterministic)
         norm = partial(c.make_norm, self.dtype)
-        bias = RelativeBias(c, name="relative_bias")(x.shape[1]) if (
+        bias = c.make_relative_bias()(x.shape[1]) if (
             c.bias_per_layer) else context.bias
         attend = SelfAttention(c, *common, self.attention, name="attn")
         feed = FeedForward(c, *common, name="mlp")
@@ -395,7 +341,7 @@ class Encoder(nn.Module):
             segment_mask(segments, window) for window in c.kinds])
         bias, rotary = None, None
         if c.positions == "relative" and not c.bias_per_layer:
-            bias = RelativeBias(c, name="relative_bias")(length)
+            bias = c.make_relative_bias()(length)
         if c.positions == "rotary":
             ropes = [c.local_rope if window and c.local_rope else c.rope for window in c.kinds]
             most = jnp.max(jnp.where(segments != 0, positions, 0), axis=1)
