@@ -45,7 +45,8 @@ def set_up_jax() -> None:
     `JAX_ENABLE_COMPILATION_CACHE=false` keeps none.
     """
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.92")
-    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache_dir() / "programs" / _processor()))
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        os.environ["JAX_COMPILATION_CACHE_DIR"] = str(cache_dir() / "programs" / _processor())
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
 

@@ -421,7 +421,7 @@ def test_chats_end_where_the_file_says(base, tmp_path):
     assert ids(ours, "a") and ours("a")["input_ids"][-1] == 0
 
 
-# What is refused, and what is said
+# Refusals and remarks
 
 
 def no_tokenizer(fields, tensors, tokenizer):

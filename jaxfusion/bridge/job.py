@@ -66,15 +66,13 @@ def prepare(config: Config, mesh, fresh: bool = True, workdir: Path | None = Non
     shares = batch_multiple(config.train, mesh)
     config, task, examples, dev = read_data(config)
     towers = open_towers(config)
+    check_reading(towers.tokenizers, examples)
+    towers.tokenizers.check_languages(config.eval.languages)  # not only when the run is scored
     plan = plan_model(towers.config, towers.shapes, mesh)
     tokenized = in_background(
         lambda: _tokenize(config, task, examples, plan.bridge, towers.tokenizers))
     model = read_model(towers, plan)
     rows = tokenized.result()
-    check_reading(towers.tokenizers, examples)
-    for language in config.eval.languages:  # refused now, not when the run is scored
-        if towers.tokenizers.languages is not None:
-            towers.tokenizers.around_query(language)
     earlier = {}
     if not fresh:
         model = overlay(model, frozen_of(model, workdir, config), str(workdir))

@@ -44,7 +44,7 @@ class Tokenizers:
       end_tokens: from the LLM's own files: an answer ends at any of them.
       ends_targets: whether every training target ends in `eos`.
       bos: whether rows begin with BOS; None: as the tokenizer's own texts do.
-      query_prefix: what stands in front of every text that the encoder reads (E5: "query: ").
+      query_prefix: in front of every text that the encoder reads (E5: "query: ").
       languages: the encoder's tokens of languages, with which its texts begin (NLLB); None: it is
         told no language.
     """
@@ -115,6 +115,11 @@ class Tokenizers:
         if self.languages is not None:
             return [token_of(language, self.languages)], [self.encoder.eos_token_id]
         return self._around_query
+
+    def check_languages(self, languages: Sequence[str]) -> None:
+        """Raises InputError for a language that the encoder has to be told and does not have."""
+        for language in languages:
+            self.around_query(language)
 
     def kept_of_query(self, language: str = "") -> tuple[int, int]:
         """How many ids truncation keeps at a query's two ends: special tokens and the prefix."""

@@ -110,6 +110,8 @@ def readable(run: OpenRun, rows: TaskRows) -> TaskRows:
         return rows
     told = by_every_code(run.tokenizers.languages)
     left_out = sorted({x for by_language in rows.values() for x in by_language} - told.keys())
+    if unread := [name for name, by_language in rows.items() if not told.keys() & by_language]:
+        raise InputError(f"the encoder has no token for any language of {', '.join(unread)}")
     if left_out:
         logger.warning("left out, as the encoder has no token for them: %s", ", ".join(left_out))
     return {name: {language: part for language, part in by_language.items() if language in told}

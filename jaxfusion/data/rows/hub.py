@@ -11,7 +11,7 @@ from jaxfusion.data.tasks.spec import Placed, Source
 from jaxfusion.errors import InputError, first_line
 from jaxfusion.hf.hub import COMMIT, hub_in_reach
 
-SCRIPTS = "scripts are no longer supported"  # in the error of datasets 4 for loading scripts
+SCRIPTS = "scripts are no longer supported"  # from datasets 4's message for loading scripts
 logger = logging.getLogger(__name__)
 
 
