@@ -39,6 +39,7 @@ from helpers import (  # noqa: E402
 
 from jaxfusion.data.batching import TokenRow, find_shapes, in_order  # noqa: E402
 from jaxfusion.evaluation.generate import Decoding, make_scorer  # noqa: E402
+from jaxfusion.evaluation.options import make_options  # noqa: E402
 from jaxfusion.hf.save import write_tower  # noqa: E402
 from jaxfusion.miniatures.checkpoints import random_params, write_checkpoints  # noqa: E402
 from jaxfusion.runs.export.bridge import export  # noqa: E402
@@ -93,9 +94,9 @@ def reference(model, file: Path, language: str | None = None) -> None:
     # No token ends an answer.
     score = make_scorer(model.bridge, Decoding(NEW_TOKENS, eos=-1), False)
     (numbers, batch), = in_order(rows, find_shapes(rows, (64,)), model.tokenizers, len(rows))
-    none = np.zeros((1, len(rows), 1))
+    none = make_options([[[] for _ in rows]], len(rows))
     params = merge(model.trainable, model.frozen)
-    tokens = np.asarray(score(params, batch, none.astype(int), none > 1)[0])[np.argsort(numbers)]
+    tokens = np.asarray(score(params, batch, none)[0])[np.argsort(numbers)]
     best = np.sort(extend(model, queries, tokens), axis=-1)
     near = best[..., -1] - best[..., -2] < NEAR_TIE
     upto = [int(np.argmax(row)) if row.any() else NEW_TOKENS for row in near]

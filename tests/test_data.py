@@ -13,11 +13,12 @@ from hypothesis import strategies as st
 from jaxfusion.data.batching import (
     TokenRow,
     collate,
-    doubling_buckets,
     epoch_plan,
     find_bare_shapes,
     find_shapes,
     in_order,
+    length_buckets,
+    round_length,
     tokenize,
 )
 from jaxfusion.data.packing import find_packing, sizes, stratified_plan
@@ -219,9 +220,11 @@ def test_evaluation_order_covers_all(tokenizers):
     numbers = [n for n, _ in in_order(rows, find_shapes(rows, (16, 64, 128)), tokenizers, 4)]
     assert sorted(np.concatenate(numbers)) == list(range(len(rows)))
     bare = [TokenRow([], [3] * n, []) for n in (3, 40, 70)]
-    shapes = find_bare_shapes(bare, doubling_buckets(100))
-    assert shapes.buckets == (0, 0) and shapes.texts == (64, 100)
-    assert doubling_buckets(512) == (64, 128, 256, 512)
+    shapes = find_bare_shapes(bare, length_buckets(100))
+    assert shapes.buckets == (0, 0, 0) and shapes.texts == (32, 40, 80)
+    assert length_buckets(200) == (32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 200)
+    assert length_buckets(20) == (20,)
+    assert all(n <= round_length(n) <= max(8, 1.25 * n) for n in range(1, 2000))
 
 
 def test_balanced_subset():

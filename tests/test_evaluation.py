@@ -18,6 +18,7 @@ from jaxfusion.data.rows.examples import Example
 from jaxfusion.data.tasks.catalogue import TASKS
 from jaxfusion.data.tasks.spec import Task, last_number
 from jaxfusion.evaluation.generate import Decoding, choose_tokens, make_scorer
+from jaxfusion.evaluation.options import make_options
 from jaxfusion.evaluation.scoring import Scorer, _correct
 from jaxfusion.fields import EvalConfig
 from jaxfusion.reports.statistics import accuracy, holm, mcnemar, sign_flip, wilson_interval
@@ -67,10 +68,11 @@ def test_greedy_and_likelihood_equal_a_full_pass(model, params):
     rows = rows_of(model, EXAMPLES[:2], text_prompt="so")
     shapes = find_shapes(rows, (64,))
     batch = collate(*shapes.place(rows, 1, 2), tokenizers)
-    options = np.array([[[7, 9, 30, 2], [7, 9, 30, 2]], [[8, 0, 0, 0], [9, 5, 0, 0]]])
-    mask = options > 0
+    # By option and row: some share beginnings, one is the beginning of another.
+    options = [[[7, 9, 30, 2], [7, 9, 30, 2]], [[8], [9, 5]], [[7, 9, 31, 4, 4, 4], [7, 9]],
+               [[7, 30, 2], [9, 5, 5]]]
     score = make_scorer(bridge, Decoding(5, tokenizers.eos), bare=False)
-    tokens, scores, greedy = score(params, batch, options, mask)
+    tokens, scores, greedy = score(params, batch, make_options(options, 2))
     full = jax.jit(bridge.target_logits)
 
     def logits_after(i, answer):
@@ -84,8 +86,8 @@ def test_greedy_and_likelihood_equal_a_full_pass(model, params):
         top = np.argsort(np.asarray(logits_after(i, answer)), axis=-1)[:, ::-1]
         ended = answer.index(tokenizers.eos) + 1 if tokenizers.eos in answer else len(answer)
         assert answer[:ended] == top[:ended, 0].tolist()
-        for c in range(2):
-            option = options[c, i][mask[c, i]]
+        for c, rows_option in enumerate(options):
+            option = np.array(rows_option[i])
             log_probs = jax.nn.log_softmax(logits_after(i, option), axis=-1)
             expected = float(jnp.sum(log_probs[np.arange(len(option)), option]))
             assert abs(float(scores[c, i]) - expected) < 1e-4 * abs(expected)
@@ -110,7 +112,7 @@ def test_an_answer_ends_at_every_end_token_that_the_llm_names(model, params, tin
     rows = rows_of(model, EXAMPLES[:1])
     batch = collate(*find_shapes(rows, (64,)).place(rows, 1, 1), model.tokenizers)
     score = make_scorer(model.bridge, Decoding(4, model.tokenizers.eos), bare=False)
-    tokens = score(params, batch, *(np.zeros((1, 1, 1), kind) for kind in (int, bool)))[0][0]
+    tokens = score(params, batch, make_options([[[]]], 1))[0][0]
     kept = next(i for i in range(1, 4) if tokens[i] not in tokens[:i])
     llm = shutil.copytree(tiny / "decoder", tmp_path / "llm")
     (llm / "generation_config.json").write_text(json.dumps(
@@ -153,13 +155,24 @@ def test_letters_are_scored_by_the_prompts_own_logits(model, params):
     rows = rows_of(model, EXAMPLES[:2])
     batch = collate(*find_shapes(rows, (64,)).place(rows, 1, 2), tokenizers)
     score = make_scorer(bridge, Decoding(0, tokenizers.eos), bare=False)
-    letters = np.array([[[7], [7]], [[8], [9]]])
-    tokens, scores, _ = score(params, batch, letters, letters > 0)
+    letters = [[[7], [7]], [[8], [9]]]
+    tokens, scores, _ = score(params, batch, make_options(letters, 2))
     assert tokens.shape == (2, 0)
-    longer = np.pad(letters, ((0, 0), (0, 0), (0, 7)))
+    longer = [*letters, [[4, 5, 6], [3, 5, 6]]]
     _, cached, _ = make_scorer(bridge, Decoding(5, tokenizers.eos), bare=False)(
-        params, batch, longer, longer > 0)
-    assert relative(scores, cached) < 1e-6
+        params, batch, make_options(longer, 2))
+    assert relative(scores, cached[:2]) < 1e-6
+
+
+def test_options_are_a_tree_that_reads_each_beginning_once():
+    options = make_options([[[5, 6, 7]], [[5, 6]], [[5, 8, 9]], [[4]], [[]]], batch_size=2)
+    assert options.nodes.tolist() == [[5, 6, 8], [0, 0, 0]]
+    assert options.depth[0].tolist() == [0, 1, 1]
+    assert options.after[:3, 0, :3].tolist() == [[-1, 0, 1], [-1, 0, -1], [-1, 0, 2]]
+    assert options.visible[0].astype(int).tolist() == [[1, 0, 0], [1, 1, 0], [1, 0, 1]]
+    assert not options.visible[1].any() and not options.mask[:, 1].any()
+    assert options.mask.sum(axis=2)[:, 0].tolist() == [3, 2, 3, 1, 0]
+    assert make_options([[[4]], [[9]]], 1).nodes.shape == (1, 0)  # the prompt scores them
 
 
 def test_draws_follow_the_nucleus_at_their_temperature():
@@ -229,9 +242,8 @@ def test_padding_on_the_left_changes_nothing(model, params, bare):
         name: roll(getattr(right, name))
         for name in ("dec_tokens", "dec_source", "dec_positions", "dec_segments")})
     score = make_scorer(model.bridge, Decoding(8, model.tokenizers.eos), bare=bare)
-    options = np.tile([[7, 9]], (1, len(rows), 1))
-    (ours, one, _), (theirs, other, _) = (
-        score(params, x, options, options > 0) for x in (right, left))
+    options = make_options([[[7, 9]] * len(rows), [[7, 8, 4]] * len(rows)], len(rows))
+    (ours, one, _), (theirs, other, _) = (score(params, x, options) for x in (right, left))
     assert np.array_equal(ours, theirs) and relative(one, other) < 1e-5
 
 

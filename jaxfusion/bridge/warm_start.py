@@ -9,7 +9,7 @@ import numpy as np
 import optax
 from flax import traverse_util
 
-from jaxfusion.data.batching import TokenRow, doubling_buckets, find_shapes, in_order
+from jaxfusion.data.batching import TokenRow, find_shapes, in_order, length_buckets
 from jaxfusion.data.rows.examples import Example
 from jaxfusion.data.tokenizers import Tokenizers
 from jaxfusion.errors import InputError
@@ -66,7 +66,7 @@ def _pairs(model: Model, params: Params, examples: Sequence[Example]):
     fuse = jax.jit(lambda params, batch: model.bridge.fuse(params, batch)[0])
     table = fetch(params["decoder"]["embed"]["embedding"]).astype(np.float32)
     x, y = [], []
-    shapes = find_shapes(rows, doubling_buckets(limit))
+    shapes = find_shapes(rows, length_buckets(limit))
     for numbers, batch in in_order(rows, shapes, model.tokenizers, BATCH):
         features = fetch(fuse(params, batch)).astype(np.float32)
         for row, number in zip(features, numbers, strict=False):

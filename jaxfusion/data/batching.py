@@ -309,14 +309,20 @@ def _first_at_least(buckets: Sequence[int], length: int) -> int:
     return min((b for b in buckets if b >= length), default=length)
 
 
-def doubling_buckets(longest: int, first: int = 64) -> tuple[int, ...]:
-    """64, 128, 256 … up to and including `longest`."""
-    buckets = [longest]
-    size = first
+def round_length(length: int) -> int:
+    """The length rounded up to one of few: 1 to 8, then four for every doubling (10, 12, 14, 16,
+    20 …)."""
+    step = 1 << max(0, (length - 1).bit_length() - 3)
+    return -(-length // step) * step
+
+
+def length_buckets(longest: int, first: int = 32) -> tuple[int, ...]:
+    """32, 40, 48, 56, 64, 80 … below `longest`, four for every doubling, then `longest`."""
+    buckets, size = [], first
     while size < longest:
         buckets.append(size)
-        size *= 2
-    return tuple(sorted(buckets))
+        size = round_length(size + 1)
+    return (*buckets, longest)
 
 
 def collate(

@@ -6,14 +6,16 @@ from functools import lru_cache
 
 import jax
 import jax.numpy as jnp
-import optax
 from jaxtyping import Array, Bool, Float, Int
 
+from jaxfusion.evaluation.options import Options
 from jaxfusion.nn.bridge import Batch, Bridge, Params
 from jaxfusion.nn.cache import Cache, init_cache
 from jaxfusion.sharding.rules import constrain, replicated
 
 Score = Callable[..., tuple[Int[Array, "B T"], Float[Array, "C B"], Bool[Array, "C B"]]]
+
+CHUNK = 4  # nodes of every row whose logits are held at once
 
 
 @dataclass(frozen=True)
@@ -36,10 +38,9 @@ class Decoding:
 
 @lru_cache(8)  # the development scores and the final ones share their compiled programs
 def make_scorer(bridge: Bridge, decoding: Decoding, bare: bool) -> Score:
-    """The jitted `(params, batch, options, mask, ends=None, numbers=None)`, which returns
+    """The jitted `(params, batch, options, ends=None, numbers=None)`, which returns
     `(tokens, scores, greedy)`.
 
-    `options` [C B T] are the ids of each row's possible answers, `mask` is True at real ids.
     `ends` [V] is True at tokens that end an answer, besides `eos`; `numbers` [B] seed each row's
     samples, independently of its batch. `tokens` [B max_new_tokens] is the answer, padded with
     `eos` after its end, `scores` [C B] the log-likelihood of each option, summed over its tokens,
@@ -49,8 +50,8 @@ def make_scorer(bridge: Bridge, decoding: Decoding, bare: bool) -> Score:
       bare: the LLM alone, on batches whose rows are text.
     """
 
-    def score(params: Params, batch: Batch, options, mask, ends=None, numbers=None):
-        slots = max(decoding.max_new_tokens, options.shape[-1])
+    def score(params: Params, batch: Batch, options: Options, ends=None, numbers=None):
+        slots = max(decoding.max_new_tokens, options.nodes.shape[1])
         batch = jax.tree.map(lambda x: constrain(x, "rows", None), batch)
         cache, logits = prefill(bridge, params, batch, slots, bare)
         position = jnp.max(batch.dec_positions, axis=1) + 1
@@ -58,11 +59,8 @@ def make_scorer(bridge: Bridge, decoding: Decoding, bare: bool) -> Score:
         empty = ~jnp.any(batch.dec_segments != 0, axis=1)
         tokens = generate(bridge, params, cache, logits, position, start, decoding, empty, ends,
                           numbers)
-
-        def likelihood(option):
-            return log_likelihood(bridge, params, cache, logits, position, start, *option)
-
-        return replicated((tokens, *jax.lax.map(likelihood, (options, mask))))
+        return replicated((tokens, *log_likelihoods(
+            bridge, params, cache, logits, position, start, options)))
 
     return jax.jit(score)
 
@@ -141,20 +139,47 @@ def choose_tokens(
     return jax.vmap(jax.random.categorical)(keys, logits).astype(jnp.int32)
 
 
-def log_likelihood(
+def log_likelihoods(
     bridge: Bridge, params: Params, cache: Cache, logits: Float[Array, "B V"],
-    position: Int[Array, "B"], start: int, option: Int[Array, "B T"], mask: Bool[Array, "B T"],
-) -> tuple[Float[Array, "B"], Bool[Array, "B"]]:
-    """Summed log-probability of each row's `option` after its prompt, and whether it is greedy.
+    position: Int[Array, "B"], start: int, options: Options,
+) -> tuple[Float[Array, "C B"], Bool[Array, "C B"]]:
+    """Summed log-probability of each option after its row's prompt, and whether it is greedy.
 
-    Options of one token need no extra pass: the prompt's last logits score them.
+    The prompt's last logits score first tokens; those after it come from one pass over the nodes.
+    Logits are computed for `CHUNK` nodes at a time, so memory does not grow with the vocabulary
+    times the nodes.
     """
-    before, inputs = logits[:, None], option[:, :-1]
-    if inputs.shape[1]:
-        positions = position[:, None] + jnp.arange(inputs.shape[1])
-        hidden, _ = bridge.decode(params, bridge.embed(params, inputs), positions,
-                                  mask[:, :-1].astype(jnp.int32), cache, start)
-        before = jnp.concatenate([before, bridge.logits(params, hidden)], axis=1)
-    losses = optax.softmax_cross_entropy_with_integer_labels(before, option)
-    greedy = jnp.all((jnp.argmax(before, axis=-1) == option) | ~mask, axis=1)
-    return -jnp.sum(losses, axis=1, where=mask), greedy
+    count, rows, length = options.tokens.shape
+    token, after = (jnp.moveaxis(x, 0, 1).reshape(rows, count * length)
+                    for x in (options.tokens, options.after))
+
+    def read(logits: Float[Array, "B n V"], first: Array | int):
+        """Log-probability of every token, and whether it is the likeliest; 0 and False for those
+        that other nodes than `first` to `first + n - 1` predict."""
+        _, n, size = logits.shape
+        place = after - first
+        here = (place >= 0) & (place < n)
+        place = jnp.where(here, place, 0)
+        found = jnp.take_along_axis(logits.reshape(rows, n * size), place * size + token, axis=1)
+        whole = jnp.take_along_axis(jax.nn.logsumexp(logits, axis=-1), place, axis=1)
+        likeliest = jnp.take_along_axis(jnp.argmax(logits, axis=-1), place, axis=1) == token
+        return jnp.where(here, found - whole, 0.0), here & likeliest
+
+    def add(found, chunk):
+        hidden, first = chunk
+        new = read(bridge.logits(params, hidden), first)
+        return (found[0] + new[0], found[1] | new[1]), None
+
+    found = read(logits[:, None], -1)
+    if nodes := options.nodes.shape[1]:
+        real = jnp.diagonal(options.visible, axis1=1, axis2=2).astype(jnp.int32)
+        hidden, _ = bridge.decode(params, bridge.embed(params, options.nodes),
+                                  position[:, None] + options.depth, real, cache, start,
+                                  options.visible)
+        chunks = -(-nodes // CHUNK)
+        hidden = jnp.pad(hidden, ((0, 0), (0, chunks * CHUNK - nodes), (0, 0)))
+        hidden = jnp.moveaxis(hidden.reshape(rows, chunks, CHUNK, -1), 1, 0)
+        found = jax.lax.scan(add, found, (hidden, CHUNK * jnp.arange(chunks)))[0]
+    chances, greedy = (jnp.moveaxis(x.reshape(rows, count, length), 0, 1) for x in found)
+    return (jnp.sum(chances, axis=-1, where=options.mask),
+            jnp.all(greedy | ~options.mask, axis=-1))

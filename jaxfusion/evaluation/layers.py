@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from jaxfusion.data.batching import doubling_buckets, find_shapes, in_order, tokenize
+from jaxfusion.data.batching import find_shapes, in_order, length_buckets, tokenize
 from jaxfusion.data.rows.examples import Example
 from jaxfusion.data.tokenizers import Tokenizers
 from jaxfusion.fields import EvalConfig
@@ -119,5 +119,5 @@ def _batches(
         max_encoder_tokens=config.max_encoder_tokens,
         max_decoder_tokens=config.max_decoder_tokens, latents=bridge.latents,
     )
-    shapes = find_shapes(rows, doubling_buckets(config.max_encoder_tokens))
+    shapes = find_shapes(rows, length_buckets(config.max_encoder_tokens))
     return in_order(rows, shapes, tokenizers, batch_size)

@@ -10,7 +10,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float
 
-from jaxfusion.data.batching import TokenRow, doubling_buckets, find_bare_shapes, in_order
+from jaxfusion.data.batching import TokenRow, find_bare_shapes, in_order, length_buckets
 from jaxfusion.data.tokenizers import Tokenizers
 from jaxfusion.errors import InputError
 from jaxfusion.nn.bridge import Batch, Bridge, Params
@@ -32,7 +32,7 @@ def perplexity(
     bos, eos = tokenizers.decoder.bos_token_id, tokenizers.decoder.eos_token_id
     first = SimpleNamespace(start=[eos if bos is None else bos])
     rows = [TokenRow([], ids[:max_tokens], []) for ids in tokenizers.encode_texts(list(texts))]
-    shapes = find_bare_shapes(rows, doubling_buckets(max_tokens))
+    shapes = find_bare_shapes(rows, length_buckets(max_tokens))
     total, tokens = 0.0, 0
     for _, batch in in_order(rows, shapes, first, batch_size):
         lost, counted = jax.device_get(_surprise(bridge)(params, batch))

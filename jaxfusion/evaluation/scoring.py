@@ -11,10 +11,10 @@ from jaxfusion.data.batching import (
     Cut,
     Shapes,
     TokenRow,
-    doubling_buckets,
     find_bare_shapes,
     find_shapes,
     in_order,
+    length_buckets,
     tokenize,
     tokenize_bare,
 )
@@ -23,6 +23,7 @@ from jaxfusion.data.tasks.spec import Task
 from jaxfusion.data.tokenizers import Tokenizers
 from jaxfusion.errors import InputError
 from jaxfusion.evaluation.generate import Decoding, make_scorer
+from jaxfusion.evaluation.options import Options, make_options
 from jaxfusion.fields import EvalConfig
 from jaxfusion.nn.bridge import Bridge, Params
 
@@ -108,10 +109,10 @@ class Scorer:
         unfinished = [False] * len(rows)
         for chosen, batch in in_order(rows, self.shapes(rows), self.tokenizers,
                                       self.config.batch_size):
-            options, mask = self._options([examples[i] for i in chosen], labels)
+            options = self._options([examples[i] for i in chosen], labels)
             seeds = np.resize(row_numbers[chosen], self.config.batch_size).astype(np.int32)
             tokens, scores, _ = jax.device_get(
-                self.score(params, batch, options, mask, self._ends, seeds))
+                self.score(params, batch, options, self._ends, seeds))
             for row, number in enumerate(chosen):
                 answers[number], unfinished[number] = self._text(tokens[row])
                 likelihoods[number] = scores[: len(labels), row]
@@ -122,8 +123,8 @@ class Scorer:
     def shapes(self, rows: Sequence[TokenRow]) -> Shapes:
         """The batch shapes of these rows."""
         if self.bare:
-            return find_bare_shapes(rows, doubling_buckets(self.config.max_decoder_tokens))
-        return find_shapes(rows, doubling_buckets(self.config.max_encoder_tokens))
+            return find_bare_shapes(rows, length_buckets(self.config.max_decoder_tokens))
+        return find_shapes(rows, length_buckets(self.config.max_encoder_tokens))
 
     @cached_property
     def _ends(self) -> np.ndarray | None:
@@ -154,7 +155,7 @@ class Scorer:
             with_target=False, keeps_end=keeps_end, latents=self.latents,
         )
 
-    def _options(self, examples: Sequence[Example], labels: Sequence[str]):
+    def _options(self, examples: Sequence[Example], labels: Sequence[str]) -> Options:
         """Every row's labels; without labels, one empty option."""
         prompts = [
             example.query if self.bare else self.text_prompt.replace("{query}", example.query)
@@ -166,7 +167,7 @@ class Scorer:
                 prompts, [label] * len(prompts))]
             for label in labels
         ] or [[[] for _ in prompts]]
-        return pad_options(ids, self.config.batch_size)
+        return make_options(ids, self.config.batch_size)
 
     def _text(self, tokens: np.ndarray) -> tuple[str, bool]:
         """The answer up to its end token or first stop string, and whether it had neither within
@@ -177,22 +178,6 @@ class Scorer:
         stops = [text.find(x) for x in self.config.stop if x in text]
         unfinished = len(tokens) > 0 and not len(ended) and not stops
         return text[: min(stops or [None])].strip(), unfinished
-
-
-def pad_options(
-    ids: Sequence[Sequence[Sequence[int]]], batch_size: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Ids and mask [C B T] of C options for each row, padded to few lengths."""
-    longest = max((len(answer) for rows in ids for answer in rows), default=0)
-    # One token needs only the prompt's last logits; longer answers are padded to powers of 2.
-    longest = longest if longest <= 1 else max(4, 1 << (longest - 1).bit_length())
-    shape = (len(ids), batch_size, longest)
-    options, mask = np.zeros(shape, np.int32), np.zeros(shape, bool)
-    for c, rows in enumerate(ids):
-        for b, answer in enumerate(rows):
-            options[c, b, : len(answer)] = answer
-            mask[c, b, : len(answer)] = True
-    return options, mask
 
 
 def _correct(

@@ -188,10 +188,10 @@ class Bridge:
 
     def decode(
         self, params: Params, embeddings: Array, positions, segments,
-        cache: Cache | None = None, start: Array | int = 0,
+        cache: Cache | None = None, start: Array | int = 0, visible: Array | None = None,
     ) -> tuple[Array, Cache | None]:
         """The decoder's hidden states and cache; see `Decoder.__call__`."""
-        return self._decode(params, embeddings, positions, segments, cache, start)
+        return self._decode(params, embeddings, positions, segments, cache, start, visible)
 
     def states(self, params: Params, batch: Batch, probe: Array, keep: int | None = None):
         """What the decoder's layers hold of a batch; see `Decoder.states`."""

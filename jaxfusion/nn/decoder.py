@@ -278,7 +278,7 @@ class Decoder(nn.Module):
     def __call__(
         self, embeddings: Float[Array, "B N E"], positions: Int[Array, "B N"],
         segments: Int[Array, "B N"], cache: Cache | None = None,
-        start: Int[Array, ""] | int = 0,
+        start: Int[Array, ""] | int = 0, visible: Bool[Array, "B N N"] | None = None,
     ) -> tuple[Float[Array, "B N E"], Cache | None]:
         """Hidden states after the final norm.
 
@@ -288,6 +288,8 @@ class Decoder(nn.Module):
           segments: 0 at padding; tokens see only their own segment.
           cache: what came before; the new tokens are written from slot `start` on.
           start: first slot of the new tokens in the cache, the same for every row.
+          visible: which of the new tokens each of them may see, of those that it could see anyway;
+            with a cache. None: all of them.
 
         Returns:
           Hidden states, and the cache with the new tokens in it (None if none was given).
@@ -298,6 +300,10 @@ class Decoder(nn.Module):
             keys = write(cache.positions, positions), write(cache.segments, segments)
             kv = cache.k, cache.v
         context = self._context(positions, segments, keys, fused=cache is None)
+        if visible is not None:
+            new = jax.lax.dynamic_slice_in_dim(context.masks, start, visible.shape[1], axis=-1)
+            context = context._replace(masks=jax.lax.dynamic_update_slice_in_dim(
+                context.masks, new & visible, start, axis=-1))
         x, kv, _, _ = self._run(embeddings, context._replace(start=start), kv)
         return self.final_norm(x), None if cache is None else Cache(*kv, *keys)
 

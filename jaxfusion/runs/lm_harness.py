@@ -30,7 +30,7 @@ from jaxfusion.data.batching import TokenRow, in_order
 from jaxfusion.data.rows.examples import Example
 from jaxfusion.data.tasks.spec import Task
 from jaxfusion.errors import InputError
-from jaxfusion.evaluation.scoring import pad_options
+from jaxfusion.evaluation.options import make_options
 from jaxfusion.runs.open_run import open_run
 
 logger = logging.getLogger(__name__)
@@ -167,7 +167,7 @@ class JaxFusion(LM):
                 ids = [[options[i][c] if c < len(options[i]) else [] for i in numbers]
                        for c in range(most)]
                 _, scores, greedy = jax.device_get(
-                    scorer.score(self.params, batch, *pad_options(ids, size)))
+                    scorer.score(self.params, batch, make_options(ids, size)))
                 for row, i in enumerate(numbers):
                     scored[i] = [(float(scores[c, row]), bool(greedy[c, row]))
                                 for c in range(len(options[i]))]
