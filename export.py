@@ -8,7 +8,7 @@ tower, and the LLM of a Lens run, is an ordinary checkpoint of its family, witho
 
 from absl import flags
 
-from jaxfusion.cli import local_path, refuse_words, run_main, set_up_logging
+from jaxfusion.cli import local_path, refuse_words, run_main, set_up_jax, set_up_logging
 from jaxfusion.errors import InputError
 
 WORKDIR = flags.DEFINE_string("workdir", None, "workdir of a run of train.py", required=True)
@@ -24,6 +24,7 @@ OVERWRITE = flags.DEFINE_bool("overwrite", False, "replace what is in HFDIR")
 def main(argv: list[str]) -> None:
     refuse_words(argv)
     set_up_logging()
+    set_up_jax()
     from jaxfusion import config
     from jaxfusion.fields import LensRunConfig, PretrainConfig
     from jaxfusion.runs.export.bridge import export

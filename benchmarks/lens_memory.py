@@ -62,7 +62,8 @@ def needs(config: LensRunConfig) -> dict[str, float]:
         rows = config.eval.batch_size
 
         def reading(length: int) -> int:
-            batch = Batch(**{name: made(rows, length) for name in Batch.__dataclass_fields__})
+            batch = Batch(**{name: made(rows, length) for name in Batch.__dataclass_fields__
+                             if name != "enc_states"})
             memory = reader(Bridge(None, decoder, None, "last"), first).lower(
                 {"decoder": params}, batch, made(rows)).compile().memory_analysis()
             # The head is not an argument of this program, but is in memory.

@@ -36,6 +36,7 @@ def get_config(arg=None):
     config = default_config()
     config.encoder.checkpoint = "intfloat/multilingual-e5-small"
     config.encoder.prefix = "query: "
+    config.encoder.keep_states = 6.0
     config.decoder.checkpoint = "HuggingFaceTB/SmolLM2-135M-Instruct"
     config.fusion.name = "global_softmax"
     config.projector.warm_start = True

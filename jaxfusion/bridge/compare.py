@@ -90,7 +90,7 @@ def _train_and_score(
             sum_of(workdir / CONFIG_FILE).unlink()
         raise
     trained = time.monotonic()
-    evaluate(where, limit=config.rows)
+    evaluate(where, limit=config.rows, share_states=True)
     seconds["score"] = seconds.get("score", 0.0) + time.monotonic() - trained
     if fresh:
         seconds["train"] = seconds.get("train", 0.0) + trained - start

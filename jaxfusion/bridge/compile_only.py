@@ -161,12 +161,17 @@ def _batch(config: Config, plan: Plan, mesh) -> Batch:
     # BOS, the prefix and its end vector, text and answer.
     length = 1 + (plan.bridge.latents or slots) + 1 + behind
     sizes = {"enc": slots, "dec": length, "target": targets}
-    return Batch(**{
-        name: jax.ShapeDtypeStruct(
-            (rows, sizes[name.split("_")[0]]), bool if name == "target_mask" else jnp.int32,
-            sharding=sharding(mesh, "batch", None))
-        for name in Batch.__dataclass_fields__
-    })
+    place = sharding(mesh, "batch")
+    batch = {
+        name: jax.ShapeDtypeStruct((rows, sizes[name.split("_")[0]]),
+                                   bool if name == "target_mask" else jnp.int32, sharding=place)
+        for name in Batch.__dataclass_fields__ if name != "enc_states"
+    }
+    if config.encoder.keep_states:
+        encoder = plan.bridge.encoder
+        shape = (rows, slots, len(plan.bridge.read_layers), encoder.config.d_model)
+        batch["enc_states"] = jax.ShapeDtypeStruct(shape, encoder.dtype, sharding=place)
+    return Batch(**batch)
 
 
 def _step(config: Config, plan: Plan, state: State):

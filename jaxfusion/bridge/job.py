@@ -2,6 +2,7 @@
 
 import logging
 import time
+from collections.abc import Collection
 from dataclasses import replace
 from functools import lru_cache
 from itertools import islice
@@ -24,6 +25,7 @@ from jaxfusion.data.tasks.catalogue import check_languages, configured, get_task
 from jaxfusion.data.tasks.spec import Task
 from jaxfusion.data.tokenizers import Tokenizers
 from jaxfusion.errors import InputError
+from jaxfusion.evaluation.kept_states import keep_states
 from jaxfusion.evaluation.scoring import Scorer, for_task
 from jaxfusion.fields import Config
 from jaxfusion.nn.bridge import Bridge
@@ -69,6 +71,7 @@ def prepare(config: Config, mesh, fresh: bool = True, workdir: Path | None = Non
     check_reading(towers.tokenizers, examples)
     towers.tokenizers.check_languages(config.eval.languages)  # not only when the run is scored
     plan = plan_model(towers.config, towers.shapes, mesh)
+    _check_kept(config, task, plan.groups)
     tokenized = in_background(
         lambda: _tokenize(config, task, examples, plan.bridge, towers.tokenizers))
     model = read_model(towers, plan)
@@ -85,6 +88,8 @@ def prepare(config: Config, mesh, fresh: bool = True, workdir: Path | None = Non
     batches = Batches(
         rows, layout, model.tokenizers, config.train.batch_size, config.train.seed, steps,
         sharding(mesh, "batch"),
+        keep_states(model.bridge, merge(model.trainable, model.frozen), rows, model.tokenizers,
+                    config.encoder.keep_states),
     )
     logger.info("%s training rows", f"{len(rows):,}")
     score = (_dev_likelihood(model, dev, mesh) if task.unlabelled
@@ -96,6 +101,21 @@ def prepare(config: Config, mesh, fresh: bool = True, workdir: Path | None = Non
         seen=fingerprints(example.query for example in examples),
         kept=to_keep(model, earlier) if fresh else None,
     )
+
+
+def _check_kept(config: Config, task: Task, trained: Collection[str]) -> None:
+    """Raises InputError if states may be kept, but change."""
+    if not config.encoder.keep_states:
+        return
+    for wrong, why in (
+        (any(path.startswith("encoder/") for path in trained), "parameters of it are trained"),
+        (config.encoder.dropout, f"encoder.dropout is {config.encoder.dropout}"),
+        (task.unlabelled, f"task '{config.data.task}' splits its texts in each epoch"),
+        (jax.process_count() > 1, f"this run has {jax.process_count()} processes"),
+    ):
+        if wrong:
+            raise InputError("encoder.keep_states is for the same states of the same texts in one "
+                             f"process, but {why}; set it to 0")
 
 
 def read_data(config: Config) -> tuple[Config, Task, list[Example], list[Example]]:
@@ -176,7 +196,8 @@ def _dev_scorer(model: Model, dev: list[Example], task: Task):
     """Trained parameters -> accuracy on the development rows, by scoring name."""
     config = model.config
     scorer = Scorer(model.bridge, model.tokenizers,
-                    for_task(config.eval, task, config.data.language), config.data.text_prompt)
+                    for_task(config.eval, task, config.data.language), config.data.text_prompt,
+                    keep=config.encoder.keep_states)
     say_once = lru_cache(1)(_say_cut)  # the rows are the same ones every time
 
     def score(trainable: Flat) -> dict[str, float]:

@@ -88,14 +88,16 @@ class Batches:
 
     Args:
       place: sharding of a batch's rows; None builds all rows on this host.
+      fill: adds to a batch what is known of its texts.
     """
 
     def __init__(
         self, rows: Sequence[TokenRow] | Continued, layout: Shapes | Packing,
         tokenizers: Tokenizers, batch_size: int, seed: int, steps: int,
         place: jax.sharding.Sharding | None = None,
+        fill: Callable[[Batch], Batch] | None = None,
     ):
-        self.place = place
+        self.place, self.fill = place, fill
         self.rows, self.layout, self.tokenizers = rows, layout, tokenizers
         self.batch_size, self.seed, self.steps = batch_size, seed, steps
         self.per_epoch = steps_per_epoch(len(rows), batch_size)
@@ -126,7 +128,8 @@ class Batches:
         groups, shape = self.layout.place(rows, len(self.tokenizers.start), self.batch_size)
         groups += [[]] * (shape.rows - len(groups))
         own = own_rows(shape.rows, self.place)
-        return collate([groups[i] for i in own], replace(shape, rows=len(own)), self.tokenizers)
+        batch = collate([groups[i] for i in own], replace(shape, rows=len(own)), self.tokenizers)
+        return batch if self.fill is None else self.fill(batch)
 
 
 def own_rows(rows: int, place: jax.sharding.Sharding | None) -> np.ndarray:

@@ -52,7 +52,7 @@ def make_scorer(bridge: Bridge, decoding: Decoding, bare: bool) -> Score:
 
     def score(params: Params, batch: Batch, options: Options, ends=None, numbers=None):
         slots = max(decoding.max_new_tokens, options.nodes.shape[1])
-        batch = jax.tree.map(lambda x: constrain(x, "rows", None), batch)
+        batch = jax.tree.map(lambda x: constrain(x, "rows", *[None] * (x.ndim - 1)), batch)
         cache, logits = prefill(bridge, params, batch, slots, bare)
         position = jnp.max(batch.dec_positions, axis=1) + 1
         start = batch.dec_tokens.shape[1]

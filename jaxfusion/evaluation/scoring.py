@@ -23,6 +23,7 @@ from jaxfusion.data.tasks.spec import Task
 from jaxfusion.data.tokenizers import Tokenizers
 from jaxfusion.errors import InputError
 from jaxfusion.evaluation.generate import Decoding, make_scorer
+from jaxfusion.evaluation.kept_states import keep_states
 from jaxfusion.evaluation.options import Options, make_options
 from jaxfusion.fields import EvalConfig
 from jaxfusion.nn.bridge import Bridge, Params
@@ -73,9 +74,9 @@ class Scorer:
 
     def __init__(
         self, bridge: Bridge, tokenizers: Tokenizers, config: EvalConfig,
-        text_prompt: str = "", bare: bool = False,
+        text_prompt: str = "", bare: bool = False, keep: float = 0.0,
     ):
-        """`config` is specific to a task: see `for_task`.
+        """`config` is specific to a task: see `for_task`; `keep` is `encoder.keep_states`.
 
         Raises:
           InputError: answers may be longer than the LLM's maximum length.
@@ -86,6 +87,7 @@ class Scorer:
                              f"at most {longest:,} tokens; set it lower")
         self.tokenizers, self.config = tokenizers, config
         self.text_prompt, self.bare, self.latents = text_prompt, bare, bridge.latents
+        self.bridge, self.keep = bridge, 0.0 if bare else keep
         self.vocabulary = bridge.decoder.config.vocab_size
         self.score = make_scorer(bridge, Decoding(
             config.max_new_tokens, tokenizers.eos, config.temperature, config.top_p, config.seed,
@@ -107,9 +109,11 @@ class Scorer:
         row_numbers = np.arange(len(rows)) if numbers is None else np.asarray(numbers)
         answers, likelihoods = [""] * len(rows), np.zeros((len(rows), len(labels)))
         unfinished = [False] * len(rows)
+        fill = keep_states(self.bridge, params, rows, self.tokenizers, self.keep)
         for chosen, batch in in_order(rows, self.shapes(rows), self.tokenizers,
                                       self.config.batch_size):
             options = self._options([examples[i] for i in chosen], labels)
+            batch = batch if fill is None else fill(batch)
             seeds = np.resize(row_numbers[chosen], self.config.batch_size).astype(np.int32)
             tokens, scores, _ = jax.device_get(
                 self.score(params, batch, options, self._ends, seeds))

@@ -37,6 +37,8 @@ class Batch:
       dec_segments: [B N] 0 at padding, else the example's number in its row.
       target_slots: [B T] decoder slots whose next token is a target.
       target_tokens, target_mask: [B T] those tokens, and True where there is one.
+      enc_states: [B S l D] the encoder's states in the layers that the fusion reads
+        (`Bridge.read_layers`), if they are known; None: the encoder computes them.
     """
 
     enc_tokens: Int[Array, "B S"]
@@ -48,6 +50,7 @@ class Batch:
     target_slots: Int[Array, "B T"]
     target_tokens: Int[Array, "B T"]
     target_mask: Bool[Array, "B T"]
+    enc_states: Float[Array, "B S l D"] | None = None
 
 
 jax.tree_util.register_dataclass(
@@ -83,6 +86,14 @@ class Bridge:
     def latents(self) -> int:
         """How many slots every prefix has; 0 where it has one for each encoder token."""
         return self.projector.latents if isinstance(self.projector, Resampler) else 0
+
+    @property
+    def read_layers(self) -> tuple[int, ...]:
+        """Numbers of the encoder's layers that the fusion reads, 1 … L."""
+        layers = self.encoder.config.num_layers
+        if self.fusion == "last":
+            return (layers,)
+        return (self.fusion_layer,) if self.fusion == "layer" else tuple(range(1, layers + 1))
 
     @property
     def fusion_module(self) -> nn.Module | None:
@@ -140,25 +151,26 @@ class Bridge:
                 deterministic=not train, rngs=rngs, **read,
             )
 
+        kept = None if batch.enc_states is None else jnp.moveaxis(batch.enc_states, 2, 0)
+        layers = self.encoder.config.num_layers
         if self.fusion == "last":
-            return encode(params["encoder"]), None
+            return encode(params["encoder"]) if kept is None else kept[0], None
         if self.fusion == "layer":
-            layers = self.encoder.config.num_layers
             if not 1 <= self.fusion_layer <= layers:
                 raise ValueError(f"fusion_layer is {self.fusion_layer}, expected 1 to {layers}")
             mix = jax.nn.one_hot(self.fusion_layer - 1, layers)
-            return encode(params["encoder"], mix=mix), mix
+            return encode(params["encoder"], mix=mix) if kept is None else kept[0], mix
         fusion = partial(self.fusion_module.apply, {"params": params["fusion"]})
         if self.fusion == "transformer_softmax":
-            states = encode(params["encoder"], states=True)
+            states = encode(params["encoder"], states=True) if kept is None else kept
             rngs = {"dropout": jax.random.fold_in(key, 1)} if train else {}
             return fusion(states, batch.enc_segments != 0, deterministic=not train, rngs=rngs)
         mix = fusion()
-        if not train:
+        if kept is None and not train:
             return encode(params["encoder"], mix=mix), mix
-        if self.backward == "second_pass":
+        if kept is None and self.backward == "second_pass":
             return second_pass_mix(encode, params["encoder"], mix), mix
-        states = encode(params["encoder"], states=True)
+        states = encode(params["encoder"], states=True) if kept is None else kept
         return jnp.einsum("l,lbsd->bsd", mix, states, preferred_element_type=jnp.float32), mix
 
     def splice(self, params: Params, batch: Batch, prefix: Float[Array, "B P E"]) -> Array:

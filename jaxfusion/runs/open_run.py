@@ -31,13 +31,16 @@ from jaxfusion.training.state import merge
 
 
 def open_run(
-    workdir: Path | str, decoding: dict[str, Any] | None = None, llm_only: bool = False
+    workdir: Path | str, decoding: dict[str, Any] | None = None, llm_only: bool = False,
+    share_states: bool = False,
 ) -> "OpenRun":
     """Opens the workdir of a bridge; its weights are read on first use.
 
     Args:
       decoding: fields of `EvalConfig` that override the run's own.
       llm_only: use the bare LLM, which needs no checkpoint.
+      share_states: whether this process reads the same texts with other runs too, and keeps
+        the encoder's states for them as far as `encoder.keep_states` allows.
 
     Raises:
       InputError: not the workdir of a bridge.
@@ -49,7 +52,9 @@ def open_run(
         raise InputError(f"{workdir} is a comparison; give one of its bridges: {inside}")
     if not isinstance(config, Config):
         raise InputError(f"{workdir} is a run of job '{config.job}', expected a bridge")
-    config = replace(config, eval=replace(config.eval, **decoding or {}))
+    keep = config.encoder.keep_states if share_states else 0.0
+    config = replace(config, eval=replace(config.eval, **decoding or {}),
+                     encoder=replace(config.encoder, keep_states=keep))
     configs.check(config)
     return OpenRun(workdir, config, llm_only)
 
@@ -132,7 +137,7 @@ class OpenRun:
         """
         settings = for_task(replace(self.config.eval, **decoding), task, language)
         return Scorer(self.model.bridge, self.tokenizers, settings, self.config.data.text_prompt,
-                      self.llm_only)
+                      self.llm_only, self.config.encoder.keep_states)
 
     def checked_language(self, language: str) -> str:
         """The language of a text.

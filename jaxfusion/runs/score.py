@@ -35,7 +35,7 @@ SHOWN = 80  # characters of a row in messages
 def evaluate(
     workdir: Path, *, tasks: tuple[str, ...] = (), languages: tuple[str, ...] = (),
     limit: int | None = None, llm_only: bool = False, data_path: str | None = None,
-    drop_seen: bool = False, decoding: dict[str, Any] | None = None,
+    drop_seen: bool = False, decoding: dict[str, Any] | None = None, share_states: bool = False,
 ) -> tuple[Results, Details]:
     """Scores the test split and writes `eval/results.json` (or `eval/llm_only.json`).
 
@@ -53,6 +53,7 @@ def evaluate(
       drop_seen: drop rows that the run was trained on (parallel rows in all languages) and report
         their number; `config.eval.drop_seen` does the same.
       decoding: fields of `EvalConfig` that override the run's own.
+      share_states: see `open_run`.
 
     Returns:
       All results in the file (in processes other than the first: the new ones), and the details of
@@ -61,7 +62,7 @@ def evaluate(
     Raises:
       InputError: no such run, task, language or data; or a test row that was trained on.
     """
-    run = open_run(workdir, decoding, llm_only)
+    run = open_run(workdir, decoding, llm_only, share_states)
     config = run.config
     check_peers(workdir=str(workdir), asked=str((tasks, languages, limit, llm_only, data_path,
                                                  drop_seen, decoding)))
