@@ -72,7 +72,7 @@ class FullLogits(Bridge):
     """The bridge with the usual loss: logits at every slot of the decoder."""
 
     def loss(self, params: Params, batch: Batch, key: jax.Array | None = None):
-        inputs = self.inputs(params, batch, key)
+        inputs, _ = self.read(params, batch, key)
         hidden, _ = self.decode(params, inputs, batch.dec_positions, batch.dec_segments)
         log_probs = jax.nn.log_softmax(self.logits(params, hidden), axis=-1)
         at = (jnp.arange(len(inputs))[:, None], batch.target_slots)

@@ -46,7 +46,7 @@ def set_up_jax() -> None:
     """
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.92")
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        os.environ["JAX_COMPILATION_CACHE_DIR"] = str(cache_dir() / "programs" / _processor())
+        os.environ["JAX_COMPILATION_CACHE_DIR"] = str(cache_dir() / "compiled" / _processor())
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
     os.environ.setdefault("JAX_COMPILATION_CACHE_MAX_SIZE", str(2**31))  # the oldest ones go
 

@@ -28,6 +28,7 @@ from jaxfusion.schema import (
 
 FUSIONS = ("last", "layer", "global_softmax", "transformer_softmax")
 BACKWARDS = ("stack", "second_pass")
+ALIGNERS = ("none", "linear", "mlp")
 PROJECTORS = ("linear", "ffn", "mapping", "resampler")
 SCHEDULES = ("cosine", "constant")
 DTYPES = ("float32", "bfloat16")
@@ -46,6 +47,8 @@ Remat = Annotated[str, one_of("remat", REMATS)]
 Attention = Annotated[str, one_of("attention", ATTENTIONS)]
 Backward = Annotated[str, one_of("fusion.backward", BACKWARDS)]
 FusionName = Annotated[str, one_of("fusion", FUSIONS)]
+AlignerName = Annotated[str, one_of("aligner", ALIGNERS)]
+AlignerRecipe = Annotated[str, one_of("aligner.recipe", RECIPES)]
 ProjectorName = Annotated[str, one_of("projector", PROJECTORS)]
 Schedule = Annotated[str, one_of("schedule", SCHEDULES)]
 Method = Annotated[str, one_of("lens.method", METHODS)]
@@ -112,6 +115,15 @@ class ProjectorConfig(Schema):
 
 
 @dataclass(frozen=True)
+class AlignerConfig(Schema):
+    """LayAlign: every LLM layer reads all encoder states, through a gate that starts at 0."""
+
+    name: AlignerName = "none"  # none, linear, mlp
+    # paper_code: as the authors' code, h_0 … h_{L-1} in place of h_1 … h_L, and padding is read.
+    recipe: AlignerRecipe = "default"
+
+
+@dataclass(frozen=True)
 class TaskConfig(Schema):
     """A task of the user's own; see docs/data.md."""
 
@@ -165,7 +177,7 @@ class DataConfig(Schema):
 class GroupConfig(Schema):
     """Parameters that train, by pattern of their path, and how fast."""
 
-    patterns: Patterns = ("(fusion|projector)/.*",)
+    patterns: Patterns = ("(fusion|projector|aligner)/.*",)
     learning_rate: Weight = 3e-5
     weight_decay: Weight = 3e-7
 
@@ -237,6 +249,7 @@ class Config(Schema):
     decoder: DecoderSettings = DecoderSettings()
     fusion: FusionConfig = FusionConfig()
     projector: ProjectorConfig = ProjectorConfig()
+    aligner: AlignerConfig = AlignerConfig()
     data: DataConfig = DataConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     train: TrainConfig = TrainConfig()

@@ -1,7 +1,7 @@
 """Generates answers and scores given ones, both from one pass over the prompt."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import jax
@@ -69,12 +69,12 @@ def prefill(
     bridge: Bridge, params: Params, batch: Batch, slots: int, bare: bool
 ) -> tuple[Cache, Float[Array, "B V"]]:
     """Reads the prompts; returns the cache with `slots` free slots, and each row's next logits."""
-    inputs = bridge.embed(params, batch.dec_tokens) if bare else bridge.inputs(params, batch)
+    inputs, extra = (bridge.embed(params, batch.dec_tokens), None) if bare else (
+        bridge.read(params, batch))
     rows, length, _ = inputs.shape
     cache = init_cache(bridge.decoder.config, rows, length + slots, bridge.decoder.dtype)
-    hidden, cache = bridge.decode(
-        params, inputs, batch.dec_positions, batch.dec_segments, cache, 0
-    )
+    hidden, cache = bridge.decode(params, inputs, batch.dec_positions, batch.dec_segments,
+                                  replace(cache, extra=extra), 0)
     # Positions are 0 at padding, so the last real slot has the largest position.
     last = jnp.argmax(batch.dec_positions, axis=1)
     final = jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]

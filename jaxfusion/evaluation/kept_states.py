@@ -54,8 +54,10 @@ class KeptStates:
             read = (batch.enc_tokens, batch.enc_segments)
             if last:
                 return encoder.apply({"params": params["encoder"]}, *read)[:, :, None]
-            states = encoder.apply({"params": params["encoder"]}, *read, states=True)
-            return jnp.moveaxis(states[jnp.array(layers) - 1], 0, 2)
+            first = layers[0] == 0
+            states = encoder.apply({"params": params["encoder"]}, *read, states=True,
+                                   embeddings=first)
+            return jnp.moveaxis(states[jnp.array(layers) - (not first)], 0, 2)
 
         self.read = jax.jit(read)
 

@@ -1,10 +1,11 @@
 """The bridge (2401.10695, 2508.09091): encoder → fusion → projector → splice → decoder.
 
-Everything here is a function of a parameter tree `{'encoder', 'fusion', 'projector', 'decoder'}`
-and a batch; nothing is stored. The tree may have `edits` of the decoder's states (`make_edits`).
+Everything here is a function of a parameter tree `{'encoder', 'fusion', 'projector', 'aligner',
+'decoder'}` and a batch; nothing is stored. The tree may have `edits` of the decoder's states
+(`make_edits`).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -14,13 +15,16 @@ import optax
 from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxfusion.nn.cache import Cache
+from jaxfusion.nn.aligner import Aligner, extra_of
+from jaxfusion.nn.cache import Cache, Extra
 from jaxfusion.nn.decoder import Decoder
 from jaxfusion.nn.encoder import Encoder
 from jaxfusion.nn.fusion import GlobalSoftmax, TransformerSoftmax, add_noise, second_pass_mix
 from jaxfusion.nn.projector import Projector, Resampler
 
 Params = dict[str, Any]
+TOWERS = ("encoder", "decoder")
+OWN = ("fusion", "projector", "aligner")  # parts that are a bridge's own
 
 
 @dataclass(frozen=True)
@@ -60,10 +64,13 @@ jax.tree_util.register_dataclass(
 
 @dataclass(frozen=True)
 class Bridge:
-    """The four parts and how the fusion reads the encoder.
+    """The parts and how they read the encoder.
 
     Attributes:
       encoder, decoder, projector: modules; of the LLM alone only the decoder is one.
+      aligner: gives every LLM layer more to read; None: the LLM reads the prefix alone.
+      align_padding: as LayAlign's authors have it: the aligner reads h_0 … h_{L-1}, not
+        h_1 … h_L, and padding is read too.
       fusion: `last`, `layer`, `global_softmax` or `transformer_softmax`.
       fusion_layer: l of `layer`, 1 … L as Hugging Face numbers states.
       fusion_dropout, fusion_d_ff: of `transformer_softmax`.
@@ -81,6 +88,8 @@ class Bridge:
     fusion_d_ff: int = 2048
     fusion_noise: float = 0.0
     backward: str = "stack"
+    aligner: Aligner | None = None
+    align_padding: bool = False
 
     @property
     def latents(self) -> int:
@@ -89,8 +98,10 @@ class Bridge:
 
     @property
     def read_layers(self) -> tuple[int, ...]:
-        """Numbers of the encoder's layers that the fusion reads, 1 … L."""
+        """Numbers of the encoder's states that the bridge reads, of 0 … L."""
         layers = self.encoder.config.num_layers
+        if self.aligner is not None:
+            return tuple(range(0 if self.align_padding else 1, layers + 1))
         if self.fusion == "last":
             return (layers,)
         return (self.fusion_layer,) if self.fusion == "layer" else tuple(range(1, layers + 1))
@@ -107,17 +118,18 @@ class Bridge:
             )
         return None
 
-    def init(self, key: Array, parts: tuple[str, ...] = ("fusion", "projector")) -> Params:
+    def init(self, key: Array, parts: tuple[str, ...] = OWN) -> Params:
         """Fresh parameters of the named parts, boxed with their logical axis names."""
         c, tokens = self.encoder.config, jnp.zeros((1, 2), jnp.int32)
         real, features = tokens == 0, jnp.zeros((1, 2, c.d_model))
         keys = dict(zip(("encoder", "fusion", "projector", "decoder"),
-                        jax.random.split(key, 4), strict=True))
+                        jax.random.split(key, 4), strict=True), aligner=jax.random.fold_in(key, 4))
         make = {
             "encoder": lambda k: self.encoder.init(k, tokens, real),
             "decoder": lambda k: self.decoder.init(k, tokens, tokens, tokens, method="score"),
             "projector": lambda k: self.projector.init(k, features, real),
             "fusion": lambda k: self._init_fusion(k, features, real),
+            "aligner": lambda k: self._init_aligner(k, features),
         }
         return {part: make[part](keys[part]).get("params", {}) for part in parts}
 
@@ -128,6 +140,19 @@ class Bridge:
             return self.fusion_module.init(key)
         states = jnp.zeros((self.encoder.config.num_layers, *features.shape))
         return self.fusion_module.init(key, states, real)
+
+    def _init_aligner(self, key, features):
+        if self.aligner is None:
+            return {}
+        return self.aligner.init(key, jnp.zeros((self.encoder.config.num_layers, *features.shape)))
+
+    def _encode(self, params: Params, batch: Batch, key: Array | None, **read):
+        train = key is not None
+        return self.encoder.apply(
+            {"params": params["encoder"]}, batch.enc_tokens, batch.enc_segments,
+            deterministic=not train, rngs={"dropout": jax.random.fold_in(key, 0)} if train else {},
+            **read,
+        )
 
     def fuse(
         self, params: Params, batch: Batch, key: Array | None = None
@@ -142,35 +167,31 @@ class Bridge:
           Features; weights [L] (`layer`, `global_softmax`), [L B S] (`transformer_softmax`), or
           None (`last`).
         """
-        train = key is not None
-        rngs = {"dropout": jax.random.fold_in(key, 0)} if train else {}
-
-        def encode(encoder_params, **read):
-            return self.encoder.apply(
-                {"params": encoder_params}, batch.enc_tokens, batch.enc_segments,
-                deterministic=not train, rngs=rngs, **read,
-            )
-
+        train, layers = key is not None, self.encoder.config.num_layers
+        encode = partial(self._encode, params, batch, key)
         kept = None if batch.enc_states is None else jnp.moveaxis(batch.enc_states, 2, 0)
-        layers = self.encoder.config.num_layers
         if self.fusion == "last":
-            return encode(params["encoder"]) if kept is None else kept[0], None
+            return encode() if kept is None else kept[-1], None
         if self.fusion == "layer":
             if not 1 <= self.fusion_layer <= layers:
                 raise ValueError(f"fusion_layer is {self.fusion_layer}, expected 1 to {layers}")
             mix = jax.nn.one_hot(self.fusion_layer - 1, layers)
-            return encode(params["encoder"], mix=mix) if kept is None else kept[0], mix
+            if kept is None:
+                return encode(mix=mix), mix
+            return kept[self.read_layers.index(self.fusion_layer)], mix
         fusion = partial(self.fusion_module.apply, {"params": params["fusion"]})
         if self.fusion == "transformer_softmax":
-            states = encode(params["encoder"], states=True) if kept is None else kept
+            states = encode(states=True) if kept is None else kept[-layers:]
             rngs = {"dropout": jax.random.fold_in(key, 1)} if train else {}
             return fusion(states, batch.enc_segments != 0, deterministic=not train, rngs=rngs)
         mix = fusion()
         if kept is None and not train:
-            return encode(params["encoder"], mix=mix), mix
+            return encode(mix=mix), mix
         if kept is None and self.backward == "second_pass":
-            return second_pass_mix(encode, params["encoder"], mix), mix
-        states = encode(params["encoder"], states=True) if kept is None else kept
+            return second_pass_mix(
+                lambda encoder, **read: self._encode({"encoder": encoder}, batch, key, **read),
+                params["encoder"], mix), mix
+        states = encode(states=True) if kept is None else kept[-layers:]
         return jnp.einsum("l,lbsd->bsd", mix, states, preferred_element_type=jnp.float32), mix
 
     def splice(self, params: Params, batch: Batch, prefix: Float[Array, "B P E"]) -> Array:
@@ -180,8 +201,16 @@ class Bridge:
         from_prefix = jnp.take_along_axis(prefix, index, axis=1).astype(text.dtype)
         return jnp.where((batch.dec_source >= 0)[:, :, None], from_prefix, text)
 
-    def inputs(self, params: Params, batch: Batch, key: Array | None = None) -> Array:
-        """Decoder inputs of a batch. [B N E]"""
+    def read(
+        self, params: Params, batch: Batch, key: Array | None = None
+    ) -> tuple[Float[Array, "B N E"], Extra | None]:
+        """Decoder inputs of a batch, and what its layers read besides; without an encoder the
+        inputs are those of the text."""
+        if self.encoder is None:
+            return self.embed(params, batch.dec_tokens), None
+        if self.aligner is not None and batch.enc_states is None:
+            states = self._encode(params, batch, key, states=True, embeddings=self.align_padding)
+            batch = replace(batch, enc_states=jnp.moveaxis(states, 0, 2))
         features, _ = self.fuse(params, batch, key)
         if self.fusion_noise and key is not None:
             features = add_noise(features, self.fusion_noise, jax.random.fold_in(key, 3))
@@ -190,24 +219,29 @@ class Bridge:
             {"params": params["projector"]}, features, batch.enc_segments != 0,
             deterministic=key is None, rngs=rngs,
         )
-        return self.splice(params, batch, prefix)
+        return self.splice(params, batch, prefix), self._align(params, batch)
 
-    def read(self, params: Params, batch: Batch) -> Array:
-        """Decoder inputs of a batch; without an encoder those of its text. [B N E]"""
-        if self.encoder is None:
-            return self.embed(params, batch.dec_tokens)
-        return self.inputs(params, batch)
+    def _align(self, params: Params, batch: Batch) -> Extra | None:
+        if self.aligner is None:
+            return None
+        layers, segments = self.encoder.config.num_layers, batch.enc_segments
+        states = jnp.moveaxis(batch.enc_states, 2, 0)[:layers]
+        sources, gate = self.aligner.apply({"params": params["aligner"]}, states)
+        return extra_of(self.decoder.config, self.decoder.dtype,
+                        params["decoder"]["blocks"]["attn"], sources, gate,
+                        jnp.ones_like(segments) if self.align_padding else segments)
 
     def decode(
         self, params: Params, embeddings: Array, positions, segments,
         cache: Cache | None = None, start: Array | int = 0, visible: Array | None = None,
+        extra: Extra | None = None,
     ) -> tuple[Array, Cache | None]:
         """The decoder's hidden states and cache; see `Decoder.__call__`."""
-        return self._decode(params, embeddings, positions, segments, cache, start, visible)
+        return self._decode(params, embeddings, positions, segments, cache, start, visible, extra)
 
     def states(self, params: Params, batch: Batch, probe: Array, keep: int | None = None):
-        """What the decoder's layers hold of a batch; see `Decoder.states`."""
-        return self._decode(params, self.read(params, batch), batch.dec_positions,
+        """What the decoder's layers hold of a text's batch; see `Decoder.states`."""
+        return self._decode(params, self.embed(params, batch.dec_tokens), batch.dec_positions,
                             batch.dec_segments, probe, keep, method="states")
 
     def logits(self, params: Params, hidden: Array) -> Array:
@@ -222,9 +256,9 @@ class Bridge:
         self, params: Params, batch: Batch, key: Array | None = None
     ) -> Float[Array, "B T V"]:
         """Logits at the target slots alone; the vocabulary is never spread over all N slots."""
+        inputs, extra = self.read(params, batch, key)
         hidden, _ = self.decode(
-            params, self.inputs(params, batch, key), batch.dec_positions, batch.dec_segments
-        )
+            params, inputs, batch.dec_positions, batch.dec_segments, extra=extra)
         wanted = jnp.take_along_axis(hidden, batch.target_slots[:, :, None], axis=1)
         return self.logits(params, wanted)
 

@@ -10,7 +10,7 @@ from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxfusion.nn.attention import FUSED, LayerWindows, Pattern, capped, plain_attention, usable
-from jaxfusion.nn.cache import Cache
+from jaxfusion.nn.cache import Cache, Extra
 from jaxfusion.nn.layers import (
     ACTIVATIONS,
     Embedding,
@@ -106,6 +106,7 @@ class Context(NamedTuple):
       probe: weights of slots [B P N]: every block returns the P weighted sums of its output.
       keep: number of the block whose input is wanted. queries: the only slots [B Q] that are
         computed beyond their keys and values; None is all.
+      extra_mask: who may look at which of the extra keys.
     """
 
     rotary: tuple[Array, Array]
@@ -115,11 +116,26 @@ class Context(NamedTuple):
     probe: Float[Array, "B P N"] | None = None
     keep: int | None = None
     queries: Int[Array, "B Q"] | None = None
+    extra_mask: Bool[Array, "B N S"] | None = None
 
     def of_kind(self, kind: Int[Array, ""] | int) -> "Context":
         """The context of a block, with the tables of its kind alone."""
         rotary, masks = jax.tree.map(lambda every: every[kind], (self.rotary, self.masks))
         return self._replace(rotary=rotary, masks=masks)
+
+
+def head_map(config: DecoderConfig, dtype: jnp.dtype, name: str) -> Linear:
+    """The map to queries, keys or values: `q`, `k` or `v`."""
+    c = config
+    heads, axis = (c.num_heads, "heads") if name == "q" else (c.num_kv_heads, "kv_heads")
+    return Linear((c.d_model, heads, c.head_dim), ("embed", axis, "head_dim"),
+                  fan_in_normal(c.d_model), dtype,
+                  bias_init=nn.initializers.normal(0.5) if c.qkv_bias else None, name=name)
+
+
+def head_norm(config: DecoderConfig, dtype: jnp.dtype, name: str) -> RMSNorm:
+    """The norm of queries or keys, head by head: `q_norm` or `k_norm`."""
+    return RMSNorm(config.norm_eps, dtype, config.norm_offset, name=name)
 
 
 class SelfAttention(nn.Module):
@@ -130,23 +146,18 @@ class SelfAttention(nn.Module):
     attention: str
 
     @nn.compact
-    def __call__(self, x, kv, kind, context: Context):
+    def __call__(self, x, kv, kind, extra, context: Context):
         c, queries, rotary = self.config, context.queries, context.rotary
-        into = partial(Linear, init=fan_in_normal(c.d_model), dtype=self.dtype,
-                       bias_init=nn.initializers.normal(0.5) if c.qkv_bias else None)
-        into_q = partial(into, (c.d_model, c.num_heads, c.head_dim),
-                         ("embed", "heads", "head_dim"))
-        into_kv = partial(into, (c.d_model, c.num_kv_heads, c.head_dim),
-                          ("embed", "kv_heads", "head_dim"))
-        q, k, v = into_q(name="q")(pick(x, queries)), into_kv(name="k")(x), into_kv(name="v")(x)
+        q, k, v = (head_map(c, self.dtype, name)(pick(x, queries) if name == "q" else x)
+                   for name in "qkv")
         if c.qk_norm:
-            norm = partial(RMSNorm, c.norm_eps, self.dtype, c.norm_offset)
-            q, k = norm(name="q_norm")(q), norm(name="k_norm")(k)
+            q, k = head_norm(c, self.dtype, "q_norm")(q), head_norm(c, self.dtype, "k_norm")(k)
         q, k = rotate(q, tuple(pick(table, queries) for table in rotary)), rotate(k, rotary)
         if kv is not None:
             write = jax.lax.dynamic_update_slice_in_dim
             k = write(kv[0], k.astype(kv[0].dtype), context.start, axis=1)
             v = write(kv[1], v.astype(kv[1].dtype), context.start, axis=1)
+            kv = k, v
         q = constrain(q, "batch", "length", "heads", "head_dim")
         scale = c.head_dim**-0.5 if c.attn_scale is None else c.attn_scale
         if context.masks is not None:
@@ -158,11 +169,15 @@ class SelfAttention(nn.Module):
             ]
             mixed = every[0](q, k, v, context.segments) if len(every) == 1 else (
                 jax.lax.switch(kind, every, q, k, v, context.segments))
+        if extra is not None:
+            k, v, gate = extra
+            read = plain_attention(q, k, v, context.extra_mask, scale=scale, cap=c.attn_cap)
+            mixed = mixed + gate.astype(mixed.dtype) * read
         out = Linear(
             (c.num_heads, c.head_dim, c.d_model), ("heads", "head_dim", "embed"),
             fan_in_normal(c.num_heads * c.head_dim), self.dtype, inputs=2, name="o",
         )(mixed)
-        return out, None if kv is None else (k, v)
+        return out, kv
 
 
 class FeedForward(nn.Module):
@@ -213,7 +228,7 @@ class Block(nn.Module):
     attention: str
 
     @nn.compact
-    def __call__(self, carried, kv, kind, number, context: Context):
+    def __call__(self, carried, kv, kind, number, extra, context: Context):
         c, (x, kept) = self.config, carried
         if kept is not None:
             kept = jnp.where(number == context.keep, x, kept)
@@ -223,7 +238,8 @@ class Block(nn.Module):
         norm = partial(RMSNorm, c.norm_eps, self.dtype, c.norm_offset)
         after = norm if c.post_norms else lambda name: lambda h: h
         h = norm(name="attn_norm")(x)
-        h, kv = SelfAttention(c, self.dtype, self.attention, name="attn")(h, kv, kind, context)
+        attention = SelfAttention(c, self.dtype, self.attention, name="attn")
+        h, kv = attention(h, kv, kind, extra, context)
         stream, x = x, pick(x, context.queries) + after(name="attn_post_norm")(h)
         h = norm(name="mlp_norm")(x)
         h = FeedForward(c, self.dtype, name="mlp")(h)
@@ -264,7 +280,7 @@ class Decoder(nn.Module):
         self.blocks = nn.scan(
             rematerialised(Block, self.remat), variable_axes={"params": 0, "edits": 0},
             split_rngs={"params": True}, length=c.num_layers,
-            in_axes=(0, 0, 0, nn.broadcast), metadata_params={nn.PARTITION_NAME: "layers"},
+            in_axes=(0, 0, 0, 0, nn.broadcast), metadata_params={nn.PARTITION_NAME: "layers"},
         )(c, self.dtype, self.attention, name="blocks")
         self.final_norm = RMSNorm(c.norm_eps, self.dtype, c.norm_offset, name="final_norm")
         if not c.tie_embeddings:
@@ -279,6 +295,7 @@ class Decoder(nn.Module):
         self, embeddings: Float[Array, "B N E"], positions: Int[Array, "B N"],
         segments: Int[Array, "B N"], cache: Cache | None = None,
         start: Int[Array, ""] | int = 0, visible: Bool[Array, "B N N"] | None = None,
+        extra: Extra | None = None,
     ) -> tuple[Float[Array, "B N E"], Cache | None]:
         """Hidden states after the final norm.
 
@@ -290,6 +307,7 @@ class Decoder(nn.Module):
           start: first slot of the new tokens in the cache, the same for every row.
           visible: which of the new tokens each of them may see, of those that it could see anyway;
             with a cache. None: all of them.
+          extra: what every layer reads besides, where there is no cache; a cache has its own.
 
         Returns:
           Hidden states, and the cache with the new tokens in it (None if none was given).
@@ -298,14 +316,14 @@ class Decoder(nn.Module):
         if cache is not None:
             write = partial(jax.lax.dynamic_update_slice_in_dim, start_index=start, axis=1)
             keys = write(cache.positions, positions), write(cache.segments, segments)
-            kv = cache.k, cache.v
+            kv, extra = (cache.k, cache.v), cache.extra
         context = self._context(positions, segments, keys, fused=cache is None)
         if visible is not None:
             new = jax.lax.dynamic_slice_in_dim(context.masks, start, visible.shape[1], axis=-1)
             context = context._replace(masks=jax.lax.dynamic_update_slice_in_dim(
                 context.masks, new & visible, start, axis=-1))
-        x, kv, _, _ = self._run(embeddings, context._replace(start=start), kv)
-        return self.final_norm(x), None if cache is None else Cache(*kv, *keys)
+        x, kv, _, _ = self._run(embeddings, context._replace(start=start), kv, extra)
+        return self.final_norm(x), None if cache is None else Cache(*kv, *keys, extra)
 
     def stream(
         self, embeddings, positions, segments, probe: Float[Array, "B P N"] | None = None
@@ -359,13 +377,18 @@ class Decoder(nn.Module):
             rope_tables(rope, c.head_dim, positions, most) for rope in ropes))
         return Context(rotary, masks, segments)
 
-    def _run(self, embeddings, context: Context, kv=None):
+    def _run(self, embeddings, context: Context, kv=None, extra: Extra | None = None):
         """All blocks: the stream, keys and values, what the blocks return, and the kept input."""
-        c = self.config
+        c, by_layer = self.config, None
+        if extra is not None:
+            seen = extra.segments[:, None, :]
+            context = context._replace(
+                extra_mask=(context.segments[:, :, None] == seen) & (seen != 0))
+            by_layer = extra.k, extra.v, extra.gate
         x = constrain(embeddings.astype(self.dtype), "batch", "length", None)
         carried = x, None if context.keep is None else jnp.zeros_like(x)
         (x, kept), (kv, out) = self.blocks(
-            carried, kv, jnp.array(c.kind_of_layer), jnp.arange(c.num_layers), context)
+            carried, kv, jnp.array(c.kind_of_layer), jnp.arange(c.num_layers), by_layer, context)
         return x, kv, out, kept
 
     def logits(self, hidden: Float[Array, "*B E"]) -> Float[Array, "*B V"]:

@@ -272,6 +272,7 @@ class Encoder(nn.Module):
         mix: Float[Array, "L"] | None = None,
         probe: Float[Array, "B S D"] | None = None,
         states: bool = False,
+        embeddings: bool = False,
         deterministic: bool = True,
     ):
         """Encodes; the tokens of a segment must be contiguous; padding may be anywhere.
@@ -281,7 +282,7 @@ class Encoder(nn.Module):
           segments: 0 (or False) at padding; tokens see only their own segment.
           mix: layer weights; the weighted sum is carried along, no stack of states is held.
           probe: returns the inner product of every state with this array, again without a stack.
-          states: returns all of h_1 … h_L.
+          states: returns all of h_1 … h_L. embeddings: with h_0 before them.
           deterministic: False applies dropout with the rng named 'dropout'.
 
         Returns:
@@ -291,7 +292,7 @@ class Encoder(nn.Module):
         c = self.config
         drop = nn.Dropout(self.dropout, deterministic=deterministic)
         positions = token_positions(segments, c.counts_padding)
-        x = constrain(drop(self._embed(tokens, positions)), "batch", "length", None)
+        first = x = constrain(drop(self._embed(tokens, positions)), "batch", "length", None)
         emit = "states" if states else "dots" if probe is not None else ""
         blocks = nn.scan(
             rematerialised(Block, self.remat), variable_axes={"params": 0},
@@ -307,7 +308,8 @@ class Encoder(nn.Module):
             self._context(segments, positions, probe, deterministic))
         last = drop(c.make_norm(self.dtype, "final_norm")(x)) if c.final_norm else x
         if states:
-            return emitted.at[-1].set(last)
+            stack = emitted.at[-1].set(last)
+            return jnp.concatenate([first[None], stack]) if embeddings else stack
         if probe is not None:
             return emitted.at[-1].set(inner(probe, last))
         return last if mix is None else mixed + mix[-1] * last.astype(jnp.float32)

@@ -13,8 +13,9 @@ from jax.sharding import Mesh, NamedSharding
 
 from jaxfusion.errors import InputError
 from jaxfusion.fields import Config
+from jaxfusion.nn.aligner import Aligner
 from jaxfusion.nn.attention import why_plain
-from jaxfusion.nn.bridge import Bridge, Params
+from jaxfusion.nn.bridge import OWN, TOWERS, Bridge, Params
 from jaxfusion.nn.decoder import Decoder, DecoderConfig
 from jaxfusion.nn.encoder import Encoder, EncoderConfig
 from jaxfusion.nn.projector import Projector, Resampler
@@ -67,9 +68,11 @@ def plan_model(
             raise InputError(f"mesh.tensor is {mesh.shape['tensor']}, which does not divide the "
                              f"{shape.num_heads} heads of the {role}; set mesh.tensor to a "
                              "divisor, and mesh.fsdp to the rest of the devices")
-    every = ("encoder", "fusion", "projector", "decoder")
-    params = describe(lambda: bridge.init(jax.random.key(0), every), mesh)
+    params = describe(lambda: bridge.init(jax.random.key(0), (*TOWERS, *OWN)), mesh)
     groups = group_of_each(params, config.optimizer.groups)
+    if config.aligner.name != "none" and not any(p.startswith("aligner/") for p in groups):
+        raise InputError("aligner.name is set, but no group of optimizer.groups trains it; add the "
+                         "pattern 'aligner/.*' to one")
     if config.fusion.backward == "second_pass" and any(p.startswith("encoder/") for p in groups):
         raise InputError(
             "fusion.backward='second_pass' gives the encoder no gradient, but "
@@ -153,6 +156,7 @@ def make_bridge(config: Config, encoder, decoder, platform: str | None = None) -
                 kernel_for("decoder", second.attention, platform)),
         _make_projector(config, decoder.d_model),
         fusion.name, fusion.layer, fusion.dropout, fusion.d_ff, fusion.noise, fusion.backward,
+        _make_aligner(config, decoder), config.aligner.recipe == "paper_code",
     )
 
 
@@ -172,6 +176,15 @@ def _make_projector(config: Config, width: int) -> Projector | Resampler:
     if config.data.pack:
         raise InputError("projector 'resampler' needs one example per row: set data.pack=False")
     return Resampler(width, c.end_std, c.latents, dropout=c.dropout)
+
+
+def _make_aligner(config: Config, decoder: DecoderConfig) -> Aligner | None:
+    if config.aligner.name == "none":
+        return None
+    if config.aligner.recipe == "paper_code" and config.data.pack:
+        raise InputError("aligner.recipe='paper_code' reads what else is in a row: set "
+                         "data.pack=False")
+    return Aligner(config.aligner.name, decoder.num_layers, decoder.d_model)
 
 
 def describe(init: Callable[[], Params], mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
@@ -201,7 +214,7 @@ def describe(init: Callable[[], Params], mesh: Mesh) -> dict[str, jax.ShapeDtype
 
 
 def initialise_own(plan: Plan, seed: int) -> Flat:
-    """Fusion and projector as a run of this seed starts them."""
+    """The bridge's own parts as a run of this seed starts them."""
     return initialise(lambda: plan.bridge.init(jax.random.key(seed)), plan.params)
 
 

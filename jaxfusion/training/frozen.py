@@ -1,7 +1,7 @@
 """Frozen parameters that no backbone has; the workdir stores them next to the checkpoints.
 
-These are the frozen parameters of fusion and projector, and what an earlier run (`train.init_from`)
-trained in a backbone that is frozen now.
+These are the frozen parameters of fusion, projector and aligner, and what an earlier run
+(`train.init_from`) trained in a backbone that is frozen now.
 """
 
 from collections.abc import Collection
@@ -16,12 +16,13 @@ from jaxfusion.config import CONFIG_FILE
 from jaxfusion.errors import InputError, first_line
 from jaxfusion.fields import Config
 from jaxfusion.files import read_checked, write_checked
+from jaxfusion.nn.bridge import OWN
 from jaxfusion.sharding.hosts import fetch
 from jaxfusion.training.checkpoint import trained_part
 from jaxfusion.training.load import Model
 
 FROZEN_FILE = "frozen.safetensors"
-OWN = ("fusion/", "projector/")
+STARTS = tuple(f"{part}/" for part in OWN)
 
 
 def to_keep(model: Model, earlier: Collection[str]) -> dict[str, np.ndarray]:
@@ -31,7 +32,7 @@ def to_keep(model: Model, earlier: Collection[str]) -> dict[str, np.ndarray]:
       earlier: paths of parameters that came from another run.
     """
     return {path: fetch(x) for path, x in model.frozen.items()
-            if path.startswith(OWN) or path in earlier}
+            if path.startswith(STARTS) or path in earlier}
 
 
 def write_frozen(workdir: Path, kept: dict[str, np.ndarray]) -> None:
@@ -45,7 +46,7 @@ def write_frozen(workdir: Path, kept: dict[str, np.ndarray]) -> None:
 
 def frozen_of(model: Model, workdir: Path, config: Config) -> dict[str, np.ndarray]:
     """What was frozen in the run whose model this is; see `frozen_part`."""
-    return frozen_part(workdir, config, not any(path.startswith(OWN) for path in model.frozen))
+    return frozen_part(workdir, config, not any(path.startswith(STARTS) for path in model.frozen))
 
 
 def frozen_part(
