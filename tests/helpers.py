@@ -29,6 +29,7 @@ from jaxfusion.data.batching import TokenRow, find_shapes, in_order
 from jaxfusion.data.rows import hub as remote
 from jaxfusion.evaluation.generate import prefill
 from jaxfusion.fields import (
+    AlignerConfig,
     Config,
     DataConfig,
     DecoderSettings,
@@ -315,17 +316,20 @@ TEXTS = ["Premise: a b c Hypothesis: d", "e f", "the dog runs near the river and
 NEAR_TIE = 1e-4
 
 
+NO_ALIGNER = AlignerConfig()
+
+
 def make_run(workdir, tiny, fusion="last", projector="linear", decoder=None, trained=(),
-             data=None, encoder=None, prefix=""):
+             data=None, encoder=None, prefix="", aligner=NO_ALIGNER):
     """A workdir with a checkpoint of random parameters, and its model."""
-    groups = {"bridge": GroupConfig(("fusion/.*", "projector/.*", *trained))}
-    if fusion in ("last", "layer"):
-        groups = {"bridge": GroupConfig(("projector/.*", *trained))}
+    own = ["projector/.*"] + ["fusion/.*"] * (fusion not in ("last", "layer"))
+    own += ["aligner/.*"] * (aligner.name != "none")
+    groups = {"bridge": GroupConfig((*own, *trained))}
     config = Config(
         encoder=EncoderSettings(str(encoder or tiny / "encoder"), prefix=prefix),
         decoder=DecoderSettings(str(decoder or tiny / "decoder")),
         fusion=FusionConfig(fusion, layer=2, d_ff=48), projector=ProjectorConfig(projector),
-        data=data or DataConfig(), optimizer=OptimizerConfig(groups=groups),
+        aligner=aligner, data=data or DataConfig(), optimizer=OptimizerConfig(groups=groups),
     )
     model = load_model(config, make_mesh())
     rng = np.random.default_rng(0)

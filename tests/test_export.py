@@ -26,7 +26,7 @@ from jaxfusion import config as configs
 from jaxfusion.data.batching import TokenRow, find_shapes, in_order
 from jaxfusion.errors import InputError
 from jaxfusion.evaluation.generate import prefill
-from jaxfusion.fields import DataConfig
+from jaxfusion.fields import AlignerConfig, DataConfig
 from jaxfusion.hf import decoders, save
 from jaxfusion.hf.load import SINGLE, read_shape
 from jaxfusion.runs.adopt import adopt
@@ -39,15 +39,15 @@ from jaxfusion.training.checkpoint import trained_part
 from jaxfusion.training.state import merge
 
 
-def check(model, out, length=16, language=None):
+def check(model, out, length=16, language=None, sides=("right", "left")):
     """Logits after every prefix, padded on either side, and greedy answers."""
     theirs, tokenizer = theirs_of(out)
     tokenizer.src_lang = language
     queries = model.tokenizers.encode_queries(TEXTS, language and [language] * len(TEXTS))
     inputs = {side: tokenizer(TEXTS, padding=True, padding_side=side, return_tensors="pt")
-              for side in ("right", "left")}
-    found = theirs.generate(**inputs["left"], max_new_tokens=length, eos_token_id=None).numpy()
-    tokens = found[:, inputs["left"].input_ids.shape[1]:]
+              for side in sides}
+    found = theirs.generate(**inputs[sides[-1]], max_new_tokens=length, eos_token_id=None).numpy()
+    tokens = found[:, inputs[sides[-1]].input_ids.shape[1]:]
     assert tokens.shape == (len(TEXTS), length)
     ours = extend(model, queries, tokens)
     for side in inputs:
@@ -73,6 +73,26 @@ def test_torch_gives_what_we_give(fusion, projector, merged, tiny, tmp_path):
     model = make_run(tmp_path / "run", tiny, fusion, projector)
     export(tmp_path / "run", tmp_path / "out", merge=merged)
     check(model, tmp_path / "out")
+
+
+@pytest.mark.parametrize("case,kind,recipe", [
+    ("gemma2", "linear", "default"), ("phi3", "mlp", "default"),
+    ("llama31", "mlp", "paper_code"), *(pytest.param(*x, marks=SLOW) for x in (
+        ("qwen3", "linear", "default"), ("qwen25_window", "mlp", "default"),
+        ("gemma3", "linear", "default"))),
+])
+def test_an_aligner_goes_along_and_comes_in_again(case, kind, recipe, tiny, tmp_path):
+    write_family(case, tiny, tmp_path / "decoder")
+    aligner = AlignerConfig(kind, recipe)
+    model = make_run(tmp_path / "run", tiny, "last", "mapping", tmp_path / "decoder",
+                     aligner=aligner)
+    export(tmp_path / "run", tmp_path / "out", merge=True)
+    check(model, tmp_path / "out", sides=("right",))
+    adopt(tmp_path / "out", tmp_path / "back")
+    back = open_run(tmp_path / "back")
+    assert back.config.aligner == aligner
+    assert all(np.array_equal(back.model.trainable[path], x)
+               for path, x in model.trainable.items())
 
 
 @pytest.mark.parametrize("family,merged", [

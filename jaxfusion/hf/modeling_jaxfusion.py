@@ -6,7 +6,8 @@
     tokenizer.batch_decode(model.generate(**inputs), skip_special_tokens=True)
 
 Needs torch, transformers (4 or 5), safetensors and `tokenization_jaxfusion.py`, which defines the
-ids. Methods: LangBridge (arXiv:2401.10695), Global and Transformer Softmax (arXiv:2508.09091).
+ids. Methods: LangBridge (arXiv:2401.10695), Global and Transformer Softmax (arXiv:2508.09091),
+LayAlign (arXiv:2502.11405).
 """
 
 import copy
@@ -15,6 +16,8 @@ import json
 import logging
 import os
 import shutil
+import sys
+from contextlib import contextmanager
 from importlib import import_module
 
 import torch
@@ -43,6 +46,7 @@ ENCODERS = {"mt5": "MT5EncoderModel", "umt5": "UMT5EncoderModel", "bert": "BertM
             "xlm-roberta": "XLMRobertaModel", "modernbert": "ModernBertModel",
             "m2m_100": "M2M100Model"}
 ROLES = {"encoder": "reader", "decoder": "writer"}
+OWN = ("fusion.", "projector.", "aligner.")
 IGNORED = -100  # the label of a token that is not predicted
 # The argument of from_pretrained, renamed in 4.56.
 OLD = tuple(int(x) for x in transformers.__version__.split(".")[:2]) < (4, 56)
@@ -60,6 +64,7 @@ class BridgeConfig(PretrainedConfig):
         scores have a soft cap.
       fusion: `name`, `layer` and `d_ff`.
       projector: `name`, `d_ff` and `latents`.
+      aligner: `name`; `layers` of the LLM; `padding`: whether it reads as LayAlign's authors do.
       start_ids: at the start of every row of the LLM: BOS, or the header of a chat.
       after_ids: after the prefix; None if every query has its own prompt.
       query_offset, prompt_offset: the first ids of queries and of their prompts.
@@ -72,9 +77,10 @@ class BridgeConfig(PretrainedConfig):
 
     def __init__(self, reader=None, writer=None, fusion=None, projector=None, start_ids=(),
                  after_ids=(), query_offset=0, prompt_offset=0, query_end_id=None,
-                 query_pad_id=None, vocab_size=0, unfrozen=(), **kwargs):
+                 query_pad_id=None, vocab_size=0, unfrozen=(), aligner=None, **kwargs):
         self.reader, self.writer = reader or {}, writer or {}
         self.fusion, self.projector = fusion or {}, projector or {}
+        self.aligner = aligner or {"name": "none"}
         self.start_ids = list(start_ids)
         self.after_ids = after_ids if after_ids is None else list(after_ids)
         self.query_offset, self.prompt_offset = query_offset, prompt_offset
@@ -204,6 +210,64 @@ class Resampler(Float32):
         return self.norm(y), mask.new_ones(y.shape[:2]), self.norm(self.end)
 
 
+class Aligner(Float32):
+    """LayAlign: a key source and a value source for each LLM layer, from all encoder states."""
+
+    def __init__(self, states, width_in, width_out, name, layers, padding):
+        super().__init__()
+        self.padding = padding
+        self.mix = nn.Linear(states, 2 * layers)
+        self.hidden = nn.Linear(width_in, width_out) if name == "mlp" else None
+        self.out = nn.Linear(width_out if name == "mlp" else width_in, width_out)
+        self.gate = nn.Parameter(torch.zeros(layers))
+
+    def forward(self, states):
+        x = functional.relu(self.mix(states.movedim(0, -1))).movedim(-1, 0)
+        if self.hidden is not None:
+            x = functional.relu(self.hidden(x))
+        return self.out(x)
+
+
+def read_extra(attention, sources, gate, mask):
+    """What an LLM layer's attention reads of its sources [2 B S E] by its own maps: keys and
+    values [B K S H], its gate, and their mask."""
+    weight = attention.o_proj.weight
+    keys, values = sources.to(weight.device, weight.dtype)
+    if hasattr(attention, "qkv_proj"):  # Phi-3's are one map
+        heads = attention.o_proj.in_features
+        width = (attention.qkv_proj.out_features - heads) // 2
+        k, v = attention.qkv_proj(keys), attention.qkv_proj(values)
+        k, v = k[..., heads:heads + width], v[..., heads + width:]
+    else:
+        k, v = attention.k_proj(keys), attention.v_proj(values)
+    k, v = (x.unflatten(-1, (-1, attention.head_dim)) for x in (k, v))
+    if hasattr(attention, "k_norm"):
+        k = attention.k_norm(k)
+    return k.transpose(1, 2), v.transpose(1, 2), gate, mask
+
+
+def aligned(usual):
+    """An attention of transformers (None: a model's own eager one) that adds what a layer reads of
+    its sources, if it has any."""
+    def attend(module, query, key, value, attention_mask, **kwargs):
+        forward = usual or sys.modules[type(module).__module__].eager_attention_forward
+        mixed, weights = forward(module, query, key, value, attention_mask, **kwargs)
+        if getattr(module, "extra", None) is None:
+            return mixed, weights
+        k, v, gate, mask = module.extra
+        beams, groups = len(query) // len(k), query.shape[1] // k.shape[1]
+        k, v = (x.repeat_interleave(beams, 0).repeat_interleave(groups, 1) for x in (k, v))
+        scores = query @ k.transpose(2, 3) * kwargs["scaling"]
+        if kwargs.get("softcap") is not None:
+            scores = kwargs["softcap"] * torch.tanh(scores / kwargs["softcap"])
+        scores = scores.float().masked_fill(
+            ~mask.to(k.device).repeat_interleave(beams, 0)[:, None, None], -1e30)
+        read = torch.softmax(scores, -1).to(v.dtype) @ v
+        return mixed + gate.to(mixed.device, mixed.dtype) * read.transpose(1, 2), weights
+
+    return attend
+
+
 def make_projector(projector, width_in, width_out):
     """The projector of a config."""
     if projector["name"] == "resampler":
@@ -280,6 +344,10 @@ class BridgeForCausalLM(PreTrainedModel, GenerationMixin):
         self.fusion = make_fusion(config.fusion, config.reader)
         self.projector = make_projector(config.projector, config.reader["width"],
                                         config.writer["width"])
+        self.aligner = None
+        if config.aligner["name"] != "none":
+            self.aligner = Aligner(config.reader["layers"], config.reader["width"],
+                                   config.writer["width"], **config.aligner)
         self.generation_config = GenerationConfig(
             eos_token_id=config.eos_token_id, pad_token_id=config.query_pad_id,
             bos_token_id=config.bos_token_id)
@@ -311,6 +379,8 @@ class BridgeForCausalLM(PreTrainedModel, GenerationMixin):
         elif asked is None:  # where AutoModelForCausalLM leaves it
             asked = getattr(config, "_attn_implementation", None)
         attention = cls._attention(asked, config.writer["capped"])
+        if config.aligner["name"] != "none":
+            attention = cls._aligned(attention.get("attn_implementation", "sdpa"))
         dtype = kwargs.pop("dtype", None) or kwargs.pop("torch_dtype", None)
         kwargs.pop("torch_dtype", None)
 
@@ -362,9 +432,27 @@ class BridgeForCausalLM(PreTrainedModel, GenerationMixin):
                              "scores; remove it, or set it to 'eager'")
         return {} if requested is None else {"attn_implementation": requested}
 
+    @staticmethod
+    def _aligned(kind):
+        """The LLM's attention with what an aligner adds, as a keyword argument.
+
+        Raises:
+          ValueError: an implementation that it cannot be added to.
+        """
+        if kind not in ("eager", "sdpa"):
+            raise ValueError(f"attn_implementation={kind!r} is not for a bridge with an aligner; "
+                             "set it to 'sdpa' or 'eager'")
+        # From transformers 4.53 on.
+        masks = import_module("transformers.masking_utils").ALL_MASK_ATTENTION_FUNCTIONS
+        functions = import_module("transformers.modeling_utils").ALL_ATTENTION_FUNCTIONS
+        name = f"jaxfusion_{kind}"
+        functions.register(name, aligned(None if kind == "eager" else functions[kind]))
+        masks.register(name, masks[kind])
+        return {"attn_implementation": name}
+
     def _load_trained(self, trained, path):
         """Loads the trained part and freezes the rest."""
-        own = {name for name in self.state_dict() if name.startswith(("fusion.", "projector."))}
+        own = {name for name in self.state_dict() if name.startswith(OWN)}
         outcome = self.load_state_dict(trained, strict=False)
         missing = own - trained.keys()
         if missing or outcome.unexpected_keys:
@@ -373,8 +461,10 @@ class BridgeForCausalLM(PreTrainedModel, GenerationMixin):
         for name, x in self._of_backbones():
             x.requires_grad_(name in self.config.unfrozen)
         device = self.decoder.get_input_embeddings().weight.device
-        self.fusion.to(device)
-        self.projector.to(device)
+        for part in OWN:
+            own = getattr(self, part.rstrip("."))
+            if own is not None:
+                own.to(device)
         self._keys_to_ignore_on_save = sorted(self.state_dict().keys() - trained.keys())
 
     def _of_backbones(self):
@@ -387,16 +477,41 @@ class BridgeForCausalLM(PreTrainedModel, GenerationMixin):
 
     def prefix(self, input_ids, attention_mask=None):
         """Encoder ids [B S] → the prefix [B P E], its mask [B P], and the end vector [E]."""
+        return self._read_query(input_ids, attention_mask)[0]
+
+    def _read_query(self, input_ids, attention_mask=None):
+        """The prefix, its mask and the end vector; and what the LLM's layers read besides: their
+        sources [2M B S E] and the mask of these, or None."""
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
         out = self.encoder(input_ids=input_ids, attention_mask=attention_mask,
                            output_hidden_states=True)
         # The last one after the final norm, which ModernBERT's lacks in transformers 4.
-        states = (*out.hidden_states[1:-1], out.last_hidden_state)
+        states = (*out.hidden_states[:-1], out.last_hidden_state)
         device = self.projector.end.device
         states = torch.stack(states).to(device, torch.float32)
         mask = attention_mask.to(device)
-        return self.projector(self.fusion(states, mask), mask)
+        prefix = self.projector(self.fusion(states[1:], mask), mask)
+        if self.aligner is None:
+            return prefix, None
+        padding = self.aligner.padding
+        sources = self.aligner(states[:-1] if padding else states[1:])
+        return prefix, (sources, torch.ones_like(mask) if padding else mask)
+
+    @contextmanager
+    def _with_extra(self, extra):
+        """The LLM's layers read `extra` inside this context."""
+        layers = [] if extra is None else [
+            layer.self_attn for layer in self.decoder.get_decoder().layers]
+        try:
+            for i, attention in enumerate(layers):
+                sources, mask = extra
+                attention.extra = read_extra(attention, sources[2 * i:2 * i + 2],
+                                             self.aligner.gate[i], mask.bool())
+            yield
+        finally:
+            for attention in layers:
+                attention.extra = None
 
     def _mask(self, input_ids, attention_mask):
         """The mask of tokens that are not padding. [B S]
@@ -438,8 +553,9 @@ class BridgeForCausalLM(PreTrainedModel, GenerationMixin):
         """The LLM's input rows: `start + prefix + end + prompt + answer` without gaps.
 
         Returns:
-          Embeddings [B T E] with padding on the left, their mask [B T], and for every id the slot
-          whose logits predict the next id [B S]; -1 before the end of the query.
+          Embeddings [B T E] with padding on the left, their mask [B T], for every id the slot
+          whose logits predict the next id [B S], -1 before the end of the query; and what the
+          LLM's layers read besides.
 
         Raises:
           ValueError: ids that are not from this bridge's tokenizer.
@@ -452,7 +568,7 @@ class BridgeForCausalLM(PreTrainedModel, GenerationMixin):
         enc_mask = nn.utils.rnn.pad_sequence([torch.ones_like(x) for x in queries],
                                              batch_first=True)
         device = self.encoder.get_input_embeddings().weight.device
-        prefix, mask, end = self.prefix(enc_ids.to(device), enc_mask.to(device))
+        (prefix, mask, end), extra = self._read_query(enc_ids.to(device), enc_mask.to(device))
         table = self.decoder.get_input_embeddings()
         prefix, end = (x.to(table.weight.dtype) / self._scale(table) for x in (prefix, end))
         start, after = (torch.tensor(ids or [], dtype=torch.long, device=prefix.device)
@@ -475,7 +591,7 @@ class BridgeForCausalLM(PreTrainedModel, GenerationMixin):
                             device=embeds.device)
         slots = torch.stack([torch.where(x < 0, x, x + n)
                              for n, x in zip(left, slots, strict=True)])
-        return embeds, real, slots.to(embeds.device)
+        return embeds, real, slots.to(embeds.device), extra
 
     def _scale(self, table):
         """The factor that the LLM applies to its input embeddings after the table (Gemma 1 and 2 in
@@ -512,10 +628,12 @@ class BridgeForCausalLM(PreTrainedModel, GenerationMixin):
             raise ValueError("input_ids are missing")
         if output_hidden_states is None:
             output_hidden_states = bool(getattr(self.config, "output_hidden_states", False))
-        embeds, real, slots = self.splice(input_ids, attention_mask)
+        embeds, real, slots, extra = self.splice(input_ids, attention_mask)
         positions = (real.cumsum(1) - 1).clamp(min=0)
-        outputs = self.decoder(inputs_embeds=embeds, attention_mask=real, position_ids=positions,
-                             use_cache=False, output_hidden_states=output_hidden_states)
+        with self._with_extra(extra):
+            outputs = self.decoder(
+                inputs_embeds=embeds, attention_mask=real, position_ids=positions, use_cache=False,
+                output_hidden_states=output_hidden_states)
 
         def placed(x):
             gathered = x[torch.arange(len(x), device=x.device)[:, None], slots.clamp(min=0)]
@@ -577,7 +695,7 @@ class BridgeForCausalLM(PreTrainedModel, GenerationMixin):
             raise TypeError(f"a bridge's generate takes no {', '.join(unknown)}")
         chosen = {} if generation_config is None else generation_config.to_diff_dict()
         self._settle(settings, ids.shape[1], {**chosen, **kwargs})
-        embeds, real, _ = self.splice(ids, attention_mask)
+        embeds, real, _, extra = self.splice(ids, attention_mask)
         prompt = ids.to(embeds.device)
         more = {"logits_processor": logits_processor, "stopping_criteria": stopping_criteria}
         more = {name: type(x)(WithPrompt(inner, prompt) for inner in x)
@@ -588,10 +706,11 @@ class BridgeForCausalLM(PreTrainedModel, GenerationMixin):
         # generate would fill unset fields from the LLM's own config.
         own, self.decoder.generation_config = self.decoder.generation_config, settings
         try:
-            output = self.decoder.generate(
-                inputs_embeds=embeds, attention_mask=real, generation_config=settings,
-                streamer=streamer,
-                tokenizer=getattr(tokenizer, "answers", tokenizer), synced_gpus=synced_gpus, **more)
+            with self._with_extra(extra):
+                output = self.decoder.generate(
+                    inputs_embeds=embeds, attention_mask=real, generation_config=settings,
+                    streamer=streamer, tokenizer=getattr(tokenizer, "answers", tokenizer),
+                    synced_gpus=synced_gpus, **more)
         finally:
             self.decoder.generation_config = own
         new = output if isinstance(output, torch.Tensor) else output.sequences
@@ -700,7 +819,7 @@ class BridgeForCausalLM(PreTrainedModel, GenerationMixin):
         state = {name: x for name, x in (state_dict or self.state_dict()).items()
                  if not getattr(x, "is_meta", False)}
         names = [*self._read["bits"], *(name for name, _ in self.named_parameters()
-                                        if name.startswith(("fusion.", "projector.")))]
+                                        if name.startswith(OWN))]
         if missing := [name for name in names if name not in state]:
             raise ValueError(f"{', '.join(missing[:3])} … are not in memory under these names: "
                              "merge adapters (merge_and_unload) or save them alone, and load "

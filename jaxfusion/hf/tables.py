@@ -276,8 +276,8 @@ def _inputs(config: DecoderConfig) -> list[Entry]:
     return rows
 
 
-def bridge_table(fusion: str, projector: str) -> Table:
-    """Fusion and projector, with the names of `modeling_jaxfusion.py`."""
+def bridge_table(fusion: str, projector: str, aligner: str = "none") -> Table:
+    """A bridge's own parts, with the names of `modeling_jaxfusion.py`."""
     rows: list[Entry] = []
     if fusion == "global_softmax":
         rows += [Entry(f"fusion.{x}", f"fusion/{x}") for x in "wt"]
@@ -299,6 +299,10 @@ def bridge_table(fusion: str, projector: str) -> Table:
     dense = {"linear": ("out",), "resampler": ("up", "down")}.get(projector, ("hidden", "out"))
     for x in dense:
         rows += _dense(f"projector.{x}", f"projector/{x}")
+    if aligner != "none":
+        rows += [Entry("aligner.gate", "aligner/gate")]
+        for x in ("mix", "hidden", "out") if aligner == "mlp" else ("mix", "out"):
+            rows += _dense(f"aligner.{x}", f"aligner/{x}")
     return Table((*rows, Entry("projector.end", "projector/end")))
 
 

@@ -55,9 +55,10 @@ class LayerWindows:
 
 
 def segment_mask(segments: Int[Array, "B S"], window: int | None = None) -> Bool[Array, "B S S"]:
-    """Who may look at whom, both ways: tokens of the same segment, fewer than `window` slots apart;
-    segment 0 is padding."""
-    same = (segments[:, :, None] == segments[:, None, :]) & (segments != 0)[:, None, :]
+    """Who may look at whom, both ways: tokens of the same segment, fewer than `window` slots apart.
+    Segment 0 is padding: it sees all tokens, as in transformers, and no token sees it."""
+    query, key = segments[:, :, None], segments[:, None, :]
+    same = ((query == key) | (query == 0)) & (key != 0)
     if window is None:
         return same
     slots = jnp.arange(segments.shape[1])

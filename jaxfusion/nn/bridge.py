@@ -70,7 +70,7 @@ class Bridge:
       encoder, decoder, projector: modules; of the LLM alone only the decoder is one.
       aligner: gives every LLM layer more to read; None: the LLM reads the prefix alone.
       align_padding: as LayAlign's authors have it: the aligner reads h_0 … h_{L-1}, not
-        h_1 … h_L, and padding is read too.
+        h_1 … h_L, and padding up to the longest text is read too.
       fusion: `last`, `layer`, `global_softmax` or `transformer_softmax`.
       fusion_layer: l of `layer`, 1 … L as Hugging Face numbers states.
       fusion_dropout, fusion_d_ff: of `transformer_softmax`.
@@ -225,11 +225,12 @@ class Bridge:
         if self.aligner is None:
             return None
         layers, segments = self.encoder.config.num_layers, batch.enc_segments
+        if self.align_padding:  # up to the longest text of the batch
+            segments = jnp.broadcast_to(jnp.any(segments != 0, axis=0), segments.shape).astype(int)
         states = jnp.moveaxis(batch.enc_states, 2, 0)[:layers]
         sources, gate = self.aligner.apply({"params": params["aligner"]}, states)
         return extra_of(self.decoder.config, self.decoder.dtype,
-                        params["decoder"]["blocks"]["attn"], sources, gate,
-                        jnp.ones_like(segments) if self.align_padding else segments)
+                        params["decoder"]["blocks"]["attn"], sources, gate, segments)
 
     def decode(
         self, params: Params, embeddings: Array, positions, segments,

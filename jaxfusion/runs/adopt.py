@@ -22,7 +22,9 @@ from jaxfusion.config import CONFIG_FILE
 from jaxfusion.data.tokenizers import LANGBRIDGE_WHITESPACE, load_tokenizer
 from jaxfusion.errors import InputError
 from jaxfusion.fields import (
+    RECIPES,
     ROLES,
+    AlignerConfig,
     Config,
     DataConfig,
     DecoderSettings,
@@ -47,6 +49,7 @@ from jaxfusion.hf.tables import (
     mindmerger_table,
     tower_table,
 )
+from jaxfusion.nn.bridge import OWN
 from jaxfusion.nn.decoder import DecoderConfig
 from jaxfusion.nn.encoder import EncoderConfig
 from jaxfusion.sharding.mesh import make_mesh
@@ -131,12 +134,13 @@ def _backbones(named: dict[str, str | None], default: dict[str, str | None]) -> 
 def _ours(path: Path, described, tensors: TensorFiles, named) -> tuple[Config, Flat]:
     """Reads a directory that export.py wrote."""
     fusion, projector = described["fusion"], described["projector"]
+    aligner = described.get("aligner", {"name": "none", "padding": False})
     parts = {"encoder": described["reader"], "decoder": described["writer"]}
     names = _backbones(named, {
         role: str(path / part["checkpoint"]) if part["inside"] else part["checkpoint"]
         for role, part in parts.items()
     })
-    trained = _read(bridge_table(fusion["name"], projector["name"]), tensors)
+    trained = _read(bridge_table(fusion["name"], projector["name"], aligner["name"]), tensors)
     revisions = {role: None if named[role] else part["revision"] for role, part in parts.items()}
     config = Config(
         encoder=EncoderSettings(names["encoder"], revisions["encoder"],
@@ -145,6 +149,7 @@ def _ours(path: Path, described, tensors: TensorFiles, named) -> tuple[Config, F
         decoder=DecoderSettings(names["decoder"], revisions["decoder"]),
         fusion=FusionConfig(fusion["name"], fusion["layer"], d_ff=fusion["d_ff"]),
         projector=ProjectorConfig(projector["name"], projector["d_ff"], projector["latents"]),
+        aligner=AlignerConfig(aligner["name"], RECIPES[aligner["padding"]]),
         data=DataConfig(text_prompt=described.get("text_prompt", ""),
                         chat_template=described.get("chat_template", False)),
     )
@@ -163,8 +168,8 @@ def _of_towers(
         if f"{role}.{row.theirs.format(i=row.first)}" in tensors.files
     )
     specs = {row.ours: places[row.ours].update(dtype=jnp.float32) for row in rows}
-    # Fusion and projector are read elsewhere.
-    return load_params(tensors.path, Table(rows, (r"(fusion|projector)\..*",)), specs)
+    # The bridge's own parts are read elsewhere.
+    return load_params(tensors.path, Table(rows, (rf"({'|'.join(OWN)})\..*",)), specs)
 
 
 def _check_widths(

@@ -51,7 +51,7 @@ class Trained:
     tokenizers: Tokenizers
 
     def own(self, rows: Table) -> dict[str, np.ndarray]:
-        """Fusion and projector, with a table's names."""
+        """The bridge's own parts, with a table's names."""
         return dict(to_tensors(rows, traverse_util.unflatten_dict(self.trained, sep="/")))
 
     def replaced(self, role: str) -> dict[str, np.ndarray]:
@@ -91,7 +91,7 @@ def collect(workdir: Path, out: Path) -> Trained:
     towers = open_towers(run.config)
     check_out(out, *towers.paths.values())
     config, shapes = towers.config, towers.shapes
-    own = bridge_table(config.fusion.name, config.projector.name)
+    own = bridge_table(config.fusion.name, config.projector.name, config.aligner.name)
     trained = _with_frozen(config, workdir, trained, shapes, own)
     _check_trained(trained, own, {role: tower_table(shapes[role]) for role in ROLES}, workdir)
     return Trained(workdir, step, config, trained, towers.paths, shapes, towers.tokenizers)
@@ -100,7 +100,7 @@ def collect(workdir: Path, out: Path) -> Trained:
 def _with_frozen(
     config: Config, workdir: Path, trained: Flat, shapes: dict[str, Any], own: Table
 ) -> Flat:
-    """The trained parameters, and frozen ones of fusion and projector."""
+    """The trained parameters, and frozen ones of the bridge's own parts."""
     required = {row.ours for row in own.rows}
     available = frozen_part(workdir, config, complete=required <= set(trained)) | trained
     if required <= set(available):
@@ -169,7 +169,8 @@ def export(
                          for part in ("reader", "writer")):
         logger.warning("%s refers to backbones on this machine; use --merge to share it", out)
     with new_directory(out, overwrite) as partial:
-        tensors = bridge.own(bridge_table(config.fusion.name, config.projector.name))
+        tensors = bridge.own(bridge_table(config.fusion.name, config.projector.name,
+                                          config.aligner.name))
         for role in ROLES:
             if merge:
                 copy_tower(bridge.paths[role], partial / role, bridge.json(role),
@@ -268,6 +269,8 @@ def _describe(bridge: Trained, merge: bool, dtype: str | None) -> dict[str, Any]
                    "d_ff": config.fusion.d_ff},
         "projector": {"name": config.projector.name, "d_ff": hidden,
                       "latents": config.projector.latents},
+        "aligner": {"name": config.aligner.name, "layers": shapes["decoder"].num_layers,
+                    "padding": config.aligner.recipe == "paper_code"},
         "added_tokens": list(config.encoder.added_tokens),
         "query_prefix": config.encoder.prefix,
         "bos_token_id": decoder.bos_token_id, "eos_token_id": bridge.tokenizers.eos,

@@ -27,7 +27,7 @@ def export_langbridge(
         both from the config with that name before it reads the weights.
 
     Raises:
-      InputError: LangBridge has no such fusion or projector, or as in `export`.
+      InputError: LangBridge has no such fusion, projector or aligner, or as in `export`.
     """
     check_dtype(dtype)
     bridge = collect(workdir, out)
@@ -36,6 +36,9 @@ def export_langbridge(
     if config.fusion.name != "last" or config.projector.name not in kinds:
         raise InputError(f"LangBridge supports fusion 'last' with {', '.join(kinds)}; {workdir} "
                          f"has '{config.fusion.name}' with '{config.projector.name}'")
+    if config.aligner.name != "none":
+        raise InputError(f"LangBridge has no aligner; {workdir} has '{config.aligner.name}': use "
+                         "--format jaxfusion")
     if config.data.chat_template:
         raise InputError(f"LangBridge does not support chat templates; {workdir} was trained with "
                          "one: use --format jaxfusion")
