@@ -24,7 +24,7 @@ LANGUAGES = flags.DEFINE_list("languages", [], "default: config.eval.languages, 
 LIMIT = flags.DEFINE_integer("limit", None, "score only the first N rows", lower_bound=1)
 DATA_PATH = flags.DEFINE_string("data_path", None, "where the rows are, as config.data.path")
 DROP_SEEN = flags.DEFINE_bool("drop_seen", False, "leave out test rows that were trained on")
-LLM_ONLY = flags.DEFINE_bool("llm_only", False, "the bare LLM on the text prompt")
+LLM_ONLY = flags.DEFINE_bool("llm_only", False, "the bare LLM, on the query and the text prompt")
 DISTRIBUTED = flags.DEFINE_bool("distributed", False, "this process is one of several")
 ASK = flags.DEFINE_string("ask", None, "answer one input: its columns, apart by ' | '")
 INPUT = flags.DEFINE_string("input", None, "answer the rows of this file")

@@ -10,6 +10,7 @@ alone answers a prompt that names the topics, without examples and with five Eng
 
 import argparse
 import json
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,40 +18,51 @@ import numpy as np
 from timing import machine
 
 from jaxfusion import config as configs
-from jaxfusion.bridge.compare import read_variants, side_by_side
+from jaxfusion.bridge.compare import side_by_side
 from jaxfusion.config import run_folders
 from jaxfusion.data.rows.examples import Example, read_examples
 from jaxfusion.data.tasks.catalogue import configured, get_task
 from jaxfusion.evaluation.scoring import Scorer, for_task
 from jaxfusion.reports.comparison import as_json, markdown
+from jaxfusion.reports.pictures import draw_accuracy, draw_layers
+from jaxfusion.reports.scored_runs import read_run
 from jaxfusion.runs.open_run import OpenRun, open_run
 
 LLM, FEW, REGRESSION = "LLM, topics named", "LLM, 5 examples", "encoder + regression"
 STRENGTHS = [0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0]  # 1 / L2 penalty
 SHOTS = 5
+PICTURES = Path(__file__).parent.parent / "docs" / "pictures"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("workdir", type=Path)
+    parser.add_argument("--seeds", type=int, nargs="+", help="of the comparison; default: all")
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
     config = configs.load(args.workdir / "config.json")
-    first = next(iter(run_folders(config).values()))[0]
-    models = read_variants(config, args.workdir)
-    comparison = side_by_side(config, models, {})
-    run = open_run(args.workdir / first)
-    languages = list(comparison.languages)
-    correct = {
-        **llm_alone(run, languages, config.rows),
-        REGRESSION: regression(run, languages, config.rows),
-        **{name: by for name, by in comparison.correct.items() if name != "LLM alone"},
-    }
-    comparison = replace(comparison, correct=correct, reference=REGRESSION)
-    seconds = json.loads((args.workdir / "report.json").read_text("utf-8"))["seconds"]
-    result = {"table": markdown(comparison), **as_json(comparison), "seconds": seconds,
+    config = replace(config, seeds=tuple(args.seeds or config.seeds))
+    folders = run_folders(config)
+    models = {name: [read_run(args.workdir / where) for where in runs]
+              for name, runs in folders.items()}
+    bridges = side_by_side(config, models, {})
+    run = open_run(args.workdir / next(iter(folders.values()))[0])
+    languages, seconds = list(bridges.languages), {}
+    alone = {}
+    for name, score in ((REGRESSION, regression), (LLM, llm_alone), (FEW, few_shot)):
+        clock = time.monotonic()
+        alone[name] = score(run, languages, config.rows)
+        seconds[name] = {"score": time.monotonic() - clock}
+        print(f"{name}: {seconds[name]['score']:.0f} s", flush=True)
+    comparison = replace(bridges, correct={**alone, **bridges.correct}, reference=REGRESSION)
+    report = args.workdir / "report.json"
+    trained = json.loads(report.read_text("utf-8"))["seconds"] if report.is_file() else {}
+    result = {"table": markdown(comparison), **as_json(comparison), "seeds": list(config.seeds),
+              "rows": len(next(iter(alone[LLM].values()))), "seconds": {**seconds, **trained},
               "machine": machine()}
     args.out.write_text(json.dumps(result, indent=1) + "\n", "utf-8")
+    draw_accuracy(comparison, PICTURES / "real_topics_accuracy.png")
+    draw_layers([bridges], PICTURES / "real_topics_layers.png")
     print(result["table"])
 
 
@@ -86,29 +98,34 @@ def regression(run: OpenRun, languages: list[str], limit: int | None) -> dict[st
     return {name: (best.predict(x) == y).astype(int).tolist() for name, (x, y) in tested.items()}
 
 
-def llm_alone(run: OpenRun, languages: list[str], limit: int | None) -> dict[str, dict]:
-    """Which test rows the LLM gets right with the topics in its prompt, without and with examples
-    (the first English training rows of five topics)."""
+def llm_alone(
+    run: OpenRun, languages: list[str], limit: int | None, shots: int = 0
+) -> dict[str, list[int]]:
+    """Which test rows the LLM gets right with the topics in its prompt, and the first English
+    training rows of so many topics as examples."""
     task, shown = run.task, {}
     for row in rows_of(run, "train", run.config.data.language):
         shown.setdefault(row.label, row)
     asked = "Text: {}\nTopic:"
-    named = f"The topic of a text is one of: {', '.join(task.labels)}.\n\n"
-    examples = "".join(f"{asked.format(text)} {row.target}\n\n" for row, text in zip(
-        list(shown.values())[:SHOTS], texts_of(list(shown.values()), run), strict=False))
+    before = f"The topic of a text is one of: {', '.join(task.labels)}.\n\n"
+    rows = list(shown.values())[:shots]
+    before += "".join(f"{asked.format(text)} {row.target}\n\n"
+                      for row, text in zip(rows, texts_of(rows, run), strict=True))
     settings = replace(for_task(run.config.eval, task), max_new_tokens=1, max_decoder_tokens=1024)
-    scorer = Scorer(run.model.bridge, run.tokenizers, settings, bare=True)
-    correct = {}
-    for name, before in ((LLM, named), (FEW, named + examples)):
-        correct[name] = {}
-        for language in languages:
-            rows = rows_of(run, "test", language, limit)
-            prompts = [replace(row, query=before + asked.format(text))
-                       for row, text in zip(rows, texts_of(rows, run), strict=True)]
-            with run.on_mesh():
-                scored = scorer(run.params, prompts, task)
-            correct[name][language] = [int(x) for x in scored.correct["likelihood"]]
+    scorer, correct = Scorer(run.model.bridge, run.tokenizers, settings, bare=True), {}
+    for language in languages:
+        rows = rows_of(run, "test", language, limit)
+        prompts = [replace(row, query=before + asked.format(text))
+                   for row, text in zip(rows, texts_of(rows, run), strict=True)]
+        with run.on_mesh():
+            scored = scorer(run.params, prompts, task)
+        correct[language] = [int(x) for x in scored.correct["likelihood"]]
     return correct
+
+
+def few_shot(run: OpenRun, languages: list[str], limit: int | None) -> dict[str, list[int]]:
+    """As `llm_alone`, with examples."""
+    return llm_alone(run, languages, limit, SHOTS)
 
 
 if __name__ == "__main__":

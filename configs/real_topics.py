@@ -39,6 +39,7 @@ def get_config(arg=None):
     config.encoder.keep_states = 6.0
     config.decoder.checkpoint = "HuggingFaceTB/SmolLM2-135M-Instruct"
     config.fusion.name = "global_softmax"
+    config.fusion.noise = 0.3
     config.projector.warm_start = True
     config.data.task = "sib200"
     config.data.language = "eng_Latn"
@@ -46,14 +47,14 @@ def get_config(arg=None):
     config.data.max_encoder_tokens = 128
     config.data.pack = True
     config.optimizer.groups = {
-        "projector": {"patterns": ("projector/.*",), "learning_rate": 1e-3, "weight_decay": 0.0},
-        "fusion": {"patterns": ("fusion/w",), "learning_rate": 1e-4, "weight_decay": 0.0},
+        "projector": {"patterns": ("projector/.*",), "learning_rate": 3e-3, "weight_decay": 0.0},
+        "fusion": {"patterns": ("fusion/w",), "learning_rate": 3e-4, "weight_decay": 0.0},
     }
     config.optimizer.b1 = 0.9
     config.train.batch_size = 16
-    config.train.epochs = 2
+    config.train.epochs = 3
     config.train.log_every = 20
-    config.train.eval_every = config.train.checkpoint_every = 44
+    config.train.eval_every = config.train.checkpoint_every = 66
     config.eval.languages = LANGUAGES
     config.eval.max_encoder_tokens = 256
     config.eval.max_new_tokens = 4

@@ -30,7 +30,7 @@ def run_of(cache_dir, words, keep, **fields):
 
 
 def steps_of(run, steps=3):
-    """Loss and gradients of the first batches, without dropout."""
+    """Loss and gradients of the first batches, all with the same key."""
     step = jax.jit(lambda *x: gradient(run.loss, *x))
     return [jax.device_get(step(run.trainable, run.frozen, put_batch(run.batches[i], make_mesh()),
                                 jax.random.key(0))) for i in range(steps)]
@@ -42,6 +42,7 @@ def steps_of(run, steps=3):
     ("global_softmax,debug", {"data__pack": True}),
     ("global_softmax,debug", {"fusion__backward": "second_pass"}),
     ("transformer_softmax,debug", {"fusion__dropout": 0.1}),
+    ("global_softmax,debug", {"fusion__noise": 0.3}),
     ("last,debug", {"encoder__dtype": "bfloat16"}),
 ])
 def test_losses_gradients_and_scores_are_those_without(cache_dir, words, fields, monkeypatch):

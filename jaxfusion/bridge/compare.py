@@ -54,14 +54,14 @@ def _compare(config: CompareConfig, runs: dict[str, Config], workdir: Path) -> C
     _, task, trained, _ = read_data(config.base)
     check_unseen(config.base, config.rows, trained)
     configs.save(config, workdir / CONFIG_FILE)
-    seconds = {}
-    for name, run in runs.items():
-        seconds[name] = {}
-        seeds = config.seeds or (run.train.seed,)
-        for seed, where in zip(seeds, run_folders(config)[name], strict=True):
-            logger.info("\n%s%s", name, f", seed {seed}" if config.seeds else "")
-            run = replace(run, train=replace(run.train, seed=seed))
-            _train_and_score(config, run, workdir / where, workdir, seconds[name])
+    seconds, folders = {name: {} for name in runs}, run_folders(config)
+    for i, seed in enumerate(config.seeds or (None,)):  # one after the other: half of it is fair
+        for name, run in runs.items():
+            logger.info("\n%s%s", name, "" if seed is None else f", seed {seed}")
+            if seed is not None:
+                run = replace(run, train=replace(run.train, seed=seed))
+            _train_and_score(config, run, workdir / folders[name][i], workdir, seconds[name])
+    where = folders[name][i]
     logger.info("\n%s", LLM_ALONE)
     start = time.monotonic()
     evaluate(workdir / where, limit=config.rows, llm_only=True)

@@ -28,8 +28,9 @@ def keep_states(
     """The function that puts these rows' states into a batch of them (`Batch.enc_states`); None if
     they take more than `limit` GiB, or several processes share the encoder.
 
-    Runs of one process with the same encoder that read the same layers share what is kept. It is in
-    a file without a name in the cache directory, of which the system holds in memory what fits.
+    Runs of one process with the same encoder that read the same layers share what is kept, up to
+    `limit` for each set of layers. It is in a file without a name in the cache directory, of which
+    the system holds in memory what fits.
     """
     if not limit or jax.process_count() > 1:
         return None
@@ -109,7 +110,11 @@ class KeptStates:
         return replace(batch, enc_states=states)
 
 
-_kept = lru_cache(1)(lambda encoder, layers, limit, content: KeptStates(encoder, layers, limit))
+@lru_cache(4)  # the variants of a comparison take turns
+def _kept(
+    encoder: Encoder, layers: tuple[int, ...], limit: float, content: tuple[float, ...]
+) -> KeptStates:
+    return KeptStates(encoder, layers, limit)
 
 
 def _key(ids: Sequence[int]) -> bytes:

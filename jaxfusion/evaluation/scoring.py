@@ -152,7 +152,8 @@ class Scorer:
         """The examples as ids, without answers."""
         c = self.config
         if self.bare:
-            return tokenize_bare(examples, self.tokenizers, c.max_decoder_tokens)
+            texts = [replace(x, query=self._text_of(x)) for x in examples]
+            return tokenize_bare(texts, self.tokenizers, c.max_decoder_tokens)
         return tokenize(
             examples, self.tokenizers, text_prompt=self.text_prompt,
             max_encoder_tokens=c.max_encoder_tokens, max_decoder_tokens=c.max_decoder_tokens,
@@ -161,10 +162,7 @@ class Scorer:
 
     def _options(self, examples: Sequence[Example], labels: Sequence[str]) -> Options:
         """Every row's labels; without labels, one empty option."""
-        prompts = [
-            example.query if self.bare else self.text_prompt.replace("{query}", example.query)
-            for example in examples
-        ]
+        prompts = [self._text_of(example) for example in examples]
         end = [] if self.bare else self.tokenizers.ending
         ids = [
             [answer + end for answer in self.tokenizers.encode_answers(
@@ -172,6 +170,12 @@ class Scorer:
             for label in labels
         ] or [[[] for _ in prompts]]
         return make_options(ids, self.config.batch_size)
+
+    def _text_of(self, example: Example) -> str:
+        """What the LLM reads before the answer in its own words: alone, the query too."""
+        if self.bare and "{query}" not in self.text_prompt:
+            return example.query + self.text_prompt
+        return self.text_prompt.replace("{query}", example.query)
 
     def _text(self, tokens: np.ndarray) -> tuple[str, bool]:
         """The answer up to its end token or first stop string, and whether it had neither within

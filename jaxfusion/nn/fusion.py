@@ -138,7 +138,9 @@ def add_noise(
     What learns behind the fusion reads English alone; noise keeps it from fitting more of those
     features than holds for other languages (training with noise: Bishop, 1995).
     """
-    rms = jnp.sqrt(jnp.mean(jnp.square(features.astype(jnp.float32)), axis=-1, keepdims=True))
+    square = jnp.mean(jnp.square(features.astype(jnp.float32)), axis=-1, keepdims=True)
+    some = square > 0  # at padding there may be none, and a root has no gradient at 0
+    rms = jnp.where(some, jnp.sqrt(jnp.where(some, square, 1.0)), 0.0)
     return features + noise * rms * jax.random.normal(key, features.shape)
 
 

@@ -66,6 +66,9 @@ class JaxFusion(LM):
             raise InputError("workdir is missing; give --model_args workdir=DIR")
         given = {"batch_size": int(batch_size)} if str(batch_size or "").isdigit() else {}
         self.run = open_run(Path(workdir), given, llm_only)
+        if llm_only:  # the harness' tasks have prompts of their own
+            data = replace(self.run.config.data, text_prompt="")
+            self.run = replace(self.run, config=replace(self.run.config, data=data))
         self.language = self.run.checked_language(language)
         self.params = self.run.params  # read before the harness makes its tasks
         self.bare, self.end, self.workdir = llm_only, end and not llm_only, workdir

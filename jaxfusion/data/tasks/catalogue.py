@@ -171,7 +171,7 @@ TASKS: dict[str, Task] = {
         source=Source("hub:mteb/amazon_reviews_multi", "{language}"),
     ),
     "sib200": Task(
-        "Sentence: {text} Topic: ",
+        "{text}",
         ("science/technology", "travel", "politics", "sports", "health", "entertainment",
          "geography"),
         SIB_LANGUAGES,
