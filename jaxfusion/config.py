@@ -23,6 +23,7 @@ from jaxfusion.fields import JOBS, CompareConfig, Config, Job, LensRunConfig
 from jaxfusion.files import read_json, write_checked
 
 CONFIG_FILE = "config.json"  # of a workdir
+FIRST = "first"  # where a workdir has its run's first stage
 # Fields that a run resolves, or that had a number where they are open now.
 OPEN = ("data.bos", "eval.max_new_tokens")
 # May differ when a run is resumed, besides a larger number of steps.
@@ -133,6 +134,27 @@ def run_folders(config: CompareConfig) -> dict[str, list[Path]]:
             for fields in config.variants}
 
 
+def stage_before(config: Config, workdir: Path) -> Path | None:
+    """The workdir of the stage that a run starts from, if it has one."""
+    if config.first:
+        return workdir / FIRST
+    return None if config.train.init_from is None else Path(config.train.init_from)
+
+
+def first_stage(config: Config) -> Config:
+    """The config of the stage that `config.first` describes.
+
+    Raises:
+      InputError: fields that a bridge does not have.
+    """
+    values = json.loads(json.dumps({**dataclasses.asdict(config), "first": {}, "seeds": ()}))
+    _override(values, config.first, "first")
+    if values["first"] or values["seeds"] or values["train"]["init_from"]:
+        raise InputError("config.first is one stage that starts from nothing, with the run's seed: "
+                         "leave first, seeds and train.init_from out of it")
+    return _validated(Config, values, "first.")
+
+
 def one_by_seeds(config: Config) -> CompareConfig:
     """A bridge that is trained with several seeds, as a comparison of one variant."""
     return CompareConfig(base=dataclasses.replace(config, seeds=()), seeds=config.seeds,
@@ -194,6 +216,11 @@ def check(config: Job) -> None:
     if isinstance(config, CompareConfig):
         variants(config)  # checks each of them
         return
+    if isinstance(config, Config) and config.first:
+        if config.train.init_from is not None:
+            raise InputError("config.first and train.init_from both name a stage before this one; "
+                             "set one of them")
+        check(first_stage(config))
     open_axes = [f"mesh.{x}" for x, size in dataclasses.asdict(config.mesh).items() if size == -1]
     if len(open_axes) > 1:
         raise InputError(f"{' and '.join(open_axes)} are -1, expected one of them at most: it is "

@@ -257,6 +257,9 @@ class Config(Schema):
     mesh: MeshConfig = MeshConfig()
     # Train it once for each of these in place of train.seed: a comparison of one variant.
     seeds: Seeds = ()
+    # Fields of a stage before this one, which differ from this config's: it is trained first, in
+    # WORKDIR/first, and this run starts with what it learned.
+    first: dict[str, Any] = field(default_factory=dict)
     tasks: dict[str, TaskConfig] = field(default_factory=dict)  # your own, by name
 
 

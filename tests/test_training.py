@@ -20,9 +20,11 @@ import torch_reference as reference
 from helpers import ROOT, equal, interrupt_at, losses, make_config, records, relative
 
 from jaxfusion import config as configs
+from jaxfusion.bridge import job
 from jaxfusion.bridge.job import prepare, train
 from jaxfusion.config import default_config, from_config_dict
 from jaxfusion.costs import chips
+from jaxfusion.data.contamination import read_seen
 from jaxfusion.data.pipeline import subset
 from jaxfusion.data.rows.examples import read_examples
 from jaxfusion.data.tasks.catalogue import TASKS
@@ -30,9 +32,10 @@ from jaxfusion.errors import InputError, Stopped
 from jaxfusion.evaluation.scoring import Scorer, for_task
 from jaxfusion.fields import GroupConfig, OptimizerConfig
 from jaxfusion.miniatures.checkpoints import write_checkpoints
+from jaxfusion.runs.score import seen_by
 from jaxfusion.sharding.mesh import make_mesh
 from jaxfusion.training import loop
-from jaxfusion.training.checkpoint import Checkpoints
+from jaxfusion.training.checkpoint import Checkpoints, trained_part
 from jaxfusion.training.load import load_model
 from jaxfusion.training.loop import fit
 from jaxfusion.training.optimizer import group_of_each, make_optimizer, make_schedule
@@ -334,6 +337,44 @@ def test_a_second_stage_starts_from_the_first(undisturbed, cache_dir, tmp_path, 
     with pytest.raises(InputError, match=r"'fusion/.*' is .* there, no such parameter here"):
         train(other, tmp_path / "third")
     assert not (tmp_path / "third").exists()
+
+
+def test_two_stages_are_one_command(cache_dir, tmp_path, unscored, monkeypatch):
+    """The first is trained once, whatever happens to the second, and its rows count as seen."""
+    still = {"bridge": {"patterns": ("projector/.*",), "learning_rate": 0.0, "weight_decay": 0.0}}
+    config = replace(
+        make_config(cache_dir, "last,debug", train__steps=2, data__text_prompt="{query}",
+                    optimizer__groups=still),
+        first={"data": {"text_prompt": "", "train_rows": 8}, "train": {"steps": 3},
+               "optimizer": {"groups": {"bridge": {"learning_rate": 1e-2}}}})
+    run, trained = tmp_path / "run", []
+
+    def fit_once(*args):
+        if trained:
+            raise KeyboardInterrupt
+        trained.append(fit(*args))
+
+    monkeypatch.setattr(job, "fit", fit_once)
+    with pytest.raises(KeyboardInterrupt):
+        train(config, run)
+    monkeypatch.setattr(job, "fit", fit)
+    step, learned = trained_part(run / "first")
+    assert step == 3 and configs.load(run / "first" / "config.json").first == {}
+    state = train(config, run)
+    assert int(state.step) == 2 and len(trained) == 1
+    assert equal({path: np.asarray(x) for path, x in state.trainable.items()}, learned)
+    assert 0 < len(read_seen(run / "first")) < len(seen_by(config, run))
+
+
+@pytest.mark.parametrize(("first", "init_from", "why"), [
+    ({"train": {"stepz": 1}}, None, "first.train.stepz"),
+    ({"first": {"train": {"steps": 1}}}, None, "leave first, seeds and train.init_from out"),
+    ({"train": {"steps": 1}}, "x", "set one of them"),
+])
+def test_a_first_stage_that_cannot_be_is_refused(cache_dir, first, init_from, why):
+    config = make_config(cache_dir, "last,debug", train__init_from=init_from)
+    with pytest.raises(InputError, match=why):
+        configs.check(replace(config, first=first))
 
 
 @pytest.mark.parametrize("steps,warmup", [(20, 1), (25, 2), (1000, 50), (1001, 51)])

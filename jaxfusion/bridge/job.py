@@ -12,7 +12,7 @@ import jax
 
 from jaxfusion.background import in_background
 from jaxfusion.bridge.warm_start import warm_start
-from jaxfusion.config import CONFIG_FILE
+from jaxfusion.config import CONFIG_FILE, first_stage, stage_before
 from jaxfusion.data.batching import Cut, TokenRows, find_shapes, tokenize
 from jaxfusion.data.contamination import fingerprints
 from jaxfusion.data.coverage import check_reading
@@ -38,13 +38,14 @@ from jaxfusion.training.load import Model, open_towers, overlay, read_model
 from jaxfusion.training.loop import fit
 from jaxfusion.training.state import Flat, State, merge
 from jaxfusion.training.trainer import Run, batch_multiple, put_batch
-from jaxfusion.training.workdir import begin
+from jaxfusion.training.workdir import begin, only_run
 
 logger = logging.getLogger(__name__)
 
 
 def train(config: Config, workdir: Path, profile: tuple[int, int] | None = None) -> State:
-    """Trains a bridge in a workdir, from where it is to its last step.
+    """Trains a bridge in a workdir, from where it is to its last step; its first stage before it,
+    if the config has one.
 
     Args:
       profile: first and last step of a trace in `WORKDIR/profile`.
@@ -53,6 +54,11 @@ def train(config: Config, workdir: Path, profile: tuple[int, int] | None = None)
       InputError: whatever is wrong with the config, data, checkpoints, workdir or other processes.
       Stopped: SIGTERM came; the state is saved.
     """
+    if config.first:
+        with only_run(config, workdir):
+            logger.info("first stage: %s", stage_before(config, workdir))
+            train(first_stage(config), stage_before(config, workdir))
+            logger.info("second stage: %s", workdir)
     with begin(config, workdir) as start:
         with all_or_none():
             run = prepare(start.config, start.mesh, start.fresh, workdir)
@@ -63,7 +69,7 @@ def prepare(config: Config, mesh, fresh: bool = True, workdir: Path | None = Non
     """Loads data and model; `init_from` and the warm start apply only to a fresh run.
 
     Args:
-      workdir: of a run that is resumed, which holds what was frozen in it.
+      workdir: holds what was frozen in a run that is resumed, and the first stage of others.
     """
     shares = batch_multiple(config.train, mesh)
     config, task, examples, dev = read_data(config)
@@ -79,8 +85,8 @@ def prepare(config: Config, mesh, fresh: bool = True, workdir: Path | None = Non
     earlier = {}
     if not fresh:
         model = overlay(model, frozen_of(model, workdir, config), str(workdir))
-    elif config.train.init_from is not None:
-        model, earlier = start_from(model, Path(config.train.init_from))
+    elif before := stage_before(config, workdir):
+        model, earlier = start_from(model, before)
     elif config.projector.warm_start:
         model = warm_start(model, examples)
     layout = _layout(config, rows, model, shares)

@@ -10,7 +10,7 @@ import numpy as np
 from rich.console import Console
 from rich.progress import Progress
 
-from jaxfusion.config import CONFIG_FILE
+from jaxfusion.config import CONFIG_FILE, stage_before
 from jaxfusion.data.contamination import fingerprints, read_seen
 from jaxfusion.data.coverage import check_reading
 from jaxfusion.data.languages import by_every_code
@@ -126,9 +126,9 @@ def seen_by(config: Config, workdir: Path) -> np.ndarray:
         logger.warning("%s has no record of its training rows: test rows are not compared with "
                        "them", workdir)
         seen = np.zeros(0, np.uint64)
-    if config.train.init_from is None:
+    before = stage_before(config, workdir)
+    if before is None:
         return seen
-    before = Path(config.train.init_from)
     if not (before / CONFIG_FILE).is_file():
         logger.warning("%s started from %s, which is missing: test rows are not compared with its "
                        "training rows", workdir, before)

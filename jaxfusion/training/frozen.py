@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
 from jaxfusion import config as configs
-from jaxfusion.config import CONFIG_FILE
+from jaxfusion.config import CONFIG_FILE, stage_before
 from jaxfusion.errors import InputError, first_line
 from jaxfusion.fields import Config
 from jaxfusion.files import read_checked, write_checked
@@ -69,9 +69,9 @@ def frozen_part(
         except (SafetensorError, OSError) as error:
             raise InputError(f"{file} cannot be read ({first_line(error)}): the run's frozen "
                              "parameters are in it, put it back from a copy") from None
-    if config.train.init_from is None:
+    before = stage_before(config, workdir)
+    if before is None:
         return {}
-    before = Path(config.train.init_from)
     if not (before / CONFIG_FILE).is_file():
         if complete:
             return {}

@@ -13,7 +13,7 @@ import jax
 from jax.sharding import Mesh
 
 from jaxfusion import config as configs
-from jaxfusion.config import CONFIG_FILE
+from jaxfusion.config import CONFIG_FILE, FIRST
 from jaxfusion.data.contamination import SEEN
 from jaxfusion.errors import InputError
 from jaxfusion.fields import ROLES, Config, DataConfig, Job, LensRunConfig
@@ -30,7 +30,7 @@ TEMPORARY = ".orbax-checkpoint-tmp"  # in the name of what is being written
 # Files of a run that never started, and of one that started but saved no step.
 LOCK_FILES = {WRITER, *(f".{CONFIG_FILE}{end}" for end in (".partial", ".sum", ".sum.partial"))}
 FILES_BEFORE_A_SAVE = LOCK_FILES | {
-    CONFIG_FILE, SEEN, FROZEN_FILE, METRICS, TENSORBOARD, PROFILE,
+    CONFIG_FILE, SEEN, FROZEN_FILE, METRICS, TENSORBOARD, PROFILE, FIRST,
     *(f".{file}{end}" for file in (SEEN, FROZEN_FILE, METRICS)
       for end in (".partial", ".sum", ".sum.partial"))}
 logger = logging.getLogger(__name__)
@@ -126,7 +126,7 @@ def check_workdir(config: Job, workdir: Path) -> Job:
     if workdir.exists() and not workdir.is_dir():
         raise InputError(f"{workdir} is a file, expected a directory; choose another --workdir")
     if not file.is_file():
-        if workdir.exists() and any(x.name not in LOCK_FILES for x in workdir.iterdir()):
+        if workdir.exists() and any(x.name not in {*LOCK_FILES, FIRST} for x in workdir.iterdir()):
             raise InputError(
                 f"{workdir} is not empty and no run's workdir: {CONFIG_FILE} is missing"
             )
