@@ -38,6 +38,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("workdir", type=Path)
     parser.add_argument("--seeds", type=int, nargs="+", help="of the comparison; default: all")
+    parser.add_argument("--baselines", nargs="*", choices=list(BASELINES), default=list(BASELINES))
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
     config = configs.load(args.workdir / "config.json")
@@ -48,17 +49,22 @@ def main() -> None:
     bridges = side_by_side(config, models, {})
     run = open_run(args.workdir / next(iter(folders.values()))[0])
     languages, seconds = list(bridges.languages), {}
-    alone = {}
-    for name, score in ((REGRESSION, regression), (LLM, llm_alone), (FEW, few_shot)):
-        clock = time.monotonic()
-        alone[name] = score(run, languages, config.rows)
-        seconds[name] = {"score": time.monotonic() - clock}
+    kept = args.workdir / "baselines.json"  # a second start goes on
+    alone = json.loads(kept.read_text("utf-8")) if kept.is_file() else {}
+    for name in args.baselines:
+        if name not in alone:
+            clock = time.monotonic()
+            correct = BASELINES[name](run, languages, config.rows)
+            alone[name] = {"correct": correct, "seconds": time.monotonic() - clock}
+            kept.write_text(json.dumps(alone), "utf-8")
+        seconds[name] = {"score": alone[name]["seconds"]}
         print(f"{name}: {seconds[name]['score']:.0f} s", flush=True)
-    comparison = replace(bridges, correct={**alone, **bridges.correct}, reference=REGRESSION)
+    correct = {name: alone[name]["correct"] for name in args.baselines}
+    comparison = replace(bridges, correct={**correct, **bridges.correct}, reference=REGRESSION)
     report = args.workdir / "report.json"
     trained = json.loads(report.read_text("utf-8"))["seconds"] if report.is_file() else {}
     result = {"table": markdown(comparison), **as_json(comparison), "seeds": list(config.seeds),
-              "rows": len(next(iter(alone[LLM].values()))), "seconds": {**seconds, **trained},
+              "rows": len(correct[REGRESSION][languages[0]]), "seconds": {**seconds, **trained},
               "machine": machine()}
     args.out.write_text(json.dumps(result, indent=1) + "\n", "utf-8")
     draw_accuracy(comparison, PICTURES / "real_topics_accuracy.png")
@@ -126,6 +132,9 @@ def llm_alone(
 def few_shot(run: OpenRun, languages: list[str], limit: int | None) -> dict[str, list[int]]:
     """As `llm_alone`, with examples."""
     return llm_alone(run, languages, limit, SHOTS)
+
+
+BASELINES = {LLM: llm_alone, FEW: few_shot, REGRESSION: regression}
 
 
 if __name__ == "__main__":

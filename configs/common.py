@@ -75,6 +75,11 @@ def debug_bridge(config: ConfigDict) -> None:
     config.train.log_every = 20
     config.train.eval_every = config.train.checkpoint_every = 100
     config.eval.tasks = config.eval.languages = ()
+    if config.first:
+        data = config.first.data
+        config.first = {"data": {"task": data.task, "language": data.language,
+                                 "text_prompt": data.text_prompt, "path": "made:rows"},
+                        "train": {"steps": 20}}
 
 
 def debug_pretraining(config: ConfigDict) -> None:

@@ -5,12 +5,13 @@ from dataclasses import replace
 from pathlib import Path
 from zlib import crc32
 
+from jaxfusion.config import first_stage
 from jaxfusion.data.pocket.lexicon import VERSION as WORLD
 from jaxfusion.data.pocket.world import write_parallel, write_tasks, write_texts
 from jaxfusion.data.tasks.catalogue import get_task
 from jaxfusion.data.tasks.spec import Task
 from jaxfusion.errors import InputError, choose
-from jaxfusion.fields import Job, LensRunConfig, PretrainConfig
+from jaxfusion.fields import Config, Job, LensRunConfig, PretrainConfig
 from jaxfusion.files import cache_dir, new_directory
 from jaxfusion.miniatures.checkpoints import SIZES, write_checkpoints
 from jaxfusion.miniatures.text import write_rows
@@ -31,6 +32,10 @@ def make_inputs(config: Job) -> Job:
     cache = cache_dir()
     if isinstance(config, LensRunConfig):
         return _lens_inputs(config, cache)
+    if isinstance(config, Config) and config.first.get("data", {}).get("path"):
+        made = make_inputs(first_stage(config)).data.path
+        config = replace(config, first={
+            **config.first, "data": {**config.first["data"], "path": made}})
     if config.data.path and config.data.path.startswith(f"{MADE}pocket"):
         if isinstance(config, PretrainConfig):
             path = _world(config.data.path, "texts", write_texts, cache)
