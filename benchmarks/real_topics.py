@@ -12,6 +12,7 @@ import argparse
 import json
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -31,7 +32,6 @@ from jaxfusion.runs.open_run import OpenRun, open_run
 LLM, FEW, REGRESSION = "LLM, topics named", "LLM, 5 examples", "encoder + regression"
 STRENGTHS = [0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0]  # 1 / L2 penalty
 SHOTS = 5
-PICTURES = Path(__file__).parent.parent / "docs" / "pictures"
 
 
 def main() -> None:
@@ -67,8 +67,8 @@ def main() -> None:
               "rows": len(correct[REGRESSION][languages[0]]), "seconds": {**seconds, **trained},
               "machine": machine()}
     args.out.write_text(json.dumps(result, indent=1) + "\n", "utf-8")
-    draw_accuracy(comparison, PICTURES / "real_topics_accuracy.png")
-    draw_layers([bridges], PICTURES / "real_topics_layers.png")
+    draw_accuracy(comparison, args.workdir / "topics_accuracy.png")
+    draw_layers(bridges, args.workdir / "topics_layers.png")
     print(result["table"])
 
 
@@ -79,12 +79,6 @@ def rows_of(run: OpenRun, split: str, language: str, limit: int | None = None) -
     return read_examples(data.task, task, split, language, data.path)[:limit]
 
 
-def texts_of(rows: list[Example], run: OpenRun) -> list[str]:
-    """The sentences without the task's words around them."""
-    before, after = run.task.prompt.split("{text}")
-    return [row.query.removeprefix(before).removesuffix(after) for row in rows]
-
-
 def regression(run: OpenRun, languages: list[str], limit: int | None) -> dict[str, list[int]]:
     """Which test rows a logistic regression on the encoder's vectors gets right, by language."""
     from sklearn.linear_model import LogisticRegression
@@ -92,7 +86,7 @@ def regression(run: OpenRun, languages: list[str], limit: int | None) -> dict[st
 
     def read(split: str, language: str, limit: int | None = None):
         rows = rows_of(run, split, language, limit)
-        vectors = run.states_of(texts_of(rows, run), language)[-1]
+        vectors = run.states_of([row.query for row in rows], language)[-1]
         return normalize(vectors), np.array([row.label for row in rows])
 
     english = run.config.data.language
@@ -114,27 +108,20 @@ def llm_alone(
         shown.setdefault(row.label, row)
     asked = "Text: {}\nTopic:"
     before = f"The topic of a text is one of: {', '.join(task.labels)}.\n\n"
-    rows = list(shown.values())[:shots]
-    before += "".join(f"{asked.format(text)} {row.target}\n\n"
-                      for row, text in zip(rows, texts_of(rows, run), strict=True))
+    before += "".join(f"{asked.format(row.query)} {row.target}\n\n"
+                      for row in list(shown.values())[:shots])
     settings = replace(for_task(run.config.eval, task), max_new_tokens=1, max_decoder_tokens=1024)
     scorer, correct = Scorer(run.model.bridge, run.tokenizers, settings, bare=True), {}
     for language in languages:
         rows = rows_of(run, "test", language, limit)
-        prompts = [replace(row, query=before + asked.format(text))
-                   for row, text in zip(rows, texts_of(rows, run), strict=True)]
+        prompts = [replace(row, query=before + asked.format(row.query)) for row in rows]
         with run.on_mesh():
             scored = scorer(run.params, prompts, task)
         correct[language] = [int(x) for x in scored.correct["likelihood"]]
     return correct
 
 
-def few_shot(run: OpenRun, languages: list[str], limit: int | None) -> dict[str, list[int]]:
-    """As `llm_alone`, with examples."""
-    return llm_alone(run, languages, limit, SHOTS)
-
-
-BASELINES = {LLM: llm_alone, FEW: few_shot, REGRESSION: regression}
+BASELINES = {LLM: llm_alone, FEW: partial(llm_alone, shots=SHOTS), REGRESSION: regression}
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ r"""Writes docs/results.md and the README's tables from the results of runs.
     python benchmarks/cold_start.py runs/cold --out benchmarks/results/cold_start.json
     python train.py --config configs/lens_quickstart.py                      # and :ceiling
     python benchmarks/lens_seeds.py runs/lens_seeds --out benchmarks/results/lens_seeds.json
-    python benchmarks/results.py --quickstart runs/quickstart \
+    python benchmarks/results.py --real_topics runs/real_topics --quickstart runs/quickstart \
         --lens runs/lens_quickstart --lens_ceiling runs/lens_quickstart_ceiling
 
 Reports given on the command line are first copied to benchmarks/results/, pictures to
@@ -145,10 +145,14 @@ def seconds(report: dict[str, Any]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--real_topics", type=Path, help="only its pictures")
     parser.add_argument("--quickstart", type=Path)
     parser.add_argument("--lens", type=Path)
     parser.add_argument("--lens_ceiling", type=Path)
     args = parser.parse_args()
+    for picture in ("accuracy", "layers") if args.real_topics else ():
+        shutil.copyfile(args.real_topics / f"topics_{picture}.png",
+                        PICTURES / f"real_topics_{picture}.png")
     for name in ("quickstart", "lens", "lens_ceiling"):
         if getattr(args, name):
             keep(name, getattr(args, name))

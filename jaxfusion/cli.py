@@ -41,14 +41,15 @@ def set_up_jax() -> None:
     """Lets jax use most of a GPU's memory (default: 75%), and keep compiled programs in the user's
     cache, so that a second start compiles nothing. Call it before jax is imported.
 
-    jax's own variables override both: `JAX_COMPILATION_CACHE_DIR` moves the programs,
-    `JAX_ENABLE_COMPILATION_CACHE=false` keeps none.
+    The cache of programs holds 2 GiB; the oldest ones go. jax's own variables override all of this:
+    `JAX_COMPILATION_CACHE_DIR` moves the programs, `JAX_ENABLE_COMPILATION_CACHE=false` keeps none.
     """
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.92")
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         os.environ["JAX_COMPILATION_CACHE_DIR"] = str(cache_dir() / "compiled" / _processor())
+        # Not in a directory of the user's own: jax cannot limit one that it filled without a limit.
+        os.environ.setdefault("JAX_COMPILATION_CACHE_MAX_SIZE", str(2**31))
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
-    os.environ.setdefault("JAX_COMPILATION_CACHE_MAX_SIZE", str(2**31))  # the oldest ones go
 
 
 def _processor() -> str:

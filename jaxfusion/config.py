@@ -28,7 +28,8 @@ FIRST = "first"  # where a workdir has its run's first stage
 OPEN = ("data.bos", "eval.max_new_tokens")
 # May differ when a run is resumed, besides a larger number of steps.
 FREE_ON_RESUME = ("mesh", "encoder.dtype", "decoder.dtype", "encoder.remat", "decoder.remat",
-                  "encoder.attention", "decoder.attention", "train.accumulate", "train.log_every")
+                  "encoder.keep_states", "encoder.attention", "decoder.attention",
+                  "train.accumulate", "train.log_every")
 
 
 def default_config(job: str = "bridge") -> ml_collections.ConfigDict:

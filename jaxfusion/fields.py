@@ -71,8 +71,9 @@ class EncoderSettings(Schema):
     dropout: Share = 0.0  # 0.1 is what the papers' runs had by accident of `model.train()`
     added_tokens: tuple[Text, ...] = ()  # LangBridge adds whitespace tokens to the tokenizer
     prefix: str = ""  # in front of every text that it reads; E5 wants "query: "
-    # GiB of its states that may be kept, so that each text is read once, not in every epoch and by
-    # every variant of a comparison. For a frozen encoder without dropout, in one process.
+    # GiB of its states that may be kept on disk for each set of layers that a fusion reads, so that
+    # each text is read once, not in every epoch and by every variant of a comparison. For a frozen
+    # encoder without dropout, in one process.
     keep_states: Weight = 0.0
 
 

@@ -18,8 +18,9 @@ from jaxfusion.data.batching import BatchShape, TokenRow, collate
 from jaxfusion.errors import InputError
 from jaxfusion.evaluation.generate import Decoding, make_scorer
 from jaxfusion.evaluation.options import make_options
+from jaxfusion.fields import ROLES
 from jaxfusion.nn.aligner import Aligner
-from jaxfusion.nn.bridge import OWN, TOWERS
+from jaxfusion.nn.bridge import OWN
 from jaxfusion.sharding.mesh import make_mesh
 
 FAMILIES = {"llama": DECODER, "qwen3": replace(DECODER, family="qwen3", qk_norm=True),
@@ -34,7 +35,7 @@ def aligned_bridge(kind, decoder=DECODER, **options):
 def params_of(bridge, gates=True):
     """Parameters with gates that are open."""
     params = nn.unbox(jax.jit(bridge.init, static_argnums=1)(
-        jax.random.key(0), (*TOWERS, *OWN)))
+        jax.random.key(0), (*ROLES, *OWN)))
     if gates:
         params["aligner"]["gate"] = jnp.array([0.7, -0.4])
     return params

@@ -95,6 +95,24 @@ def test_an_aligner_goes_along_and_comes_in_again(case, kind, recipe, tiny, tmp_
                for path, x in model.trainable.items())
 
 
+def test_an_aligner_that_would_be_left_out_is_said(tiny, tmp_path):
+    make_run(tmp_path / "run", tiny, "last", "mapping", aligner=AlignerConfig("linear"))
+    export(tmp_path / "run", tmp_path / "out")
+    theirs, tokenizer = theirs_of(tmp_path / "out")
+    inputs = tokenizer(TEXTS, padding=True, return_tensors="pt")
+    theirs.train().gradient_checkpointing_enable()
+    with pytest.raises(ValueError, match="gradient_checkpointing_disable"):
+        theirs(**inputs)
+    theirs.gradient_checkpointing_disable()
+    theirs(**inputs)
+    theirs.decoder.set_attn_implementation("eager")
+    with pytest.raises(ValueError, match="leaves the aligner out"):
+        theirs(**inputs)
+    with pytest.raises(ValueError, match="'sdpa' or 'eager'"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True,
+                                             attn_implementation="flex_attention")
+
+
 @pytest.mark.parametrize("family,merged", [
     ("bert", True), ("xlm-roberta", False), ("m2m_100", True), ("modernbert", True),
     *(pytest.param(*x, marks=SLOW) for x in (

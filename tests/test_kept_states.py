@@ -100,27 +100,40 @@ def test_what_does_not_fit_is_said_and_computed(cache_dir, caplog):
     assert steps_of(run, 1)[0][0] > 0
 
 
-def test_a_disk_that_is_full_is_said(cache_dir, monkeypatch, caplog):
+def test_a_disk_that_is_full_is_said_and_nothing_half_kept(cache_dir, monkeypatch, caplog):
+    """Texts of the batches before the failure are read again, not taken from holes in the file."""
     class Full:
-        def __init__(self, file):
-            self.file = file
+        def __init__(self, file, room):
+            self.file, self.room = file, room
 
         def write(self, data):
-            raise OSError(28, "No space left on device")
+            self.room -= len(data)
+            if self.room < 0:
+                raise OSError(28, "No space left on device")
+            return self.file.write(data)
 
         def __getattr__(self, name):
             return getattr(self.file, name)
 
-    start = KeptStates.__init__
+    start, made = KeptStates.__init__, []
 
     def full(self, *args):
         start(self, *args)
-        self.file = Full(self.file)
+        self.file = Full(self.file, 100_000)
+        made.append(self)
 
     monkeypatch.setattr(KeptStates, "__init__", full)
     with caplog.at_level(logging.WARNING, "jaxfusion"):
         assert run_of(cache_dir, "last,debug", 0.1).batches[0].enc_states is None
-    assert "No space left" in caplog.text
+    assert "No space left" in caplog.text and made[0].places == {} and made[0].used == 0
+
+
+def test_a_cache_directory_that_cannot_be_is_said(cache_dir, monkeypatch, tmp_path, caplog):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(kept_states, "cache_dir", lambda: tmp_path / "file" / "cache")
+    with caplog.at_level(logging.WARNING, "jaxfusion"):
+        assert run_of(cache_dir, "last,debug", 0.1).batches[0].enc_states is None
+    assert "cannot be kept in" in caplog.text
 
 
 @pytest.mark.parametrize(("fields", "why"), [
@@ -128,6 +141,7 @@ def test_a_disk_that_is_full_is_said(cache_dir, monkeypatch, caplog):
     ({"optimizer__groups": {"all": {"patterns": ("(encoder/embed|projector)/.*",),
                                     "learning_rate": 1e-3, "weight_decay": 0.0}}},
      "parameters of it are trained"),
+    ({"aligner__name": "mlp", "aligner__recipe": "paper_code"}, "reads padding"),
 ])
 def test_states_that_change_are_not_kept(cache_dir, fields, why):
     with pytest.raises(InputError, match=why):

@@ -55,16 +55,16 @@ def _compare(config: CompareConfig, runs: dict[str, Config], workdir: Path) -> C
     check_unseen(config.base, config.rows, trained)
     configs.save(config, workdir / CONFIG_FILE)
     seconds, folders = {name: {} for name in runs}, run_folders(config)
-    for i, seed in enumerate(config.seeds or (None,)):  # one after the other: half of it is fair
+    # Seed by seed: what an interrupted comparison has is as much of each variant.
+    for i, seed in enumerate(config.seeds or (None,)):
         for name, run in runs.items():
             logger.info("\n%s%s", name, "" if seed is None else f", seed {seed}")
             if seed is not None:
                 run = replace(run, train=replace(run.train, seed=seed))
             _train_and_score(config, run, workdir / folders[name][i], workdir, seconds[name])
-    where = folders[name][i]
     logger.info("\n%s", LLM_ALONE)
-    start = time.monotonic()
-    evaluate(workdir / where, limit=config.rows, llm_only=True)
+    start, last = time.monotonic(), list(folders.values())[-1][-1]
+    evaluate(workdir / last, limit=config.rows, llm_only=True)
     seconds[LLM_ALONE] = {"score": time.monotonic() - start}
     models = read_variants(config, workdir)
     scored = models[LLM_ALONE][0].details[config.base.data.task]

@@ -162,16 +162,11 @@ def _batch(config: Config, plan: Plan, mesh) -> Batch:
     length = 1 + (plan.bridge.latents or slots) + 1 + behind
     sizes = {"enc": slots, "dec": length, "target": targets}
     place = sharding(mesh, "batch")
-    batch = {
+    return Batch(**{
         name: jax.ShapeDtypeStruct((rows, sizes[name.split("_")[0]]),
                                    bool if name == "target_mask" else jnp.int32, sharding=place)
-        for name in Batch.__dataclass_fields__ if name != "enc_states"
-    }
-    if config.encoder.keep_states:
-        encoder = plan.bridge.encoder
-        shape = (rows, slots, len(plan.bridge.read_layers), encoder.config.d_model)
-        batch["enc_states"] = jax.ShapeDtypeStruct(shape, encoder.dtype, sharding=place)
-    return Batch(**batch)
+        for name in Batch.__dataclass_fields__ if name != "enc_states"  # the encoder computes them
+    })
 
 
 def _step(config: Config, plan: Plan, state: State):

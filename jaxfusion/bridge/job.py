@@ -116,6 +116,7 @@ def _check_kept(config: Config, task: Task, trained: Collection[str]) -> None:
     for wrong, why in (
         (any(path.startswith("encoder/") for path in trained), "parameters of it are trained"),
         (config.encoder.dropout, f"encoder.dropout is {config.encoder.dropout}"),
+        (config.aligner.recipe == "paper_code", "aligner.recipe='paper_code' reads padding"),
         (task.unlabelled, f"task '{config.data.task}' splits its texts in each epoch"),
         (jax.process_count() > 1, f"this run has {jax.process_count()} processes"),
     ):
@@ -186,7 +187,7 @@ def _layout(config: Config, rows: TokenRows | Continued, model: Model, shares: i
 
 
 def start_from(model: Model, workdir: Path) -> tuple[Model, Flat]:
-    """Overlays another run's fusion, projector and trained parameters (the second stage of a
+    """Overlays another run's own parts and trained parameters (the second stage of a
     two-stage recipe); also returns them."""
     if not (workdir / CONFIG_FILE).is_file():
         raise InputError(f"train.init_from: {workdir} is not a workdir of a run")

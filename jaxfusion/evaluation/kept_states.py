@@ -4,7 +4,7 @@ import logging
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +26,7 @@ def keep_states(
     bridge: Bridge, params: Params, rows: Sequence[TokenRow], tokenizers: Tokenizers, limit: float
 ) -> Fill | None:
     """The function that puts these rows' states into a batch of them (`Batch.enc_states`); None if
-    they take more than `limit` GiB, or several processes share the encoder.
+    they take more than `limit` GiB, cannot be kept, or several processes share the encoder.
 
     Runs of one process with the same encoder that read the same layers share what is kept, up to
     `limit` for each set of layers. It is in a file without a name in the cache directory, of which
@@ -34,8 +34,13 @@ def keep_states(
     """
     if not limit or jax.process_count() > 1:
         return None
-    kept = _kept(bridge.encoder, bridge.read_layers, limit, _content(params["encoder"]))
-    return kept.fill if kept.add(params, rows, tokenizers) else None
+    try:
+        kept = _kept(bridge.encoder, bridge.read_layers, limit, _content(params["encoder"]))
+        return kept.fill if kept.add(params, rows, tokenizers) else None
+    except OSError as error:
+        logger.warning("the encoder's states cannot be kept in %s (%s): they are computed at every "
+                       "use", cache_dir(), error)
+        return None
 
 
 class KeptStates:
@@ -48,54 +53,54 @@ class KeptStates:
         # Takes space only as it is written, and none after the process.
         self.file = tempfile.TemporaryFile(dir=cache_dir())  # noqa: SIM115
         self.states = np.memmap(self.file, encoder.dtype, "w+", shape=(max(room, 1), *shape))
-        self.room, self.used, self.first = room, 0, {}
+        self.room, self.used, self.places, self.said = room, 0, {}, False
         last = layers == (encoder.config.num_layers,)
 
-        def read(params: Params, batch: Batch):
-            read = (batch.enc_tokens, batch.enc_segments)
+        def encode(params: Params, batch: Batch):
+            call = partial(encoder.apply, {"params": params["encoder"]}, batch.enc_tokens,
+                           batch.enc_segments)
             if last:
-                return encoder.apply({"params": params["encoder"]}, *read)[:, :, None]
-            first = layers[0] == 0
-            states = encoder.apply({"params": params["encoder"]}, *read, states=True,
-                                   embeddings=first)
-            return jnp.moveaxis(states[jnp.array(layers) - (not first)], 0, 2)
+                return call()[:, :, None]
+            embeddings = layers[0] == 0
+            states = call(states=True, embeddings=embeddings)
+            return jnp.moveaxis(states[jnp.array(layers) - (not embeddings)], 0, 2)
 
-        self.read = jax.jit(read)
+        self.encode = jax.jit(encode)
 
     def add(self, params: Params, rows: Sequence[TokenRow], tokenizers: Tokenizers) -> bool:
-        """Computes the states of those rows that are not kept yet; False if there is no room."""
+        """Computes the states of those rows that are not kept yet; False if there is no room.
+
+        Raises:
+          OSError: they cannot be written; those kept before are as they were.
+        """
         new = list({_key(row.query): row for row in rows
-                    if _key(row.query) not in self.first}.values())
+                    if row.query and _key(row.query) not in self.places}.values())
         if not new:
             return True
         lengths = lengths_of(new)[0]
         needed, size = self.used + int(lengths.sum()), self.states[0].nbytes
         if needed > self.room:
-            logger.warning(
-                "the encoder's states of %s texts take %.1f GiB with those kept before, more than "
-                "encoder.keep_states = %.1f: they are computed at every use", f"{len(new):,}",
-                needed * size / 2**30, self.room * size / 2**30)
+            if not self.said:
+                logger.warning(
+                    "the encoder's states of %s texts take %.1f GiB with those kept before, more "
+                    "than encoder.keep_states = %.1f: they are computed at every use",
+                    f"{len(new):,}", needed * size / 2**30, self.room * size / 2**30)
+            self.said = True
             return False
         shapes = find_shapes(new, length_buckets(int(lengths.max())))
+        used, places = self.used, {}
+        self.file.seek(used * size)  # not through the map, where a full disk is a bus error
         # In an order that depends on these rows alone, so that a resumed run has the same states.
-        try:
-            for numbers, batch in in_order(new, shapes, tokenizers, min(BATCH, len(new))):
-                found = fetch(self.read(params, batch))
-                for i, number in enumerate(numbers):
-                    self._write(new[number], found[i, : lengths[number]])
-            self.file.flush()
-        except OSError as error:
-            logger.warning("the encoder's states cannot be kept in %s (%s): they are computed at "
-                           "every use", cache_dir(), error)
-            return False
+        for numbers, batch in in_order(new, shapes, tokenizers, min(BATCH, len(new))):
+            found = fetch(self.encode(params, batch))
+            for i, number in enumerate(numbers):
+                states = found[i, : lengths[number]]
+                self.file.write(np.ascontiguousarray(states).tobytes())
+                places[_key(new[number].query)] = used
+                used += len(states)
+        self.file.flush()
+        self.used, self.places = used, self.places | places
         return True
-
-    def _write(self, row: TokenRow, states: np.ndarray) -> None:
-        # Not through the map, where a full disk is a bus error.
-        self.file.seek(self.used * self.states[0].nbytes)
-        self.file.write(np.ascontiguousarray(states).tobytes())
-        self.first[_key(row.query)] = self.used
-        self.used += len(states)
 
     def fill(self, batch: Batch) -> Batch:
         """The batch with its states; those of padding are 0."""
@@ -105,7 +110,7 @@ class KeptStates:
             for segment in range(1, int(segments.max(initial=0)) + 1):
                 at = np.flatnonzero(segments == segment)
                 if len(at):
-                    start = self.first[_key(batch.enc_tokens[i, at])]
+                    start = self.places[_key(batch.enc_tokens[i, at])]
                     states[i, at] = self.states[start : start + len(at)]
         return replace(batch, enc_states=states)
 

@@ -19,8 +19,8 @@ class Options:
       tokens: [C B T] ids of the answers. mask: [C B T] True at real ids.
       after: [C B T] the node that predicts each id; -1 is the prompt.
       nodes: [B K] ids that are read. depth: [B K] their distance from the prompt, from 0.
-      visible: [B K K] the nodes that each node sees: itself and those above it. None are visible
-        to padding.
+      visible: [B K K] the nodes that each node sees: itself and those above it. Padding sees no
+        node, and no node sees it.
     """
 
     tokens: Int[Array, "C B T"]
@@ -51,7 +51,8 @@ def make_options(ids: Sequence[Sequence[Sequence[int]]], batch_size: int) -> Opt
     longest = max((len(option) for row in trees for option in row), default=0)
     most = max((len(tree.nodes) for tree in trees.values()), default=0)
     # One token needs only the prompt's last logits: no nodes.
-    by_id = (len(ids), batch_size, longest if longest <= 1 else round_length(longest))
+    # Lengths of answers cost little, so that few of them do; nodes are read by the LLM.
+    by_id = (len(ids), batch_size, 1 << max(longest - 1, 0).bit_length() if longest else 0)
     nodes = (batch_size, round_length(most) if most else 0)
     padded = Options(
         np.zeros(by_id, np.int32), np.zeros(by_id, bool), np.full(by_id, -1, np.int32),

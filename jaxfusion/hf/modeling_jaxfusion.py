@@ -228,11 +228,11 @@ class Aligner(Float32):
         return self.out(x)
 
 
-def read_extra(attention, sources, gate, mask):
+def read_extra(attention, sources, gate, mask, like):
     """What an LLM layer's attention reads of its sources [2 B S E] by its own maps: keys and
-    values [B K S H], its gate, and their mask."""
-    weight = attention.o_proj.weight
-    keys, values = sources.to(weight.device, weight.dtype)
+    values [B K S H], its gate, and their mask. `like` has the dtype that the layer computes in."""
+    device = attention.o_proj.weight.device
+    keys, values = sources.to(like.device if device.type == "meta" else device, like.dtype)
     if hasattr(attention, "qkv_proj"):  # Phi-3's are one map
         heads = attention.o_proj.in_features
         width = (attention.qkv_proj.out_features - heads) // 2
@@ -461,10 +461,10 @@ class BridgeForCausalLM(PreTrainedModel, GenerationMixin):
         for name, x in self._of_backbones():
             x.requires_grad_(name in self.config.unfrozen)
         device = self.decoder.get_input_embeddings().weight.device
-        for part in OWN:
-            own = getattr(self, part.rstrip("."))
-            if own is not None:
-                own.to(device)
+        for name in OWN:
+            part = getattr(self, name.rstrip("."))
+            if part is not None:
+                part.to(device)
         self._keys_to_ignore_on_save = sorted(self.state_dict().keys() - trained.keys())
 
     def _of_backbones(self):
@@ -499,15 +499,26 @@ class BridgeForCausalLM(PreTrainedModel, GenerationMixin):
         return prefix, (sources, torch.ones_like(mask) if padding else mask)
 
     @contextmanager
-    def _with_extra(self, extra):
-        """The LLM's layers read `extra` inside this context."""
+    def _with_extra(self, extra, embeds):
+        """The LLM's layers read `extra` inside this context; `embeds` are their inputs.
+
+        Raises:
+          ValueError: a setting under which they would not.
+        """
         layers = [] if extra is None else [
             layer.self_attn for layer in self.decoder.get_decoder().layers]
+        kind = self.decoder.config._attn_implementation
+        if layers and not str(kind).startswith("jaxfusion_"):
+            raise ValueError(f"the LLM's attention was set to {kind!r}, which leaves the aligner "
+                             "out: give attn_implementation to from_pretrained")
+        if layers and self.training and getattr(self.decoder, "is_gradient_checkpointing", False):
+            raise ValueError("gradient checkpointing computes the LLM's layers again without the "
+                             "aligner: call gradient_checkpointing_disable()")
         try:
             for i, attention in enumerate(layers):
                 sources, mask = extra
                 attention.extra = read_extra(attention, sources[2 * i:2 * i + 2],
-                                             self.aligner.gate[i], mask.bool())
+                                             self.aligner.gate[i], mask.bool(), embeds)
             yield
         finally:
             for attention in layers:
@@ -630,7 +641,7 @@ class BridgeForCausalLM(PreTrainedModel, GenerationMixin):
             output_hidden_states = bool(getattr(self.config, "output_hidden_states", False))
         embeds, real, slots, extra = self.splice(input_ids, attention_mask)
         positions = (real.cumsum(1) - 1).clamp(min=0)
-        with self._with_extra(extra):
+        with self._with_extra(extra, embeds):
             outputs = self.decoder(
                 inputs_embeds=embeds, attention_mask=real, position_ids=positions, use_cache=False,
                 output_hidden_states=output_hidden_states)
@@ -706,7 +717,7 @@ class BridgeForCausalLM(PreTrainedModel, GenerationMixin):
         # generate would fill unset fields from the LLM's own config.
         own, self.decoder.generation_config = self.decoder.generation_config, settings
         try:
-            with self._with_extra(extra):
+            with self._with_extra(extra, embeds):
                 output = self.decoder.generate(
                     inputs_embeds=embeds, attention_mask=real, generation_config=settings,
                     streamer=streamer, tokenizer=getattr(tokenizer, "answers", tokenizer),

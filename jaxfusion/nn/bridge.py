@@ -23,7 +23,6 @@ from jaxfusion.nn.fusion import GlobalSoftmax, TransformerSoftmax, add_noise, se
 from jaxfusion.nn.projector import Projector, Resampler
 
 Params = dict[str, Any]
-TOWERS = ("encoder", "decoder")
 OWN = ("fusion", "projector", "aligner")  # parts that are a bridge's own
 
 
@@ -154,6 +153,11 @@ class Bridge:
             **read,
         )
 
+    def _kept(self, batch: Batch, first: int, last: int) -> Float[Array, "l B S D"]:
+        """The known states `first` to `last` of a batch."""
+        start = self.read_layers[0]
+        return jnp.moveaxis(batch.enc_states[:, :, first - start : last - start + 1], 2, 0)
+
     def fuse(
         self, params: Params, batch: Batch, key: Array | None = None
     ) -> tuple[Float[Array, "B S D"], Array | None]:
@@ -169,19 +173,19 @@ class Bridge:
         """
         train, layers = key is not None, self.encoder.config.num_layers
         encode = partial(self._encode, params, batch, key)
-        kept = None if batch.enc_states is None else jnp.moveaxis(batch.enc_states, 2, 0)
+        kept = None if batch.enc_states is None else partial(self._kept, batch)
         if self.fusion == "last":
-            return encode() if kept is None else kept[-1], None
+            return encode() if kept is None else kept(layers, layers)[0], None
         if self.fusion == "layer":
             if not 1 <= self.fusion_layer <= layers:
                 raise ValueError(f"fusion_layer is {self.fusion_layer}, expected 1 to {layers}")
             mix = jax.nn.one_hot(self.fusion_layer - 1, layers)
             if kept is None:
                 return encode(mix=mix), mix
-            return kept[self.read_layers.index(self.fusion_layer)], mix
+            return kept(self.fusion_layer, self.fusion_layer)[0], mix
         fusion = partial(self.fusion_module.apply, {"params": params["fusion"]})
         if self.fusion == "transformer_softmax":
-            states = encode(states=True) if kept is None else kept[-layers:]
+            states = encode(states=True) if kept is None else kept(1, layers)
             rngs = {"dropout": jax.random.fold_in(key, 1)} if train else {}
             return fusion(states, batch.enc_segments != 0, deterministic=not train, rngs=rngs)
         mix = fusion()
@@ -191,7 +195,7 @@ class Bridge:
             return second_pass_mix(
                 lambda encoder, **read: self._encode({"encoder": encoder}, batch, key, **read),
                 params["encoder"], mix), mix
-        states = encode(states=True) if kept is None else kept[-layers:]
+        states = encode(states=True) if kept is None else kept(1, layers)
         return jnp.einsum("l,lbsd->bsd", mix, states, preferred_element_type=jnp.float32), mix
 
     def splice(self, params: Params, batch: Batch, prefix: Float[Array, "B P E"]) -> Array:
@@ -227,7 +231,8 @@ class Bridge:
         layers, segments = self.encoder.config.num_layers, batch.enc_segments
         if self.align_padding:  # up to the longest text of the batch
             segments = jnp.broadcast_to(jnp.any(segments != 0, axis=0), segments.shape).astype(int)
-        states = jnp.moveaxis(batch.enc_states, 2, 0)[:layers]
+        first = self.read_layers[0]
+        states = self._kept(batch, first, first + layers - 1)
         sources, gate = self.aligner.apply({"params": params["aligner"]}, states)
         return extra_of(self.decoder.config, self.decoder.dtype,
                         params["decoder"]["blocks"]["attn"], sources, gate, segments)
@@ -241,7 +246,8 @@ class Bridge:
         return self._decode(params, embeddings, positions, segments, cache, start, visible, extra)
 
     def states(self, params: Params, batch: Batch, probe: Array, keep: int | None = None):
-        """What the decoder's layers hold of a text's batch; see `Decoder.states`."""
+        """What the decoder's layers hold of a batch of texts for the LLM alone; see
+        `Decoder.states`."""
         return self._decode(params, self.embed(params, batch.dec_tokens), batch.dec_positions,
                             batch.dec_segments, probe, keep, method="states")
 

@@ -45,9 +45,12 @@ class Cache:
     extra: Extra | None = None
 
 
-for kind in (Extra, Cache):
-    jax.tree_util.register_dataclass(
-        kind, data_fields=list(kind.__dataclass_fields__), meta_fields=[])
+jax.tree_util.register_dataclass(
+    Extra, data_fields=list(Extra.__dataclass_fields__), meta_fields=[]
+)
+jax.tree_util.register_dataclass(
+    Cache, data_fields=list(Cache.__dataclass_fields__), meta_fields=[]
+)
 
 
 def init_cache(config: "DecoderConfig", batch: int, slots: int, dtype: Any) -> Cache:

@@ -305,8 +305,8 @@ class Decoder(nn.Module):
           segments: 0 at padding; tokens see only their own segment.
           cache: what came before; the new tokens are written from slot `start` on.
           start: first slot of the new tokens in the cache, the same for every row.
-          visible: which of the new tokens each of them may see, of those that it could see anyway;
-            with a cache. None: all of them.
+          visible: which of the new tokens each of them may see; with a cache. It adds none to those
+            that positions and segments allow. None: all of these.
           extra: what every layer reads besides, where there is no cache; a cache has its own.
 
         Returns:

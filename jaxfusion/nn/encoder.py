@@ -287,7 +287,8 @@ class Encoder(nn.Module):
 
         Returns:
           `h_L` [B S D]; with `mix` the float32 sum `Σ_l mix_l h_l` [B S D]; with `probe` the
-          products `⟨probe, h_l⟩` [L]; with `states` the stack [L B S D].
+          products `⟨probe, h_l⟩` [L]; with `states` the stack [L B S D], with `embeddings` too
+          [L+1 B S D].
         """
         c = self.config
         drop = nn.Dropout(self.dropout, deterministic=deterministic)

@@ -22,7 +22,6 @@ from jaxfusion.config import CONFIG_FILE
 from jaxfusion.data.tokenizers import LANGBRIDGE_WHITESPACE, load_tokenizer
 from jaxfusion.errors import InputError
 from jaxfusion.fields import (
-    RECIPES,
     ROLES,
     AlignerConfig,
     Config,
@@ -134,7 +133,7 @@ def _backbones(named: dict[str, str | None], default: dict[str, str | None]) -> 
 def _ours(path: Path, described, tensors: TensorFiles, named) -> tuple[Config, Flat]:
     """Reads a directory that export.py wrote."""
     fusion, projector = described["fusion"], described["projector"]
-    aligner = described.get("aligner", {"name": "none", "padding": False})
+    aligner = described.get("aligner", {"name": "none"})
     parts = {"encoder": described["reader"], "decoder": described["writer"]}
     names = _backbones(named, {
         role: str(path / part["checkpoint"]) if part["inside"] else part["checkpoint"]
@@ -149,7 +148,8 @@ def _ours(path: Path, described, tensors: TensorFiles, named) -> tuple[Config, F
         decoder=DecoderSettings(names["decoder"], revisions["decoder"]),
         fusion=FusionConfig(fusion["name"], fusion["layer"], d_ff=fusion["d_ff"]),
         projector=ProjectorConfig(projector["name"], projector["d_ff"], projector["latents"]),
-        aligner=AlignerConfig(aligner["name"], RECIPES[aligner["padding"]]),
+        aligner=AlignerConfig(
+            aligner["name"], "paper_code" if aligner.get("padding") else "default"),
         data=DataConfig(text_prompt=described.get("text_prompt", ""),
                         chat_template=described.get("chat_template", False)),
     )

@@ -2,7 +2,9 @@
 
 import json
 import logging
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +32,7 @@ from jaxfusion.sharding.hosts import check_peers, is_first
 logger = logging.getLogger(__name__)
 TaskRows = dict[str, dict[str, list[Example]]]  # by task and language
 SHOWN = 80  # characters of a row in messages
+PROGRESS_SECONDS = 20  # between two lines on the progress
 
 
 def evaluate(
@@ -47,7 +50,7 @@ def evaluate(
     Args:
       tasks, languages: default: the config's values; if those are empty, the training task and all
         its languages. limit: rows of each.
-      llm_only: score the LLM alone, on the text prompt.
+      llm_only: score the LLM alone, on the query and the text prompt.
       data_path: of the tasks' rows, as `data.path`; default: the config's for the training task,
         the tasks' own sources for others.
       drop_seen: drop rows that the run was trained on (parallel rows in all languages) and report
@@ -184,15 +187,11 @@ def _score(run: OpenRun, rows: TaskRows) -> tuple[Results, Details]:
         for by_language in rows.values():
             for part in by_language.values():
                 check_reading(run.tokenizers, part)
-    console = Console(stderr=True)
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
-        bar = progress.add_task("scoring", total=sum(
-            len(x) for by_language in rows.values() for x in by_language.values()))
+    with progress_of(sum(len(x) for by_language in rows.values() for x in by_language.values())
+                     ) as progress:
         for name, by_language in rows.items():
-            progress.update(bar, description=name)
             task = get_task(name, run.config.tasks)
-            scored_by_language = _score_task(run, name, task, by_language,
-                                             lambda n: progress.advance(bar, n))
+            scored_by_language = _score_task(run, name, task, by_language, progress)
             for language, part in by_language.items():
                 scored = scored_by_language[language]
                 results.setdefault(name, {})[language] = {
@@ -203,6 +202,29 @@ def _score(run: OpenRun, rows: TaskRows) -> tuple[Results, Details]:
                 if not run.llm_only:
                     details[name][language] |= _layers(run, part)
     return results, details
+
+
+@contextmanager
+def progress_of(total: int) -> Iterator[Callable[[int], None]]:
+    """Shows how many of `total` rows are scored: a bar on a terminal, else lines in the log."""
+    console = Console(stderr=True)
+    if console.is_terminal:
+        with Progress(console=console, transient=True) as progress:
+            bar = progress.add_task("scoring", total=total)
+            yield lambda rows: progress.advance(bar, rows)
+        return
+    begin = reported = time.monotonic()
+    done = 0
+
+    def say(rows: int) -> None:
+        nonlocal done, reported
+        done, now = done + rows, time.monotonic()
+        if now - reported > PROGRESS_SECONDS:
+            speed, reported = done / (now - begin), now
+            logger.info("%s of %s rows scored  %.1f rows/s  %.0f s left", f"{done:,}",
+                        f"{total:,}", speed, (total - done) / speed)
+
+    yield say
 
 
 def _score_task(

@@ -24,7 +24,7 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
     "mlp": "tensor",
     "norm": None,
     "buckets": None,
-    # Of fusion and projector: with their optimiser state, hundreds of megabytes.
+    # Of a bridge's own parts: with their optimiser state, hundreds of megabytes.
     "bridge_in": None,
     "bridge_out": "fsdp",
 }

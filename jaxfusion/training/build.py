@@ -12,10 +12,10 @@ from flax import traverse_util
 from jax.sharding import Mesh, NamedSharding
 
 from jaxfusion.errors import InputError
-from jaxfusion.fields import Config
+from jaxfusion.fields import ROLES, Config
 from jaxfusion.nn.aligner import Aligner
 from jaxfusion.nn.attention import why_plain
-from jaxfusion.nn.bridge import OWN, TOWERS, Bridge, Params
+from jaxfusion.nn.bridge import OWN, Bridge, Params
 from jaxfusion.nn.decoder import Decoder, DecoderConfig
 from jaxfusion.nn.encoder import Encoder, EncoderConfig
 from jaxfusion.nn.projector import Projector, Resampler
@@ -68,7 +68,7 @@ def plan_model(
             raise InputError(f"mesh.tensor is {mesh.shape['tensor']}, which does not divide the "
                              f"{shape.num_heads} heads of the {role}; set mesh.tensor to a "
                              "divisor, and mesh.fsdp to the rest of the devices")
-    params = describe(lambda: bridge.init(jax.random.key(0), (*TOWERS, *OWN)), mesh)
+    params = describe(lambda: bridge.init(jax.random.key(0), (*ROLES, *OWN)), mesh)
     groups = group_of_each(params, config.optimizer.groups)
     if config.aligner.name != "none" and not any(p.startswith("aligner/") for p in groups):
         raise InputError("aligner.name is set, but no group of optimizer.groups trains it; add the "
@@ -148,15 +148,17 @@ def make_bridge(config: Config, encoder, decoder, platform: str | None = None) -
     encoder_dtype, decoder_dtype = jnp.dtype(first.dtype), jnp.dtype(second.dtype)
     _log_plain("encoder", first.attention, encoder.head_dim, encoder_dtype,
                dropout=first.dropout > 0)
+    padding = config.aligner.recipe == "paper_code"
     _log_plain("decoder", second.attention, decoder.head_dim, decoder_dtype, decoder.attn_cap)
     return Bridge(
         Encoder(encoder, encoder_dtype, first.dropout, first.remat,
-                kernel_for("encoder", first.attention, platform)),
+                # The states of padding are the same in plain attention alone.
+                "plain" if padding else kernel_for("encoder", first.attention, platform)),
         Decoder(decoder, decoder_dtype, second.remat,
                 kernel_for("decoder", second.attention, platform)),
         _make_projector(config, decoder.d_model),
         fusion.name, fusion.layer, fusion.dropout, fusion.d_ff, fusion.noise, fusion.backward,
-        _make_aligner(config, decoder), config.aligner.recipe == "paper_code",
+        _make_aligner(config, decoder), padding,
     )
 
 
@@ -182,7 +184,7 @@ def _make_aligner(config: Config, decoder: DecoderConfig) -> Aligner | None:
     if config.aligner.name == "none":
         return None
     if config.aligner.recipe == "paper_code" and config.data.pack:
-        raise InputError("aligner.recipe='paper_code' reads what else is in a row: set "
+        raise InputError("aligner.recipe='paper_code' would read the other examples of a row: set "
                          "data.pack=False")
     return Aligner(config.aligner.name, decoder.num_layers, decoder.d_model)
 

@@ -56,7 +56,7 @@ def frozen_part(
 
     Args:
       config: the run's.
-      complete: all of its fusion and projector was trained.
+      complete: all of its own parts was trained.
 
     Raises:
       InputError: a workdir of an earlier release whose frozen parameters came from another run that

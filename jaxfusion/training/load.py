@@ -78,7 +78,7 @@ def open_towers(config: Config) -> Towers:
 
 
 def load_model(config: Config, mesh: Mesh) -> Model:
-    """Reads both towers, initialises fusion and projector, and puts all of it on the mesh.
+    """Reads both towers, initialises the own parts, and puts all of it on the mesh.
 
     Raises:
       InputError: whatever is wrong with names, files, shapes, tokenizers or patterns.
