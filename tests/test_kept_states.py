@@ -40,10 +40,11 @@ def steps_of(run, steps=3):
     ("last,debug", {"data__pack": True}),
     ("last,debug", {"fusion__name": "layer", "fusion__layer": 1}),
     ("global_softmax,debug", {"data__pack": True}),
-    ("global_softmax,debug", {"fusion__backward": "second_pass"}),
+    pytest.param("global_softmax,debug", {"fusion__backward": "second_pass"},
+                 marks=pytest.mark.slow),
     ("transformer_softmax,debug", {"fusion__dropout": 0.1}),
     ("global_softmax,debug", {"fusion__noise": 0.3}),
-    ("last,debug", {"encoder__dtype": "bfloat16"}),
+    pytest.param("last,debug", {"encoder__dtype": "bfloat16"}, marks=pytest.mark.slow),
 ])
 def test_losses_gradients_and_scores_are_those_without(cache_dir, words, fields, monkeypatch):
     plain = run_of(cache_dir, words, 0.0, **fields)
