@@ -19,7 +19,7 @@ from jaxfusion.data.tasks.catalogue import TASKS
 from jaxfusion.data.tasks.spec import Task, last_number
 from jaxfusion.evaluation.generate import Decoding, choose_tokens, make_scorer
 from jaxfusion.evaluation.options import make_options
-from jaxfusion.evaluation.scoring import Scorer, _correct
+from jaxfusion.evaluation.scoring import SHARED, Scorer, _correct
 from jaxfusion.fields import EvalConfig
 from jaxfusion.reports.statistics import accuracy, holm, mcnemar, sign_flip, wilson_interval
 from jaxfusion.reports.terminal import merge_results
@@ -147,6 +147,23 @@ def test_rows_go_together_only_where_they_are_translations():
             for name in ("xnli", "xwinograd")}
     assert left["xnli"] == {"en": ["0", "2"], "ja": ["0", "2"]}
     assert left["xwinograd"] == {"en": ["0", "2"], "ja": ["0", "1", "2"]}
+
+
+def test_what_all_prompts_of_the_llm_begin_with_is_read_once(model, params):
+    """Examples before the question: the scores of each row alone, which shares nothing."""
+    shots = "la ru bako dimofu gata " * 12
+    asked = [Example(shots + x, "a", 0) for x in ("bako", "dimofu gata la", "ru ru", "la", "gata")]
+    task = Task("{text}", ("la ru", "bako"), ("en",))
+    config = EvalConfig(batch_size=2, max_new_tokens=4)
+    scorer = Scorer(model.bridge, model.tokenizers, config, bare=True)
+    rows, _ = scorer.rows(asked)
+    assert scorer.shared(rows) >= SHARED and scorer.shared(rows[:1]) == 0
+    assert scorer.shared(rows) < min(len(row.text) for row in rows) + len(model.tokenizers.start)
+    together = scorer(params, asked, task)
+    for i, example in enumerate(asked):
+        alone = scorer(params, [example], task)
+        assert alone.answers[0] == together.answers[i]
+        assert relative(alone.likelihoods[0], together.likelihoods[i]) < 1e-5
 
 
 def test_letters_are_scored_by_the_prompts_own_logits(model, params):

@@ -37,7 +37,7 @@ class Decoding:
 
 
 @lru_cache(8)  # the development scores and the final ones share their compiled programs
-def make_scorer(bridge: Bridge, decoding: Decoding, bare: bool) -> Score:
+def make_scorer(bridge: Bridge, decoding: Decoding, bare: bool, shared: int = 0) -> Score:
     """The jitted `(params, batch, options, ends=None, numbers=None)`, which returns
     `(tokens, scores, greedy)`.
 
@@ -48,12 +48,13 @@ def make_scorer(bridge: Bridge, decoding: Decoding, bare: bool) -> Score:
 
     Args:
       bare: the LLM alone, on batches whose rows are text.
+      shared: see `prefill`.
     """
 
     def score(params: Params, batch: Batch, options: Options, ends=None, numbers=None):
         slots = max(decoding.max_new_tokens, options.nodes.shape[1])
         batch = jax.tree.map(lambda x: constrain(x, "rows", *[None] * (x.ndim - 1)), batch)
-        cache, logits = prefill(bridge, params, batch, slots, bare)
+        cache, logits = prefill(bridge, params, batch, slots, bare, shared)
         position = jnp.max(batch.dec_positions, axis=1) + 1
         start = batch.dec_tokens.shape[1]
         empty = ~jnp.any(batch.dec_segments != 0, axis=1)
@@ -66,17 +67,30 @@ def make_scorer(bridge: Bridge, decoding: Decoding, bare: bool) -> Score:
 
 
 def prefill(
-    bridge: Bridge, params: Params, batch: Batch, slots: int, bare: bool
+    bridge: Bridge, params: Params, batch: Batch, slots: int, bare: bool, shared: int = 0
 ) -> tuple[Cache, Float[Array, "B V"]]:
-    """Reads the prompts; returns the cache with `slots` free slots, and each row's next logits."""
+    """Reads the prompts; returns the cache with `slots` free slots, and each row's next logits.
+
+    Args:
+      shared: how many slots all rows begin with in the same way; they are read once.
+    """
     inputs, extra = (bridge.embed(params, batch.dec_tokens), None) if bare else (
         bridge.read(params, batch))
     rows, length, _ = inputs.shape
     cache = init_cache(bridge.decoder.config, rows, length + slots, bridge.decoder.dtype)
-    hidden, cache = bridge.decode(params, inputs, batch.dec_positions, batch.dec_segments,
-                                  replace(cache, extra=extra), 0)
+    places = batch.dec_positions, batch.dec_segments
+    if shared:
+        one = init_cache(bridge.decoder.config, 1, shared, bridge.decoder.dtype)
+        _, one = bridge.decode(params, inputs[:1, :shared], *(x[:1, :shared] for x in places), one)
+        whole = (one.k, one.v, *(x[:, :shared] for x in places))
+        cache = Cache(*(x.at[:, :, :shared].set(new) if x.ndim > 2 else x.at[:, :shared].set(new)
+                        for x, new in zip((cache.k, cache.v, cache.positions, cache.segments),
+                                          whole, strict=True)))
+    positions, segments = (x[:, shared:] for x in places)
+    hidden, cache = bridge.decode(params, inputs[:, shared:], positions, segments,
+                                  replace(cache, extra=extra), shared)
     # Positions are 0 at padding, so the last real slot has the largest position.
-    last = jnp.argmax(batch.dec_positions, axis=1)
+    last = jnp.argmax(positions, axis=1)
     final = jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]
     return cache, bridge.logits(params, final)
 

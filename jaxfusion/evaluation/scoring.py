@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import takewhile
 
 import jax
 import numpy as np
@@ -27,6 +28,8 @@ from jaxfusion.evaluation.kept_states import keep_states
 from jaxfusion.evaluation.options import Options, make_options
 from jaxfusion.fields import EvalConfig
 from jaxfusion.nn.bridge import Bridge, Params
+
+SHARED = 32  # what all prompts of the bare LLM begin with is read once, in multiples of this
 
 
 @dataclass(frozen=True)
@@ -89,9 +92,9 @@ class Scorer:
         self.text_prompt, self.bare, self.latents = text_prompt, bare, bridge.latents
         self.bridge, self.keep = bridge, 0.0 if bare else keep
         self.vocabulary = bridge.decoder.config.vocab_size
-        self.score = make_scorer(bridge, Decoding(
-            config.max_new_tokens, tokenizers.eos, config.temperature, config.top_p, config.seed,
-        ), bare)
+        self.decoding = Decoding(config.max_new_tokens, tokenizers.eos, config.temperature,
+                                 config.top_p, config.seed)
+        self.score = make_scorer(bridge, self.decoding, bare)
 
     def __call__(
         self, params: Params, examples: Sequence[Example], task: Task,
@@ -110,13 +113,14 @@ class Scorer:
         answers, likelihoods = [""] * len(rows), np.zeros((len(rows), len(labels)))
         unfinished = [False] * len(rows)
         fill = keep_states(self.bridge, params, rows, self.tokenizers, self.keep)
+        score = make_scorer(self.bridge, self.decoding, self.bare, self.shared(rows))
         for chosen, batch in in_order(rows, self.shapes(rows), self.tokenizers,
                                       self.config.batch_size):
             options = self._options([examples[i] for i in chosen], labels)
             batch = batch if fill is None else fill(batch)
             seeds = np.resize(row_numbers[chosen], self.config.batch_size).astype(np.int32)
             tokens, scores, _ = jax.device_get(
-                self.score(params, batch, options, self._ends, seeds))
+                score(params, batch, options, self._ends, seeds))
             for row, number in enumerate(chosen):
                 answers[number], unfinished[number] = self._text(tokens[row])
                 likelihoods[number] = scores[: len(labels), row]
@@ -129,6 +133,17 @@ class Scorer:
         if self.bare:
             return find_bare_shapes(rows, length_buckets(self.config.max_decoder_tokens))
         return find_shapes(rows, length_buckets(self.config.max_encoder_tokens))
+
+    def shared(self, rows: Sequence[TokenRow]) -> int:
+        """How many slots all rows begin with in the same way, as few-shot prompts of the bare LLM
+        do; 0 if they are too few to be worth a program of their own."""
+        if not self.bare or len(rows) < 2:
+            return 0
+        texts = [row.text for row in rows]
+        pairs = zip(min(texts), max(texts), strict=False)  # all others are between these two
+        same = len(list(takewhile(lambda pair: pair[0] == pair[1], pairs)))
+        count = len(self.tokenizers.start) + min(same, *(len(text) - 1 for text in texts))
+        return count // SHARED * SHARED
 
     @cached_property
     def _ends(self) -> np.ndarray | None:
