@@ -1,7 +1,8 @@
 """Compares full-size training steps with the papers' pipeline in PyTorch on the same GPU.
 
-    bash benchmarks/gpu.sh            # both sizes, into benchmarks/results/gpu_*.json
+    bash benchmarks/gpu.sh [SECONDS]  # all sizes, into benchmarks/results/gpu_*.json
     python benchmarks/gpu.py --size langbridge --out FILE
+    python benchmarks/gpu.py --table FILE...
 
 Random weights, bfloat16 towers, a trained part in float32, every row of maximum length. Reports
 examples and tokens per second, memory, and model FLOPs (without recomputation) relative to the rate
@@ -205,8 +206,9 @@ def measure(name: str, size: Size, repeats: int) -> dict:
 
 
 def compare(args: argparse.Namespace, size: Size) -> dict:
-    """Runs each contender in a separate process, since a framework does not return memory."""
-    contenders = {}
+    """Runs each contender in a separate process, since a framework does not return memory; what is
+    measured is in the file at once."""
+    contenders, rate = {}, matmul_rate(args.width)
     for name in args.contenders:
         with tempfile.TemporaryDirectory() as folder:
             out = Path(folder) / "one.json"
@@ -214,7 +216,13 @@ def compare(args: argparse.Namespace, size: Size) -> dict:
                             str(size.rows), "--repeats", str(args.repeats), "--only", name,
                             "--out", str(out)], check=True)
             contenders[name] = json.loads(out.read_text("utf-8"))
-    rate = matmul_rate(args.width)
+        write(args.out, summary(size, args.size, rate, contenders))
+    return summary(size, args.size, rate, contenders)
+
+
+def summary(size: Size, name: str, rate: float, contenders: dict) -> dict:
+    """What was measured so far, with each contender's share of the rate of matrix products."""
+    contenders = {key: dict(x) for key, x in contenders.items()}
     flops = next((x["model_flops"] for x in contenders.values() if x.get("model_flops")), None)
     for found in contenders.values():
         found.pop("model_flops", None)
@@ -223,12 +231,37 @@ def compare(args: argparse.Namespace, size: Size) -> dict:
     ours = [x["seconds"] for name, x in contenders.items() if name != "torch" and "seconds" in x]
     theirs = contenders.get("torch", {}).get("seconds")
     return {
-        "size": args.size, "rows": size.rows, "device": jax.devices()[0].device_kind,
+        "size": name, "rows": size.rows, "device": jax.devices()[0].device_kind,
         "python": platform.python_version(), "jax": jax.__version__, "torch": torch.__version__,
         "transformers": transformers.__version__, "matmul_flops_per_second": rate,
         "model_flops": flops, "contenders": contenders,
         "times_faster_than_torch": theirs / min(ours) if ours and theirs else None,
     }
+
+
+def write(out: Path | None, result: dict) -> None:
+    """Writes a result, whole or not at all."""
+    if out is None:
+        return
+    partial = out.with_suffix(".partial")
+    partial.write_text(json.dumps(result, indent=2) + "\n", "utf-8")
+    partial.replace(out)
+
+
+def table(files: list[Path]) -> str:
+    """One line for each contender of every file."""
+    lines = ["| size | rows | | examples/s | GiB | share of the matmul rate | compiled in, s |",
+             "|---|---|---|---|---|---|---|"]
+    for file in files:
+        result = json.loads(file.read_text("utf-8"))
+        for name, x in result["contenders"].items():
+            cells = ["out of memory", "", "", ""] if x.get("out_of_memory") else [
+                f"{x['examples_per_second']:.1f}", f"{x['memory_gib'] or 0:.1f}",
+                f"{100 * x.get('share_of_matmul_rate', 0):.0f}%",
+                "" if x["compile_seconds"] is None else f"{x['compile_seconds']:.0f}"]
+            lines.append("| " + " | ".join(
+                [result["size"], str(result["rows"]), name, *cells]) + " |")
+    return "\n".join(lines)
 
 
 def main() -> None:
@@ -241,13 +274,15 @@ def main() -> None:
                         default=["cudnn", "plain", "cudnn-full", "torch"])
     parser.add_argument("--only", metavar="CONTENDER", help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--table", type=Path, nargs="+", metavar="FILE")
     args = parser.parse_args()
+    if args.table:
+        print(table(args.table))
+        return
     size = replace(SIZES[args.size], rows=args.rows or SIZES[args.size].rows)
     result = measure(args.only, size, args.repeats) if args.only else compare(args, size)
-    text = json.dumps(result, indent=2)
-    print(text)
-    if args.out:
-        args.out.write_text(text + "\n", "utf-8")
+    print(json.dumps(result, indent=2))
+    write(args.out, result)
 
 
 if __name__ == "__main__":

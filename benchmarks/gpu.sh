@@ -1,13 +1,32 @@
 #!/usr/bin/env bash
 # Full-size steps on the GPU of this machine, and the tests of kernels there: one command.
-set -euo pipefail
+#
+#     bash benchmarks/gpu.sh [SECONDS]
+#
+# It ends after SECONDS (default 540) and says what it could not measure.
+set -uo pipefail
 cd "$(dirname "$0")/.."
-out=${OUT:-benchmarks/results}
+out=${OUT:-benchmarks/results} end=$((SECONDS + ${1:-540})) missing=""
+mkdir -p "$out"
 export PYTHONPATH=$PWD
-JAX_PLATFORMS=cuda python -m pytest -q -p no:cacheprovider -o addopts= tests/test_attention.py -k cudnn_itself ||
-  echo "cuDNN's attention differs or could not be tested" >&2
-python benchmarks/gpu.py --size xnli --out "$out/gpu_xnli.json"
-python benchmarks/gpu.py --size langbridge --rows 4 --contenders cudnn cudnn-full torch \
-  --out "$out/gpu_langbridge_4.json"
-python benchmarks/gpu.py --size langbridge --contenders cudnn-full torch \
+
+measure() {  # NAME COMMAND...
+  local name=$1 left=$((end - SECONDS))
+  shift
+  if ((left < 20)) || ! timeout "$left" "$@" >"$out/gpu_$name.log" 2>&1; then
+    missing+=" $name"
+  fi
+}
+
+JAX_PLATFORMS=cuda measure kernels \
+  python -m pytest -q -p no:cacheprovider -o addopts= tests/test_attention.py -k cudnn_itself
+measure xnli python benchmarks/gpu.py --size xnli --out "$out/gpu_xnli.json"
+measure langbridge_4 python benchmarks/gpu.py --size langbridge --rows 4 \
+  --contenders cudnn cudnn-full torch --out "$out/gpu_langbridge_4.json"
+measure langbridge python benchmarks/gpu.py --size langbridge --contenders cudnn-full torch \
   --out "$out/gpu_langbridge.json"
+python benchmarks/gpu.py --table "$out"/gpu_*.json
+if [[ -n $missing ]]; then
+  echo "not measured, or not in full:$missing (see $out/gpu_*.log)" >&2
+  exit 1
+fi
