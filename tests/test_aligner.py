@@ -137,9 +137,12 @@ def test_closed_gates_change_no_bit():
     # The same encoder program for both: a stack of states rounds otherwise than the last one.
     states = jax.jit(lambda p: without.encoder.apply(
         {"params": p["encoder"]}, batch.enc_tokens, batch.enc_segments, states=True))(params)
-    batch = replace(batch, enc_states=np.moveaxis(np.asarray(states), 0, 2))
-    assert np.array_equal(jax.jit(aligned.target_logits)(params, batch),
-                          jax.jit(without.target_logits)(params, batch))
+    states = np.moveaxis(np.asarray(states), 0, 2)
+    every, last = (replace(batch, enc_states=x) for x in (states, states[:, :, -1:]))
+    assert np.array_equal(jax.jit(aligned.target_logits)(params, every),
+                          jax.jit(without.target_logits)(params, last))
+    with pytest.raises(ValueError, match="4 layers, expected the 1 that"):
+        without.target_logits(params, every)
 
 
 def test_every_gate_and_source_learns_after_one_step():

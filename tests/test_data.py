@@ -41,8 +41,8 @@ def read_sib(path):
 def test_tsv_rows_become_prompts_and_labels(tmp_path):
     write_sib(tmp_path, ['3\tsports\tHe said "run\r', "4\ttravel\tසිංහල"])
     first, second = read_sib(tmp_path)
-    assert first == Example('Sentence: He said "run Topic: ', "sports", 3, "eng_Latn")
-    assert second == Example("Sentence: සිංහල Topic: ", "travel", 1, "eng_Latn")
+    assert first == Example('He said "run', "sports", 3, "eng_Latn")
+    assert second == Example("සිංහල", "travel", 1, "eng_Latn")
 
 
 @pytest.mark.parametrize("line,message", [

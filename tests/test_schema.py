@@ -227,7 +227,7 @@ def test_a_layer_that_there_is_not_is_refused_by_the_bridge():
     bridge = Bridge(Encoder(encoder), Decoder(decoder), projector, "layer", 0)
     ones = jnp.ones((1, 4), jnp.int32)
     params = nn.unbox(jax.eval_shape(lambda: bridge.init(jax.random.key(0), ("encoder",))))
-    batch = SimpleNamespace(enc_tokens=ones, enc_segments=ones)
+    batch = SimpleNamespace(enc_tokens=ones, enc_states=None, enc_segments=ones)
     with pytest.raises(ValueError, match="fusion_layer is 0, expected 1 to"):
         jax.eval_shape(lambda params: bridge.fuse(params, batch)[0], params)
 

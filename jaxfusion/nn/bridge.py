@@ -155,7 +155,11 @@ class Bridge:
 
     def _kept(self, batch: Batch, first: int, last: int) -> Float[Array, "l B S D"]:
         """The known states `first` to `last` of a batch."""
-        start = self.read_layers[0]
+        layers = self.read_layers
+        if batch.enc_states.shape[2] != len(layers):
+            raise ValueError(f"enc_states has {batch.enc_states.shape[2]} layers, expected the "
+                             f"{len(layers)} that this bridge reads")
+        start = layers[0]
         return jnp.moveaxis(batch.enc_states[:, :, first - start : last - start + 1], 2, 0)
 
     def fuse(
