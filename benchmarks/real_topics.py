@@ -44,8 +44,12 @@ def main() -> None:
     config = configs.load(args.workdir / "config.json")
     config = replace(config, seeds=tuple(args.seeds or config.seeds))
     folders = run_folders(config)
-    models = {name: [read_run(args.workdir / where) for where in runs]
-              for name, runs in folders.items()}
+    scored = {name: all((args.workdir / where / "eval" / "results.json").is_file()
+                        for where in runs) for name, runs in folders.items()}
+    if missing := [name for name, done in scored.items() if not done]:
+        print(f"not scored yet, and left out: {', '.join(missing)}")
+    models = {name: [read_run(args.workdir / where) for where in folders[name]]
+              for name, done in scored.items() if done}
     bridges = side_by_side(config, models, {})
     run = open_run(args.workdir / next(iter(folders.values()))[0])
     languages, seconds = list(bridges.languages), {}
