@@ -6,6 +6,7 @@ Figures do not use pyplot: they need no display and do not change a notebook's s
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from textwrap import wrap
 from typing import Any
 
 import numpy as np
@@ -41,7 +42,7 @@ def draw_accuracy(comparison: Comparison, out: Path, chance: float | None = None
     if chance is not None:
         axes.axhline(100 * chance, color="0.2", linestyle=":", linewidth=1, label="chance")
     axes.set_xticks(range(len(languages)), [
-        f"{name}\n{', '.join(c.groups_of(name))}" for name in languages
+        "\n".join([name, *wrap(", ".join(c.groups_of(name)), 10)]) for name in languages
     ])
     axes.set(ylabel=f"accuracy on {c.task}, %", ylim=(0, 100))
     axes.spines[["top", "right"]].set_visible(False)
