@@ -6,7 +6,7 @@
 # It ends after SECONDS (default 540) and says what it could not measure.
 set -uo pipefail
 cd "$(dirname "$0")/.."
-out=${OUT:-benchmarks/results} end=$((SECONDS + ${1:-540})) missing=""
+out=${OUT:-benchmarks/results} end=$((SECONDS + ${1:-540})) missing="" started=$(mktemp)
 mkdir -p "$out"
 export PYTHONPATH=$PWD
 
@@ -25,7 +25,9 @@ measure langbridge_4 python benchmarks/gpu.py --size langbridge --rows 4 \
   --contenders cudnn cudnn-full torch --out "$out/gpu_langbridge_4.json"
 measure langbridge python benchmarks/gpu.py --size langbridge --contenders cudnn-full torch \
   --out "$out/gpu_langbridge.json"
-python benchmarks/gpu.py --table "$out"/gpu_*.json
+mapfile -t measured < <(find "$out" -name 'gpu_*.json' -newer "$started" | sort)  # no older ones
+((${#measured[@]} == 0)) || python benchmarks/gpu.py --table "${measured[@]}"
+rm "$started"
 if [[ -n $missing ]]; then
   echo "not measured, or not in full:$missing (see $out/gpu_*.log)" >&2
   exit 1

@@ -105,8 +105,8 @@ def regression(run: OpenRun, languages: list[str], limit: int | None) -> dict[st
 def llm_alone(
     run: OpenRun, languages: list[str], limit: int | None, shots: int = 0
 ) -> dict[str, list[int]]:
-    """Which test rows the LLM gets right with the topics in its prompt, and the first English
-    training rows of so many topics as examples."""
+    """Which test rows the LLM gets right with the topics in its prompt, and `shots` examples: the
+    first English training row of each topic."""
     task, shown = run.task, {}
     for row in rows_of(run, "train", run.config.data.language):
         shown.setdefault(row.label, row)

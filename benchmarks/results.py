@@ -209,7 +209,7 @@ examples) is not measured yet.
 
 Layer 11 and Global Softmax are level with the regression, within their intervals. Transformer
 Softmax is below it: at its learning rate, which was not tuned, it put all weight on layer 4 for
-every token (see the picture), so this is no verdict on the method. The last layer is below it too,
+every token (see the picture), so it says little about the method. The last layer is below it too,
 most in Spanish, Arabic, Japanese, Korean and Chinese; in Spanish and Arabic it prefers one topic
 (health). Its scores there are the same without kept states. One seed cannot say more."""
 CLAIMS = """\

@@ -9,7 +9,8 @@ and is scored by the likelihood of the seven topics. `:all` scores all 205 langu
 
 Needs: the hub, or `--config.encoder.checkpoint`, `--config.decoder.checkpoint` and
 `--config.data.path` (a clone of the SIB-200 repository); with `:compare` these fields are below
-`--config.base`. Two CPU cores take 5 to 10 minutes to train a bridge.
+`--config.base`. Two CPU cores take 5 to 10 minutes to train a bridge, and about as
+long to score it.
 
 Published: none for a bridge. The largest class has 25% of each split.
 """

@@ -68,7 +68,7 @@ class KeptStates:
         self.encode = jax.jit(encode)
 
     def add(self, params: Params, rows: Sequence[TokenRow], tokenizers: Tokenizers) -> bool:
-        """Computes the states of those rows that are not kept yet; False if there is no room.
+        """Computes the states of rows that are not kept yet; False if they do not fit.
 
         Raises:
           OSError: they cannot be written; those kept before are as they were.

@@ -307,7 +307,7 @@ class Decoder(nn.Module):
           start: first slot of the new tokens in the cache, the same for every row.
           visible: which of the new tokens each of them may see; with a cache. It adds none to those
             that positions and segments allow. None: all of these.
-          extra: what every layer reads besides, where there is no cache; a cache has its own.
+          extra: what every layer also reads. With a cache, the cache's own counts.
 
         Returns:
           Hidden states, and the cache with the new tokens in it (None if none was given).
