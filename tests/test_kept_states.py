@@ -38,7 +38,8 @@ def steps_of(run, steps=3):
 
 @pytest.mark.parametrize(("words", "fields"), [
     ("last,debug", {"data__pack": True}),
-    ("last,debug", {"fusion__name": "layer", "fusion__layer": 1}),
+    pytest.param("last,debug", {"fusion__name": "layer", "fusion__layer": 1},
+                 marks=pytest.mark.slow),
     ("global_softmax,debug", {"data__pack": True}),
     pytest.param("global_softmax,debug", {"fusion__backward": "second_pass"},
                  marks=pytest.mark.slow),
