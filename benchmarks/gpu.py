@@ -88,11 +88,10 @@ def make_batch(size: Size) -> Batch:
 class OurStep:
     """jaxfusion's training step."""
 
-    def __init__(self, size: Size, batch: Batch, attention: str, remat: str):
+    def __init__(self, size: Size, batch: Batch, attention: str, remat: str, dtype: str):
         config = Config(
-            encoder=EncoderSettings(size.encoder, dtype="bfloat16", attention=attention),
-            decoder=DecoderSettings(size.decoder, dtype="bfloat16", attention=attention,
-                                  remat=remat),
+            encoder=EncoderSettings(size.encoder, dtype=dtype, attention=attention),
+            decoder=DecoderSettings(size.decoder, dtype=dtype, attention=attention, remat=remat),
             fusion=FusionConfig(size.fusion, dropout=0.0),
         )
         shapes = {"encoder": backbone_shape("encoder", size.encoder),
@@ -102,6 +101,7 @@ class OurStep:
             plan = plan_model(config, shapes, mesh)
             flat = initialise(lambda: plan.bridge.init(
                 jax.random.key(0), ("encoder", "fusion", "projector", "decoder")), plan.params)
+            flat = in_planned_dtypes(flat, plan.params)
             trainable = {path: flat[path].astype(jnp.float32) for path in plan.groups}
             frozen = {path: x for path, x in flat.items() if path not in plan.groups}
             optimizer = make_optimizer(config.optimizer, plan.groups, 1000)
@@ -120,6 +120,15 @@ class OurStep:
     def __call__(self) -> None:
         self.state, metrics = self.program(self.state, *self.rest)
         jax.block_until_ready(metrics)
+
+
+def in_planned_dtypes(flat: dict, planned: dict) -> dict:
+    """The parameters with integers and scales where a tower is quantised, of any values."""
+    ours = {path: (20 * flat.pop(path)).astype(leaf.dtype) if leaf.dtype.name.startswith("int")
+            else flat.pop(path) for path, leaf in planned.items() if path in flat}
+    scales = {path: jnp.full(leaf.shape, 0.05, leaf.dtype) for path, leaf in planned.items()
+              if path not in ours}
+    return ours | scales
 
 
 class TorchStep:
@@ -186,8 +195,9 @@ def measure(name: str, size: Size, repeats: int) -> dict:
                 torch.cuda.reset_peak_memory_stats()
             step = TorchStep(size, batch)
         else:
-            attention, _, remat = name.partition("-")
-            step = OurStep(size, batch, attention, remat or "none")
+            given = name.split("-")
+            attention, remat, dtype = given + ["cudnn", "none", "bfloat16"][len(given):]
+            step = OurStep(size, batch, attention, remat, dtype)
         seconds = median_seconds(step, repeats)
     except (jax.errors.JaxRuntimeError, torch.cuda.OutOfMemoryError) as error:
         if "out of memory" not in str(error).lower():
@@ -270,7 +280,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, help="of the batch")
     parser.add_argument("--repeats", type=int, default=10)
     parser.add_argument("--width", type=int, default=8192, help="of the matrix product")
-    parser.add_argument("--contenders", nargs="+", metavar="KERNEL[-REMAT]",
+    parser.add_argument("--contenders", nargs="+", metavar="KERNEL[-REMAT[-DTYPE]]",
                         default=["cudnn", "plain", "cudnn-full", "torch"])
     parser.add_argument("--only", metavar="CONTENDER", help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path)

@@ -20,11 +20,14 @@ measure() {  # NAME COMMAND...
 
 JAX_PLATFORMS=cuda measure kernels \
   python -m pytest -q -p no:cacheprovider -o addopts= tests/test_attention.py -k cudnn_itself
-measure xnli python benchmarks/gpu.py --size xnli --out "$out/gpu_xnli.json"
+measure xnli python benchmarks/gpu.py --size xnli --out "$out/gpu_xnli.json" \
+  --contenders cudnn plain cudnn-full cudnn-none-int8 torch
 measure langbridge_4 python benchmarks/gpu.py --size langbridge --rows 4 \
-  --contenders cudnn cudnn-full torch --out "$out/gpu_langbridge_4.json"
+  --contenders cudnn cudnn-full cudnn-full-int8 torch --out "$out/gpu_langbridge_4.json"
 measure langbridge python benchmarks/gpu.py --size langbridge --contenders cudnn-full torch \
   --out "$out/gpu_langbridge.json"
+measure langbridge_int4 python benchmarks/gpu.py --size langbridge --rows 4 \
+  --contenders cudnn-full-int4 --out "$out/gpu_langbridge_int4.json"
 mapfile -t measured < <(find "$out" -name 'gpu_*.json' -newer "$started" | sort)  # no older ones
 ((${#measured[@]} == 0)) || python benchmarks/gpu.py --table "${measured[@]}"
 rm "$started"

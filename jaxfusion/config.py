@@ -19,7 +19,7 @@ from ml_collections import config_dict
 from pydantic import TypeAdapter, ValidationError
 
 from jaxfusion.errors import InputError, choose, first_line, near_match
-from jaxfusion.fields import JOBS, CompareConfig, Config, Job, LensRunConfig
+from jaxfusion.fields import DTYPES, JOBS, CompareConfig, Config, Job, LensRunConfig
 from jaxfusion.files import read_json, write_checked
 
 CONFIG_FILE = "config.json"  # of a workdir
@@ -222,6 +222,9 @@ def check(config: Job) -> None:
             raise InputError("config.first and train.init_from both name a stage before this one; "
                              "set one of them")
         check(first_stage(config))
+    if isinstance(config, LensRunConfig) and config.decoder.dtype not in DTYPES:
+        raise InputError(f"decoder.dtype is '{config.decoder.dtype}', which Lens cannot move; set "
+                         "decoder.dtype to bfloat16 or float32")
     open_axes = [f"mesh.{x}" for x, size in dataclasses.asdict(config.mesh).items() if size == -1]
     if len(open_axes) > 1:
         raise InputError(f"{' and '.join(open_axes)} are -1, expected one of them at most: it is "

@@ -32,6 +32,7 @@ ALIGNERS = ("none", "linear", "mlp")
 PROJECTORS = ("linear", "ffn", "mapping", "resampler")
 SCHEDULES = ("cosine", "constant")
 DTYPES = ("float32", "bfloat16")
+TOWER_DTYPES = (*DTYPES, "int8", "int4")
 ATTENTIONS = ("auto", "plain", "cudnn", "pallas")
 REMATS = ("none", "dots", "full")
 ROLES = ("encoder", "decoder")
@@ -42,7 +43,7 @@ PLACES = ("memory", "disk")
 DECODING = ("max_new_tokens", "temperature", "top_p", "seed", "stop")
 OBJECTIVES = ("causal_lm", "masked_lm", "code_switch")
 
-Dtype = Annotated[str, one_of("dtype", DTYPES)]
+Dtype = Annotated[str, one_of("dtype", TOWER_DTYPES)]
 Remat = Annotated[str, one_of("remat", REMATS)]
 Attention = Annotated[str, one_of("attention", ATTENTIONS)]
 Backward = Annotated[str, one_of("fusion.backward", BACKWARDS)]
@@ -65,7 +66,9 @@ class EncoderSettings(Schema):
 
     checkpoint: Text = "google/mt5-large"  # a directory, or a hub id
     revision: Text | None = None  # of a hub id; kept as a commit in the workdir once resolved
-    dtype: Dtype = "float32"  # of the frozen weights and activations: float32 or bfloat16
+    # Of the frozen weights and activations: float32, bfloat16, or int8 and int4, which hold the
+    # weights in 8 or 4 bits and compute in bfloat16.
+    dtype: Dtype = "float32"
     remat: Remat = "none"  # what the backward pass recomputes: none, dots (keep products), full
     attention: Attention = "auto"  # plain, cudnn (GPU), pallas (TPU); auto: what the device has
     dropout: Share = 0.0  # 0.1 is what the papers' runs had by accident of `model.train()`

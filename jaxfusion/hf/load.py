@@ -4,6 +4,7 @@ import json
 import logging
 import math
 import os
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from jaxfusion.hf.hub import convert_hint
 from jaxfusion.hf.tables import TRANSFORMS, Entry, Index, Table
 from jaxfusion.nn.decoder import DecoderConfig
 from jaxfusion.nn.encoder import EncoderConfig
+from jaxfusion.nn.quantised import is_quantised, quantise, scale_path, scales_of
 
 PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -181,7 +183,8 @@ def load_params(
     Args:
       path: the directory.
       table: rows of its family.
-      specs: by path in the tree: shape (stacked along blocks), dtype and sharding.
+      specs: by path in the tree: shape (stacked along blocks), dtype and sharding. Weights in int8
+        or int4 have a scale beside them, and are quantised as they are read.
 
     Raises:
       InputError: tensors are missing, unused, have another shape or NaN; the message lists all.
@@ -194,37 +197,97 @@ def load_params(
     with Progress(*columns, disable=total < SHOWN_BYTES) as progress:
         task = progress.add_task("", total=total)
         for row in table.rows:
-            leaf = specs[row.ours]
-            params[row.ours] = _read_row(row, leaf, tensors)
+            leaf, scale = specs[row.ours], specs.get(scale_path(row.ours))
+            if is_quantised(row.ours) and scale is not None:
+                params[row.ours], params[scale_path(row.ours)] = _read_quantised(
+                    row, leaf, scale, tensors)
+            else:
+                params[row.ours] = _read_row(row, leaf, tensors)
             progress.advance(task, math.prod(leaf.shape) * leaf.dtype.itemsize)
     return params
 
 
 def _read_row(row: Entry, leaf: jax.ShapeDtypeStruct, tensors: TensorFiles) -> jax.Array:
     """One parameter of ours, with its dtype and sharding."""
+
+    def shard(index: Index) -> list[np.ndarray]:
+        out = np.empty(_size(index, leaf.shape), leaf.dtype)
+        blocks = _blocks(row, leaf.shape, index, tensors)
+        for slot, block in zip(out if row.stacked else out[None], blocks, strict=True):
+            slot[...] = block
+        return [out]
+
+    return _placed([leaf], shard)[0]
+
+
+def _read_quantised(
+    row: Entry, leaf: jax.ShapeDtypeStruct, scale: jax.ShapeDtypeStruct, tensors: TensorFiles
+) -> list[jax.Array]:
+    """The integers and scales of one parameter. A block is quantised together with all that shares
+    its scales, so that every mesh has the same integers."""
+    shared = [n != m for n, m in zip(leaf.shape, scale.shape, strict=True)]
+    lead = 1 if row.stacked else 0  # the axis of layers, which a block does not have
+
+    def widened(index: Index) -> Index:
+        return tuple(slice(None) if s else cut for s, cut in zip(shared, index, strict=True))
+
+    def within(index: Index) -> Index:
+        return tuple(cut if s else slice(None) for s, cut in zip(shared, index, strict=True))
+
+    def shard(*indices: Index) -> list[np.ndarray]:
+        out = [np.empty(_size(index, x.shape), x.dtype)
+               for index, x in zip(indices, (leaf, scale), strict=True)]
+        sizes = _size(widened(indices[1]), scale.shape)[lead:]
+        blocks = _blocks(row, leaf.shape, widened(indices[0]), tensors)
+        for slots, block in zip(zip(*out, strict=True) if row.stacked else [out], blocks,
+                                strict=True):
+            quantised = quantise(block, sizes, leaf.dtype)
+            for slot, new, index in zip(slots, quantised, indices, strict=True):
+                slot[...] = new[within(index)[lead:]]
+        return out
+
+    return _placed([leaf, scale], shard)
+
+
+def _blocks(
+    row: Entry, shape: tuple[int, ...], index: Index, tensors: TensorFiles
+) -> Iterator[np.ndarray]:
+    """A block of one parameter, layer by layer; all of it at once if the row is not stacked."""
     transform = TRANSFORMS[row.transform]
-    shape = leaf.shape[1:] if row.stacked else leaf.shape
     names = [None] * row.first + [next(name for name in options if name in tensors.files)
-                                  for options in row.names(leaf.shape[0])]
+                                  for options in row.names(shape[0])]
+    layers = slice(0, 1)
+    if row.stacked:
+        layers, index, shape = index[0], index[1:], shape[1:]
+    theirs = _at(row, transform.their_index(index, shape), transform.their_shape(shape))
+    for name in names[layers]:
+        size = _size(index, shape)
+        yield np.ones(size) if name is None else transform.to_ours(
+            tensors.read(name, theirs), size)
 
-    def shard(index: Index) -> np.ndarray:
-        layers, index = (index[0], index[1:]) if row.stacked else (slice(0, 1), index)
-        inner = [len(range(*cut.indices(n))) for cut, n in zip(index, shape, strict=True)]
-        theirs = _at(row, transform.their_index(index, shape), transform.their_shape(shape))
-        out = np.empty((len(names[layers]), *inner), leaf.dtype)
-        for slot, name in zip(out, names[layers], strict=True):
-            slot[...] = 1 if name is None else transform.to_ours(
-                tensors.read(name, theirs), slot.shape)
-        return out if row.stacked else out[0]
 
-    # Device by device: jax.make_array_from_callback would read the shards of all devices first.
-    places = leaf.sharding.addressable_devices_indices_map(leaf.shape)
-    arrays, last, block = [], None, None
-    for device, index in sorted(places.items(), key=lambda place: str(place[1])):
-        if str(index) != last:  # read a block once for all devices that hold it
-            last, block = str(index), shard(index)
-        arrays.append(jax.device_put(block, device))
-    return jax.make_array_from_single_device_arrays(leaf.shape, leaf.sharding, arrays)
+def _size(index: Index, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape of a block."""
+    return tuple(len(range(*cut.indices(n))) for cut, n in zip(index, shape, strict=True))
+
+
+def _placed(
+    leaves: list[jax.ShapeDtypeStruct], shard: Callable[..., list[np.ndarray]]
+) -> list[jax.Array]:
+    """Arrays on their devices; `shard(*indices)` makes one block of each.
+
+    Device by device: jax.make_array_from_callback would read the shards of all devices first.
+    """
+    places = [leaf.sharding.addressable_devices_indices_map(leaf.shape) for leaf in leaves]
+    arrays, last, blocks = [[] for _ in leaves], None, []
+    for device in sorted(places[0], key=lambda x: str([place[x] for place in places])):
+        indices = [place[device] for place in places]
+        if str(indices) != last:  # read a block once for all devices that hold it
+            last, blocks = str(indices), shard(*indices)
+        for made, block in zip(arrays, blocks, strict=True):
+            made.append(jax.device_put(block, device))
+    return [jax.make_array_from_single_device_arrays(leaf.shape, leaf.sharding, made)
+            for leaf, made in zip(leaves, arrays, strict=True)]
 
 
 def _at(row: Entry, index: Index, shape: tuple[int, ...]) -> Index:
@@ -237,7 +300,7 @@ def _at(row: Entry, index: Index, shape: tuple[int, ...]) -> Index:
 
 def _check_shapes(path: Path, table: Table, specs: dict[str, Any], shapes: dict[str, Any]) -> None:
     """Raises InputError with all missing, unused and mis-shaped tensors; each leaf needs a row."""
-    if {row.ours for row in table.rows} != set(specs):
+    if {row.ours for row in table.rows} != specs.keys() - scales_of(specs):
         raise AssertionError("the table and the parameter tree disagree")
     problems, used = {"missing": [], "mis-shaped": [], "unused": []}, set()
     for row in table.rows:

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
+from jaxfusion.nn import quantised
 from jaxfusion.sharding.rules import constrain
 
 Names = tuple[str | None, ...]
@@ -54,7 +55,7 @@ def rematerialised(block: type[nn.Module], remat: str) -> type[nn.Module]:
 
 
 class Linear(nn.Module):
-    """A linear map of an input's last axes.
+    """A linear map of an input's last axes. Its kernel may be quantised: it then has a `scale`.
 
     Attributes:
       shape: the kernel's: axes that are read, then those that come out.
@@ -78,7 +79,12 @@ class Linear(nn.Module):
         # One product of two matrices: gradients of einsums over more axes need transposed copies,
         # which take CPUs as long as the products.
         width = math.prod(read)
-        y = x.astype(self.dtype).reshape(-1, width) @ kernel.astype(self.dtype).reshape(width, -1)
+        rows = x.astype(self.dtype).reshape(-1, width)
+        if self.has_variable("params", "scale"):
+            scale = self.get_variable("params", "scale")
+            y = quantised.product(rows, kernel, scale, self.inputs)
+        else:
+            y = rows @ kernel.astype(self.dtype).reshape(width, -1)
         y = y.reshape(*x.shape[: x.ndim - self.inputs], *out)
         if self.bias_init is None:
             return y
@@ -123,7 +129,8 @@ class LayerNorm(nn.Module):
 
 
 class Embedding(nn.Module):
-    """A table of token embeddings; `attend` is the tied output head."""
+    """A table of token embeddings; `attend` is the tied output head. A quantised table has a
+    `scale`."""
 
     vocab_size: int
     d_model: int
@@ -135,17 +142,23 @@ class Embedding(nn.Module):
         self.embedding = self.param(
             "embedding", init, (self.vocab_size, self.d_model), self.dtype
         )
+        self.scale = self.get_variable("params", "scale")  # [V 1]; None: not quantised
 
     def __call__(self, tokens: Int[Array, "B N"]) -> Float[Array, "B N D"]:
         # Every device reads its columns for its neighbours' tokens too, and then they exchange: the
         # table stays where it is, and no device ever holds the vectors of the whole batch.
         tokens = constrain(tokens, "looked_up", "length")
-        vectors = jnp.take(self.embedding.astype(self.dtype), tokens, axis=0)
+        if self.scale is None:
+            vectors = jnp.take(self.embedding.astype(self.dtype), tokens, axis=0)
+        else:
+            vectors, scale = (jnp.take(x, tokens, axis=0) for x in (self.embedding, self.scale))
+            vectors = (vectors.astype(jnp.float32) * scale).astype(self.dtype)
         return constrain(vectors, "looked_up", "length", "embed")
 
     def attend(self, x: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
         """Logits against every embedding, accumulated in float32."""
-        return jnp.einsum(
+        logits = jnp.einsum(
             "...d,vd->...v", x, self.embedding.astype(self.dtype),
             preferred_element_type=jnp.float32,
         )
+        return logits if self.scale is None else logits * self.scale[:, 0]

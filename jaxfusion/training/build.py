@@ -1,7 +1,8 @@
 """From a config to a model's plan: modules, and shape, dtype and sharding of every parameter."""
 
 import logging
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
@@ -9,12 +10,13 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from flax import traverse_util
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxfusion.errors import InputError
 from jaxfusion.fields import ROLES, Config
 from jaxfusion.nn.aligner import Aligner
 from jaxfusion.nn.attention import why_plain
+from jaxfusion.nn import quantised
 from jaxfusion.nn.bridge import OWN, Bridge, Params
 from jaxfusion.nn.decoder import Decoder, DecoderConfig
 from jaxfusion.nn.encoder import Encoder, EncoderConfig
@@ -68,8 +70,10 @@ def plan_model(
             raise InputError(f"mesh.tensor is {mesh.shape['tensor']}, which does not divide the "
                              f"{shape.num_heads} heads of the {role}; set mesh.tensor to a "
                              "divisor, and mesh.fsdp to the rest of the devices")
-    params = describe(lambda: bridge.init(jax.random.key(0), (*ROLES, *OWN)), mesh)
+    formats = {role: getattr(config, role).dtype for role in ROLES}
+    params = describe(lambda: bridge.init(jax.random.key(0), (*ROLES, *OWN)), mesh, formats)
     groups = group_of_each(params, config.optimizer.groups)
+    _check_frozen(groups, formats)
     if config.aligner.name != "none" and not any(p.startswith("aligner/") for p in groups):
         raise InputError("aligner.name is set, but no group of optimizer.groups trains it; add the "
                          "pattern 'aligner/.*' to one")
@@ -81,6 +85,15 @@ def plan_model(
     # What trains is float32 whatever its tower's dtype.
     params |= {path: params[path].update(dtype=jnp.float32) for path in groups}
     return Plan(bridge, params, groups)
+
+
+def _check_frozen(groups: dict[str, str], formats: dict[str, str]) -> None:
+    """Raises InputError for a quantised tower of which something trains."""
+    for path, group in groups.items():
+        role = path.split("/")[0]
+        if formats.get(role) in quantised.BITS:
+            raise InputError(f"{role}.dtype is '{formats[role]}', but optimizer.groups.{group} "
+                             f"trains '{path}'; set {role}.dtype to bfloat16 or float32")
 
 
 def _check_lengths(config: Config, encoder: EncoderConfig) -> None:
@@ -145,7 +158,8 @@ def make_bridge(config: Config, encoder, decoder, platform: str | None = None) -
     if not 1 <= fusion.layer <= layers:  # a slip under every fusion, though only `layer` reads it
         raise InputError(f"fusion.layer is {fusion.layer}, the encoder has layers 1 to {layers}")
     first, second = config.encoder, config.decoder
-    encoder_dtype, decoder_dtype = jnp.dtype(first.dtype), jnp.dtype(second.dtype)
+    encoder_dtype, decoder_dtype = (
+        quantised.dtype_of_activations(tower.dtype) for tower in (first, second))
     _log_plain("encoder", first.attention, encoder.head_dim, encoder_dtype,
                dropout=first.dropout > 0)
     padding = config.aligner.recipe == "paper_code"
@@ -189,8 +203,14 @@ def _make_aligner(config: Config, decoder: DecoderConfig) -> Aligner | None:
     return Aligner(config.aligner.name, decoder.num_layers, decoder.d_model)
 
 
-def describe(init: Callable[[], Params], mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shape, dtype and sharding, by path, of the boxed parameters that `init` makes; makes none."""
+def describe(
+    init: Callable[[], Params], mesh: Mesh, formats: Mapping[str, str] | None = None
+) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shape, dtype and sharding, by path, of the boxed parameters that `init` makes; makes none.
+
+    Args:
+      formats: dtype of parts by their name; in `int8` and `int4` a part has integers and scales.
+    """
     is_box = lambda x: isinstance(x, nn.LogicallyPartitioned)  # noqa: E731
     flat = {
         "/".join(str(key.key) for key in path): box
@@ -199,20 +219,32 @@ def describe(init: Callable[[], Params], mesh: Mesh) -> dict[str, jax.ShapeDtype
     unnamed = [path for path, box in flat.items() if not is_box(box)]
     if unnamed:
         raise AssertionError(f"parameters without logical axis names: {unnamed}")
-    specs = {path: fitting_spec(box.names, box.value.shape, mesh) for path, box in flat.items()}
+    leaves = {path: (box.names, box.value.shape, box.value.dtype) for path, box in flat.items()}
+    for path, (names, shape, _) in list(leaves.items()):
+        dtype = (formats or {}).get(path.split("/")[0])
+        if dtype in quantised.BITS and quantised.is_quantised(path):
+            integers, sizes, kept = quantised.layout(path, names, shape, dtype)
+            leaves[path] = names, shape, integers
+            leaves[quantised.scale_path(path)] = kept, sizes, jnp.dtype("float32")
+    specs = {path: fitting_spec(names, shape, mesh) for path, (names, shape, _) in leaves.items()}
+    _warn_of_replicated(leaves, specs, mesh)
+    return {
+        path: jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, specs[path]))
+        for path, (_, shape, dtype) in leaves.items()
+    }
+
+
+def _warn_of_replicated(leaves, specs: dict[str, PartitionSpec], mesh: Mesh) -> None:
+    """Warns of large parameters' axes that the mesh does not divide."""
     replicated = {
-        f"{name} ({size})" for path, box in flat.items() if box.value.size * 4 > REPORTED_BYTES
-        for name, size, axis in zip(box.names, box.value.shape, specs[path], strict=True)
+        f"{name} ({size})" for path, (names, shape, _) in leaves.items()
+        if math.prod(shape) * 4 > REPORTED_BYTES
+        for name, size, axis in zip(names, shape, specs[path], strict=True)
         if name is not None and spec([name])[0] != axis
     }
     if replicated:
         logger.warning("replicated, as mesh %s does not divide them: %s",
                        dict(mesh.shape), ", ".join(sorted(replicated)))
-    return {
-        path: jax.ShapeDtypeStruct(box.value.shape, box.value.dtype,
-                                   sharding=NamedSharding(mesh, specs[path]))
-        for path, box in flat.items()
-    }
 
 
 def initialise_own(plan: Plan, seed: int) -> Flat:

@@ -9,6 +9,7 @@ from flax import traverse_util
 from jaxtyping import Array, Int
 
 from jaxfusion.nn.bridge import Params
+from jaxfusion.nn.quantised import scales_of
 
 Flat = dict[str, Any]  # parameter path, as 'decoder/blocks/attn/q/kernel' -> array
 
@@ -41,5 +42,6 @@ def merge(trainable: Flat, frozen: Flat) -> Params:
 
 
 def count_params(flat: Flat) -> int:
-    """Number of scalars in a flat tree."""
-    return sum(x.size for x in flat.values())
+    """Number of scalars in a flat tree, without the scales of what is quantised."""
+    scales = scales_of(flat)
+    return sum(x.size for path, x in flat.items() if path not in scales)
