@@ -13,9 +13,10 @@ export PYTHONPATH=$PWD
 measure() {  # NAME COMMAND...
   local name=$1 left=$((end - SECONDS))
   shift
-  if ((left < 20)) || ! timeout "$left" "$@" >"$out/gpu_$name.log" 2>&1; then
-    missing+=" $name"
-  fi
+  ((left < 20)) && missing+=" $name" && return
+  timeout "$left" "$@" >"$out/gpu_$name.log" 2>&1
+  local status=$?
+  ((status == 0)) || missing+=" $name (status $status)"
 }
 
 JAX_PLATFORMS=cuda measure kernels \

@@ -179,9 +179,9 @@ def _step(config: Config, plan: Plan, state: State):
 
 
 def _bytes(tree: Any) -> float:
-    """Bytes of a tree's arrays on one device."""
-    return float(sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
-                     for x in jax.tree.leaves(tree)))
+    """Bytes of a tree's arrays on one device; two numbers of 4 bits share one."""
+    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
+               / (2 if x.dtype.name == "int4" else 1) for x in jax.tree.leaves(tree))
 
 
 def _refusal(error: Exception, device: jax.Device) -> InputError:

@@ -1,6 +1,7 @@
 """Checkpoints read onto meshes of eight devices: each device gets its block and no more."""
 
 import math
+from dataclasses import replace
 
 import jax
 import numpy as np
@@ -72,3 +73,24 @@ def test_what_does_not_divide_lies_whole(tmp_path):
     flat = read(tmp_path, config, make_mesh(1, 2, 4))
     assert flat["embed/embedding"].addressable_shards[0].data.shape[0] == 101
     assert flat["blocks/attn/k/kernel"].addressable_shards[0].data.shape[2] == 2
+
+
+@pytest.mark.parametrize("dtype", ["int8", "int4"])
+def test_every_mesh_has_the_same_integers(dtype, tmp_path):
+    config = replace(DECODERS["qwen2"], d_model=64, d_ff=128, head_dim=32, num_kv_heads=6)
+    write_tower(tmp_path, config, random_params(config, 0))
+    found = {}
+    for name, shape in {"one": (1, 1, 1), **MESHES}.items():
+        mesh = make_mesh(*shape, devices=jax.devices()[: math.prod(shape)])
+        wanted = describe(lambda: {"decoder": Decoder(config).init(
+            jax.random.key(0), *(np.zeros((1, 8), np.int32),) * 3, method="score")["params"]},
+            mesh, {"decoder": dtype})
+        wanted = {path.removeprefix("decoder/"): x for path, x in wanted.items()}
+        found[name] = load_params(tmp_path, tower_table(config), wanted)
+        assert {path: x.sharding for path, x in found[name].items()} == {
+            path: x.sharding for path, x in wanted.items()}
+    kernel = found["all"]["blocks/mlp/up/kernel"]
+    assert kernel.dtype == dtype and kernel.addressable_shards[0].data.size < kernel.size
+    for name in MESHES:
+        for path, x in found[name].items():
+            np.testing.assert_array_equal(x, found["one"][path], err_msg=f"{name}: {path}")
