@@ -1,6 +1,7 @@
 """Comparisons: their figures against rows counted by hand, and a run from start to report."""
 
 import json
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -13,12 +14,15 @@ from jaxfusion.bridge.compare import compare
 from jaxfusion.config import default_config, from_config_dict, variants
 from jaxfusion.data.tasks.catalogue import TASKS
 from jaxfusion.errors import InputError
+from jaxfusion.files import write_checked
 from jaxfusion.miniatures.inputs import make_inputs
 from jaxfusion.reports.comparison import Comparison, as_json, differences, markdown, table
 from jaxfusion.reports.language_groups import standard_groups
 from jaxfusion.reports.scored_runs import compare_runs, read_models
 from jaxfusion.reports.statistics import bootstrap_mean
+from jaxfusion.runs import score
 from jaxfusion.runs.ask import ask, fill, unknown_words
+from jaxfusion.runs.score import evaluate
 from jaxfusion.training.workdir import check_workdir
 
 QUICKSTART, = COMPARISONS
@@ -157,6 +161,25 @@ def test_a_comparison_runs_from_start_to_report(debug_run):
     assert english["accuracy"] == comparison.cell("last", "en")[0]
     with pytest.raises(InputError, match="another config"):
         compare(replace(config, rows=5), workdir)
+
+
+def test_what_is_scored_is_not_scored_again(debug_run, tmp_path, monkeypatch):
+    workdir, _, config = debug_run
+    where = tmp_path / "last"
+    shutil.copytree(workdir / "last", where)
+    read = {x: (where / "eval" / x).read_text() for x in ("results.json", "details.json")}
+    with monkeypatch.context() as patch:
+        patch.setattr(score, "_score", lambda *_: pytest.fail("scored again"))
+        results, _ = evaluate(where, limit=config.rows, again=False)
+    assert results == json.loads(read["results.json"])
+    # One language's rows are others now: it alone is scored.
+    details = json.loads(read["details.json"])
+    details["pocket_nli"]["deva"]["queries"][0] += "?"
+    write_checked(where / "eval" / "details.json", json.dumps(details))
+    scored, new = evaluate(where, limit=config.rows, again=False)
+    assert new["pocket_nli"].keys() == {"deva"} and scored == results
+    _, new = evaluate(where, limit=config.rows - 1, again=False)
+    assert new["pocket_nli"].keys() == results["pocket_nli"].keys()
 
 
 @pytest.mark.parametrize("fusion", ["last", "global_softmax", "transformer_softmax"])

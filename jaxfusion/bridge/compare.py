@@ -37,8 +37,7 @@ def compare(config: CompareConfig, workdir: Path) -> Comparison:
     With `config.seeds` each is trained in `WORKDIR/VARIANT/seed_N` for every one of them.
 
     Classes are scored by likelihood over the labels, free text by exact match. Writes `report.md`,
-    `report.html`, `report.json` and pictures. Started again, it goes on where it stopped:
-    variants that are trained are only scored.
+    `report.html`, `report.json` and pictures. Started again, it goes on where it stopped.
 
     Raises:
       InputError: whatever is wrong with one of the variants.
@@ -64,7 +63,7 @@ def _compare(config: CompareConfig, runs: dict[str, Config], workdir: Path) -> C
             _train_and_score(config, run, workdir / folders[name][i], workdir, seconds[name])
     logger.info("\n%s", LLM_ALONE)
     start, last = time.monotonic(), list(folders.values())[-1][-1]
-    evaluate(workdir / last, limit=config.rows, llm_only=True)
+    evaluate(workdir / last, limit=config.rows, llm_only=True, again=False)
     seconds[LLM_ALONE] = {"score": time.monotonic() - start}
     models = read_variants(config, workdir)
     scored = models[LLM_ALONE][0].details[config.base.data.task]
@@ -80,7 +79,7 @@ def _compare(config: CompareConfig, runs: dict[str, Config], workdir: Path) -> C
 def _train_and_score(
     config: CompareConfig, run: Config, where: Path, workdir: Path, seconds: dict[str, float]
 ) -> None:
-    """Trains one run and scores it, or scores one that is trained; adds to the seconds."""
+    """Trains one run and scores it, as far as neither was done; adds to the seconds."""
     start, fresh = time.monotonic(), not saved_steps(where)
     try:
         train(run, where)
@@ -90,7 +89,7 @@ def _train_and_score(
             sum_of(workdir / CONFIG_FILE).unlink()
         raise
     trained = time.monotonic()
-    evaluate(where, limit=config.rows, share_states=True)
+    evaluate(where, limit=config.rows, share_states=True, again=False)
     seconds["score"] = seconds.get("score", 0.0) + time.monotonic() - trained
     if fresh:
         seconds["train"] = seconds.get("train", 0.0) + trained - start

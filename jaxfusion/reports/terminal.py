@@ -51,6 +51,11 @@ def merge_results(
     return results
 
 
+def read_results(file: Path, about: dict[str, Any]) -> Results:
+    """The results in a file that have these settings; none if it is missing or damaged."""
+    return _read(file, file.with_suffix(".about.json"), about)[0] if file.is_file() else {}
+
+
 def _read(file: Path, about_file: Path, about: dict[str, Any]) -> tuple[Results, str | None]:
     """The results with the same settings; or the tag to rename a file with other settings."""
     try:

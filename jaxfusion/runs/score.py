@@ -25,7 +25,7 @@ from jaxfusion.fields import DECODING, Config, TaskConfig
 from jaxfusion.files import WRITER, only_writer
 from jaxfusion.reports.scored_runs import ALONE, DETAILS, Details
 from jaxfusion.reports.statistics import accuracy
-from jaxfusion.reports.terminal import Results, merge_results
+from jaxfusion.reports.terminal import Results, merge_results, read_results
 from jaxfusion.runs.open_run import OpenRun, open_run
 from jaxfusion.sharding.hosts import check_peers, is_first
 
@@ -39,6 +39,7 @@ def evaluate(
     workdir: Path, *, tasks: tuple[str, ...] = (), languages: tuple[str, ...] = (),
     limit: int | None = None, llm_only: bool = False, data_path: str | None = None,
     drop_seen: bool = False, decoding: dict[str, Any] | None = None, share_states: bool = False,
+    again: bool = True,
 ) -> tuple[Results, Details]:
     """Scores the test split and writes `eval/results.json` (or `eval/llm_only.json`).
 
@@ -57,6 +58,7 @@ def evaluate(
         their number; `config.eval.drop_seen` does the same.
       decoding: fields of `EvalConfig` that override the run's own.
       share_states: see `open_run`.
+      again: False leaves out languages whose same rows were scored with the same settings.
 
     Returns:
       All results in the file (in processes other than the first: the new ones), and the details of
@@ -74,16 +76,24 @@ def evaluate(
     rows = unseen(rows, seen_by(config, workdir), drop_seen, config.tasks)
     if not (languages or config.eval.languages):
         rows = readable(run, rows)
+    name, more = ("llm_only.json", ALONE) if llm_only else ("results.json", DETAILS)
+    settings = {"limit": limit, "encoder": config.encoder.checkpoint,
+                "decoder": config.decoder.checkpoint, "drop_seen": drop_seen,
+                "data_path": data_path,
+                "decoding": {x: getattr(config.eval, x) for x in DECODING}}
+    settings = json.loads(json.dumps(settings))
+    folder = workdir / "eval"
+    if not again:
+        about = {"step": run.trained()[0], **settings}
+        scored, texts = (read_results(folder / x, about) for x in (name, more))
+        rows = _unscored(rows, scored, texts)
+        if not rows:  # no tower is loaded
+            return scored, {}
     with run.on_mesh():
         new, details = _score(run, rows)
     if not is_first():
         return new, details
-    name, more = ("llm_only.json", ALONE) if llm_only else ("results.json", DETAILS)
-    about = {"step": run.step, "limit": limit, "encoder": config.encoder.checkpoint,
-             "decoder": config.decoder.checkpoint, "drop_seen": drop_seen, "data_path": data_path,
-             "decoding": {name: getattr(config.eval, name) for name in DECODING}}
-    about = json.loads(json.dumps(about))
-    folder = workdir / "eval"
+    about = {"step": run.step, **settings}
     folder.mkdir(parents=True, exist_ok=True)
     # Concurrent processes each add their languages.
     with only_writer(folder / WRITER, folder, wait=True):
@@ -120,6 +130,20 @@ def readable(run: OpenRun, rows: TaskRows) -> TaskRows:
         logger.warning("left out, as the encoder has no token for them: %s", ", ".join(left_out))
     return {name: {language: part for language, part in by_language.items() if language in told}
             for name, by_language in rows.items()}
+
+
+def _unscored(rows: TaskRows, results: Results, details: Details) -> TaskRows:
+    """The rows without languages whose same texts are scored."""
+    def is_scored(name: str, language: str, part: list[Example]) -> bool:
+        known = details.get(name, {}).get(language, {})
+        return language in results.get(name, {}) and (
+            known.get("queries"), known.get("targets")) == (
+            [x.query for x in part], [x.target for x in part])
+
+    left = {name: {language: part for language, part in by_language.items()
+                   if not is_scored(name, language, part)}
+            for name, by_language in rows.items()}
+    return {name: by_language for name, by_language in left.items() if by_language}
 
 
 def seen_by(config: Config, workdir: Path) -> np.ndarray:

@@ -14,9 +14,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxfusion.errors import InputError
 from jaxfusion.fields import ROLES, Config
+from jaxfusion.nn import quantised
 from jaxfusion.nn.aligner import Aligner
 from jaxfusion.nn.attention import why_plain
-from jaxfusion.nn import quantised
 from jaxfusion.nn.bridge import OWN, Bridge, Params
 from jaxfusion.nn.decoder import Decoder, DecoderConfig
 from jaxfusion.nn.encoder import Encoder, EncoderConfig
