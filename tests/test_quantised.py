@@ -123,7 +123,7 @@ def test_loss_and_gradients_are_those_of_the_restored_weights(encoder, decoder, 
     found, wanted = step(dict(held)), step(dict(restored))
     assert relative(found[0], wanted[0]) < 1e-5
     for ours, theirs in zip(*map(jax.tree.leaves, (found[1], wanted[1])), strict=True):
-        assert float(jnp.max(jnp.abs(ours - theirs))) < 1e-5 * max(1.0, float(jnp.abs(theirs).max()))
+        assert float(jnp.max(jnp.abs(ours - theirs))) < 1e-5 * max(1.0, jnp.abs(theirs).max())
 
 
 @pytest.fixture(scope="module")
@@ -172,8 +172,8 @@ def test_what_is_quantised_does_not_train(cache_dir, dtype):
 
 def test_lens_moves_floats_alone():
     config = debug_config(decoder={"dtype": "int8"})
-    with pytest.raises(InputError, match="decoder.dtype is 'int8', which Lens cannot move; set "
-                                         "decoder.dtype to bfloat16 or float32"):
+    with pytest.raises(InputError, match=r"decoder\.dtype is 'int8', which Lens cannot move; set "
+                                         r"decoder\.dtype to bfloat16 or float32"):
         check(config)
 
 
