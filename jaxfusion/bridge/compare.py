@@ -10,6 +10,7 @@ from typing import Any
 
 from jaxfusion import config as configs
 from jaxfusion.bridge.job import read_data, train
+from jaxfusion.cli import typed
 from jaxfusion.config import CONFIG_FILE, run_folders, variants
 from jaxfusion.data.contamination import fingerprints
 from jaxfusion.data.rows.examples import Example
@@ -226,6 +227,6 @@ def _beside_the_llm(
         except InputError as error:
             logger.warning("without the bare LLM to compare with: %s", error)
     else:
-        logger.info("without the bare LLM to compare with; score it with: python eval.py "
-                    "--workdir %s --llm_only", workdir)
+        logger.info("without the bare LLM to compare with; score it with: %s "
+                    "--workdir %s --llm_only", typed("eval"), workdir)
     return models, compare_runs(models, scoring)
