@@ -151,7 +151,7 @@ def flags_error(words) -> str:
         patch.chdir(ROOT)
         try:
             patch.setattr(sys, "argv", with_paths(list(words)))
-            own(sys.argv)
+            own([word for word in sys.argv if word != "--help"])
             if "config" in own:
                 getattr(own.config, "job", None)  # fails where the file is missing
         except Exception as error:  # a config's own code runs meanwhile

@@ -133,7 +133,8 @@ def test_other_shells_know_every_flag(shell):
 
 def test_the_dockerfile_is_clean():
     hadolint = shutil.which("hadolint", path=Path(sys.executable).parent)
-    done = subprocess.run([hadolint, ROOT / "docker" / "Dockerfile"], capture_output=True, text=True)
+    done = subprocess.run([hadolint, ROOT / "docker" / "Dockerfile"], capture_output=True,
+                          text=True)
     assert done.returncode == 0, done.stdout
 
 
