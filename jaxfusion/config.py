@@ -18,8 +18,8 @@ import ml_collections
 from ml_collections import config_dict
 from pydantic import TypeAdapter, ValidationError
 
-from jaxfusion.errors import InputError, choose, first_line, near_match
-from jaxfusion.fields import JOBS, CompareConfig, Config, Job, LensRunConfig
+from jaxfusion.errors import InputError, choose, first_line, listed, near_match
+from jaxfusion.fields import JOBS, CompareConfig, Config, DataConfig, Job, LensRunConfig
 from jaxfusion.files import read_json, write_checked
 
 CONFIG_FILE = "config.json"  # of a workdir
@@ -29,7 +29,7 @@ OPEN = ("data.bos", "eval.max_new_tokens")
 # May differ when a run is resumed, besides a larger number of steps.
 FREE_ON_RESUME = ("mesh", "encoder.dtype", "decoder.dtype", "encoder.remat", "decoder.remat",
                   "encoder.keep_states", "encoder.attention", "decoder.attention",
-                  "train.accumulate", "train.log_every")
+                  "train.accumulate", "train.log_every", "data.dev_patience")
 
 
 def default_config(job: str = "bridge") -> ml_collections.ConfigDict:
@@ -230,9 +230,21 @@ def check(config: Job) -> None:
     if total is not None and total <= query + 1:
         raise InputError(f"data.max_total_tokens is {total}, expected more than "
                          f"data.max_encoder_tokens = {query} and BOS: no room is left for a target")
+    if isinstance(config, Config):
+        _check_development(config.data)
     for name in ("balanced", "streaming"):
         if getattr(config.data, name, False) and config.data.train_rows is None:
             raise InputError(f"data.{name} needs data.train_rows: how many rows to draw")
+
+
+def _check_development(data: DataConfig) -> None:
+    """Raises InputError if no language, or two, are what decides the best checkpoint."""
+    languages = data.dev_languages or (data.language,)
+    if len(set(languages)) < len(languages):
+        raise InputError(f"data.dev_languages names a language twice: {listed(languages)}")
+    if data.dev_decides not in ("mean", *languages):
+        raise InputError(f"data.dev_decides is '{data.dev_decides}', expected mean, or a language "
+                         f"of development: {listed(languages)}")
 
 
 def save(config: Job, file: Path) -> None:

@@ -154,7 +154,7 @@ class DataConfig(Schema):
     path: Text | None = None
     revision: Text | None = None  # of a hub dataset; kept as a commit in the workdir once resolved
     streaming: bool = False  # take the first train_rows rows (balanced: of every class), no more
-    language: Text = "en"  # of training and development
+    language: Text = "en"  # of training, and of development unless data.dev_languages is set
     # What follows the prefix, in the LLM's own tokens: nothing, a fixed instruction, or '{query}'
     # (the whole encoder prompt again: MindMerger's augmentation).
     text_prompt: str = ""
@@ -171,7 +171,14 @@ class DataConfig(Schema):
     pack: bool = False  # several short examples in a row, told apart by masks and positions
     train_rows: Count | None = None  # a seeded subset of the training rows
     balanced: bool = False  # draw that subset with the same number from every class
-    dev_rows: Count | None = None  # at most; the first ones
+    # Of development, which is scored during training: rows of each language at most, the first
+    # ones; languages, where they are others than `language`; which of them decides what the best
+    # checkpoint is (or 'mean', of all of them); and how many scores in a row may be no better
+    # before training ends (none: it goes on to its last step).
+    dev_rows: Count | None = None
+    dev_languages: tuple[Text, ...] = ()
+    dev_decides: Text = "mean"
+    dev_patience: Count | None = None
 
 
 @dataclass(frozen=True)
