@@ -29,7 +29,7 @@ OPEN = ("data.bos", "eval.max_new_tokens")
 # May differ when a run is resumed, besides a larger number of steps.
 FREE_ON_RESUME = ("mesh", "encoder.dtype", "decoder.dtype", "encoder.remat", "decoder.remat",
                   "encoder.keep_states", "encoder.attention", "decoder.attention",
-                  "train.accumulate", "train.log_every", "data.dev_patience")
+                  "train.accumulate", "train.log_every", "data.dev_patience", "logging")
 
 
 def default_config(job: str = "bridge") -> ml_collections.ConfigDict:
@@ -281,7 +281,7 @@ def _with_bos(values: dict[str, Any]) -> dict[str, Any]:
 
 def changed(old: Job, new: Job) -> list[str]:
     """Fields that differ and must not on resume, as `name: old -> new`."""
-    before, after = _flat(dataclasses.asdict(old)), _flat(dataclasses.asdict(new))
+    before, after = flat(dataclasses.asdict(old)), flat(dataclasses.asdict(new))
     return [
         f"{name}: {before.get(name)!r} -> {after.get(name)!r}"
         for name in sorted(before | after)
@@ -299,13 +299,14 @@ def _may_change(name: str, before: dict[str, Any], after: dict[str, Any]) -> boo
     return any(name == free or name.startswith(f"{free}.") for free in FREE_ON_RESUME)
 
 
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat = {}
+def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """A config's fields by their full names, as `train.batch_size`."""
+    found = {}
     for name, value in tree.items():
-        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {
+        found |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {
             f"{prefix}{name}": value
         }
-    return flat
+    return found
 
 
 def _to_config_dict(config: Any) -> ml_collections.ConfigDict:

@@ -40,6 +40,7 @@ RECIPES = ("default", "paper_code")
 PLACES = ("memory", "disk")
 # Fields of `EvalConfig` that decide what an answer is.
 DECODING = ("max_new_tokens", "temperature", "top_p", "seed", "stop")
+TRACKERS = ("tensorboard", "wandb", "mlflow")
 OBJECTIVES = ("causal_lm", "masked_lm", "code_switch")
 
 Dtype = Annotated[str, one_of("dtype", DTYPES)]
@@ -55,6 +56,7 @@ Method = Annotated[str, one_of("lens.method", METHODS)]
 Recipe = Annotated[str, one_of("lens.recipe", RECIPES)]
 Place = Annotated[str, one_of("lens.keep", PLACES)]
 Objective = Annotated[str, one_of("objective", OBJECTIVES)]
+Tracker = Annotated[str, one_of("tracker", TRACKERS)]
 Role = Annotated[str, one_of("role", ROLES)]
 Languages = Annotated[tuple[Text, ...], Field(min_length=1)]
 
@@ -240,6 +242,13 @@ class EvalConfig(Schema):
 
 
 @dataclass(frozen=True)
+class LoggingConfig(Schema):
+    """Where metrics go, besides the workdir's metrics.jsonl."""
+
+    to: tuple[Tracker, ...] = ("tensorboard",)  # and wandb, mlflow: by their own variables
+
+
+@dataclass(frozen=True)
 class MeshConfig(Schema):
     """Device counts along the mesh axes; one of them may be -1 and is filled in."""
 
@@ -263,6 +272,7 @@ class Config(Schema):
     train: TrainConfig = TrainConfig()
     eval: EvalConfig = EvalConfig()
     mesh: MeshConfig = MeshConfig()
+    logging: LoggingConfig = LoggingConfig()
     # Train it once for each of these in place of train.seed: a comparison of one variant.
     seeds: Seeds = ()
     # Fields of a stage before this one, which differ from this config's: it is trained first, in
@@ -323,6 +333,7 @@ class PretrainConfig(Schema):
     optimizer: OptimizerConfig = OptimizerConfig()
     train: TrainConfig = TrainConfig()
     mesh: MeshConfig = MeshConfig()
+    logging: LoggingConfig = LoggingConfig()
 
 
 @dataclass(frozen=True)
@@ -403,6 +414,7 @@ class LensRunConfig(Schema):
     train: TrainConfig = TrainConfig(epochs=1, log_every=5)
     eval: EvalConfig = EvalConfig()
     mesh: MeshConfig = MeshConfig()
+    logging: LoggingConfig = LoggingConfig()
     tasks: dict[str, TaskConfig] = field(default_factory=dict)  # your own, by name
     # Runs from one cache, each with its name and the fields of `lens` and others that differ.
     sweep: tuple[dict[str, Any], ...] = ()

@@ -16,6 +16,7 @@ from jaxfusion.training.checkpoint import Checkpoints, best_of
 from jaxfusion.training.logs import Done, RunLog
 from jaxfusion.training.meter import Meter
 from jaxfusion.training.step import Metrics
+from jaxfusion.training.trackers import open_trackers
 from jaxfusion.training.trainer import Due, Trainer
 
 PROFILE = "profile"  # in a workdir
@@ -75,7 +76,7 @@ class Profile(Hook):
 
 
 class Log(Hook):
-    """Metrics and speed on the terminal, as JSONL and for TensorBoard.
+    """Metrics and speed on the terminal, as JSONL and for trackers.
 
     A step's metrics are read after the next one is dispatched, so the device never waits for the
     log; before a checkpoint they are read immediately, so nothing unchecked is saved.
@@ -84,7 +85,8 @@ class Log(Hook):
     def __init__(self, trainer: Trainer, workdir: Path):
         self.trainer, self.first = trainer, trainer.done
         self.meter = Meter(trainer.run.plain_loss, trainer.mesh)
-        self.out = RunLog(workdir, trainer.run.steps, self.first, is_first())
+        trackers = open_trackers(trainer.run.config, workdir, self.first) if is_first() else []
+        self.out = RunLog(workdir, trainer.run.steps, self.first, is_first(), trackers)
         self.pending: tuple[int, Metrics, Done] | None = None
 
     def __enter__(self) -> "Log":
