@@ -1,52 +1,6 @@
-"""Exports what was trained in Hugging Face format: `python export.py --workdir DIR --out HFDIR
-[--merge] [--dtype bfloat16] [--format langbridge [--enc NAME] [--lm NAME]] [--overwrite]`.
+"""Exports a run: `python export.py --workdir DIR --out HFDIR`, the same as `jaxfusion export`."""
 
-A bridge loads in plain PyTorch with `AutoModelForCausalLM.from_pretrained(HFDIR,
-trust_remote_code=True)`; with `--format langbridge` it is LangBridge's own layout. A pretrained
-tower, and the LLM of a Lens run, is an ordinary checkpoint of its family, without remote code.
-"""
-
-from absl import flags
-
-from jaxfusion.cli import local_path, refuse_words, run_main, set_up_jax, set_up_logging
-from jaxfusion.errors import InputError
-
-WORKDIR = flags.DEFINE_string("workdir", None, "workdir of a run of train.py", required=True)
-OUT = flags.DEFINE_string("out", None, "directory to write", required=True)
-MERGE = flags.DEFINE_bool("merge", False, "write both backbones too, not only their names")
-DTYPE = flags.DEFINE_string("dtype", None, "of backbones or tower: float32 or bfloat16")
-FORMAT = flags.DEFINE_enum("format", "jaxfusion", ["jaxfusion", "langbridge"], "of HFDIR")
-ENC = flags.DEFINE_string("enc", None, "what LangBridge is to call the encoder")
-LM = flags.DEFINE_string("lm", None, "what LangBridge is to call the LLM")
-OVERWRITE = flags.DEFINE_bool("overwrite", False, "replace what is in HFDIR")
-
-
-def main(argv: list[str]) -> None:
-    refuse_words(argv)
-    set_up_logging()
-    set_up_jax()
-    from jaxfusion import config
-    from jaxfusion.fields import LensRunConfig, PretrainConfig
-    from jaxfusion.runs.export.bridge import export
-    from jaxfusion.runs.export.langbridge import export_langbridge
-    from jaxfusion.runs.export.tower import export_lens, export_tower
-
-    workdir, out = local_path(WORKDIR.value), local_path(OUT.value)
-    common = {"dtype": DTYPE.value, "overwrite": OVERWRITE.value}
-    job = config.load(workdir / config.CONFIG_FILE)
-    if (ENC.value or LM.value) and FORMAT.value != "langbridge":
-        raise InputError("--enc and --lm are for --format langbridge")
-    if isinstance(job, PretrainConfig | LensRunConfig):
-        if MERGE.value or FORMAT.value != "jaxfusion":
-            raise InputError(f"{workdir} holds no bridge: --merge and --format are for those")
-        write = export_tower if isinstance(job, PretrainConfig) else export_lens
-        write(workdir, out, **common)
-    elif FORMAT.value == "langbridge":
-        export_langbridge(workdir, out, enc=ENC.value, lm=LM.value, **common)
-    else:
-        export(workdir, out, merge=MERGE.value, **common)
-    print(f"done: {out}")
-
+from jaxfusion.commands.export import run
 
 if __name__ == "__main__":
-    run_main(main)
+    run()

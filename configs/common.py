@@ -62,7 +62,8 @@ def debug_bridge(config: ConfigDict) -> None:
     config.data.path = "made:rows"
     config.data.train_rows = config.data.dev_rows = None
     config.data.balanced = config.data.streaming = False
-    config.data.revision = None
+    config.data.revision = config.data.dev_patience = None
+    config.data.dev_languages, config.data.dev_decides = (), "mean"
     config.data.max_encoder_tokens = config.eval.max_encoder_tokens = 128
     config.data.buckets = (128,)
     config.data.max_decoder_tokens = config.eval.max_decoder_tokens = 128

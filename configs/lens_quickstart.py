@@ -1,5 +1,4 @@
-"""Lens (arXiv:2410.04407) on the pocket LLM of three languages: does it lift the two that it knows
-less well than English, and what does each of its losses do?
+"""Lens (arXiv:2410.04407) and its baselines on the pocket LLM of three languages, in a minute.
 
     python train.py --config configs/lens_quickstart.py
     python train.py --config configs/lens_quickstart.py:ceiling

@@ -4,8 +4,10 @@ import logging
 import os
 import platform
 import re
+import shutil
 import signal
 import sys
+import textwrap
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +17,8 @@ from absl import logging as absl_logging
 
 from jaxfusion.errors import InputError, Stopped, cut
 from jaxfusion.files import cache_dir
+
+Groups = dict[str, tuple[flags.FlagHolder, ...]]  # of flags, by their heading in --help
 
 
 def set_up_logging() -> None:
@@ -93,11 +97,31 @@ def local_path(text: str) -> Path:
     return Path(text)
 
 
-def run_main(main: Callable[[list[str]], None]) -> None:
-    """Runs a script; an InputError exits with one line and status 1, SIGTERM with status 75 once
-    everything is saved."""
+def typed(command: str) -> str:
+    """How a command is typed here: `python eval.py`, or `jaxfusion eval` outside of the
+    repository."""
+    return f"python {command}.py" if Path(f"{command}.py").is_file() else f"jaxfusion {command}"
+
+
+def run_main(
+    main: Callable[[list[str]], None],
+    about: str,
+    own: flags.FlagValues | None = None,
+    groups: Groups | None = None,
+    read: Callable[[list[str]], list[str]] = list,
+) -> None:
+    """Runs a command; an InputError exits with one line and status 1, SIGTERM with status 75 once
+    everything is saved.
+
+    Args:
+      about: what `--help` says, with the flags of `groups` under their headings.
+      own: the command's flags; those of libraries are none.
+      read: the command line as it is parsed, from what was typed.
+    """
+    own = flags.FlagValues() if own is None else own
     try:
-        app.run(main, flags_parser=_parse_flags)
+        app.run(main, flags_parser=lambda argv: parse_flags(
+            argv, own, help_text(about, own, groups or {}), read))
     except InputError as error:
         sys.exit(f"error: {error}")
     except Stopped as stopped:
@@ -106,14 +130,43 @@ def run_main(main: Callable[[list[str]], None]) -> None:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(128 + signal.SIGINT)
+    except BrokenPipeError:  # `| head` has read what it wanted
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as error:  # a full disk, missing write permission
         sys.exit(f"error: {error}")
 
 
-def _parse_flags(argv: list[str]) -> list[str]:
-    """The positional arguments. Parsing flags runs config files and applies overrides."""
+def help_text(about: str, own: flags.FlagValues, groups: Groups) -> str:
+    """What a command does, and its flags under their headings; what takes a value ends in `=`."""
+    form = {name: f"--{name}" + ("" if own[name].boolean else "=") for name in own}
+    width = max(map(len, form.values()), default=0) + 4
+    room = max(min(shutil.get_terminal_size().columns, 100) - width, 20)
+    lines = [about.strip()]
+    for heading, group in groups.items():
+        lines += ["", f"{heading}:"]
+        for holder in group:
+            first, *more = textwrap.wrap(own[holder.name].help, room)
+            lines += [f"  {form[holder.name]:{width - 2}}{first}", *(" " * width + x for x in more)]
+    return "\n".join(lines)
+
+
+def parse_flags(
+    argv: list[str], own: flags.FlagValues, about: str,
+    read: Callable[[list[str]], list[str]] = list,
+) -> list[str]:
+    """The positional arguments. Parsing flags runs config files and applies overrides.
+
+    Raises:
+      InputError: a flag or a config is wrong.
+      SystemExit: help was asked for, and printed.
+    """
+    if {"--help", "-h"} & set(argv[1:]):
+        print(about)
+        sys.exit(0)
+    flags.FLAGS(argv[:1])  # libraries' have their defaults
     try:
-        return flags.FLAGS(argv)
+        sys.argv = read(argv)  # where ml_collections looks for the fields that are set
+        return own(sys.argv)
     except InputError:
         raise
     except Exception as error:  # whatever a config file raises

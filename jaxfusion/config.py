@@ -18,8 +18,16 @@ import ml_collections
 from ml_collections import config_dict
 from pydantic import TypeAdapter, ValidationError
 
-from jaxfusion.errors import InputError, choose, first_line, near_match
-from jaxfusion.fields import DTYPES, JOBS, CompareConfig, Config, Job, LensRunConfig
+from jaxfusion.errors import InputError, choose, first_line, listed, near_match
+from jaxfusion.fields import (
+    DTYPES,
+    JOBS,
+    CompareConfig,
+    Config,
+    DataConfig,
+    Job,
+    LensRunConfig,
+)
 from jaxfusion.files import read_json, write_checked
 
 CONFIG_FILE = "config.json"  # of a workdir
@@ -29,7 +37,7 @@ OPEN = ("data.bos", "eval.max_new_tokens")
 # May differ when a run is resumed, besides a larger number of steps.
 FREE_ON_RESUME = ("mesh", "encoder.dtype", "decoder.dtype", "encoder.remat", "decoder.remat",
                   "encoder.keep_states", "encoder.attention", "decoder.attention",
-                  "train.accumulate", "train.log_every")
+                  "train.accumulate", "train.log_every", "data.dev_patience", "logging")
 
 
 def default_config(job: str = "bridge") -> ml_collections.ConfigDict:
@@ -233,9 +241,21 @@ def check(config: Job) -> None:
     if total is not None and total <= query + 1:
         raise InputError(f"data.max_total_tokens is {total}, expected more than "
                          f"data.max_encoder_tokens = {query} and BOS: no room is left for a target")
+    if isinstance(config, Config):
+        _check_development(config.data)
     for name in ("balanced", "streaming"):
         if getattr(config.data, name, False) and config.data.train_rows is None:
             raise InputError(f"data.{name} needs data.train_rows: how many rows to draw")
+
+
+def _check_development(data: DataConfig) -> None:
+    """Raises InputError if no language, or two, are what decides the best checkpoint."""
+    languages = data.dev_languages or (data.language,)
+    if len(set(languages)) < len(languages):
+        raise InputError(f"data.dev_languages names a language twice: {listed(languages)}")
+    if data.dev_decides not in ("mean", *languages):
+        raise InputError(f"data.dev_decides is '{data.dev_decides}', expected mean, or a language "
+                         f"of development: {listed(languages)}")
 
 
 def save(config: Job, file: Path) -> None:
@@ -272,7 +292,7 @@ def _with_bos(values: dict[str, Any]) -> dict[str, Any]:
 
 def changed(old: Job, new: Job) -> list[str]:
     """Fields that differ and must not on resume, as `name: old -> new`."""
-    before, after = _flat(dataclasses.asdict(old)), _flat(dataclasses.asdict(new))
+    before, after = flat(dataclasses.asdict(old)), flat(dataclasses.asdict(new))
     return [
         f"{name}: {before.get(name)!r} -> {after.get(name)!r}"
         for name in sorted(before | after)
@@ -290,13 +310,14 @@ def _may_change(name: str, before: dict[str, Any], after: dict[str, Any]) -> boo
     return any(name == free or name.startswith(f"{free}.") for free in FREE_ON_RESUME)
 
 
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat = {}
+def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """A config's fields by their full names, as `train.batch_size`."""
+    found = {}
     for name, value in tree.items():
-        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {
+        found |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {
             f"{prefix}{name}": value
         }
-    return flat
+    return found
 
 
 def _to_config_dict(config: Any) -> ml_collections.ConfigDict:

@@ -41,6 +41,7 @@ RECIPES = ("default", "paper_code")
 PLACES = ("memory", "disk")
 # Fields of `EvalConfig` that decide what an answer is.
 DECODING = ("max_new_tokens", "temperature", "top_p", "seed", "stop")
+TRACKERS = ("tensorboard", "wandb", "mlflow")
 OBJECTIVES = ("causal_lm", "masked_lm", "code_switch")
 
 Dtype = Annotated[str, one_of("dtype", TOWER_DTYPES)]
@@ -56,6 +57,7 @@ Method = Annotated[str, one_of("lens.method", METHODS)]
 Recipe = Annotated[str, one_of("lens.recipe", RECIPES)]
 Place = Annotated[str, one_of("lens.keep", PLACES)]
 Objective = Annotated[str, one_of("objective", OBJECTIVES)]
+Tracker = Annotated[str, one_of("tracker", TRACKERS)]
 Role = Annotated[str, one_of("role", ROLES)]
 Languages = Annotated[tuple[Text, ...], Field(min_length=1)]
 
@@ -157,7 +159,7 @@ class DataConfig(Schema):
     path: Text | None = None
     revision: Text | None = None  # of a hub dataset; kept as a commit in the workdir once resolved
     streaming: bool = False  # take the first train_rows rows (balanced: of every class), no more
-    language: Text = "en"  # of training and development
+    language: Text = "en"  # of training, and of development unless data.dev_languages is set
     # What follows the prefix, in the LLM's own tokens: nothing, a fixed instruction, or '{query}'
     # (the whole encoder prompt again: MindMerger's augmentation).
     text_prompt: str = ""
@@ -174,7 +176,14 @@ class DataConfig(Schema):
     pack: bool = False  # several short examples in a row, told apart by masks and positions
     train_rows: Count | None = None  # a seeded subset of the training rows
     balanced: bool = False  # draw that subset with the same number from every class
-    dev_rows: Count | None = None  # at most; the first ones
+    # Of development, which is scored during training: rows of each language at most, the first
+    # ones; languages, where they are others than `language`; which of them decides what the best
+    # checkpoint is (or 'mean', of all of them); and how many scores in a row may be no better
+    # before training ends (none: it goes on to its last step).
+    dev_rows: Count | None = None
+    dev_languages: tuple[Text, ...] = ()
+    dev_decides: Text = "mean"
+    dev_patience: Count | None = None
 
 
 @dataclass(frozen=True)
@@ -236,6 +245,13 @@ class EvalConfig(Schema):
 
 
 @dataclass(frozen=True)
+class LoggingConfig(Schema):
+    """Where metrics go, besides the workdir's metrics.jsonl."""
+
+    to: tuple[Tracker, ...] = ("tensorboard",)  # and wandb, mlflow: by their own variables
+
+
+@dataclass(frozen=True)
 class MeshConfig(Schema):
     """Device counts along the mesh axes; one of them may be -1 and is filled in."""
 
@@ -259,6 +275,7 @@ class Config(Schema):
     train: TrainConfig = TrainConfig()
     eval: EvalConfig = EvalConfig()
     mesh: MeshConfig = MeshConfig()
+    logging: LoggingConfig = LoggingConfig()
     # Train it once for each of these in place of train.seed: a comparison of one variant.
     seeds: Seeds = ()
     # Fields of a stage before this one, which differ from this config's: it is trained first, in
@@ -319,6 +336,7 @@ class PretrainConfig(Schema):
     optimizer: OptimizerConfig = OptimizerConfig()
     train: TrainConfig = TrainConfig()
     mesh: MeshConfig = MeshConfig()
+    logging: LoggingConfig = LoggingConfig()
 
 
 @dataclass(frozen=True)
@@ -399,6 +417,7 @@ class LensRunConfig(Schema):
     train: TrainConfig = TrainConfig(epochs=1, log_every=5)
     eval: EvalConfig = EvalConfig()
     mesh: MeshConfig = MeshConfig()
+    logging: LoggingConfig = LoggingConfig()
     tasks: dict[str, TaskConfig] = field(default_factory=dict)  # your own, by name
     # Runs from one cache, each with its name and the fields of `lens` and others that differ.
     sweep: tuple[dict[str, Any], ...] = ()

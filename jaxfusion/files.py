@@ -30,6 +30,14 @@ def cache_dir() -> Path:
     return Path(os.environ.get("JAXFUSION_CACHE") or Path("~/.cache/jaxfusion").expanduser())
 
 
+def shipped(name: str) -> Path:
+    """A directory that comes along: `configs` or `pocket`. In a wheel it is inside the package, in
+    the repository beside it."""
+    package = Path(__file__).resolve().parent
+    inside = package / name
+    return inside if inside.is_dir() else package.parent / name
+
+
 def read_object(file: Path) -> dict[str, Any]:
     """The JSON object in a file that this library did not write.
 

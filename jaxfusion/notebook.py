@@ -11,6 +11,7 @@ from pathlib import Path
 
 from jaxfusion.cli import set_up_logging
 from jaxfusion.errors import InputError, first_line
+from jaxfusion.files import shipped
 
 GIB = 2.0**30
 # Rule of thumb: memory to train a bridge or run Lens, as a multiple of the weights.
@@ -214,16 +215,8 @@ def converted(checkpoint: str) -> str:
 
 
 def pocket_model(name: str) -> str:
-    """The directory of a pocket model: encoder, decoder or lens_decoder.
-
-    Raises:
-      InputError: the package was installed without its repository.
-    """
-    path = Path(__file__).resolve().parents[1] / "pocket" / name
-    if not path.is_dir():
-        raise InputError(f"{path} is missing: the pocket models come with the repository; clone "
-                         "it and install it from there (pip install -e .)")
-    return str(path)
+    """The directory of a pocket model: encoder, decoder or lens_decoder."""
+    return str(shipped("pocket") / name)
 
 
 def work_folder(name: str, pocket: bool) -> Path:

@@ -6,8 +6,10 @@ import math
 import runpy
 import shutil
 import sys
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 
 import datasets
@@ -16,14 +18,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import transformers
-from absl import app, flags
+from absl import app
+from absl.testing import flagsaver
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from configs.common import finish
-from jaxfusion import cli
 from jaxfusion import config as configs
 from jaxfusion.bridge import job
+from jaxfusion.commands.configs import with_paths
 from jaxfusion.config import default_config, from_config_dict
 from jaxfusion.data.batching import TokenRow, find_shapes, in_order
 from jaxfusion.data.rows import hub as remote
@@ -129,50 +132,53 @@ def tiny_model(tiny, arg, **fields):
 
 def run_script(*words) -> str:
     """The line that a script refuses with, run in this process; empty where it ends well."""
-    before = set(flags.FLAGS)
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, own_flags(words[0]):
         patch.chdir(ROOT)
         patch.setattr(sys, "argv", list(words))
-        patch.setattr(cli, "set_up_logging", lambda: None)  # pytest reads the log itself
-        patch.setattr(cli, "end_on_sigterm", lambda: None)
+        for name in ("set_up_logging", "end_on_sigterm"):  # pytest reads the log itself
+            patch.setattr(command(words[0]), name, lambda: None, raising=False)
         patch.setattr(app, "run", lambda main, flags_parser: main(flags_parser(list(words))))
         try:
             runpy.run_path(words[0], run_name="__main__")
         except SystemExit as end:
             return str(end.code)
-        finally:
-            forget_flags(before)
     return ""
 
 
 def flags_error(words) -> str:
     """What is wrong with a script's flags, its config's fields among them; empty if nothing."""
-    before = set(flags.FLAGS)
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, own_flags(words[0]) as own:
         patch.chdir(ROOT)
-        patch.setattr(sys, "argv", list(words))
         try:
-            runpy.run_path(words[0])
-            flags.FLAGS(list(words))
-            if "config" in flags.FLAGS:
-                getattr(flags.FLAGS.config, "job", None)  # fails where the file is missing
+            patch.setattr(sys, "argv", with_paths(list(words)))
+            own([word for word in sys.argv if word != "--help"])
+            if "config" in own:
+                getattr(own.config, "job", None)  # fails where the file is missing
         except Exception as error:  # a config's own code runs meanwhile
             return f"{type(error).__name__}: {error}"
-        finally:
-            forget_flags(before)
     return ""
 
 
-def forget_flags(before):
-    """Takes back the flags that a script has defined since."""
-    for name in set(flags.FLAGS) - before:
-        delattr(flags.FLAGS, name)
-    flags.FLAGS.unparse_flags()
+def command(script):
+    """The module behind a script."""
+    return import_module(f"jaxfusion.commands.{Path(script).stem}")
+
+
+@contextmanager
+def own_flags(script):
+    """The flags of a script as they are at its start, and again afterwards."""
+    own = command(script).FLAGS
+    saved = flagsaver.save_flag_values(own)
+    try:
+        yield own
+    finally:
+        flagsaver.restore_flag_values(saved, own)
+        own.unparse_flags()
 
 
 def leave_unscored(patch):
     """Runs do not score development rows, which takes as long to compile as their step."""
-    patch.setattr(job, "_dev_scorer", lambda *_: lambda _: {"exact_match": 0.0})
+    patch.setattr(job, "make_score", lambda *_: lambda _: {"exact_match": 0.0})
 
 
 def interrupt_at(monkeypatch, step):

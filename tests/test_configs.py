@@ -127,7 +127,7 @@ def test_without_a_config_all_are_listed(capsys):
     assert "--config is missing" in run_script("train.py")
     out = capsys.readouterr().out
     assert [line.split()[0] for line in out.splitlines()] == [
-        f"configs/{file.name}" for file in FILES]
+        file.stem for file in FILES]
     assert "XNLI run (arXiv:2508.09091)" in out
 
 

@@ -106,8 +106,8 @@ def test_a_flipped_bit_in_an_array_is_never_restored(scored, copy, caplog):
                 flip(file, 8 * int(place * file.stat().st_size) + 5)
     with caplog.at_level(logging.WARNING):
         step, _ = trained_part(copy)
-        found, position = Checkpoints(copy).restore_newest(abstract_like(state))
-    assert step == 2 and int(found.step) == 2 and position == {"next_index": 2}
+        found, notes = Checkpoints(copy).restore_newest(abstract_like(state))
+    assert step == 2 and int(found.step) == 2 and notes.data == {"next_index": 2}
     assert "checkpoints/4 cannot be read and is passed over" in caplog.text
     assert "checkpoints/4 is damaged and set aside as 4.damaged; the one before" in caplog.text
     assert (copy / "checkpoints" / "4.damaged").is_dir()
@@ -313,8 +313,8 @@ def test_a_changed_number_among_scores_is_refused(copy):
 def look(workdir, state, caplog):
     """What is read of a workdir, part by part: its value, or `said` where something was said."""
     def restored():
-        found, position = Checkpoints(workdir).restore_newest(abstract_like(state))
-        return [x.tobytes() for x in map(np.asarray, jax.tree.leaves(found))], position
+        found, notes = Checkpoints(workdir).restore_newest(abstract_like(state))
+        return [x.tobytes() for x in map(np.asarray, jax.tree.leaves(found))], notes
 
     def trained():
         step, found = trained_part(workdir)

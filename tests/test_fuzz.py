@@ -6,7 +6,6 @@ import copy
 import csv
 import dataclasses
 import gzip
-import importlib.util
 import io
 import json
 import shutil
@@ -18,8 +17,7 @@ from unittest import mock
 import pandas
 import pyarrow as pa
 import pytest
-from absl.testing import flagsaver
-from helpers import DECODERS, ENCODERS, ROOT, leaves
+from helpers import DECODERS, ENCODERS, ROOT, command, leaves, own_flags
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pyarrow import parquet
@@ -437,21 +435,19 @@ def begin(*args):
 
 def run_script(place, script, words):
     """The config with which a script would begin its work, or none where it refuses to."""
-    nothing = ("cli.set_up_logging", "cli.set_up_jax", "sharding.hosts.join")
+    room = command(script).__name__.removeprefix("jaxfusion.")
+    nothing = (f"{room}.set_up_logging", f"{room}.set_up_jax", "sharding.hosts.join")
     with ExitStack() as stack:
         stack.enter_context(chdir(place))
-        stack.enter_context(flagsaver.flagsaver())
+        own = stack.enter_context(own_flags(script))
         stack.enter_context(mock.patch.object(sys, "argv", [script, *words]))
         for name in nothing:
             stack.enter_context(mock.patch(f"jaxfusion.{name}"))
         stack.enter_context(mock.patch("jaxfusion.miniatures.inputs.make_inputs", lambda x: x))
         for name in WORK:
             stack.enter_context(mock.patch(f"jaxfusion.{name}", begin))
-        spec = importlib.util.spec_from_file_location("script", ROOT / script)
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
         try:
-            module.main(cli._parse_flags(sys.argv))
+            command(script).main(cli.parse_flags(sys.argv, own, ""))
         except Begun as begun:
             return begun.args[0]
 

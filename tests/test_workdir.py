@@ -355,7 +355,7 @@ def test_scripts_let_jax_have_a_gpu_s_memory():
     process = python(code)
     assert process.wait() == 0, process.stderr.read()
     for script in ("train.py", "eval.py"):
-        assert "    set_up_jax()\n" in (ROOT / script).read_text()
+        assert "    set_up_jax()\n" in (ROOT / "jaxfusion" / "commands" / script).read_text()
 
 
 @pytest.mark.parametrize("dtype,head_dim,cap,why", [

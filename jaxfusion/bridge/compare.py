@@ -10,6 +10,7 @@ from typing import Any
 
 from jaxfusion import config as configs
 from jaxfusion.bridge.job import read_data, train
+from jaxfusion.cli import typed
 from jaxfusion.config import CONFIG_FILE, run_folders, variants
 from jaxfusion.data.contamination import fingerprints
 from jaxfusion.data.rows.examples import Example
@@ -25,6 +26,7 @@ from jaxfusion.reports.scored_runs import ALONE, LLM_ALONE, Models, compare_runs
 from jaxfusion.reports.terminal import print_comparison
 from jaxfusion.runs.score import evaluate, read_rows, unseen
 from jaxfusion.training.checkpoint import saved_steps
+from jaxfusion.training.trackers import IDS, add_files
 from jaxfusion.training.workdir import check_workdir, only_run
 
 REPORT = "report.json"
@@ -71,7 +73,7 @@ def _compare(config: CompareConfig, runs: dict[str, Config], workdir: Path) -> C
     comparison = side_by_side(config, models, baselines)
     figures = {**as_json(comparison), "table": markdown(comparison), "seconds": seconds}
     write_checked(workdir / REPORT, json.dumps(figures, indent=2) + "\n")
-    write_page([comparison], models, workdir, f"{comparison.task}: {workdir.name}")
+    _write_page([comparison], models, workdir, f"{comparison.task}: {workdir.name}")
     print_comparison(comparison)
     return comparison
 
@@ -211,7 +213,19 @@ def report(workdirs: list[Path], scoring: str | None = None) -> Path:
         models, comparisons = _beside_the_llm(models, workdir, scoring)
         folder = workdir / "eval"
     title = f"{', '.join(c.task for c in comparisons)}: {workdir.absolute().name}"
-    return write_page(comparisons, models, folder, title)
+    return _write_page(comparisons, models, folder, title)
+
+
+def _write_page(
+    comparisons: list[Comparison], models: Models, folder: Path, title: str
+) -> Path:
+    """The page, which the trackers of its runs get too."""
+    page = write_page(comparisons, models, folder, title)
+    files = [page, page.with_suffix(".md"), *sorted(folder.glob("*.png"))]
+    for workdir in dict.fromkeys(Path(run.place) for runs in models.values() for run in runs):
+        if (workdir / IDS).is_file():
+            add_files(workdir, files)
+    return page
 
 
 def _beside_the_llm(
@@ -225,6 +239,6 @@ def _beside_the_llm(
         except InputError as error:
             logger.warning("without the bare LLM to compare with: %s", error)
     else:
-        logger.info("without the bare LLM to compare with; score it with: python eval.py "
-                    "--workdir %s --llm_only", workdir)
+        logger.info("without the bare LLM to compare with; score it with: %s "
+                    "--workdir %s --llm_only", typed("eval"), workdir)
     return models, compare_runs(models, scoring)

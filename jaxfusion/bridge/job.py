@@ -4,20 +4,19 @@ import logging
 import time
 from collections.abc import Collection
 from dataclasses import replace
-from functools import lru_cache
-from itertools import islice
 from pathlib import Path
 
 import jax
 
 from jaxfusion.background import in_background
+from jaxfusion.bridge.development import Rows, deciding, make_score, read_development
 from jaxfusion.bridge.warm_start import warm_start
 from jaxfusion.config import CONFIG_FILE, first_stage, stage_before
-from jaxfusion.data.batching import Cut, TokenRows, find_shapes, tokenize
+from jaxfusion.data.batching import TokenRows, find_shapes, tokenize
 from jaxfusion.data.contamination import fingerprints
 from jaxfusion.data.coverage import check_reading
 from jaxfusion.data.packing import find_packing
-from jaxfusion.data.pipeline import Batches, first_rows, steps_per_epoch, subset, total_steps
+from jaxfusion.data.pipeline import Batches, first_rows, subset, total_steps
 from jaxfusion.data.rows.examples import Example, find_source, read_stream
 from jaxfusion.data.rows.hub import commit_of
 from jaxfusion.data.split_text import Continued, tokenize_texts
@@ -26,10 +25,8 @@ from jaxfusion.data.tasks.spec import Task
 from jaxfusion.data.tokenizers import Tokenizers
 from jaxfusion.errors import InputError
 from jaxfusion.evaluation.kept_states import keep_states
-from jaxfusion.evaluation.scoring import Scorer, for_task
 from jaxfusion.fields import Config
 from jaxfusion.nn.bridge import Bridge
-from jaxfusion.reports.statistics import accuracy
 from jaxfusion.sharding.hosts import all_or_none
 from jaxfusion.sharding.mesh import sharding
 from jaxfusion.training.build import plain, plan_model
@@ -37,7 +34,7 @@ from jaxfusion.training.frozen import earlier_part, frozen_of, to_keep
 from jaxfusion.training.load import Model, open_towers, overlay, read_model
 from jaxfusion.training.loop import fit
 from jaxfusion.training.state import Flat, State, merge
-from jaxfusion.training.trainer import Run, batch_multiple, put_batch
+from jaxfusion.training.trainer import Run, batch_multiple
 from jaxfusion.training.workdir import begin, only_run
 
 logger = logging.getLogger(__name__)
@@ -75,7 +72,8 @@ def prepare(config: Config, mesh, fresh: bool = True, workdir: Path | None = Non
     config, task, examples, dev = read_data(config)
     towers = open_towers(config)
     check_reading(towers.tokenizers, examples)
-    towers.tokenizers.check_languages(config.eval.languages)  # not only when the run is scored
+    # Not only when the run is scored.
+    towers.tokenizers.check_languages((*config.data.dev_languages, *config.eval.languages))
     plan = plan_model(towers.config, towers.shapes, mesh)
     _check_kept(config, task, plan.groups)
     tokenized = in_background(
@@ -98,14 +96,12 @@ def prepare(config: Config, mesh, fresh: bool = True, workdir: Path | None = Non
                     config.encoder.keep_states),
     )
     logger.info("%s training rows", f"{len(rows):,}")
-    score = (_dev_likelihood(model, dev, mesh) if task.unlabelled
-             else _dev_scorer(model, dev, task))
     return Run(
         model.config, model.bridge.loss, model.trainable, model.frozen, model.groups, batches,
-        steps, score, best="log_likelihood" if task.unlabelled else "exact_match",
+        steps, make_score(model, dev, task, mesh), best=deciding(config.data, task),
         plain_loss=plain(model.bridge).loss,
         seen=fingerprints(example.query for example in examples),
-        kept=to_keep(model, earlier) if fresh else None,
+        kept=to_keep(model, earlier) if fresh else None, patience=config.data.dev_patience,
     )
 
 
@@ -125,7 +121,7 @@ def _check_kept(config: Config, task: Task, trained: Collection[str]) -> None:
                              f"process, but {why}; set it to 0")
 
 
-def read_data(config: Config) -> tuple[Config, Task, list[Example], list[Example]]:
+def read_data(config: Config) -> tuple[Config, Task, list[Example], Rows]:
     """The config with its dataset's commit, the task, and the rows of training and development."""
     c = config.data
     task = get_task(c.task, config.tasks)
@@ -150,8 +146,7 @@ def read_data(config: Config) -> tuple[Config, Task, list[Example], list[Example
         train = first_rows(stream, c.train_rows, len(task.labels), c.balanced)
     else:
         train = subset(list(stream), c.train_rows, c.balanced, config.train.seed)
-    dev = islice(read_stream(c.task, task, "dev", c.language, c.path), c.dev_rows)
-    return config, task, train, list(dev)
+    return config, task, train, read_development(config, task)
 
 
 def _tokenize(
@@ -197,47 +192,3 @@ def start_from(model: Model, workdir: Path) -> tuple[Model, Flat]:
     if absent:
         logger.warning("it has no %s: these start afresh", ", ".join(absent))
     return overlay(model, earlier, str(workdir)), earlier
-
-
-def _dev_scorer(model: Model, dev: list[Example], task: Task):
-    """Trained parameters -> accuracy on the development rows, by scoring name."""
-    config = model.config
-    scorer = Scorer(model.bridge, model.tokenizers,
-                    for_task(config.eval, task, config.data.language), config.data.text_prompt,
-                    keep=config.encoder.keep_states)
-    say_once = lru_cache(1)(_say_cut)  # the rows are the same ones every time
-
-    def score(trainable: Flat) -> dict[str, float]:
-        scored = scorer(merge(trainable, model.frozen), dev, task)
-        say_once(scored.cut)
-        return {name: accuracy(rows)["accuracy"] for name, rows in scored.correct.items()}
-
-    return score
-
-
-def _say_cut(cut: Cut) -> None:
-    if cut.any:
-        logger.warning("development rows longer than the limits: %s", cut)
-
-
-def _dev_likelihood(model: Model, dev: list[Example], mesh):
-    """Trained parameters -> the mean log-likelihood of a token that follows, each text split at
-    the place where the first epoch would."""
-    c = model.config
-    texts = tokenize_texts(
-        dev, model.tokenizers, max_encoder_tokens=c.data.max_encoder_tokens,
-        max_decoder_tokens=c.data.max_decoder_tokens, seed=c.train.seed,
-        latents=model.bridge.latents)
-    batches = Batches(
-        texts, texts.shapes(c.data.buckets), model.tokenizers, c.train.batch_size, c.train.seed,
-        steps_per_epoch(len(texts), c.train.batch_size), sharding(mesh, "batch"))
-    loss = jax.jit(lambda trainable, frozen, batch: model.bridge.loss(
-        merge(trainable, frozen), batch))
-
-    def score(trainable: Flat) -> dict[str, float]:
-        found = [jax.device_get(loss(trainable, model.frozen, put_batch(batches[i], mesh)))
-                 for i in range(len(batches))]
-        total = sum(float(count) for _, count in found)
-        return {"log_likelihood": -sum(float(mean * count) for mean, count in found) / total}
-
-    return score

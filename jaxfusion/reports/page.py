@@ -24,7 +24,7 @@ from jaxfusion.reports.comparison import (
     remarks,
     table,
 )
-from jaxfusion.reports.pictures import draw_accuracy, draw_curves, draw_layers
+from jaxfusion.reports.pictures import draw_accuracy, draw_curves, draw_development, draw_layers
 from jaxfusion.reports.scored_runs import Models
 
 EXAMPLES = 3  # gained and lost rows shown for each language
@@ -57,9 +57,12 @@ def write_page(
     curves = folder / f"{prefix}curves.png"
     trained = {model: [run.metrics for run in runs if run.metrics]
                for model, runs in models.items()}
-    drawn = draw_curves({model: x for model, x in trained.items() if x}, curves)
+    trained = {model: x for model, x in trained.items() if x}
+    drawn = draw_curves(trained, curves)
+    development = folder / f"{prefix}development.png"
     content = {
         "title": title, "sections": sections, "curves": curves if drawn else None,
+        "development": development if draw_development(trained, development) else None,
         "about": {model: _about(runs) for model, runs in models.items()},
         "configs": {model: json.dumps(runs[0].config, indent=2, ensure_ascii=False)
                     for model, runs in models.items() if runs[0].config},
@@ -189,6 +192,8 @@ def _markdown(content: dict[str, Any]) -> str:
                       for token, weights in zip(x["tokens"], x["weights"], strict=True))])]
     if content["curves"]:
         lines += ["## Training", "", f"![training curves]({content['curves'].name})", ""]
+    if content["development"]:
+        lines += [f"![development by language]({content['development'].name})", ""]
     lines += ["## Settings", ""]
     for model, about in content["about"].items():
         parts = "; ".join(f"{k} {_inline(str(v))}" for k, v in about.items())

@@ -146,6 +146,47 @@ def draw_curves(metrics: dict[str, list[list[dict[str, float]]]], out: Path) -> 
     return True
 
 
+def draw_development(metrics: dict[str, list[list[dict[str, float]]]], out: Path) -> bool:
+    """Draws the development score of each language by step: a panel per model, a line per run.
+
+    Args:
+      metrics: as in `draw_curves`.
+
+    Returns:
+      Whether a run has such scores of several languages, at two steps or more.
+    """
+    panels = {}
+    for model, seeds in metrics.items():
+        names = {name for records in seeds for record in records for name in record
+                 if name.count("/") == 2}  # dev/LANGUAGE/SCORE
+        kind = next((x for x in ("likelihood", "exact_match", "log_likelihood")
+                     if any(name.endswith(f"/{x}") for name in names)), None)
+        points = {name.split("/")[1]: [
+            [(record["step"], record[name]) for record in records if name in record]
+            for records in seeds] for name in sorted(names) if name.endswith(f"/{kind}")}
+        if any(len(line) > 1 for lines in points.values() for line in lines):
+            panels[f"{model}: dev {kind.replace('_', ' ')}"] = points
+    if not panels:
+        return False
+    languages = list(dict.fromkeys(x for points in panels.values() for x in points))
+    palette = colormaps["tab10" if len(languages) <= 10 else "tab20"]
+    colours = {language: palette(i % palette.N) for i, language in enumerate(languages)}
+    figure = Figure(figsize=(1.0 + 4.4 * len(panels), 3.6), layout="constrained")
+    drawn = figure.subplots(1, len(panels), squeeze=False, sharey=True)[0]
+    for axes, (title, points) in zip(drawn, panels.items(), strict=True):
+        for language, lines in points.items():
+            for i, line in enumerate(lines):
+                axes.plot(*zip(*line, strict=True), color=colours[language], linewidth=1.2,
+                          marker="." if len(line) < 20 else None,
+                          label=None if i else language)
+        axes.set(xlabel="step", title=title)
+        axes.spines[["top", "right"]].set_visible(False)
+    drawn[-1].legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5),
+                     ncols=-(-len(languages) // 20))
+    figure.savefig(out, dpi=150)
+    return True
+
+
 def draw_languages(before, after: dict[str, Any], out: Path) -> None:
     """Draws languages in the plane of the last layer's first two specific directions, before and
     after; and the singular values by layer.

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from jaxfusion.cli import typed
 from jaxfusion.errors import InputError, choose
 from jaxfusion.files import is_as_written, read_json
 from jaxfusion.reports.comparison import Comparison
@@ -56,7 +57,7 @@ def read_run(place: Path, alone: bool = False) -> ScoredRun:
     workdir = file.parent.parent
     if not file.is_file():
         more = " --llm_only" if alone else ""
-        raise InputError(f"{place} has no scores yet ({file} is missing): python eval.py "
+        raise InputError(f"{place} has no scores yet ({file} is missing): {typed('eval')} "
                          f"--workdir {place}{more}")
     metrics = workdir / "metrics.jsonl"
     bare = alone or file.name == ALONE

@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxfusion import config as configs
+from jaxfusion.cli import typed
 from jaxfusion.config import CONFIG_FILE
 from jaxfusion.data.tokenizers import LANGBRIDGE_WHITESPACE, load_tokenizer
 from jaxfusion.errors import InputError
@@ -268,7 +269,7 @@ def main() -> None:
         adopt(args.source, args.workdir, args.encoder, args.decoder)
     except (InputError, OSError) as error:
         sys.exit(f"error: {error}")
-    print(f"done: {args.workdir}; score it with: python eval.py --workdir {args.workdir}")
+    print(f"done: {args.workdir}; score it with: {typed('eval')} --workdir {args.workdir}")
 
 
 if __name__ == "__main__":

@@ -1,15 +1,15 @@
 """Checkpoints of the trained part: asynchronous; newest and best kept; damaged ones skipped.
 
 A checkpoint is a directory named after its step: `state` has the arrays, `data` the position in
-the batches, `metrics` the score, and `digests` what all of it was when it was saved. What is read
-is compared with that.
+the batches and the best score so far, `metrics` the score, and `digests` what all of it was when it
+was saved. What is read is compared with that.
 """
 
 import json
 import logging
 import math
 import shutil
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from jaxfusion.training.digest import digests, host_digests
 from jaxfusion.training.state import State
 
 logger = logging.getLogger(__name__)
+BEST = "best"  # beside the position in the batches: of both, a copy is with the digests
 SCORE = "score"  # what decides which checkpoint is best; a run says which score that is
 
 
@@ -35,17 +36,39 @@ class Damaged(Exception):
 
 
 @dataclass(frozen=True)
+class Best:
+    """The best score of a run so far.
+
+    Attributes:
+      step: at which it was reached first. since: how many scores came later; none is better.
+    """
+
+    step: int
+    score: float
+    since: int = 0
+
+
+def best_of(before: Best | None, step: int, score: float) -> Best | None:
+    """The best score after one more; one that is not a number is never better."""
+    if not math.isnan(score) and (before is None or score > before.score):
+        return Best(step, score)
+    return before and replace(before, since=before.since + 1)
+
+
+@dataclass(frozen=True)
 class Notes:
     """What a checkpoint stores besides its arrays.
 
     Attributes:
       data: the position in the batches. score: None where none was given.
+      best: the best score up to it; None where there is none, as in earlier versions.
       digests: of the arrays by path; None in a checkpoint of a version that made none.
     """
 
     data: dict[str, Any]
     score: float | None
     digests: dict[str, str] | None
+    best: Best | None = None
 
 
 class Checkpoints:
@@ -86,12 +109,18 @@ class Checkpoints:
             },
         )
 
-    def save(self, state: State, data: dict[str, Any], score: float | None) -> None:
-        """Writes in the background: the state, the data iterator's position, and the score.
+    def save(
+        self, state: State, data: dict[str, Any], score: float | None, best: Best | None = None
+    ) -> None:
+        """Writes in the background: the state, the data iterator's position, the score, and the
+        best score so far. A checkpoint of the same step, which was not scored, is replaced.
 
         Raises:
           InputError: the disk is full, now or when the one before was written.
         """
+        if int(state.step) in self.steps:
+            self.manager.delete(int(state.step))
+        data = data if best is None else {**data, BEST: asdict(best)}
         made = {"step": int(state.step), "data": data, "score": score, "arrays": digests(state)}
         with no_room(self.path):
             self.manager.save(
@@ -124,7 +153,7 @@ class Checkpoints:
         """Those that are saved, ascending."""
         return saved_steps(self.path.parent)
 
-    def restore_newest(self, abstract: State) -> tuple[State, dict[str, Any]] | None:
+    def restore_newest(self, abstract: State) -> tuple[State, Notes] | None:
         """The newest checkpoint that can be read, or None if there is none.
 
         A damaged one is renamed to `STEP.damaged`, with a warning, once another could be read;
@@ -139,7 +168,7 @@ class Checkpoints:
             try:
                 notes = _in_all(lambda step=step: read_notes(self.path / str(step)))
                 if found is None:
-                    found, newest = (self._restore(step, abstract, notes), notes.data), step
+                    found, newest = (self._restore(step, abstract, notes), notes), step
             except Exception as error:
                 failed[step] = error
         if found is None and failed:
@@ -253,13 +282,15 @@ def read_notes(place: Path) -> Notes:
         score = _json(place / "metrics" / "metrics")[SCORE]
         if isinstance(score, bool) or not isinstance(score, int | float):
             raise Damaged(f"its score is {score!r}, expected a number")
+    position = {name: value for name, value in data.items() if name != BEST}
+    best = Best(**data[BEST]) if BEST in data else None
     if "digests" not in items and not (place / "digests").exists():
-        return Notes(data, score, None)
+        return Notes(position, score, None, best)
     saved = _json(place / "digests" / "metadata")
     for name, value in (("step", int(place.name)), ("data", data), ("score", score)):
         if saved[name] != value and not (_is_nan(saved[name]) and _is_nan(value)):
             raise Damaged(f"its {name} is {value}, but {saved[name]} was saved")
-    return Notes(data, score, dict(saved["arrays"]))
+    return Notes(position, score, dict(saved["arrays"]), best)
 
 
 def _is_nan(x: Any) -> bool:

@@ -12,10 +12,11 @@ from jax.experimental import multihost_utils
 
 from jaxfusion.errors import InputError
 from jaxfusion.sharding.hosts import is_first
-from jaxfusion.training.checkpoint import Checkpoints
+from jaxfusion.training.checkpoint import Checkpoints, best_of
 from jaxfusion.training.logs import Done, RunLog
 from jaxfusion.training.meter import Meter
 from jaxfusion.training.step import Metrics
+from jaxfusion.training.trackers import open_trackers
 from jaxfusion.training.trainer import Due, Trainer
 
 PROFILE = "profile"  # in a workdir
@@ -75,7 +76,7 @@ class Profile(Hook):
 
 
 class Log(Hook):
-    """Metrics and speed on the terminal, as JSONL and for TensorBoard.
+    """Metrics and speed on the terminal, as JSONL and for trackers.
 
     A step's metrics are read after the next one is dispatched, so the device never waits for the
     log; before a checkpoint they are read immediately, so nothing unchecked is saved.
@@ -84,7 +85,8 @@ class Log(Hook):
     def __init__(self, trainer: Trainer, workdir: Path):
         self.trainer, self.first = trainer, trainer.done
         self.meter = Meter(trainer.run.plain_loss, trainer.mesh)
-        self.out = RunLog(workdir, trainer.run.steps, self.first, is_first())
+        trackers = open_trackers(trainer.run.config, workdir, self.first) if is_first() else []
+        self.out = RunLog(workdir, trainer.run.steps, self.first, is_first(), trackers)
         self.pending: tuple[int, Metrics, Done] | None = None
 
     def __enter__(self) -> "Log":
@@ -133,21 +135,43 @@ class Save(Hook):
     def __init__(self, trainer: Trainer, checkpoints: Checkpoints, log: Log):
         self.trainer, self.checkpoints, self.log = trainer, checkpoints, log
 
+    def __enter__(self) -> "Save":
+        if self.trainer.unscored:
+            self._save(self.trainer.done, score=True)
+        return self
+
     def after(self, step: int, metrics: Metrics, due: Due) -> None:
         """Scores the state on the development rows and saves it, where that is due."""
-        if not due.save:
-            return
-        trainer, out = self.trainer, self.log.out
-        scores = None
-        if due.score:
-            scores = trainer.run.score(trainer.state.trainable)
-            out.write(step, {f"dev/{name}": value for name, value in scores.items()})
-            out.say(f"step {step}  dev " + "  ".join(f"{k} {v:.3f}" for k, v in scores.items()))
-        self.checkpoints.save(trainer.state, trainer.data.get_state(),
-                              scores and scores[trainer.run.best])
-        out.restart_clock()
+        if due.save:
+            self._save(step, due.score)
         if due.stop:
             self.checkpoints.wait()
+
+    def _save(self, step: int, score: bool) -> None:
+        trainer, out, scored = self.trainer, self.log.out, None
+        if score:
+            scores = trainer.run.score(trainer.state.trainable)
+            scored = scores[trainer.run.best]
+            trainer.best = best_of(trainer.best, step, scored)
+            out.write(step, {f"dev/{name}": value for name, value in scores.items()})
+            out.say(f"step {step}  dev {_in_a_line(scores, trainer.run.best)}")
+        self.checkpoints.save(trainer.state, trainer.data.get_state(), scored, trainer.best)
+        out.restart_clock()
+        if trainer.ended and step < trainer.run.steps:
+            out.say(f"training ends here: {trainer.run.best} was no better in {trainer.best.since} "
+                    f"scores than {trainer.best.score:.3f} at step {trainer.best.step} "
+                    "(data.dev_patience)")
+
+
+def _in_a_line(scores: dict[str, float], best: str) -> str:
+    """Every score, but of those by language only the kind that decides."""
+    kind = best.rpartition("/")[2]
+    means = {name: value for name, value in scores.items() if "/" not in name}
+    by_language = {name.removesuffix(f"/{kind}"): value for name, value in scores.items()
+                   if name.endswith(f"/{kind}")}
+    said = ["  ".join(f"{name} {value:.3f}" for name, value in part.items())
+            for part in (means, by_language)]
+    return said[0] + (f"  ({kind}: {said[1]})" if by_language else "")
 
 
 class Signals:

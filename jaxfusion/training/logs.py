@@ -1,9 +1,10 @@
-"""What a run says: a live line on the terminal, metrics as JSONL and for TensorBoard."""
+"""What a run says: a live line on the terminal, metrics as JSONL and for trackers."""
 
 import json
 import logging
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
@@ -11,11 +12,11 @@ from types import TracebackType
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from tensorboardX import SummaryWriter
 
 from jaxfusion.files import is_as_written, note_sums, write_checked
+from jaxfusion.training.trackers import Tracker
 
-METRICS, TENSORBOARD = "metrics.jsonl", "tensorboard"
+METRICS = "metrics.jsonl"
 
 logger = logging.getLogger(__name__)
 
@@ -54,17 +55,19 @@ class RunLog:
     """Metrics of one run; a resumed run goes on after the restored step.
 
     Args:
-      workdir: `metrics.jsonl` and `tensorboard/` are written here.
+      workdir: `metrics.jsonl` is written here.
       steps: of the whole run. first: steps already done; later records are dropped.
       writes: False is silent: of several processes one writes.
+      trackers: that get the metrics, too.
     """
 
-    def __init__(self, workdir: Path, steps: int, first: int, writes: bool = True):
+    def __init__(self, workdir: Path, steps: int, first: int, writes: bool = True,
+                 trackers: Sequence[Tracker] = ()):
         self.file, self.writes = workdir / METRICS, writes
         if writes:
             kept = _drop_after(self.file, first)
             self.length, self.digest = len(kept), blake2b(kept, digest_size=16)
-            self.tensorboard = SummaryWriter(str(workdir / TENSORBOARD), purge_step=first + 1)
+        self.trackers = trackers
         self.console = Console(file=sys.stderr, quiet=not writes)
         self.progress = Progress(
             TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
@@ -82,8 +85,8 @@ class RunLog:
         self, kind: type | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.progress.stop()
-        if self.writes:
-            self.tensorboard.close()
+        for tracker in self.trackers:
+            tracker.close(failed=value is not None)
 
     def train(self, step: int, metrics: dict[str, float], done: Done) -> None:
         """Logs a step's metrics, and the speed of all steps since the last call."""
@@ -103,7 +106,7 @@ class RunLog:
         self.write(step, {**metrics, **rates})
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
-        """Appends a record to the JSONL file and to TensorBoard."""
+        """Appends a record to the JSONL file, and gives it to the trackers."""
         if not self.writes:
             return
         line = (json.dumps({"step": step, **metrics}) + "\n").encode()
@@ -112,8 +115,8 @@ class RunLog:
         self.length += len(line)
         self.digest.update(line)
         note_sums(self.file, [[self.length, self.digest.hexdigest()]])
-        for name, value in metrics.items():
-            self.tensorboard.add_scalar(name, value, step)
+        for tracker in self.trackers:
+            tracker.log(step, metrics)
 
     def say(self, line: str) -> None:
         """One line on the terminal, above the live one."""

@@ -15,7 +15,7 @@ from jaxfusion.training.workdir import Start
 
 
 def fit(run: Run, start: Start, profile: tuple[int, int] | None = None) -> State:
-    """Trains from the newest checkpoint to the last step.
+    """Trains from the newest checkpoint to the last step, or until patience ends.
 
     Args:
       start: the workdir, taken. profile: first and last step of a trace in `WORKDIR/profile`.
@@ -32,7 +32,7 @@ def fit(run: Run, start: Start, profile: tuple[int, int] | None = None) -> State
         hooks = [log, Profile(start.workdir, profile), Save(trainer, start.checkpoints, log)]
         for hook in hooks:
             stack.enter_context(hook)
-        while trainer.done < run.steps:
+        while not trainer.ended:
             rows, batch = next(trainer.data)
             for hook in hooks:
                 hook.before(trainer.done + 1, rows, batch)

@@ -17,7 +17,7 @@ from jaxfusion.data.pipeline import iterate
 from jaxfusion.errors import InputError
 from jaxfusion.fields import Job, OptimizerConfig, TrainConfig
 from jaxfusion.sharding.mesh import sharding
-from jaxfusion.training.checkpoint import Checkpoints, abstract_like
+from jaxfusion.training.checkpoint import Best, Checkpoints, abstract_like
 from jaxfusion.training.optimizer import make_optimizer, make_schedules
 from jaxfusion.training.state import Flat, State, count_params
 from jaxfusion.training.step import Loss, Metrics, make_train_step
@@ -39,6 +39,7 @@ class Run:
       plain_loss: the loss in the form whose FLOPs are counted.
       seen: fingerprints of the texts that are trained on; kept in the workdir.
       kept: frozen parameters that the workdir has to hold; None where it holds them already.
+      patience: scores that may be no better, one after the other; None: any number.
     """
 
     config: Job
@@ -53,6 +54,7 @@ class Run:
     plain_loss: Loss
     seen: np.ndarray | None = None
     kept: dict[str, np.ndarray] | None = None
+    patience: int | None = None
 
 
 @dataclass(frozen=True)
@@ -74,6 +76,8 @@ class Trainer:
 
     Attributes:
       state: on the mesh. done: the steps behind it. data: batches, of this host and on the mesh.
+      best: the best score so far; None where nothing was scored.
+      unscored: whether the step that was restored is due to be scored, but SIGTERM came.
     """
 
     def __init__(self, run: Run, mesh: Mesh):
@@ -81,6 +85,8 @@ class Trainer:
         optimizer = make_optimizer(c, run.groups, run.steps)
         state = State(jnp.zeros((), jnp.int32), run.trainable, optimizer.init(run.trainable))
         self.run, self.mesh, self.done = run, mesh, 0
+        self.best: Best | None = None
+        self.unscored = False
         self.state = jax.tree.map(lambda x: _on_mesh(x, mesh), state)
         self.data = iterate(run.batches, lambda rows: (rows, put_batch(rows, mesh)))
         self.key = jax.random.key(run.config.train.seed)
@@ -100,12 +106,20 @@ class Trainer:
         restored = checkpoints.restore_newest(abstract_like(self.state))
         if restored is None:
             return
-        self.state, position = restored
-        if position:  # adopted checkpoints have none
-            self.data.set_state(position)
-        self.done = int(self.state.step)
-        logger.info("%s %s at step %d", "resuming" if self.done < self.run.steps else "finished:",
+        self.state, notes = restored
+        if notes.data:  # adopted checkpoints have none
+            self.data.set_state(notes.data)
+        self.done, self.best = int(self.state.step), notes.best
+        self.unscored = notes.score is None and self.due(stop=False).score and self.done > 0
+        logger.info("%s %s at step %d", "finished:" if self.ended else "resuming",
                     checkpoints.path.parent, self.done)
+
+    @property
+    def ended(self) -> bool:
+        """Whether no step is left, or scores were no better for as long as patience lasts."""
+        patience = self.run.patience
+        return self.done >= self.run.steps or (
+            None not in (patience, self.best) and self.best.since >= patience)
 
     def do_step(self, batch: Any) -> Metrics:
         """One step; returns before the device has finished it."""

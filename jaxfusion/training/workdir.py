@@ -24,14 +24,15 @@ from jaxfusion.sharding.mesh import make_mesh
 from jaxfusion.training.checkpoint import Checkpoints
 from jaxfusion.training.frozen import FROZEN_FILE
 from jaxfusion.training.hooks import PROFILE
-from jaxfusion.training.logs import METRICS, TENSORBOARD
+from jaxfusion.training.logs import METRICS
+from jaxfusion.training.trackers import IDS, TENSORBOARD, WANDB, check_trackers
 
 TEMPORARY = ".orbax-checkpoint-tmp"  # in the name of what is being written
 # Files of a run that never started, and of one that started but saved no step.
 LOCK_FILES = {WRITER, *(f".{CONFIG_FILE}{end}" for end in (".partial", ".sum", ".sum.partial"))}
 FILES_BEFORE_A_SAVE = LOCK_FILES | {
-    CONFIG_FILE, SEEN, FROZEN_FILE, METRICS, TENSORBOARD, PROFILE, FIRST,
-    *(f".{file}{end}" for file in (SEEN, FROZEN_FILE, METRICS)
+    CONFIG_FILE, SEEN, FROZEN_FILE, METRICS, TENSORBOARD, WANDB, IDS, PROFILE, FIRST,
+    *(f".{file}{end}" for file in (SEEN, FROZEN_FILE, METRICS, IDS)
       for end in (".partial", ".sum", ".sum.partial"))}
 logger = logging.getLogger(__name__)
 
@@ -84,6 +85,7 @@ def only_run(config: Job, workdir: Path) -> Iterator[None]:
     """
     with all_or_none():
         configs.check(config)
+        check_trackers(config)
         check_workdir(config, workdir)
     with ExitStack() as stack:
         with all_or_none():

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
+from jaxfusion.cli import typed
 from jaxfusion.errors import InputError
 
 VERSION = 1  # of the world: stored with its files and with the models trained on it
@@ -185,7 +186,7 @@ def check_version(path: Path) -> None:
     elif model.is_file():
         about = json.loads(model.read_text("utf-8"))
         made_with, role = about["world"], about["config"]["tower"]["role"]
-        command = f"python train.py --config configs/pocket_{role}.py"
+        command = f"{typed('train')} --config pocket_{role}"
     if made_with is not None and made_with["version"] != VERSION:
         raise InputError(
             f"{path} has version {made_with['version']} of the pocket world, expected version "

@@ -1,0 +1,111 @@
+"""Development rows of a bridge, in one language or several, and the scores of a run on them."""
+
+import logging
+from collections.abc import Callable
+from functools import lru_cache
+from itertools import islice
+
+import jax
+import numpy as np
+
+from jaxfusion.data.batching import Cut
+from jaxfusion.data.pipeline import Batches, steps_per_epoch
+from jaxfusion.data.rows.examples import Example, at_hand, read_stream
+from jaxfusion.data.split_text import tokenize_texts
+from jaxfusion.data.tasks.catalogue import check_languages
+from jaxfusion.data.tasks.spec import Task
+from jaxfusion.errors import InputError, listed
+from jaxfusion.evaluation.scoring import Scorer, for_task
+from jaxfusion.fields import Config, DataConfig
+from jaxfusion.reports.statistics import accuracy
+from jaxfusion.sharding.mesh import sharding
+from jaxfusion.training.load import Model
+from jaxfusion.training.state import Flat, merge
+from jaxfusion.training.trainer import put_batch
+
+Rows = dict[str, list[Example]]  # by language
+Score = Callable[[Flat], dict[str, float]]  # trained parameters -> scores by name
+logger = logging.getLogger(__name__)
+
+
+def read_development(config: Config, task: Task) -> Rows:
+    """The first `data.dev_rows` rows of each language of development.
+
+    Raises:
+      InputError: a language has none; or as in `read_stream`.
+    """
+    c = config.data
+    languages = c.dev_languages or (c.language,)
+    check_languages(c.task, languages, config.tasks)
+    have = at_hand(c.task, task, "dev", c.path) if c.dev_languages else ()
+    if absent := [x for x in c.dev_languages if x not in have]:
+        raise InputError(f"data.dev_languages has {listed(absent)}, but the development rows of "
+                         f"task '{c.task}' are in {listed(have)}")
+    return {language: list(islice(read_stream(c.task, task, "dev", language, c.path), c.dev_rows))
+            for language in languages}
+
+
+def deciding(data: DataConfig, task: Task) -> str:
+    """The name of the score that decides which checkpoint is best."""
+    name = "log_likelihood" if task.unlabelled else "exact_match"
+    alone = len(data.dev_languages) < 2 or data.dev_decides == "mean"
+    return name if alone else f"{data.dev_decides}/{name}"
+
+
+def make_score(model: Model, dev: Rows, task: Task, mesh) -> Score:
+    """Scores of all languages: their means by name and, of several, also `LANGUAGE/NAME`."""
+    make = _likelihood if task.unlabelled else _correctness
+    of = {language: make(model, rows, task, language, mesh) for language, rows in dev.items()}
+
+    def score(trainable: Flat) -> dict[str, float]:
+        every = {language: one(trainable) for language, one in of.items()}
+        means = {name: float(np.mean([scores[name] for scores in every.values()]))
+                 for name in next(iter(every.values()))}
+        return means if len(every) < 2 else means | {
+            f"{language}/{name}": value
+            for language, scores in every.items() for name, value in scores.items()}
+
+    return score
+
+
+def _correctness(model: Model, rows: list[Example], task: Task, language: str, mesh) -> Score:
+    """Accuracy in a language, by scoring name."""
+    config = model.config
+    scorer = Scorer(model.bridge, model.tokenizers, for_task(config.eval, task, language),
+                    config.data.text_prompt, keep=config.encoder.keep_states)
+    say_once = lru_cache(1)(_say_cut)  # the rows are the same ones every time
+
+    def score(trainable: Flat) -> dict[str, float]:
+        scored = scorer(merge(trainable, model.frozen), rows, task)
+        say_once(scored.cut)
+        return {name: accuracy(right)["accuracy"] for name, right in scored.correct.items()}
+
+    return score
+
+
+def _say_cut(cut: Cut) -> None:
+    if cut.any:
+        logger.warning("development rows longer than the limits: %s", cut)
+
+
+def _likelihood(model: Model, rows: list[Example], task: Task, language: str, mesh) -> Score:
+    """The mean log-likelihood of a token that follows, each text split at the place where the
+    first epoch would."""
+    c = model.config
+    texts = tokenize_texts(
+        rows, model.tokenizers, max_encoder_tokens=c.data.max_encoder_tokens,
+        max_decoder_tokens=c.data.max_decoder_tokens, seed=c.train.seed,
+        latents=model.bridge.latents)
+    batches = Batches(
+        texts, texts.shapes(c.data.buckets), model.tokenizers, c.train.batch_size, c.train.seed,
+        steps_per_epoch(len(texts), c.train.batch_size), sharding(mesh, "batch"))
+    loss = jax.jit(lambda trainable, frozen, batch: model.bridge.loss(
+        merge(trainable, frozen), batch))
+
+    def score(trainable: Flat) -> dict[str, float]:
+        found = [jax.device_get(loss(trainable, model.frozen, put_batch(batches[i], mesh)))
+                 for i in range(len(batches))]
+        total = sum(float(count) for _, count in found)
+        return {"log_likelihood": -sum(float(mean * count) for mean, count in found) / total}
+
+    return score
