@@ -6,11 +6,13 @@ from types import SimpleNamespace
 import jax
 import numpy as np
 import pytest
-from helpers import tiny_model
+from helpers import tiny_model, write_family
 
 from jaxfusion.bridge.warm_start import NOISE, _aligned, _pairs, warm_start
 from jaxfusion.data.rows.examples import Example
 from jaxfusion.errors import InputError
+from jaxfusion.sharding.mesh import make_mesh
+from jaxfusion.training.load import load_model
 from jaxfusion.training.state import merge
 
 TEXTS = ["badu fege Label: ", "kilo muna", "pa re si to zu", "bo bo bo"]
@@ -58,6 +60,24 @@ def test_a_linear_start_is_near_the_best_under_noise(model):
     assert lowest <= found < 1.15 * lowest < fresh
     np.testing.assert_allclose(start["projector/end"], end, atol=1e-6)
     assert jax.tree.map(np.shape, start) == jax.tree.map(np.shape, model.trainable)
+
+
+@pytest.mark.parametrize("family,dtype", [("gemma", "float32"), ("llama3", "int8")])
+def test_targets_are_what_the_llm_reads(family, dtype, tiny, tmp_path):
+    """Scaled as Gemma's embeddings are, and restored from integers."""
+    write_family(family, tiny, tmp_path / "llm")
+    model = tiny_model(tiny, "last", decoder=tmp_path / "llm")
+    config = replace(model.config, decoder=replace(model.config.decoder, dtype=dtype))
+    model = load_model(config, make_mesh())
+    examples = [Example("badu", "", 0)]
+    _, y, end = _pairs(model, merge(model.trainable, model.frozen), examples)
+    ((*_, last),) = _aligned(examples, model.tokenizers)[1]
+    table = np.asarray(model.frozen["decoder/embed/embedding"], np.float32)
+    scale = (np.asarray(model.frozen["decoder/embed/scale"]) if dtype == "int8"
+             else model.bridge.decoder.config.embed_scale)
+    wanted = (table * scale)[last].mean(axis=0)
+    np.testing.assert_allclose(end, wanted, rtol=1e-2, atol=1e-3 * np.abs(wanted).max())
+    np.testing.assert_allclose(y[-1], end, atol=1e-6)
 
 
 @pytest.mark.slow

@@ -1,6 +1,6 @@
 """Warm start (not in the papers): fits the projector to the LLM's embeddings before training."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import jax
@@ -64,16 +64,27 @@ def _pairs(model: Model, params: Params, examples: Sequence[Example]):
     queries, targets = zip(*fitting, strict=True)
     rows = [TokenRow(query, [], []) for query in queries]
     fuse = jax.jit(lambda params, batch: model.bridge.fuse(params, batch)[0])
-    table = fetch(params["decoder"]["embed"]["embedding"]).astype(np.float32)
+    vector_of = _embeddings(model, params, targets)
     x, y = [], []
     shapes = find_shapes(rows, length_buckets(limit))
     for numbers, batch in in_order(rows, shapes, model.tokenizers, BATCH):
         features = fetch(fuse(params, batch)).astype(np.float32)
         for row, number in zip(features, numbers, strict=False):
             x.append(row[: len(queries[number])])
-            y.append(np.stack([table[ids].mean(axis=0) for ids in targets[number]]))
-    end = np.mean([table[target[-1]].mean(axis=0) for target in targets], axis=0)
+            y.append(np.stack([vector_of(ids).mean(axis=0) for ids in targets[number]]))
+    end = np.mean([vector_of(target[-1]).mean(axis=0) for target in targets], axis=0)
     return np.concatenate(x), np.concatenate(y), end
+
+
+def _embeddings(
+    model: Model, params: Params, targets: Sequence[Sequence[Sequence[int]]]
+) -> Callable[[Sequence[int]], np.ndarray]:
+    """A look-up of the LLM's vectors of tokens [n E] in float32, as its first block reads them:
+    scaled where the family scales them, restored where the table is quantised."""
+    known = np.unique([token for target in targets for ids in target for token in ids])
+    embed = jax.jit(lambda params, tokens: model.bridge.embed(params, tokens))
+    vectors = fetch(embed(params, known[None]))[0].astype(np.float32)
+    return lambda ids: vectors[np.searchsorted(known, ids)]
 
 
 def _regress(
