@@ -116,7 +116,7 @@ class Scorer:
         score = make_scorer(self.bridge, self.decoding, self.bare, self.shared(rows))
         for chosen, batch in in_order(rows, self.shapes(rows), self.tokenizers,
                                       self.config.batch_size):
-            options = self._options([examples[i] for i in chosen], labels)
+            options = self.options([examples[i] for i in chosen], labels)
             batch = batch if fill is None else fill(batch)
             seeds = np.resize(row_numbers[chosen], self.config.batch_size).astype(np.int32)
             tokens, scores, _ = jax.device_get(
@@ -175,7 +175,7 @@ class Scorer:
             with_target=False, keeps_end=keeps_end, latents=self.latents,
         )
 
-    def _options(self, examples: Sequence[Example], labels: Sequence[str]) -> Options:
+    def options(self, examples: Sequence[Example], labels: Sequence[str]) -> Options:
         """Every row's labels; without labels, one empty option."""
         prompts = [self._text_of(example) for example in examples]
         end = [] if self.bare else self.tokenizers.ending
