@@ -233,7 +233,10 @@ def _add_errors(app: FastAPI) -> None:
         {"Retry-After": "1"})
     add(Failed, lambda error: (error_body(str(error), "server_error"), 500))
     add(Gone, lambda _: (error_body("the client went away"), 499))
-    add(HTTPException, lambda error: (error_body(str(error.detail)), error.status_code))
+    add(HTTPException, lambda error: (error_body(
+        "no such address; there are the page at / (GET), /v1/models (GET), /v1/completions and "
+        "/v1/chat/completions (POST)" if error.status_code in (404, 405) else str(error.detail)),
+        error.status_code))
     add(Exception, lambda error: (error_body(f"{type(error).__name__}: {first_line(error)}",
                                              "server_error"), 500))
 
@@ -245,7 +248,8 @@ def _invalid(error: RequestValidationError) -> dict[str, Any]:
     if first["type"] == "json_invalid":
         return error_body("the body is not JSON: " + str(first.get("ctx", {}).get("error", "")))
     if first["type"] == "extra_forbidden":
-        return error_body(f"unknown field '{'.'.join(place)}'; leave it out", param=place[0])
+        return error_body(f"unknown field '{'.'.join(place)}'; leave it out")
     got = "" if first["type"] == "missing" else f", got {cut(repr(first.get('input')))}"
-    where = ".".join(place) or "the body"
-    return error_body(f"{where}: {first['msg']}{got}", param=place[0] if place else None)
+    where = place[0] if place else "the body"
+    said = first["msg"].removeprefix("Value error, ").removeprefix("Input ")
+    return error_body(f"{where}: {said}{got}", param=place[0] if place else None)

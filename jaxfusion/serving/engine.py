@@ -1,8 +1,6 @@
 """Answers batches of prompts on the device, a few tokens at a time."""
 
-import logging
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -21,7 +19,6 @@ ROWS = (1, 4, 16)  # sizes of a batch
 SLOTS = 1 << 15  # of all rows of a batch together: a large batch of long prompts is split
 STRIDE = 4  # tokens that every row gets before the host looks at them
 TOP = 5  # likeliest tokens that are reported beside the chosen one
-logger = logging.getLogger(__name__)
 Chances = tuple[Float[Array, "B"], Int[Array, "B K"], Float[Array, "B K"]]
 
 
@@ -252,15 +249,3 @@ def _choose(logits, draws: Draws, step) -> Int[Array, "B"]:
             lambda: draw_tokens(logits, warm, None, keys))
 
     return jnp.where(drawn, jax.lax.cond(jnp.any(drawn), draw, lambda: greedy), greedy)
-
-
-def compile_smallest(models: Sequence[Served]) -> Iterator[str]:
-    """Compiles what short prompts need, in every size of a batch; says what it has done."""
-    for model in models:
-        row = model.prompt("a") if model.tokenizers.languages is None or model.bare else (
-            model.prompt("a", next(iter(model.tokenizers.languages))))
-        for size in ROWS:
-            begun, ask = time.monotonic(), Ask(row, model.scorer.config.max_new_tokens)
-            Running(model, shape_of(ask), [ask] * size).advance(1)
-            yield (f"{model.name}: compiled for {size} prompt{'s' * (size > 1)} at a time in "
-                   f"{time.monotonic() - begun:.1f} s")

@@ -20,7 +20,8 @@ SENTENCES = {
     "sw": ("Kiswahili", "Chanjo mpya inawalinda watoto dhidi ya malaria.",
            "Chanjo inawasaidia watoto."),
     "zh": ("中文", "新疫苗保护儿童免受疟疾侵害。", "疫苗帮助儿童。"),
-    "ja": ("日本語", "新しいワクチンは子どもたちをマラリアから守る。", "ワクチンは子どもの助けになる。"),
+    "ja": ("日本語", "新しいワクチンは子どもたちをマラリアから守る。",
+           "ワクチンは子どもの助けになる。"),
 }
 
 

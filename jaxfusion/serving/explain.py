@@ -1,4 +1,4 @@
-"""What the page shows of a text besides the answer: labels' probabilities, tokens' layer weights."""
+"""What the page shows besides an answer: the labels' probabilities, the tokens' layer weights."""
 
 from typing import Any
 
@@ -35,7 +35,8 @@ def _labels(model: Served, batch, example: Example) -> list[dict[str, Any]]:
     if not labels:
         return []
     score = make_scorer(model.bridge, Decoding(0, model.tokenizers.eos), model.bare)
-    _, scores, _ = jax.device_get(score(model.params, batch, model.scorer.options([example], labels)))
+    options = model.scorer.options([example], labels)
+    _, scores, _ = jax.device_get(score(model.params, batch, options))
     chances = softmax(scores[: len(labels), 0]).tolist()
     pairs = zip(labels, chances, strict=True)
     return [{"label": label, "probability": chance}

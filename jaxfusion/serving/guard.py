@@ -39,6 +39,9 @@ class Guard:
 
         try:
             await self._answer(scope, receive, counted)
+        except Exception:
+            status[0] = 500  # its reply is made further out
+            raise
         finally:
             path = scope["path"] if scope["path"] in PATHS else "other"
             self.metrics.count(path, status[0], time.monotonic() - begun)

@@ -1,6 +1,13 @@
 """What the server counts, for Prometheus."""
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    disable_created_metrics,
+    generate_latest,
+)
 
 from jaxfusion.serving.batcher import Batcher
 
@@ -11,6 +18,7 @@ class Metrics:
     """Counters of one server."""
 
     def __init__(self, batcher: Batcher):
+        disable_created_metrics()
         self.registry = CollectorRegistry()
         self.requests = Counter("jaxfusion_requests", "Requests that were answered",
                                 ["path", "status"], registry=self.registry)

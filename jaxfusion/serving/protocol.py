@@ -8,6 +8,18 @@ from jaxfusion.serving.batcher import QUEUE
 from jaxfusion.serving.engine import TOP
 
 
+def _encodable(text: str) -> str:
+    """Refuses half a surrogate pair, which JSON can hold and no tokenizer takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError("a text with half a surrogate pair is no text") from None
+    return text
+
+
+Text = Annotated[str, AfterValidator(_encodable)]
+
+
 def _only(value: Any) -> Any:
     """A field that may be given with one value alone."""
     def check(given: Any) -> Any:
@@ -23,8 +35,8 @@ class Request(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=False)
 
-    model: str
-    language: str | None = None  # ours: of the text, for an encoder that is told it
+    model: Text
+    language: Text | None = None  # ours: of the text, for an encoder that is told it
 
 
 class StreamOptions(BaseModel):
@@ -41,7 +53,7 @@ class Generation(Request):
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
-    stop: str | Annotated[list[str], Field(max_length=16)] | None = None
+    stop: Text | Annotated[list[Text], Field(max_length=16)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     n: Annotated[int | None, _only(1)] = 1
@@ -59,14 +71,14 @@ class Generation(Request):
         return None if given is None else tuple(text for text in given if text)
 
 
-Ids = list[Annotated[int, Field(strict=True)]]
+Ids = Annotated[list[Annotated[int, Field(strict=True)]], Field(min_length=1)]
 MaxTokens = Annotated[int, Field(ge=0)] | None
 
 
 class CompletionRequest(Generation):
     """POST /v1/completions."""
 
-    prompt: (str | Annotated[list[str], Field(min_length=1, max_length=QUEUE)] | Ids
+    prompt: (Text | Annotated[list[Text], Field(min_length=1, max_length=QUEUE)] | Ids
              | Annotated[list[Ids], Field(min_length=1, max_length=QUEUE)])
     max_tokens: MaxTokens = None
     logprobs: Annotated[int, Field(ge=0, le=TOP)] | None = None
@@ -85,14 +97,14 @@ class TextPart(BaseModel):
     """A part of a message."""
 
     type: Literal["text"]
-    text: str
+    text: Text
 
 
 class Message(BaseModel):
     """A turn of a chat."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[TextPart]
+    content: Text | list[TextPart]
     name: str | None = None
 
     @property
@@ -122,4 +134,4 @@ class ChatRequest(Generation):
 class ExplainRequest(Request):
     """POST /api/explain."""
 
-    text: str
+    text: Text

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from jaxfusion.data.tokenizers import Tokenizers
+from jaxfusion.errors import InputError
 from jaxfusion.serving.answers import BROKEN, Part
 from jaxfusion.serving.engine import Token
 
@@ -12,7 +13,8 @@ Json = dict[str, Any]
 
 def error_body(message: str, kind: str = "invalid_request_error", param: str | None = None,
                code: str | None = None) -> Json:
-    """An error in OpenAI's shape."""
+    """An error in OpenAI's shape, its message in one line."""
+    message = str(InputError(message))
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 

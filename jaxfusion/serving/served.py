@@ -108,6 +108,12 @@ class Served:
                 f"{max(0, self.context - length):,} for the answer, and max_tokens is {answer:,}; "
                 "shorten one of them")
 
+    @property
+    def any_language(self) -> str:
+        """A language that the encoder has, if it is told one."""
+        told = None if self.bare else self.tokenizers.languages
+        return next(iter(told or ()), "")
+
     def check_language(self, language: str) -> None:
         """Raises InputError for a language that the encoder is not told, or does not have."""
         if not self.bare and self.tokenizers.languages is not None:
@@ -129,14 +135,22 @@ def open_models(workdir: Path) -> tuple[OpenRun, dict[str, Served]]:
     except InputError as error:
         raise InputError(f"{error}; serve.py serves the workdir of a bridge that train.py "
                          "made") from None
-    name = workdir.resolve().name
-    models = {"bridge" if name in (LLM, "") else name: _served(run)}
-    bare = _served(run.bare())
+    name = name_of(workdir)
+    models = {name: _served(run, name)}
+    bare = _served(run.bare(), LLM)
     # Of towers that were read again only the LLM is needed.
     only = {part: bare.params[part] for part in ("decoder", "edits") if part in bare.params}
-    return run, models | {LLM: replace(bare, name=LLM, params=only)}
+    return run, models | {LLM: replace(bare, params=only)}
 
 
-def _served(run: OpenRun) -> Served:
-    return Served(run.workdir.resolve().name or "bridge", run.llm_only, run.model.bridge,
-                  run.params, run.tokenizers, run.config, run.task)
+def _served(run: OpenRun, name: str) -> Served:
+    return Served(name, run.llm_only, run.model.bridge, run.params, run.tokenizers, run.config,
+                  run.task)
+
+
+def name_of(workdir: Path) -> str:
+    """The name of a workdir's bridge: its last part, or its last two where that is a seed's."""
+    *_, parent, name = "", *workdir.resolve().parts
+    if name.startswith("seed_"):
+        name = f"{parent}-{name}"
+    return "bridge" if name in (LLM, "/") else name

@@ -5,6 +5,7 @@ import logging
 import signal
 import socket
 import sys
+import time
 from pathlib import Path
 
 import uvicorn
@@ -12,8 +13,9 @@ import uvicorn
 from jaxfusion.errors import InputError
 from jaxfusion.serving.app import make_app
 from jaxfusion.serving.batcher import Batcher
-from jaxfusion.serving.engine import compile_smallest
-from jaxfusion.serving.served import open_models
+from jaxfusion.serving.engine import ROWS, Ask, Running, shape_of
+from jaxfusion.serving.explain import explain
+from jaxfusion.serving.served import Served, open_models
 
 PATIENCE = 120  # seconds that requests have to end after SIGTERM
 logger = logging.getLogger(__name__)
@@ -32,8 +34,8 @@ def serve(workdir: Path, host: str, port: int, token: str | None) -> None:
     listening = open_port(host, port)  # before the model, which takes longer
     run, models = open_models(workdir)
     with run.on_mesh():
-        for line in compile_smallest(list(models.values())):
-            logger.info(line)
+        for model in models.values():
+            compile_smallest(model)
     app = make_app(models, Batcher(run.on_mesh), token)
     config = uvicorn.Config(app, log_level="warning", access_log=False,
                             timeout_graceful_shutdown=PATIENCE)
@@ -41,6 +43,17 @@ def serve(workdir: Path, host: str, port: int, token: str | None) -> None:
     place = f"[{named}]" if ":" in named else named
     logger.info("serving %s on http://%s:%d", " and ".join(models), place, at)
     uvicorn.Server(config).run(sockets=[listening])
+
+
+def compile_smallest(model: Served) -> None:
+    """Compiles what short prompts need, in every size of a batch; call it within `on_mesh`."""
+    begun, most = time.monotonic(), model.scorer.config.max_new_tokens
+    ask = Ask(model.prompt("a", model.any_language), most)
+    for size in ROWS:
+        Running(model, shape_of(ask), [ask] * size).advance(1)
+        logger.info("%s: short prompts, %d at a time, compiled after %.0f s", model.name, size,
+                    time.monotonic() - begun)
+    explain(model, "a", model.any_language)
 
 
 def is_loopback(host: str) -> bool:
