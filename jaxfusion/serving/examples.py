@@ -3,6 +3,7 @@
 import re
 from dataclasses import asdict, dataclass
 
+from jaxfusion.data.languages import CODES
 from jaxfusion.data.pocket.world import TASKS, task_rows
 from jaxfusion.serving.served import Served
 
@@ -27,11 +28,16 @@ SENTENCES = {
 
 @dataclass(frozen=True)
 class Sample:
-    """An example: its language's code and name, and a text for each column."""
+    """An example: its language's code and name, and a text for each column.
+
+    Attributes:
+      told: the encoder's own code of the language, if it is told one.
+    """
 
     language: str
     name: str
     columns: tuple[str, ...]
+    told: str = ""
 
 
 def examples_of(model: Served) -> list[dict]:
@@ -43,8 +49,9 @@ def examples_of(model: Served) -> list[dict]:
         return [asdict(_pocket(task, language, columns)) for language in model.task.languages]
     if len(columns) > 2:
         return []
-    return [asdict(Sample(code, name, tuple(texts[: len(columns)])))
-            for code, (name, *texts) in SENTENCES.items() if _takes(model, code)]
+    return [asdict(Sample(code, name, tuple(texts[: len(columns)]), told))
+            for code, (name, *texts) in SENTENCES.items()
+            if (told := _told(model, code)) is not None]
 
 
 def columns_of(model: Served) -> tuple[str, ...]:
@@ -52,12 +59,12 @@ def columns_of(model: Served) -> tuple[str, ...]:
     return tuple(re.findall(r"{(\w+)}", model.task.prompt))
 
 
-def _takes(model: Served, code: str) -> bool:
-    try:
-        model.tokenizers.check_languages([code])
-    except ValueError:
-        return False
-    return True
+def _told(model: Served, code: str) -> str | None:
+    """The encoder's own code of a language; empty if it is told none, None if it lacks this one."""
+    tokens = model.tokenizers.languages
+    if tokens is None:
+        return ""
+    return next((x for x in (code, *CODES.get(code, ())) if x in tokens), None)
 
 
 def _pocket(task: str, language: str, columns: tuple[str, ...]) -> Sample:
