@@ -221,7 +221,7 @@ function cell(token, layer, weight, most) {
     className: numbersShown() ? "" : "hidden-text", textContent: (100 * weight).toFixed(1) });
   const td = make("td", { title: `${token} · layer ${layer} · ${percent(weight)}` }, number);
   td.style.setProperty("--share", weight / most);
-  td.classList.toggle("strong", weight / most > 0.6);
+  td.classList.toggle("strong", weight / most > 0.75);
   td.addEventListener("mouseenter", () => {
     find("readout").replaceChildren(
       make("bdi", { textContent: token }), ` · layer ${layer} · ${percent(weight)}`);
