@@ -3,8 +3,8 @@
     python benchmarks/serving.py runs/quickstart/transformer_softmax \
         --out benchmarks/results/serving.json
 
-Every client asks again as soon as it has its answer: half of the requests are chats of the bridge, a
-quarter the same as a stream, a quarter completions of the LLM alone. Prints requests per second,
+Every client asks again as soon as it has its answer: half of the requests are chats of the bridge,
+a quarter the same as a stream, a quarter completions of the LLM alone. Prints requests per second,
 seconds by percentile, replies by status, and the server's memory.
 """
 
@@ -28,7 +28,7 @@ import psutil
 ROOT = Path(__file__).parent.parent
 CLIENTS, SECONDS = 64, 120
 TOKENS = 16  # of a completion
-WARM = 10  # seconds of the same load before the clock starts
+WARM = 90  # seconds of the same load before the clock starts, in which every shape is compiled
 
 
 @contextmanager
@@ -138,6 +138,32 @@ def main() -> None:
     print(text)
     if args.out:
         args.out.write_text(text + "\n", "utf-8")
+        write_page(json.loads(text))
+
+
+def write_page(r: dict[str, Any]) -> None:
+    """Puts the figures between their marks in docs/serving.md."""
+    names = {"all": "all", "chat": "bridge, whole", "stream": "bridge, streamed",
+             "llm": f"LLM alone, {TOKENS} tokens"}
+    rows = [f"| {name} | {r[kind]['requests']:,} | {r[kind]['p50']:.2f} s | {r[kind]['p99']:.2f} s |"
+            for kind, name in names.items()]
+    replies = ", ".join(f"{count:,} with status {status}" if status != "0" else f"{count:,} broken"
+                        for status, count in sorted(r["statuses"].items()))
+    memory, m = r["memory_mib"], r["machine"]
+    lines = [
+        f"`benchmarks/serving.py`: {r['clients']} clients ask the quickstart's bridge "
+        f"`{r['model']}` over loopback for {r['seconds']:.0f} s, each again as soon as it has its "
+        "answer, after the programs were compiled under the same load. The clients share the "
+        "machine with the server.", "",
+        "| requests | number | p50 | p99 |", "| --- | --- | --- | --- |", *rows, "",
+        f"{r['requests_per_second']:.0f} requests/s; replies: {replies}. The server's memory: "
+        f"{memory['at_start']:.0f} MiB at its start, {memory['before']:.0f} before, "
+        f"{memory['after']:.0f} after. Machine: {m['cores']} cores of {m['cpu']}, no accelerator; "
+        f"Python {m['python']}, jax {m['jax']}. Load average at the start: "
+        f"{m['load_average']:.1f}.", ""]
+    page, start, end = ROOT / "docs" / "serving.md", "<!-- serving -->\n", "<!-- /serving -->\n"
+    head, rest = page.read_text("utf-8").split(start)
+    page.write_text(head + start + "\n".join(lines) + end + rest.split(end)[1], "utf-8")
 
 
 if __name__ == "__main__":

@@ -51,7 +51,7 @@ def commands():
     for page in PAGES:
         text = page.read_text()
         blocks = "\n".join(re.findall(r"```bash\n(.*?)```", text, re.S)).replace("\\\n", " ")
-        inline = re.findall(r"`(python (?:train|eval|export)\.py [^`]*)`", text)
+        inline = re.findall(r"`(python (?:train|eval|export|serve)\.py [^`]*)`", text)
         for line in [*blocks.splitlines(), *inline]:
             for part in re.split(r"&&|;", line.partition("  #")[0]):
                 words = part.strip().split("python ", 1)
@@ -63,7 +63,7 @@ def commands():
 def check(command: str) -> str:
     """An error of the command's words; nothing is run."""
     words = shlex.split(command)
-    if words[0] in ("train.py", "eval.py", "export.py"):
+    if words[0] in ("train.py", "eval.py", "export.py", "serve.py"):
         return flags_error(words)
     if words[0] == "-m":
         name = words[1]
@@ -88,7 +88,8 @@ def test_every_command_is_one_that_the_scripts_take():
 @pytest.mark.parametrize("command,said", [
     ("train.py --config configs/none.py", "none.py"),
     ("train.py --config configs/gpu.py --config.train.step=1", "step"),
-    ("eval.py --workdir a --langauges si", "langauges"), ("export.py --workdir", "workdir"),
+    ("eval.py --workdir a --langauges si", "langauges"), ("serve.py --workdir a --prot 1", "prot"),
+    ("export.py --workdir", "workdir"),
     ("-m jaxfusion.runs.none", "no such module"), ("benchmarks/none.py", "no such script"),
     ("-m jaxfusion.runs.adopt --nothing=1", "--nothing"),
 ])

@@ -4,13 +4,16 @@ import json
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
+import jax
 import numpy as np
 import pytest
-from helpers import make_run, run_script
+from helpers import make_run, run_script, write_encoder_family
 from starlette.testclient import TestClient
 
 from jaxfusion.data.rows.examples import Example
 from jaxfusion.data.tokenizers import Tokenizers
+from jaxfusion.evaluation.scoring import softmax
+from jaxfusion.fields import AlignerConfig, DataConfig
 from jaxfusion.runs.open_run import open_run
 from jaxfusion.serving.answers import Answer
 from jaxfusion.serving.app import make_app
@@ -352,3 +355,51 @@ def test_names_of_bridges(tmp_path):
     assert name_of(tmp_path / "mine") == "mine"
     assert name_of(tmp_path / "last" / "seed_0") == "last-seed_0"
     assert name_of(tmp_path / "llm") == "bridge"
+
+
+# Every kind of bridge
+
+
+def kind_of_run(kind, tiny, path):
+    """A run that differs from the plain one."""
+    if kind == "told":
+        write_encoder_family("m2m_100", tiny, path.parent / "encoder")
+        return make_run(path, tiny, encoder=path.parent / "encoder")
+    fields = {
+        "latents": {"projector": "resampler"},
+        "aligned": {"aligner": AlignerConfig("linear")},
+        "trained": {"trained": ["decoder/.*"]},
+        "augmented": {"data": DataConfig(text_prompt="Text: {query}\nLabel: ")},
+    }[kind]
+    return make_run(path, tiny, "global_softmax", **fields)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["latents", "aligned", "trained", "augmented", "told"])
+def test_every_kind_of_bridge_answers_as_eval_does(kind, tiny, tmp_path):
+    kind_of_run(kind, tiny, tmp_path / "run")
+    language = {"language": "si"} if kind == "told" else {}
+    run, models = open_models(tmp_path / "run")
+    texts = ["la", TEXT, "la ru so " * 12]
+    with TestClient(make_app(models, Batcher(run.on_mesh))) as client:
+        for model in ("run", "llm"):
+            given = language if model == "run" else {}
+            alone = open_run(tmp_path / "run", {"max_new_tokens": 6}, llm_only=model == "llm")
+            examples = [Example(text, "", -1, **given) for text in texts]
+            with alone.on_mesh():
+                scored = alone.scorer(alone.task)(alone.params, examples, alone.task)
+            for text, answer, chances in zip(texts, scored.answers, scored.likelihoods,
+                                             strict=True):
+                reply = chat(client, text, model, max_tokens=6, **given).json()
+                assert reply["choices"][0]["message"]["content"] == answer
+                found = client.post("/api/explain", json={"model": model, "text": text, **given})
+                by_label = {x["label"]: x["probability"] for x in found.json()["labels"]}
+                wanted = dict(zip(alone.task.labels, softmax(chances), strict=True))
+                assert by_label == pytest.approx(wanted, abs=1e-4)
+        if kind == "told":
+            assert client.get("/api/about").json()["languages"] == ["eng_Latn", "sin_Sinh"]
+            assert "has: eng_Latn, sin_Sinh" in said(chat(client, language="xx", model="run"))
+            assert "missing; give one of" in said(chat(client, model="run"))
+        same = jax.tree.map(lambda a, b: a is b, *(
+            models[name].params["decoder"] for name in ("run", "llm")))
+        assert all(jax.tree.leaves(same)) is (kind != "trained")

@@ -1,4 +1,4 @@
-"""The server as a process: the clients that people use, signals, load, and the page in a browser."""
+"""The server as a process: the clients that people use, signals, load, the page in a browser."""
 
 import asyncio
 import os
@@ -68,15 +68,16 @@ def test_lm_eval_gets_what_our_own_model_of_it_gives(served, workdir, tiny):
             self.args = args
 
     ours = JaxFusion(str(workdir), llm_only=True)
-    theirs = LocalCompletionsAPI(
+    theirs, of_texts = (LocalCompletionsAPI(
         f"{served[1]}/v1/completions", model="llm", tokenizer_backend="huggingface",
-        tokenizer=str(tiny / "decoder"), add_bos_token=True, batch_size=3)
+        tokenizer=str(tiny / "decoder"), add_bos_token=bos, batch_size=3) for bos in (True, False))
     asked = [Request(text, f" {word}") for text in TEXTS for word in ("bako", "la ru so", "sings")]
     for (found, greedy), (wanted, likeliest) in zip(
             theirs.loglikelihood(asked), ours.loglikelihood(asked), strict=True):
         assert found == pytest.approx(wanted, abs=1e-4) and greedy == likeliest
     rolling = [Request(text) for text in TEXTS]
-    assert theirs.loglikelihood_rolling(rolling) == pytest.approx(
+    # Which puts the first token in front by itself.
+    assert of_texts.loglikelihood_rolling(rolling) == pytest.approx(
         ours.loglikelihood_rolling(rolling), abs=1e-3)
     until = [Request(text, {"until": ["so"], "max_gen_toks": 8}) for text in TEXTS]
     assert [x.strip() for x in theirs.generate_until(until)] == ours.generate_until(until)

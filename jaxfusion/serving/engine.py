@@ -99,7 +99,10 @@ def _bucket(length: int, first: int, factor: int = 2) -> int:
 
 
 def most_rows(model: Served, shape: Shape) -> int:
-    """How many prompts of a shape go together."""
+    """How many prompts of a shape go together: one where a prompt's answer depends on the lengths
+    of the others."""
+    if model.bridge.align_padding:
+        return 1
     slots = _length(model, shape) + shape.room
     return max(size for size in ROWS if size == 1 or size * slots <= SLOTS)
 
