@@ -28,7 +28,7 @@ import psutil
 ROOT = Path(__file__).parent.parent
 CLIENTS, SECONDS = 64, 120
 TOKENS = 16  # of a completion
-WARM = 90  # seconds of the same load before the clock starts, in which every shape is compiled
+WARM = 90  # seconds of the same load before the clock starts: every shape is compiled there
 
 
 @contextmanager
@@ -145,8 +145,8 @@ def write_page(r: dict[str, Any]) -> None:
     """Puts the figures between their marks in docs/serving.md."""
     names = {"all": "all", "chat": "bridge, whole", "stream": "bridge, streamed",
              "llm": f"LLM alone, {TOKENS} tokens"}
-    rows = [f"| {name} | {r[kind]['requests']:,} | {r[kind]['p50']:.2f} s | {r[kind]['p99']:.2f} s |"
-            for kind, name in names.items()]
+    rows = ["| {} | {:,} | {:.2f} s | {:.2f} s |".format(
+        name, *(r[kind][x] for x in ("requests", "p50", "p99"))) for kind, name in names.items()]
     replies = ", ".join(f"{count:,} with status {status}" if status != "0" else f"{count:,} broken"
                         for status, count in sorted(r["statuses"].items()))
     memory, m = r["memory_mib"], r["machine"]

@@ -1,6 +1,8 @@
 """The server: its answers are those of eval.py, in OpenAI's shapes; bad requests get one line."""
 
 import json
+import socket
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -237,7 +239,8 @@ def test_models_health_and_metrics(client):
 
 @pytest.mark.parametrize("fields,wanted", [
     ({"max_tokens": -1}, "max_tokens: should be greater than or equal to 0, got -1"),
-    ({"temperature": 3}, "temperature"), ({"top_p": 0}, "top_p"), ({"logprobs": 9}, "logprobs"),
+    ({"temperature": 3}, "temperature"), ({"temperature": 1e-40}, "0 (the likeliest token) or"),
+    ({"top_p": 0}, "top_p"), ({"logprobs": 9}, "logprobs"),
     ({"n": 2}, "n: this server supports 1 alone, got 2"), ({"best_of": 3}, "best_of"),
     ({"suffix": "x"}, "suffix"), ({"presence_penalty": 1}, "presence_penalty"),
     ({"top_k": 1}, "unknown field 'top_k'"), ({"prompt": {"a": 1}}, "prompt"),
@@ -259,6 +262,7 @@ def test_more_requests_that_are_wrong(client):
     post = client.post
     assert "not JSON" in said(post("/v1/completions", content="{bad", headers={
         "content-type": "application/json"}))
+    assert "Content-Type: application/json" in said(post("/v1/completions", content="prompt=a"))
     assert "surrogate" in said(post("/v1/completions", content=(
         r'{"model": "llm", "prompt": "\ud800"}'), headers={"content-type": "application/json"}))
     assert "unicode" in said(post("/v1/completions", content=(
@@ -334,8 +338,6 @@ def test_a_batch_that_fails_is_reported_and_the_next_one_is_answered(client, bat
 
 
 def test_the_script_refuses_what_it_cannot_serve(tiny, tmp_path, workdir):
-    import socket
-
     def refused(*words):
         return run_script("serve.py", *words)
 
@@ -349,6 +351,13 @@ def test_the_script_refuses_what_it_cannot_serve(tiny, tmp_path, workdir):
     for place in (tmp_path, tiny / "decoder"):
         line = refused("--workdir", str(place), "--port=0")
         assert line.endswith("serve.py serves the workdir of a bridge that train.py made"), line
+
+
+def test_a_missing_extra_is_named(workdir, monkeypatch):
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    monkeypatch.delitem(sys.modules, "jaxfusion.serving.server", raising=False)
+    assert run_script("serve.py", "--workdir", str(workdir)) == (
+        "error: uvicorn is not installed: pip install -e '.[serve]'")
 
 
 def test_names_of_bridges(tmp_path):

@@ -2,7 +2,6 @@
 
 import asyncio
 import json
-import logging
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable
@@ -37,7 +36,6 @@ PAGE = Path(__file__).parent / "page"
 # The page asks no other server for anything, and no other page may show it in a frame.
 HEADERS = {"Content-Security-Policy": "default-src 'self'; frame-ancestors 'none'",
            "X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer"}
-logger = logging.getLogger(__name__)
 
 
 class Page(StaticFiles):
@@ -247,6 +245,9 @@ def _invalid(error: RequestValidationError) -> dict[str, Any]:
     place = [str(x) for x in first["loc"][1:]]
     if first["type"] == "json_invalid":
         return error_body("the body is not JSON: " + str(first.get("ctx", {}).get("error", "")))
+    if not place and first["type"] != "missing":
+        return error_body("the body should be a JSON object, sent with Content-Type: "
+                          "application/json")
     if first["type"] == "extra_forbidden":
         return error_body(f"unknown field '{'.'.join(place)}'; leave it out")
     got = "" if first["type"] == "missing" else f", got {cut(repr(first.get('input')))}"

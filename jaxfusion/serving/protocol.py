@@ -7,6 +7,8 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 from jaxfusion.serving.batcher import QUEUE
 from jaxfusion.serving.engine import TOP
 
+COLDEST = 0.001  # temperature above 0
+
 
 def _encodable(text: str) -> str:
     """Refuses half a surrogate pair, which JSON can hold and no tokenizer takes."""
@@ -18,6 +20,13 @@ def _encodable(text: str) -> str:
 
 
 Text = Annotated[str, AfterValidator(_encodable)]
+
+
+def _warm(temperature: float) -> float:
+    """Refuses temperatures by which logits overflow."""
+    if 0 < temperature < COLDEST:
+        raise ValueError(f"should be 0 (the likeliest token) or at least {COLDEST}")
+    return temperature
 
 
 def _only(value: Any) -> Any:
@@ -50,7 +59,7 @@ class StreamOptions(BaseModel):
 class Generation(Request):
     """What completions and chats have in common."""
 
-    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
+    temperature: Annotated[float, Field(ge=0, le=2), AfterValidator(_warm)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
     stop: Text | Annotated[list[Text], Field(max_length=16)] | None = None
