@@ -245,7 +245,7 @@ def _invalid(error: RequestValidationError) -> dict[str, Any]:
     place = [str(x) for x in first["loc"][1:]]
     if first["type"] == "json_invalid":
         return error_body("the body is not JSON: " + str(first.get("ctx", {}).get("error", "")))
-    if not place and first["type"] != "missing":
+    if first["type"] == "model_attributes_type" and not place:
         return error_body("the body should be a JSON object, sent with Content-Type: "
                           "application/json")
     if first["type"] == "extra_forbidden":

@@ -1,19 +1,19 @@
-"""A queue of prompts, and the one thread that answers them in batches."""
+"""A queue of prompts, and the thread that answers them in batches."""
 
 import contextlib
 import logging
 import threading
 import time
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
 from jaxfusion.errors import first_line
 from jaxfusion.serving.answers import Answer, Part
-from jaxfusion.serving.engine import STRIDE, Ask, Running, Shape, most_rows, shape_of
+from jaxfusion.serving.engine import ROWS, STRIDE, Ask, Running, Shape, most_rows, shape_of
 from jaxfusion.serving.served import Served
 
 QUEUE = 128  # prompts that wait
@@ -67,17 +67,23 @@ class Job:
 class Batcher:
     """Answers prompts in batches, first come first served; several batches take turns.
 
+    A second thread compiles programs that are missing, and does what `call` is given, while the
+    first one answers what it can.
+
     Args:
-      context: the worker's, around all computation.
+      context: around all computation.
       limit: prompts that may wait.
     """
 
     def __init__(self, context: Callable[[], AbstractContextManager], limit: int = QUEUE):
         self.limit, self.context = limit, context
         self.waiting: deque[Job] = deque()
-        self.calls: deque[tuple[Callable[[], Any], Future]] = deque()
         self.batches: list[tuple[Running, list[Job]]] = []
+        self.ready: set[tuple[tuple[str, Shape], int]] = set()  # compiled: a job's key, and rows
+        self.asked: set[tuple[tuple[str, Shape], int]] = set()  # these and those on their way
+        self.calls: set[Future] = set()
         self.changed, self.closing = threading.Condition(), False
+        self.aside = ThreadPoolExecutor(1, "compiler")
         self.worker = threading.Thread(target=self._work, daemon=True, name="batcher")
         self.worker.start()
 
@@ -94,18 +100,35 @@ class Batcher:
             self.changed.notify()
 
     def call(self, work: Callable[[], Any]) -> Future:
-        """Runs a function in the worker's thread, between the steps of batches.
+        """Runs a function beside the batches.
 
         Raises:
           Full: too many wait already.
         """
-        future: Future = Future()
-        with self.changed:
-            if self.closing or len(self.calls) >= self.limit:
-                raise Full
-            self.calls.append((work, future))
-            self.changed.notify()
+        if self.closing or len(self.calls) >= self.limit:
+            raise Full
+
+        def within():
+            with self.context():
+                return work()
+
+        future = self.aside.submit(within)
+        self.calls.add(future)
+        future.add_done_callback(self.calls.discard)
         return future
+
+    def compile(self, model: Served, ask: Ask, size: int) -> None:
+        """Compiles what prompts like this one need, `size` of them at a time."""
+        shape = shape_of(ask)
+        try:
+            with self.context():
+                Running(model, shape, [ask] * size, size).advance(1)
+        except Exception as error:  # the batch that wants it fails in the same way, and says so
+            logger.error("cannot compile %s for %d prompts: %s", shape, size, first_line(error))
+        with self.changed:
+            self.ready.add(((model.name, shape), size))
+            self.asked.add(((model.name, shape), size))
+            self.changed.notify()
 
     @property
     def length(self) -> int:
@@ -118,17 +141,17 @@ class Batcher:
         return sum(not job.over for _, jobs in list(self.batches) for job in jobs)
 
     def close(self) -> None:
-        """Answers what is queued, then ends the thread."""
+        """Answers what is queued, then ends the threads."""
         with self.changed:
             self.closing = True
             self.changed.notify()
         self.worker.join()
+        self.aside.shutdown(cancel_futures=True)
 
     def _work(self) -> None:
         with self.context():
             while self._await_work():
-                self._call_one()
-                if self.waiting and len(self.batches) < TURNS:
+                if len(self.batches) < TURNS:
                     self._begin()
                 for batch in list(self.batches):
                     self._step(*batch)
@@ -139,36 +162,48 @@ class Batcher:
         with self.changed:
             if self.batches:
                 return True
-            while not (self.waiting or self.calls):
-                if self.closing:
+            while self._pick() is None:
+                if self.closing and not self.waiting:
                     return False
                 self.changed.wait()
-        if self.waiting:
-            time.sleep(GATHER)
+        time.sleep(GATHER)
         return True
 
-    def _call_one(self) -> None:
-        if not self.calls:
-            return
-        work, future = self.calls.popleft()
-        if future.set_running_or_notify_cancel():
-            try:
-                future.set_result(work())
-            except Exception as error:  # whatever the device raises
-                future.set_exception(error)
+    def _pick(self) -> tuple[list[Job], int] | None:
+        """Prompts of one shape that can start, those first that wait longest, and the rows of their
+        batch. Asks for programs that are missing."""
+        self.waiting = deque(job for job in self.waiting if not job.cancelled)
+        groups = defaultdict(list)
+        for job in self.waiting:
+            groups[job.key].append(job)
+        for jobs in groups.values():
+            if size := self._size(jobs):
+                return jobs[:size], size
+        return None
+
+    def _size(self, jobs: Sequence[Job]) -> int | None:
+        """The rows that fit these prompts best of those that are compiled."""
+        first = jobs[0]
+        count = min(len(jobs), most_rows(first.model, first.shape))
+        best = next(size for size in ROWS if size >= count)
+        if (first.key, best) not in self.asked:
+            self.asked.add((first.key, best))
+            self.aside.submit(self.compile, first.model, first.ask, best)
+        sizes = [size for size in ROWS if (first.key, size) in self.ready]
+        larger = [size for size in sizes if size >= best]
+        return min(larger) if larger else max(sizes, default=None)
 
     def _begin(self) -> None:
-        """Takes the first prompt that waits, and others of its shape, and reads them."""
+        """Takes prompts that can start, and reads them."""
         with self.changed:
-            wanted = [job for job in self.waiting if not job.cancelled]
-            jobs = [job for job in wanted if job.key == wanted[0].key]
-            jobs = jobs[: most_rows(jobs[0].model, jobs[0].shape)] if jobs else []
+            picked = self._pick()
+            if picked is None:
+                return
+            jobs, size = picked
             taken = set(map(id, jobs))
-            self.waiting = deque(job for job in wanted if id(job) not in taken)
-        if not jobs:
-            return
+            self.waiting = deque(job for job in self.waiting if id(job) not in taken)
         try:
-            batch = Running(jobs[0].model, jobs[0].shape, [job.ask for job in jobs])
+            batch = Running(jobs[0].model, jobs[0].shape, [job.ask for job in jobs], size)
             prompts = batch.prompt_tokens() if jobs[0].shape.echo else [()] * len(jobs)
             for job, tokens in zip(jobs, prompts, strict=True):
                 job.give(Part(prompt=tuple(tokens), finish=None if job.ask.most else "length"))

@@ -119,10 +119,9 @@ def gather(model: Served, shape: Shape, rows: Sequence[TokenRow], size: int) -> 
 
 
 class Running:
-    """A batch of prompts of one shape that are being answered."""
+    """A batch of prompts of one shape that are being answered, padded to `size` rows."""
 
-    def __init__(self, model: Served, shape: Shape, asks: Sequence[Ask]):
-        size = next(x for x in ROWS if x >= len(asks))
+    def __init__(self, model: Served, shape: Shape, asks: Sequence[Ask], size: int):
         self.model, self.asks, self.step = model, asks, 0
         batch = gather(model, shape, [ask.row for ask in asks], size)
         self.start, self.position = batch.dec_tokens.shape[1], batch.dec_positions.max(axis=1) + 1

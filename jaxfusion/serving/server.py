@@ -13,7 +13,7 @@ import uvicorn
 from jaxfusion.errors import InputError
 from jaxfusion.serving.app import make_app
 from jaxfusion.serving.batcher import Batcher
-from jaxfusion.serving.engine import ROWS, Ask, Running, shape_of
+from jaxfusion.serving.engine import ROWS, Ask
 from jaxfusion.serving.explain import explain
 from jaxfusion.serving.served import Served, open_models
 
@@ -33,27 +33,28 @@ def serve(workdir: Path, host: str, port: int, token: str | None) -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     listening = open_port(host, port)  # before the model, which takes longer
     run, models = open_models(workdir)
-    with run.on_mesh():
-        for model in models.values():
-            compile_smallest(model)
-    app = make_app(models, Batcher(run.on_mesh), token)
+    batcher = Batcher(run.on_mesh)
+    for model in models.values():
+        compile_smallest(batcher, model)
+    app = make_app(models, batcher, token)
     config = uvicorn.Config(app, log_level="warning", access_log=False,
                             timeout_graceful_shutdown=PATIENCE)
+    listening.listen(config.backlog)  # whoever reads the next line may ask at once
     named, at = listening.getsockname()[:2]
     place = f"[{named}]" if ":" in named else named
     logger.info("serving %s on http://%s:%d", " and ".join(models), place, at)
     uvicorn.Server(config).run(sockets=[listening])
 
 
-def compile_smallest(model: Served) -> None:
-    """Compiles what short prompts need, in every size of a batch; call it within `on_mesh`."""
+def compile_smallest(batcher: Batcher, model: Served) -> None:
+    """Compiles what short prompts need, in every size of a batch."""
     begun, most = time.monotonic(), model.scorer.config.max_new_tokens
     ask = Ask(model.prompt("a", model.any_language), most)
     for size in ROWS:
-        Running(model, shape_of(ask), [ask] * size).advance(1)
+        batcher.compile(model, ask, size)
         logger.info("%s: short prompts, %d at a time, compiled after %.0f s", model.name, size,
                     time.monotonic() - begun)
-    explain(model, "a", model.any_language)
+    batcher.call(lambda: explain(model, "a", model.any_language)).result()
 
 
 def is_loopback(host: str) -> bool:
