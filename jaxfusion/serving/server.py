@@ -18,6 +18,7 @@ from jaxfusion.serving.explain import explain
 from jaxfusion.serving.served import Served, open_models
 
 PATIENCE = 120  # seconds that requests have to end after SIGTERM
+KEPT = 75  # seconds that an idle connection stays open: longer than clients reuse one
 logger = logging.getLogger(__name__)
 
 
@@ -38,7 +39,7 @@ def serve(workdir: Path, host: str, port: int, token: str | None) -> None:
         compile_smallest(batcher, model)
     app = make_app(models, batcher, token)
     config = uvicorn.Config(app, log_level="warning", access_log=False,
-                            timeout_graceful_shutdown=PATIENCE)
+                            timeout_graceful_shutdown=PATIENCE, timeout_keep_alive=KEPT)
     listening.listen(config.backlog)  # whoever reads the next line may ask at once
     named, at = listening.getsockname()[:2]
     place = f"[{named}]" if ":" in named else named
