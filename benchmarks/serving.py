@@ -20,6 +20,7 @@ import time
 from collections import Counter
 from contextlib import contextmanager
 from pathlib import Path
+from textwrap import fill
 from typing import Any
 
 import httpx
@@ -161,9 +162,10 @@ def write_page(r: dict[str, Any]) -> None:
         f"{memory['after']:.0f} after. Machine: {m['cores']} cores of {m['cpu']}, no accelerator; "
         f"Python {m['python']}, jax {m['jax']}. Load average at the start: "
         f"{m['load_average']:.1f}.", ""]
+    wrapped = [x if x.startswith("|") else fill(x, 100) for x in lines]
     page, start, end = ROOT / "docs" / "serving.md", "<!-- serving -->\n", "<!-- /serving -->\n"
     head, rest = page.read_text("utf-8").split(start)
-    page.write_text(head + start + "\n".join(lines) + end + rest.split(end)[1], "utf-8")
+    page.write_text(head + start + "\n".join(wrapped) + end + rest.split(end)[1], "utf-8")
 
 
 if __name__ == "__main__":
