@@ -9,5 +9,6 @@ setup(
     packages=[*find_packages(include=["jaxfusion*"]), "jaxfusion.configs", "jaxfusion.pocket",
               *TOWERS],
     package_dir={"jaxfusion.configs": "configs", "jaxfusion.pocket": "pocket"},
-    package_data={"jaxfusion": ["**/*.jinja"], **{tower: ["*"] for tower in TOWERS}},
+    package_data={"jaxfusion": ["**/*.jinja", "serving/page/*"],
+                  **{tower: ["*"] for tower in TOWERS}},
 )

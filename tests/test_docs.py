@@ -51,11 +51,11 @@ def commands():
     for page in PAGES:
         text = page.read_text()
         blocks = "\n".join(re.findall(r"```bash\n(.*?)```", text, re.S)).replace("\\\n", " ")
-        inline = re.findall(
-            r"`((?:python (?:train|eval|export)\.py|jaxfusion (?:train|eval|export)) [^`]*)`", text)
+        ours = "(?:train|eval|export|serve)"
+        inline = re.findall(rf"`((?:python {ours}\.py|jaxfusion {ours}) [^`]*)`", text)
         for line in [*blocks.splitlines(), *inline]:
             for part in re.split(r"&&|;", line.partition("  #")[0]):
-                part = re.sub(r"^\s*jaxfusion (train|eval|export) ", r"python \1.py ", part)
+                part = re.sub(r"^\s*jaxfusion (train|eval|export|serve) ", r"python \1.py ", part)
                 words = part.strip().split("python ", 1)
                 if len(words) == 2 and "…" not in part and not words[1].startswith(("-m venv",)):
                     found[words[1].strip()] = page.name
@@ -65,7 +65,7 @@ def commands():
 def check(command: str) -> str:
     """An error of the command's words; nothing is run."""
     words = shlex.split(command)
-    if words[0] in ("train.py", "eval.py", "export.py"):
+    if words[0] in ("train.py", "eval.py", "export.py", "serve.py"):
         return flags_error(words)
     if words[0] == "-m":
         name = words[1]
@@ -92,6 +92,7 @@ def test_every_command_is_one_that_the_scripts_take():
     ("train.py --config configs/gpu.py --config.train.step=1", "step"),
     ("train.py --config gqu", "gqu"),
     ("eval.py --workdir a --langauges si", "langauges"), ("export.py --workdir", "workdir"),
+    ("serve.py --workdir a --prot 1", "prot"),
     ("-m jaxfusion.runs.none", "no such module"), ("benchmarks/none.py", "no such script"),
     ("-m jaxfusion.runs.adopt --nothing=1", "--nothing"),
 ])

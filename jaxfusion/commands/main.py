@@ -1,4 +1,4 @@
-"""The command `jaxfusion`: trains, scores and exports from any directory."""
+"""The command `jaxfusion`: trains, scores, exports and serves from any directory."""
 
 import sys
 from importlib import import_module
@@ -11,6 +11,7 @@ COMMANDS = {
     "train": "trains what a config says",
     "eval": "scores runs, compares them, reports, and answers questions",
     "export": "writes a run in Hugging Face format",
+    "serve": "serves a run: a page, and an API for OpenAI's clients",
     "configs": "lists this project's configs",
     "completion": "prints a script that completes commands in bash, zsh or fish",
 }

@@ -2,11 +2,11 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Key
 
 from jaxfusion.evaluation.options import Options
 from jaxfusion.nn.bridge import Batch, Bridge, Params
@@ -74,6 +74,17 @@ def prefill(
     Args:
       shared: how many slots all rows begin with in the same way; they are read once.
     """
+    cache, hidden = read_prompts(bridge, params, batch, slots, bare, shared)
+    # Positions are 0 at padding, so the last real slot has the largest position.
+    last = jnp.argmax(batch.dec_positions[:, shared:], axis=1)
+    final = jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]
+    return cache, bridge.logits(params, final)
+
+
+def read_prompts(
+    bridge: Bridge, params: Params, batch: Batch, slots: int, bare: bool, shared: int = 0
+) -> tuple[Cache, Float[Array, "B N E"]]:
+    """As `prefill`, with the hidden states of all slots behind the shared ones."""
     inputs, extra = (bridge.embed(params, batch.dec_tokens), None) if bare else (
         bridge.read(params, batch))
     rows, length, _ = inputs.shape
@@ -89,10 +100,7 @@ def prefill(
     positions, segments = (x[:, shared:] for x in places)
     hidden, cache = bridge.decode(params, inputs[:, shared:], positions, segments,
                                   replace(cache, extra=extra), shared)
-    # Positions are 0 at padding, so the last real slot has the largest position.
-    last = jnp.argmax(positions, axis=1)
-    final = jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]
-    return cache, bridge.logits(params, final)
+    return cache, hidden
 
 
 def generate(
@@ -112,26 +120,32 @@ def generate(
     tokens = jnp.full((rows, decoding.max_new_tokens), eos, jnp.int32)
     if not decoding.max_new_tokens:
         return tokens
-    ones = jnp.ones((rows, 1), jnp.int32)
 
     def unfinished(state):
         step, _, done, _, _ = state
         return (step < decoding.max_new_tokens) & ~jnp.all(done)
 
-    def extend(state):
+    def next_token(state):
         step, tokens, done, cache, logits = state
         chosen = jnp.where(done, eos, choose_tokens(logits, decoding, numbers, step))
         tokens = tokens.at[:, step].set(chosen)
-        hidden, cache = bridge.decode(
-            params, bridge.embed(params, chosen[:, None]), (position + step)[:, None], ones,
-            cache, start + step,
-        )
-        logits = bridge.logits(params, hidden[:, 0])
+        cache, logits = extend(bridge, params, cache, chosen, position + step, start + step)
         ended = (chosen == eos) | (False if ends is None else ends[chosen])
         return step + 1, tokens, done | ended, cache, logits
 
     state = (0, tokens, done, cache, logits)
-    return jax.lax.while_loop(unfinished, extend, state)[1]
+    return jax.lax.while_loop(unfinished, next_token, state)[1]
+
+
+def extend(
+    bridge: Bridge, params: Params, cache: Cache, tokens: Int[Array, "B"],
+    position: Int[Array, "B"], slot: Int[Array, ""] | int,
+) -> tuple[Cache, Float[Array, "B V"]]:
+    """Reads one token more in every row, into one slot of the cache; returns the next logits."""
+    ones = jnp.ones((tokens.shape[0], 1), jnp.int32)
+    hidden, cache = bridge.decode(params, bridge.embed(params, tokens[:, None]), position[:, None],
+                                  ones, cache, slot)
+    return cache, bridge.logits(params, hidden[:, 0])
 
 
 def choose_tokens(
@@ -141,15 +155,39 @@ def choose_tokens(
     """Each row's next token; samples depend only on the seed, the row's number and the step."""
     if not decoding.temperature:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    logits = logits.astype(jnp.float32) / decoding.temperature
-    if decoding.top_p < 1:
+    every = partial(jnp.full, logits.shape[0])
+    top_p = every(decoding.top_p) if decoding.top_p < 1 else None
+    keys = row_keys(every(decoding.seed, jnp.uint32), numbers, step)
+    return draw_tokens(logits, every(decoding.temperature), top_p, keys)
+
+
+def row_keys(
+    seeds: Int[Array, "B"], numbers: Int[Array, "B"], step: Int[Array, ""] | int
+) -> Key[Array, "B"]:
+    """The random key of each row's token at a step."""
+    def one(seed, number):
+        return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), step), number)
+
+    return jax.vmap(one)(seeds, numbers)
+
+
+def draw_tokens(
+    logits: Float[Array, "B V"], temperature: Float[Array, "B"],
+    top_p: Float[Array, "B"] | None, keys: Key[Array, "B"],
+) -> Int[Array, "B"]:
+    """A sample of each row's next token.
+
+    Args:
+      temperature: of each row, above 0. top_p: of each row; None: 1 for all, which sorts nothing.
+      keys: see `row_keys`.
+    """
+    logits = logits.astype(jnp.float32) / temperature[:, None]
+    if top_p is not None:
         ordered = jnp.sort(logits, axis=-1, descending=True)
         chances = jax.nn.softmax(ordered, axis=-1)
-        inside = jnp.cumsum(chances, axis=-1) - chances < decoding.top_p
+        inside = jnp.cumsum(chances, axis=-1) - chances < top_p[:, None]
         least = jnp.min(jnp.where(inside, ordered, jnp.inf), axis=-1, keepdims=True)
-        logits = jnp.where(logits < least, -jnp.inf, logits)
-    key = jax.random.fold_in(jax.random.key(decoding.seed), step)
-    keys = jax.vmap(lambda number: jax.random.fold_in(key, number))(numbers)
+        logits = jnp.where((logits < least) & (top_p[:, None] < 1), -jnp.inf, logits)
     return jax.vmap(jax.random.categorical)(keys, logits).astype(jnp.int32)
 
 

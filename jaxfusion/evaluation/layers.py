@@ -53,6 +53,13 @@ def token_weights(
     if bridge.fusion_module is None:
         return None
     (_, batch), = _batches(bridge, tokenizers, config, [example], 1)
+    return row_weights(bridge, tokenizers, params, batch)
+
+
+def row_weights(
+    bridge: Bridge, tokenizers: Tokenizers, params: Params, batch: Batch
+) -> dict[str, Any]:
+    """`token_weights` of the example in a batch of one row; the fusion has weights."""
     weights = np.asarray(_fuser(bridge)(params, batch), float)
     ids = batch.enc_tokens[batch.enc_segments != 0]
     if weights.ndim == 1:  # the same for all tokens

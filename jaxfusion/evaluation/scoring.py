@@ -116,7 +116,7 @@ class Scorer:
         score = make_scorer(self.bridge, self.decoding, self.bare, self.shared(rows))
         for chosen, batch in in_order(rows, self.shapes(rows), self.tokenizers,
                                       self.config.batch_size):
-            options = self._options([examples[i] for i in chosen], labels)
+            options = self.options([examples[i] for i in chosen], labels)
             batch = batch if fill is None else fill(batch)
             seeds = np.resize(row_numbers[chosen], self.config.batch_size).astype(np.int32)
             tokens, scores, _ = jax.device_get(
@@ -175,7 +175,7 @@ class Scorer:
             with_target=False, keeps_end=keeps_end, latents=self.latents,
         )
 
-    def _options(self, examples: Sequence[Example], labels: Sequence[str]) -> Options:
+    def options(self, examples: Sequence[Example], labels: Sequence[str]) -> Options:
         """Every row's labels; without labels, one empty option."""
         prompts = [self._text_of(example) for example in examples]
         end = [] if self.bare else self.tokenizers.ending
@@ -195,12 +195,19 @@ class Scorer:
     def _text(self, tokens: np.ndarray) -> tuple[str, bool]:
         """The answer up to its end token or first stop string, and whether it had neither within
         the limit."""
-        ended = np.flatnonzero(np.isin(tokens, self.tokenizers.ends))
-        answer = tokens[: ended[0]] if len(ended) else tokens
-        text = self.tokenizers.decoder.decode(answer.tolist(), skip_special_tokens=True)
-        stops = [text.find(x) for x in self.config.stop if x in text]
-        unfinished = len(tokens) > 0 and not len(ended) and not stops
-        return text[: min(stops or [None])].strip(), unfinished
+        text, ended = read_answer(tokens, self.tokenizers, self.config.stop)
+        return text.strip(), len(tokens) > 0 and not ended
+
+
+def read_answer(
+    tokens: Sequence[int], tokenizers: Tokenizers, stops: Sequence[str]
+) -> tuple[str, bool]:
+    """The text up to the first end token or stop string, and whether there was one."""
+    ended = np.flatnonzero(np.isin(tokens, tokenizers.ends))
+    answer = np.asarray(tokens[: ended[0]] if len(ended) else tokens, int)
+    text = tokenizers.decoder.decode(answer.tolist(), skip_special_tokens=True)
+    found = [text.find(x) for x in stops if x in text]
+    return text[: min(found or [None])], bool(len(ended) or found)
 
 
 def _correct(

@@ -104,14 +104,24 @@ class OpenRun:
         return self._loaded[1]
 
     @cached_property
-    def _loaded(self) -> tuple[int, Model]:
+    def _loaded(self) -> tuple[int, Model, bool]:
+        """Step and model, and whether the LLM is the checkpoint's own."""
         step, trained = self.trained()  # before the towers, which take longer to load
         with self.on_mesh():
             model = load_model(self.config, self.mesh)
             if self.llm_only:
-                return step, model
-            frozen = frozen_of(model, self.workdir, self.config)
-            return step, overlay(model, frozen | trained, str(self.workdir))
+                return step, model, True
+            own = frozen_of(model, self.workdir, self.config) | trained
+            untouched = not any(path.startswith("decoder/") for path in own)
+            return step, overlay(model, own, str(self.workdir)), untouched
+
+    def bare(self) -> "OpenRun":
+        """The bare LLM of this bridge. It shares the bridge's parameters in memory, unless the run
+        trained some of the LLM's: then the towers are read again."""
+        other = replace(self, llm_only=True)
+        if self._loaded[2]:
+            vars(other)["_loaded"] = self._loaded  # where cached_property looks
+        return other
 
     @cached_property
     def params(self) -> Params:
