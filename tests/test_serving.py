@@ -357,7 +357,8 @@ def test_a_missing_extra_is_named(workdir, monkeypatch):
     monkeypatch.setitem(sys.modules, "uvicorn", None)
     monkeypatch.delitem(sys.modules, "jaxfusion.serving.server", raising=False)
     assert run_script("serve.py", "--workdir", str(workdir)) == (
-        "error: uvicorn is not installed: pip install -e '.[serve]'")
+        "error: uvicorn is not installed: pip install 'jaxfusion[serve]', or pip install -e "
+            "'.[serve]' in the repository")
 
 
 def test_names_of_bridges(tmp_path):
