@@ -54,6 +54,17 @@ def set_up_jax() -> None:
         # Not in a directory of the user's own: jax cannot limit one that it filled without a limit.
         os.environ.setdefault("JAX_COMPILATION_CACHE_MAX_SIZE", str(2**31))
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+    devices = Path("/dev")  # where a TPU would be: accel0 up to v4, vfio/0 from v5e on
+    if not (any(devices.glob("accel*")) or (devices / "vfio").is_dir()):
+        keep_libtpu_quiet()
+
+
+def keep_libtpu_quiet() -> None:
+    """On a machine without a TPU, libtpu asks a cloud's metadata server about it at every start of
+    jax, and complains of the answer. These variables, which give the answer, prevent both."""
+    for name, value in {"TPU_SKIP_MDS_QUERY": "1", "TPU_ACCELERATOR_TYPE": "v4-8",
+                        "TPU_WORKER_HOSTNAMES": "localhost"}.items():
+        os.environ.setdefault(name, value)
 
 
 def _processor() -> str:

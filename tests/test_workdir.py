@@ -358,6 +358,21 @@ def test_scripts_let_jax_have_a_gpu_s_memory():
         assert "    set_up_jax()\n" in (ROOT / "jaxfusion" / "commands" / script).read_text()
 
 
+@pytest.mark.skipif(any(Path("/dev").glob("accel*")) or Path("/dev/vfio").is_dir(),
+                    reason="this machine may have a TPU")
+def test_a_machine_without_a_tpu_hears_nothing_of_one():
+    """libtpu, where it is installed, asks a cloud for what these variables say."""
+    process = python("""
+        import os
+        os.environ.pop("JAX_PLATFORMS")  # of the tests: a user's jax looks for every device
+        import jaxfusion.cli as cli
+        cli.set_up_jax()
+        import jax
+        jax.devices()
+    """)
+    assert process.wait() == 0 and process.stderr.read() == ""
+
+
 @pytest.mark.parametrize("dtype,head_dim,cap,why", [
     ("float32", 64, None, "takes bfloat16 and float16, not float32"),
     ("bfloat16", 20, None, "not 20"), ("bfloat16", 64, 50.0, "bounds no scores"),

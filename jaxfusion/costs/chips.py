@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import jax
 
+from jaxfusion.cli import keep_libtpu_quiet
 from jaxfusion.errors import InputError, first_line
 
 GIB = 2.0**30
@@ -67,10 +68,7 @@ def topology_devices(name: str) -> list[jax.Device]:
     """
     if name not in topologies():
         raise InputError(f"unknown topology '{name}'; known: {', '.join(topologies())}")
-    # Otherwise libtpu asks a cloud's metadata server about this machine.
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-    os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v4-8")
-    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+    keep_libtpu_quiet()
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # nothing here holds a TPU
     from jax.experimental.topologies import get_topology_desc
 
