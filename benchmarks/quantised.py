@@ -1,4 +1,7 @@
-"""What 8 and 4 bits cost a trained bridge: `python benchmarks/quantised.py WORKDIR --out FILE`.
+"""What 8 and 4 bits cost a trained bridge.
+
+    python benchmarks/quantised.py WORKDIR --limit 100 --out benchmarks/results/quantised.json
+    python benchmarks/quantised.py --table benchmarks/results/quantised.json     # into the docs
 
 Scores test rows by the likelihood of the labels with both towers in bfloat16, int8 and int4, and
 takes a few training steps in each from the same start. WORKDIR is not changed.
@@ -59,14 +62,48 @@ def losses(workdir: Path, dtype: str, steps: int) -> list[float]:
     return [x["loss"] for x in map(json.loads, lines) if "loss" in x]
 
 
+def table(found: dict) -> str:
+    """Accuracy and loss by language, and the training losses, one line for each dtype."""
+    languages = list(found[DTYPES[0]]["languages"])
+    head = ["towers in", *(f"{x}: accuracy, loss" for x in languages), "losses of the first steps"]
+    lines = [head, ["---"] * len(head)]
+    for dtype in DTYPES:
+        cells = [f"{x['accuracy']:.0f}%, {x['loss']:.2f}"
+                 for x in found[dtype]["languages"].values()]
+        steps = ", ".join(f"{x:.1f}" for x in found[dtype]["training_losses"])
+        lines.append([f"`{dtype}`", *cells, steps])
+    rows = found[DTYPES[0]]["languages"][languages[0]]["rows"]
+    machine = found["machine"]
+    return "\n".join([
+        f"A bridge of `configs/real_topics.py` (`{found['run']}`), trained in float32, on {rows} test "
+        "rows of each language; the last column is training from the same start:", "",
+        *("| " + " | ".join(line) + " |" for line in lines), "",
+        f"Made by `benchmarks/quantised.py` on {machine['cores']} cores of {machine['cpu']}."])
+
+
+def write_table(file: Path) -> None:
+    """Puts the table into docs/scaling.md."""
+    page = Path(__file__).parent.parent / "docs" / "scaling.md"
+    before, rest = page.read_text("utf-8").split("<!-- quantised -->")
+    _, after = rest.split("<!-- /quantised -->")
+    made = table(json.loads(file.read_text("utf-8")))
+    page.write_text(f"{before}<!-- quantised -->\n{made}\n<!-- /quantised -->{after}", "utf-8")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("workdir", type=Path)
+    parser.add_argument("workdir", type=Path, nargs="?")
+    parser.add_argument("--table", type=Path, help="write the docs' table of this file")
     parser.add_argument("--languages", nargs="+", default=["eng_Latn", "sin_Sinh", "swh_Latn"])
     parser.add_argument("--limit", type=int, help="rows of each language")
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
+    if args.table:
+        write_table(args.table)
+        return
+    if args.workdir is None:
+        parser.error("give a WORKDIR, or --table FILE")
     found = {"machine": machine(), "run": args.workdir.parent.name}
     for dtype in DTYPES:
         found[dtype] = score(args.workdir, dtype, args.languages, args.limit)
