@@ -75,8 +75,8 @@ def table(found: dict) -> str:
     rows = found[DTYPES[0]]["languages"][languages[0]]["rows"]
     machine = found["machine"]
     return "\n".join([
-        f"A bridge of `configs/real_topics.py` (`{found['run']}`), trained in float32, on {rows} test "
-        "rows of each language; the last column is training from the same start:", "",
+        f"A bridge of `configs/real_topics.py` (`{found['run']}`), trained in float32, on {rows} "
+        "test rows of each language; the last column is training from the same start:", "",
         *("| " + " | ".join(line) + " |" for line in lines), "",
         f"Made by `benchmarks/quantised.py` on {machine['cores']} cores of {machine['cpu']}."])
 
