@@ -547,10 +547,12 @@ def test_a_probe_of_another_run_serves_and_is_checked(cache_dir, tmp_path):
 
 
 def test_lens_behind_a_bridge(cache_dir, tmp_path):
-    """The languages as they come through a bridge: probed, moved, and the LLM exported."""
+    """The languages as they come through a bridge: probed, moved, and the LLM exported. The bridge
+    held its LLM in integers, which cannot move."""
     bridge = make_inputs(from_config_dict(get_config(ROOT / "configs" / "xnli_paper.py", "debug")))
     bridge = replace(bridge, train=replace(bridge.train, steps=2),
                      data=replace(bridge.data, dev_rows=8),
+                     decoder=replace(bridge.decoder, dtype="int8"),
                      eval=replace(bridge.eval, max_new_tokens=2))
     train(bridge, tmp_path / "bridge")
     config = debug_config(

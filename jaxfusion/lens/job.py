@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 from jaxfusion import config as configs
 from jaxfusion.config import CONFIG_FILE
 from jaxfusion.errors import InputError
-from jaxfusion.fields import LensRunConfig, ParallelConfig
+from jaxfusion.fields import DTYPES, LensRunConfig, ParallelConfig
 from jaxfusion.lens import probe as probing
 from jaxfusion.lens.model import LensModel, load_lens_model
 from jaxfusion.lens.parallel_text import read_parallel
@@ -88,7 +88,12 @@ def _with_llm(config: LensRunConfig) -> LensRunConfig:
     """The config with its bridge's LLM, if it has a bridge."""
     if not config.bridge:
         return config
-    return replace(config, decoder=open_run(Path(config.bridge)).config.decoder)
+    llm = open_run(Path(config.bridge)).config.decoder
+    if llm.dtype not in DTYPES:
+        logger.warning("%s holds its LLM in %s, which Lens cannot move: reading it in bfloat16",
+                       config.bridge, llm.dtype)
+        llm = replace(llm, dtype="bfloat16")
+    return replace(config, decoder=llm)
 
 
 @dataclass

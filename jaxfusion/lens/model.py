@@ -78,7 +78,8 @@ def _alone(config: LensRunConfig, mesh) -> tuple[LensModel, LensRunConfig]:
 def _behind_bridge(config: LensRunConfig) -> tuple[LensModel, LensRunConfig]:
     workdir = Path(config.bridge)
     run = open_run(workdir)
-    model = replace(run, config=replace(run.config, mesh=config.mesh)).model
+    model = replace(run, config=replace(
+        run.config, mesh=config.mesh, decoder=config.decoder)).model
     if own := [path for path in model.groups if path.startswith("decoder/")]:
         raise InputError(f"{workdir} also trained {own[0]}: expected a bridge with a frozen LLM, "
                          "so that the LLM can be exported after Lens")
