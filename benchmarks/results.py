@@ -212,7 +212,7 @@ Softmax is below it: it put all weight on layer 4 for every token (see the pictu
 learning rate changed nothing on the development rows (79.8, 66.7 and 61.6 after 78.8, 66.7 and 61.6
 in English, Bengali and Swahili). The last layer is below it too,
 most in Spanish, Arabic, Japanese, Korean and Chinese; in Spanish and Arabic it prefers one topic
-(health). Its scores there are the same without kept states. One seed cannot say more."""
+(health) with the first seed. Its scores there are the same without kept states."""
 CLAIMS = """\
 `benchmarks/claims.py`: the claims of 2508.09091, and Gaussian noise on the features in training
 (`fusion.noise`), which is ours. Test rows are scored by likelihood over the labels, on languages
