@@ -126,6 +126,15 @@ def test_loss_and_gradients_are_those_of_the_restored_weights(encoder, decoder, 
         assert float(jnp.max(jnp.abs(ours - theirs))) < 1e-5 * max(1.0, jnp.abs(theirs).max())
 
 
+def test_integers_without_their_scale_are_refused():
+    bridge = make_bridge("last")
+    held, _ = in_dtype(bridge.init(jax.random.key(0), (*ROLES, *OWN)), "int8")
+    batch = make_batch(QUERY, TEXT, TARGET, slots=8, length=14)
+    del held["decoder"]["blocks"]["mlp"]["up"]["scale"]
+    with pytest.raises(ValueError, match="mlp/up has int8 weights, and its scale is missing"):
+        bridge.loss(held, batch)
+
+
 @pytest.fixture(scope="module")
 def quantised_run(cache_dir, tmp_path_factory):
     """A short run over an LLM in 8 bits and an encoder in 4."""

@@ -84,6 +84,7 @@ class Linear(nn.Module):
             scale = self.get_variable("params", "scale")
             y = quantised.product(rows, kernel, scale, self.inputs)
         else:
+            quantised.check_floats(self.path, kernel)
             y = rows @ kernel.astype(self.dtype).reshape(width, -1)
         y = y.reshape(*x.shape[: x.ndim - self.inputs], *out)
         if self.bias_init is None:
@@ -143,6 +144,8 @@ class Embedding(nn.Module):
             "embedding", init, (self.vocab_size, self.d_model), self.dtype
         )
         self.scale = self.get_variable("params", "scale")  # [V 1]; None: not quantised
+        if self.scale is None:
+            quantised.check_floats(self.path, self.embedding)
 
     def __call__(self, tokens: Int[Array, "B N"]) -> Float[Array, "B N D"]:
         # Every device reads its columns for its neighbours' tokens too, and then they exchange: the

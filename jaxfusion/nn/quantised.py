@@ -72,6 +72,12 @@ def layout(path: str, names: Names, shape: tuple[int, ...], dtype: str) -> tuple
     return jnp.dtype(dtype), tuple(sizes), tuple(kept)
 
 
+def check_floats(path: tuple[str, ...], weights: Array) -> None:
+    """Raises ValueError for integers whose scale was left out, which would be taken for weights."""
+    if not jnp.issubdtype(weights.dtype, jnp.floating):
+        raise ValueError(f"{'/'.join(path)} has {weights.dtype} weights, and its scale is missing")
+
+
 def quantise(
     weights: np.ndarray, scale_shape: tuple[int, ...], dtype: jnp.dtype
 ) -> tuple[np.ndarray, np.ndarray]:
