@@ -226,7 +226,7 @@ def test_what_the_page_asks_for(client, opened, workdir):
 def test_models_health_and_metrics(client):
     assert [x["id"] for x in client.get("/v1/models").json()["data"]] == ["mine", "llm"]
     assert client.get("/v1/models/llm").json()["object"] == "model"
-    assert said(client.get("/v1/models/gpt"), 404).startswith("there is no model 'gpt'")
+    assert said(client.get("/v1/models/gpt"), 404).startswith("unknown model 'gpt'")
     assert client.get("/health").json() == {"status": "ok", "models": ["mine", "llm"]}
     text = client.get("/metrics").text
     assert 'jaxfusion_requests_total{path="/health",status="200"}' in text
@@ -268,7 +268,7 @@ def test_more_requests_that_are_wrong(client):
     assert "unicode" in said(post("/v1/completions", content=(
         r'{"model": "llm", "prompt": "a", "\ud800": 1}'), headers={
             "content-type": "application/json"}))
-    assert "no model 'gpt-4'" in said(complete(client, model="gpt-4"), 404)
+    assert "unknown model 'gpt-4'" in said(complete(client, model="gpt-4"), 404)
     assert "1,000,000 bytes" in said(complete(client, "a" * (BODY + 1)), 413)
     assert "no such address" in said(client.get("/v1/nothing"), 404)
     assert "expected 'user'" in said(post("/v1/chat/completions", json={

@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Callable
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import islice
 
 import jax
@@ -17,6 +17,7 @@ from jaxfusion.data.tasks.spec import Task
 from jaxfusion.errors import InputError, listed
 from jaxfusion.evaluation.scoring import Scorer, for_task
 from jaxfusion.fields import Config, DataConfig
+from jaxfusion.nn.bridge import Bridge
 from jaxfusion.reports.statistics import accuracy
 from jaxfusion.sharding.mesh import sharding
 from jaxfusion.training.load import Model
@@ -99,13 +100,16 @@ def _likelihood(model: Model, rows: list[Example], task: Task, language: str, me
     batches = Batches(
         texts, texts.shapes(c.data.buckets), model.tokenizers, c.train.batch_size, c.train.seed,
         steps_per_epoch(len(texts), c.train.batch_size), sharding(mesh, "batch"))
-    loss = jax.jit(lambda trainable, frozen, batch: model.bridge.loss(
-        merge(trainable, frozen), batch))
 
     def score(trainable: Flat) -> dict[str, float]:
-        found = [jax.device_get(loss(trainable, model.frozen, put_batch(batches[i], mesh)))
-                 for i in range(len(batches))]
+        found = [jax.device_get(_loss(model.bridge, trainable, model.frozen,
+                                      put_batch(batches[i], mesh))) for i in range(len(batches))]
         total = sum(float(count) for _, count in found)
         return {"log_likelihood": -sum(float(mean * count) for mean, count in found) / total}
 
     return score
+
+
+@partial(jax.jit, static_argnums=0)  # one program for all languages
+def _loss(bridge: Bridge, trainable: Flat, frozen: Flat, batch):
+    return bridge.loss(merge(trainable, frozen), batch)

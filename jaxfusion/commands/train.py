@@ -62,7 +62,7 @@ def main(argv: list[str]) -> None:
     name = config_flags.get_config_filename(FLAGS["config"])
     file = name.partition(":")[0]
     if not local_path(file).is_file():
-        raise InputError(f"there is no config file {file}; this project's own go by name: "
+        raise InputError(f"the config file {file} is missing; this project's own go by name: "
                          f"{typed('train')} --config xnli_paper")
     config = from_config_dict(CONFIG.value)
     if config.job == "bridge" and config.seeds and not COMPILE_ONLY.value:

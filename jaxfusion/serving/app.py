@@ -201,14 +201,14 @@ def _add_page(app: FastAPI, models: dict[str, Served], batcher: Batcher) -> None
     @app.post("/api/explain")
     async def explain_text(body: ExplainRequest) -> dict[str, Any]:
         model = _find(models, body.model)
-        model.prompt(body.text, body.language or "")  # what is wrong is said before it waits
+        model.prompt(body.text, body.language or "")  # refuses before it waits
         future = batcher.call(lambda: explain(model, body.text, body.language or ""))
         return await asyncio.wrap_future(future)
 
 
 def _find(models: dict[str, Served], name: str) -> Served:
     if name not in models:
-        raise UnknownModel(f"there is no model '{name:.80}'; the models are {', '.join(models)}")
+        raise UnknownModel(f"unknown model '{name:.80}'; the models are {', '.join(models)}")
     return models[name]
 
 

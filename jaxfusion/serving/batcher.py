@@ -91,7 +91,7 @@ class Batcher:
         """Queues all of the jobs, or none.
 
         Raises:
-          Full: there is no room for them.
+          Full: the queue has no room for them.
         """
         with self.changed:
             if self.closing or len(self.waiting) + len(jobs) > self.limit:

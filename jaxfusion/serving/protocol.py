@@ -15,7 +15,7 @@ def _encodable(text: str) -> str:
     try:
         text.encode()
     except UnicodeEncodeError:
-        raise ValueError("a text with half a surrogate pair is no text") from None
+        raise ValueError("the text has half a surrogate pair") from None
     return text
 
 

@@ -88,7 +88,7 @@ class Replies:
     """The answers of a request's jobs, which it puts into the queue.
 
     Raises:
-      Full: there is no room for them.
+      Full: the queue has no room for them.
     """
 
     def __init__(self, batcher: Batcher, jobs: Sequence[Job]):

@@ -1,7 +1,7 @@
 """Where metrics go besides `metrics.jsonl`: TensorBoard, Weights & Biases, MLflow (`logging.to`).
 
 A tracker has three methods: `log` metrics of a step, `add` files, `close`. Those with a server
-never end a run: what goes wrong is said once, and training goes on without them.
+never end a run: an error gives one warning, and training goes on without them.
 """
 
 import dataclasses
@@ -132,7 +132,7 @@ class MLflow:
 
 
 class Careful:
-    """A tracker whose first error is said, and after which it is left alone."""
+    """A tracker that is dropped after its first error, with a warning."""
 
     def __init__(self, name: str, make: Callable[[], Tracker]):
         self.name, self.tracker = name, None
