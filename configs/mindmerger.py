@@ -7,8 +7,8 @@ The first stage learns the mapping on translations into English, the second math
 query in the LLM's own tokens behind the prefix. The first is kept in WORKDIR/first.
 
 Needs: accelerators with 80 GB together; the checkpoints, each converted once where the hub holds a
-pickle; `pairs/train-all.jsonl` and `pairs/dev-all.jsonl` with rows of all languages, such as
-{"text": "Anaimba.", "target": "She sings."}, or `--config.first.data.path=DIR`.
+pickle; pairs of sentences, line by line: `pairs/train-sw.txt` with their English in
+`pairs/train-sw.en.txt`, `pairs/dev-sw.txt`, and so on for each language of `config.tasks`.
 
 Published: in the papers, MGSM by extracted answer. What differs is in docs/reproducing.md.
 """
@@ -36,10 +36,12 @@ def get_config(arg=None):
     config.train.epochs = 3
     config.train.eval_every = config.train.checkpoint_every = 200
     config.eval.max_encoder_tokens = config.eval.max_decoder_tokens = 1024
-    config.tasks.translation = {"prompt": "{text}", "languages": ("all",)}
+    config.tasks.translation = {
+        "prompt": "{text}", "languages": ("bn", "de", "es", "fr", "ja", "ru", "sw", "th", "zh"),
+        "source": "pairs/{split}-{language}.txt", "answers": "pairs/{split}-{language}.en.txt"}
     config.first = {
-        "data": {"task": "translation", "path": "pairs", "language": "all", "text_prompt": "",
-                 "train_rows": None, "max_encoder_tokens": 200, "max_decoder_tokens": 200,
+        "data": {"task": "translation", "language": "all", "text_prompt": "", "train_rows": None,
+                 "max_encoder_tokens": 200, "max_decoder_tokens": 200,
                  "buckets": (32, 64, 128, 200)},
         "optimizer": {"groups": {"bridge": {"learning_rate": 4e-5}}},
     }

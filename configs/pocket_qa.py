@@ -2,6 +2,7 @@
 
     python train.py --config configs/pocket_qa.py               # Transformer Softmax
     python train.py --config configs/pocket_qa.py:compare       # all three fusions
+    python train.py --config configs/pocket_qa.py:two_stages    # translations first: MindMerger
     python eval.py --workdir runs/pocket_qa
 
 Needs: two CPU cores, a few minutes. The projector starts at a regression onto the LLM's embeddings,
@@ -39,4 +40,15 @@ def get_config(arg=None):
     config.eval.batch_size = 100
     config.eval.max_encoder_tokens = 64
     config.eval.max_new_tokens = 4
-    return finish(config, arg)
+    return finish(config, arg, {"two_stages": translate_first})
+
+
+def translate_first(config):
+    """MindMerger's two stages (2405.17386): translations into English, then the task, with the
+    query in the LLM's own tokens behind the prefix."""
+    config.data.text_prompt = "{query}"
+    config.first = {
+        "data": {"task": "pocket_translation", "path": "made:pocket", "language": "all",
+                 "text_prompt": ""},
+        "train": {"steps": 300, "eval_every": 150, "checkpoint_every": 150},
+    }

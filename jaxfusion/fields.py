@@ -137,6 +137,9 @@ class TaskConfig(Schema):
     labels: tuple[Text, ...] = ()  # what the LLM answers, by class; empty: the text in `target`
     languages: tuple[Text, ...] = ("en",)
     source: Text | None = None  # as data.path, without directories; none: data.path must say
+    # Of parallel text files, one line a row: where the answers are, with {language} and {split} or
+    # without. The prompt is '{text}', a line of `source`.
+    answers: Text | None = None
     subset: Text | None = None  # configuration of a hub or tfds dataset; {language} is filled in
     revision: Text | None = None  # of a hub dataset
     # What {split} is, or the dataset calls it; `all[0:900]` is rows 0 to 899 of `all`.
@@ -159,7 +162,8 @@ class DataConfig(Schema):
     path: Text | None = None
     revision: Text | None = None  # of a hub dataset; kept as a commit in the workdir once resolved
     streaming: bool = False  # take the first train_rows rows (balanced: of every class), no more
-    language: Text = "en"  # of training, and of development unless data.dev_languages is set
+    # Of training, and of development unless data.dev_languages is set; 'all': of the task.
+    language: Text = "en"
     # What follows the prefix, in the LLM's own tokens: nothing, a fixed instruction, or '{query}'
     # (the whole encoder prompt again: MindMerger's augmentation).
     text_prompt: str = ""

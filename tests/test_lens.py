@@ -325,7 +325,7 @@ def test_parallel_prompts_from_every_source(tmp_path):
     ({"targets": ("zz",)}, r"has no column 'zz'; it has en, xx; set data\.columns"),
     ({"answer": "zz"}, "has no column 'zz'"),
     ({"path": "none/here.jsonl"}, "is neither a file nor a readable hub dataset"),
-    ({"path": "text-{language}.txt"}, "is missing: data.path names a text file for every language"),
+    ({"path": "text-{language}.txt"}, "is missing: parallel text has a file for every language"),
 ])
 def test_bad_parallel_prompts_are_said(fields, message, tmp_path):
     (tmp_path / "p.jsonl").write_text('{"en": "one", "xx": "uno"}\n')

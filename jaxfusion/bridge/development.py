@@ -8,10 +8,10 @@ from itertools import islice
 import jax
 import numpy as np
 
+from jaxfusion.bridge.rows import shapes_of, tokenized
 from jaxfusion.data.batching import Cut
 from jaxfusion.data.pipeline import Batches, steps_per_epoch
 from jaxfusion.data.rows.examples import Example, at_hand, read_stream
-from jaxfusion.data.split_text import tokenize_texts
 from jaxfusion.data.tasks.catalogue import check_languages
 from jaxfusion.data.tasks.spec import Task
 from jaxfusion.errors import InputError, listed
@@ -36,7 +36,7 @@ def read_development(config: Config, task: Task) -> Rows:
       InputError: a language has none; or as in `read_stream`.
     """
     c = config.data
-    languages = c.dev_languages or (c.language,)
+    languages = c.dev_languages or task.training_languages(c.language)
     check_languages(c.task, languages, config.tasks)
     have = at_hand(c.task, task, "dev", c.path) if c.dev_languages else ()
     if absent := [x for x in c.dev_languages if x not in have]:
@@ -48,14 +48,14 @@ def read_development(config: Config, task: Task) -> Rows:
 
 def deciding(data: DataConfig, task: Task) -> str:
     """The name of the score that decides which checkpoint is best."""
-    name = "log_likelihood" if task.unlabelled else "exact_match"
+    name = task.development
     alone = len(data.dev_languages) < 2 or data.dev_decides == "mean"
     return name if alone else f"{data.dev_decides}/{name}"
 
 
 def make_score(model: Model, dev: Rows, task: Task, mesh) -> Score:
     """Scores of all languages: their means by name and, of several, also `LANGUAGE/NAME`."""
-    make = _likelihood if task.unlabelled else _correctness
+    make = {"log_likelihood": _likelihood, "exact_match": _correctness}[task.development]
     of = {language: make(model, rows, task, language, mesh) for language, rows in dev.items()}
 
     def score(trainable: Flat) -> dict[str, float]:
@@ -84,21 +84,19 @@ def _correctness(model: Model, rows: list[Example], task: Task, language: str, m
     return score
 
 
-def _say_cut(cut: Cut) -> None:
-    if cut.any:
+def _say_cut(cut: Cut | None) -> None:
+    if cut and cut.any:
         logger.warning("development rows longer than the limits: %s", cut)
 
 
 def _likelihood(model: Model, rows: list[Example], task: Task, language: str, mesh) -> Score:
-    """The mean log-likelihood of a token that follows, each text split at the place where the
-    first epoch would."""
+    """The mean log-likelihood of a target's token; a text without one is split at the place where
+    the first epoch would."""
     c = model.config
-    texts = tokenize_texts(
-        rows, model.tokenizers, max_encoder_tokens=c.data.max_encoder_tokens,
-        max_decoder_tokens=c.data.max_decoder_tokens, seed=c.train.seed,
-        latents=model.bridge.latents)
+    texts, cut = tokenized(c, task, rows, model.tokenizers, model.bridge.latents)
+    _say_cut(cut)
     batches = Batches(
-        texts, texts.shapes(c.data.buckets), model.tokenizers, c.train.batch_size, c.train.seed,
+        texts, shapes_of(c, texts), model.tokenizers, c.train.batch_size, c.train.seed,
         steps_per_epoch(len(texts), c.train.batch_size), sharding(mesh, "batch"))
 
     def score(trainable: Flat) -> dict[str, float]:

@@ -10,16 +10,17 @@ import jax
 
 from jaxfusion.background import in_background
 from jaxfusion.bridge.development import Rows, deciding, make_score, read_development
+from jaxfusion.bridge.rows import shapes_of, tokenized
 from jaxfusion.bridge.warm_start import warm_start
 from jaxfusion.config import CONFIG_FILE, first_stage, stage_before
-from jaxfusion.data.batching import TokenRows, find_shapes, tokenize
+from jaxfusion.data.batching import TokenRows
 from jaxfusion.data.contamination import fingerprints
 from jaxfusion.data.coverage import check_reading
 from jaxfusion.data.packing import find_packing
 from jaxfusion.data.pipeline import Batches, first_rows, subset, total_steps
 from jaxfusion.data.rows.examples import Example, find_source, read_stream
 from jaxfusion.data.rows.hub import commit_of
-from jaxfusion.data.split_text import Continued, tokenize_texts
+from jaxfusion.data.split_text import Continued
 from jaxfusion.data.tasks.catalogue import check_languages, configured, get_task
 from jaxfusion.data.tasks.spec import Task
 from jaxfusion.data.tokenizers import Tokenizers
@@ -73,7 +74,7 @@ def prepare(config: Config, mesh, fresh: bool = True, workdir: Path | None = Non
     towers = open_towers(config)
     check_reading(towers.tokenizers, examples)
     # Not only when the run is scored.
-    towers.tokenizers.check_languages((*config.data.dev_languages, *config.eval.languages))
+    towers.tokenizers.check_languages((*dev, *config.eval.languages))
     plan = plan_model(towers.config, towers.shapes, mesh)
     _check_kept(config, task, plan.groups)
     tokenized = in_background(
@@ -125,7 +126,8 @@ def read_data(config: Config) -> tuple[Config, Task, list[Example], Rows]:
     """The config with its dataset's commit, the task, and the rows of training and development."""
     c = config.data
     task = get_task(c.task, config.tasks)
-    check_languages(c.task, (c.language,), config.tasks)
+    languages = task.training_languages(c.language)
+    check_languages(c.task, languages, config.tasks)
     if task.unlabelled and (c.pack or c.text_prompt or c.chat_template):
         raise InputError(f"task '{c.task}' is unlabelled text, which fills its rows and follows "
                          "no prompt: leave data.pack, text_prompt and chat_template out")
@@ -133,11 +135,11 @@ def read_data(config: Config) -> tuple[Config, Task, list[Example], Rows]:
     if task.source and "test" not in task.source.splits and not task.unlabelled and c.path is None:
         logger.warning("task '%s' has no test split: eval.py can score the run only with --tasks "
                        "or --data_path", c.task)
-    source = find_source(c.task, task, "train", c.language, c.path)
+    source = find_source(c.task, task, "train", languages[0], c.path)
     if c.revision and source.kind != "hub":
         raise InputError(f"data.revision is for a hub dataset, and rows are read from "
                          f"{source.place}; leave it out")
-    commit = commit_of(source, "train", c.language)
+    commit = commit_of(source, "train", languages[0])
     if commit is not None:
         config = replace(config, data=replace(c, revision=commit))
         task = configured(task, config.data)
@@ -152,33 +154,24 @@ def read_data(config: Config) -> tuple[Config, Task, list[Example], Rows]:
 def _tokenize(
     config: Config, task: Task, examples: list[Example], bridge: Bridge, tokenizers: Tokenizers
 ) -> TokenRows | Continued:
-    c, clock = config.data, time.monotonic()
-    limits = {"max_encoder_tokens": c.max_encoder_tokens,
-              "max_decoder_tokens": c.max_decoder_tokens, "latents": bridge.latents}
-    if task.unlabelled:
-        rows = tokenize_texts(examples, tokenizers, seed=config.train.seed, **limits)
-        if rows.short:
-            logger.warning("%d texts of fewer than two tokens left out", rows.short)
-    else:
-        rows, cut = tokenize(examples, tokenizers, text_prompt=c.text_prompt, with_target=True,
-                             max_total_tokens=c.max_total_tokens, keeps_end=task.keeps_end,
-                             **limits)
-        if cut.any:
-            logger.warning("longer than the limits: %s", cut)
+    clock = time.monotonic()
+    rows, cut = tokenized(config, task, examples, tokenizers, bridge.latents)
+    if isinstance(rows, Continued) and rows.short:
+        logger.warning("%d texts of fewer than two tokens left out", rows.short)
+    if cut and cut.any:
+        logger.warning("longer than the limits: %s", cut)
     logger.info("%s rows tokenized in %.1f s", f"{len(rows):,}", time.monotonic() - clock)
     return rows
 
 
 def _layout(config: Config, rows: TokenRows | Continued, model: Model, shares: int):
     c = config.data
-    if isinstance(rows, Continued):
-        return rows.shapes(c.buckets)
     if c.pack:
         return find_packing(
             rows, config.train.batch_size, len(model.tokenizers.start), config.train.seed,
             2 * c.max_encoder_tokens, multiple=shares,
         )
-    return find_shapes(rows, c.buckets)
+    return shapes_of(config, rows)
 
 
 def start_from(model: Model, workdir: Path) -> tuple[Model, Flat]:

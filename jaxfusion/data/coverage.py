@@ -16,14 +16,19 @@ def check_reading(tokenizers: Tokenizers, examples: Sequence[Example]) -> None:
     """Warns where the encoder's tokenizer does not know a language's characters, or removes its
     vowel signs.
 
-    Args:
-      examples: of one language.
-
     Raises:
-      InputError: the encoder is told languages and does not have this one.
+      InputError: the encoder is told languages and does not have one of these.
     """
-    encoder, language = tokenizers.encoder, examples[0].language
-    texts = [example.query for example in examples[:SAMPLE]]
+    texts: dict[str, list[str]] = {}
+    for example in examples:
+        if len(sample := texts.setdefault(example.language, [])) < SAMPLE:
+            sample.append(example.query)
+    for language, sample in texts.items():
+        _check_language(tokenizers, language, sample)
+
+
+def _check_language(tokenizers: Tokenizers, language: str, texts: list[str]) -> None:
+    encoder = tokenizers.encoder
     rows = tokenizers.encode_queries(texts, [language] * len(texts))
     if (share := unknown_share(encoder, rows)) > MOST_LOST:
         logger.warning("the encoder's tokenizer does not know %.0f%% of the tokens in '%s'; choose "

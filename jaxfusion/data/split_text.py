@@ -112,12 +112,16 @@ def tokenize_texts(
     """Texts ready to be split, of at most `max_encoder_tokens` with special tokens and prefix.
 
     Raises:
-      InputError: no text has two tokens, the limit leaves no room for them, or the encoder's
-        tokenizer does not give the offsets of its tokens.
+      InputError: no text has two tokens, the limit leaves no room for them, the encoder's
+        tokenizer does not give the offsets of its tokens, or texts of several languages and an
+        encoder that is told which.
     """
     if not tokenizers.encoder.is_fast:
         raise InputError("unlabelled text needs an encoder tokenizer with offsets (a "
                          "tokenizer.json)")
+    if tokenizers.languages and len({example.language for example in examples}) > 1:
+        raise InputError("unlabelled text in several languages needs an encoder that is not told "
+                         "the language of a text: choose one language as data.language")
     texts, ids, begins, short = [], Ragged(), Ragged(), 0
     around, prefix = tokenizers.around_query(examples[0].language), tokenizers.query_prefix
     room = max_encoder_tokens - sum(map(len, around)) + 1

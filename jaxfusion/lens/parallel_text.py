@@ -2,7 +2,8 @@
 
 from pathlib import Path
 
-from jaxfusion.data.rows.files import read_file
+from jaxfusion.data.rows.examples import check_aligned
+from jaxfusion.data.rows.files import read_file, read_lines
 from jaxfusion.data.tasks.spec import Placed
 from jaxfusion.errors import InputError, first_line
 from jaxfusion.fields import ParallelConfig
@@ -25,13 +26,9 @@ def read_parallel(config: ParallelConfig) -> tuple[dict[str, list[str]], list[st
                          "a hub dataset")
     columns = {name: config.columns.get(name, name) for name in languages}
     if "{language}" in config.path:
-        prompts = {name: _lines(Path(config.path.replace("{language}", column)).expanduser())
-                 for name, column in columns.items()}
-        shortest, longest = (pick(prompts, key=lambda x: len(prompts[x])) for pick in (min, max))
-        if (n := len(prompts[shortest])) < len(prompts[longest]):
-            raise InputError(f"{config.path}: '{longest}' has {len(prompts[longest])} lines, "
-                             f"'{shortest}' {n}: line {n + 1} has no counterpart; expected "
-                             "translations line by line")
+        prompts = {name: read_lines(Path(config.path.replace("{language}", column)).expanduser())
+                   for name, column in columns.items()}
+        check_aligned(prompts)
         answers = None
     else:
         path = Path(config.path).expanduser()
@@ -53,15 +50,6 @@ def _column(rows: list[Placed], column: str, path: str) -> list[str]:
         if column not in row:
             raise InputError(f"{where}: column '{column}' is missing, which other rows have")
     return ["" if row[column] is None else str(row[column]) for row, _ in rows]
-
-
-def _lines(file: Path) -> list[str]:
-    if not file.is_file():
-        raise InputError(f"{file} is missing: data.path names a text file for every language")
-    try:
-        return file.read_text("utf-8-sig").rstrip("\n").split("\n")
-    except UnicodeDecodeError as error:
-        raise InputError(f"{file} is not UTF-8: {error}") from None
 
 
 def _hub(name: str) -> list[Placed]:

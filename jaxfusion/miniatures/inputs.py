@@ -7,7 +7,12 @@ from zlib import crc32
 
 from jaxfusion.config import first_stage
 from jaxfusion.data.pocket.lexicon import VERSION as WORLD
-from jaxfusion.data.pocket.world import write_parallel, write_tasks, write_texts
+from jaxfusion.data.pocket.world import (
+    write_parallel,
+    write_tasks,
+    write_texts,
+    write_translations,
+)
 from jaxfusion.data.tasks.catalogue import get_task
 from jaxfusion.data.tasks.spec import Task
 from jaxfusion.errors import InputError, choose
@@ -39,6 +44,8 @@ def make_inputs(config: Job) -> Job:
     if config.data.path and config.data.path.startswith(f"{MADE}pocket"):
         if isinstance(config, PretrainConfig):
             path = _world(config.data.path, "texts", write_texts, cache)
+        elif config.data.task == "pocket_translation":
+            path = _world(config.data.path, "translations", write_translations, cache)
         else:
             path = _world(config.data.path, "tasks", write_tasks, cache) / config.data.task
         config = replace(config, data=replace(config.data, path=str(path)))

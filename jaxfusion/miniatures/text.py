@@ -23,14 +23,14 @@ def made_up_tokenizer(role: str):
 
 
 def write_rows(out: Path, task: Task, *, rows: dict[str, int], seed: int = 0) -> None:
-    """Writes `{split}-{language}.jsonl` for a task's first two languages.
+    """Writes `{split}-{language}.jsonl` for a task's first two languages, or all of translations.
 
     The answer can be learned: each class has its own word at the beginning of the prompt's first
     column (free text answers with that word). Languages use different words.
     """
     rng = random.Random(seed)
     columns = re.findall(r"{(\w+)}", task.prompt)
-    for language in task.languages[:2]:
+    for language in task.languages if task.translation else task.languages[:2]:
         cues = [word(rng) for _ in range(max(len(task.labels), 8))]
         for split in SPLITS:
             lines = [

@@ -173,14 +173,14 @@ def texts(language: str, rows: int, seed: int = 0) -> Iterator[str]:
             question = random_question(rng, "train")
             yield QA_PROMPT.format(**render_question(question, language)).strip()
         else:
-            yield render(_train_sentence(rng), language)
+            yield render(_sentence(rng), language)
 
 
 def pairs(language: str, rows: int, seed: int = 0) -> Iterator[tuple[str, str]]:
     """Sentences in English and a language, from training frames only."""
     rng = random.Random(f"{VERSION} {seed} pairs {language}")
     for _ in range(rows):
-        sentence = _train_sentence(rng)
+        sentence = _sentence(rng)
         yield english(sentence), render(sentence, language)
 
 
@@ -213,11 +213,11 @@ def _fact(rng: random.Random) -> tuple[str, str]:
     return f"{concept} is a kind of", rng.choice(above[concept])
 
 
-def _train_sentence(rng: random.Random) -> Sentence:
+def _sentence(rng: random.Random, split: str = "train") -> Sentence:
     while True:
         universal = rng.random() < 0.3
         sentence = deny(random_sentence(rng, universal), rng.random() < 0.4)
-        if sentence.split == "train":
+        if sentence.split == split:
             return sentence
 
 
@@ -268,6 +268,20 @@ def write_tasks(out: Path, scale: float = 1.0, seed: int = 0) -> None:
         rows = task_rows(task, split, name, number, seed)
         _write(out / task / f"{split}-{name}.jsonl",
                (json.dumps(row, ensure_ascii=False) for row in rows))
+    _sign(out, scale, seed)
+
+
+def write_translations(out: Path, scale: float = 1.0, seed: int = 0) -> None:
+    """Writes `SPLIT-LANGUAGE.jsonl` into a directory: sentences with their English translations."""
+    for split, (name, language) in product(SPLITS, LANGUAGES.items()):
+        if not language.pairs:
+            continue
+        rng = random.Random(f"{VERSION} {seed} translations {split} {name}")
+        number = _scaled(language.pairs, scale) if split == "train" else TASK_ROWS[split]
+        sentences = (_sentence(rng, split) for _ in range(number))
+        _write(out / f"{split}-{name}.jsonl",
+               (json.dumps({"text": render(x, name), "target": english(x)}, ensure_ascii=False)
+                for x in sentences))
     _sign(out, scale, seed)
 
 

@@ -2,15 +2,16 @@
 
 import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from glob import escape
-from itertools import islice
+from itertools import chain, islice, pairwise
+from math import inf
 from pathlib import Path
 from typing import Any
 
 from jaxfusion.data.pocket.lexicon import check_version
-from jaxfusion.data.rows.files import READERS, is_blank, kind_of, read_file
+from jaxfusion.data.rows.files import READERS, is_blank, kind_of, read_file, read_lines
 from jaxfusion.data.rows.hub import read_hub
 from jaxfusion.data.rows.tfds import read_tfds
 from jaxfusion.data.tasks.spec import SAME, Placed, Row, Source, Task
@@ -44,11 +45,19 @@ def read_stream(
 
     Args:
       name: the task's name, for messages.
+      language: or `all`: one language of the task after the other.
       path: `data.path`: where the rows are; None: the task's own source.
 
     Raises:
       InputError: no such file or dataset, no rows, or a malformed row (reported with its line).
     """
+    return chain.from_iterable(_stream(name, task, split, one, path)
+                               for one in task.training_languages(language))
+
+
+def _stream(
+    name: str, task: Task, split: str, language: str, path: str | None
+) -> Iterator[Example]:
     if task.unlabelled and split == "test":
         raise InputError(f"task '{name}' is unlabelled text and cannot be scored; name other tasks "
                          "in config.eval.tasks or --tasks")
@@ -181,19 +190,49 @@ def _file_rows(name: str, source: Source, split: str, language: str) -> Iterator
     """Rows of all files that match a pattern, in order of file names."""
     if not MAGIC.search(source.place) and not Path(source.place).expanduser().exists():
         raise InputError(f"{source.place} is missing: task '{name}' reads its rows from it")
-    if "{split}" not in source.place and len(source.splits) > 1:
+    if "{split}" not in source.place and _share_rows(source):
         raise InputError(f"{source.place} has no {{split}}: training and test rows would be the "
                          f"same; write {{split}} where the file names of task '{name}' have train, "
-                         "dev or test")
+                         "dev or test, or give each split its own rows")
     place = _filled(source, split, language)
+    if source.answers:
+        return islice(_aligned(place, _filled(replace(source, place=source.answers), split,
+                                              language)), *_bounds(source, split))
     files = _matches(place)
     if not files:
         what = "matches no file" if MAGIC.search(str(place)) else "is missing"
         raise InputError(f"{place} {what}: task '{name}' reads split '{split}' in '{language}' "
                          "from it")
     rows = (row for file in files for row in read_file(file, source.columns, source.quoted))
+    return islice(rows, *_bounds(source, split))
+
+
+def _share_rows(source: Source) -> bool:
+    """Whether two splits of one file have rows in common."""
+    bounds = sorted((first or 0, inf if end is None else end)
+                    for first, end in (_bounds(source, split) for split in source.splits))
+    return any(end > first for (_, end), (first, _) in pairwise(bounds))
+
+
+def _bounds(source: Source, split: str) -> tuple[int | None, int | None]:
     selected = source.rows(split)[1]
-    return islice(rows, selected.start, selected.stop)
+    return selected.start, selected.stop
+
+
+def _aligned(texts: Path, answers: Path) -> Iterator[Placed]:
+    """Rows of parallel text: a line of one file, and the same line of the other."""
+    lines, targets = read_lines(texts), read_lines(answers)
+    check_aligned({str(texts): lines, str(answers): targets})
+    for number, (text, target) in enumerate(zip(lines, targets, strict=True), start=1):
+        yield {"text": text, "target": target}, f"{texts}:{number}"
+
+
+def check_aligned(lines: dict[str, Sequence[str]]) -> None:
+    """Raises InputError if parallel texts, by name, have different numbers of lines."""
+    shortest, longest = (pick(lines, key=lambda x: len(lines[x])) for pick in (min, max))
+    if (n := len(lines[shortest])) < len(lines[longest]):
+        raise InputError(f"'{longest}' has {len(lines[longest])} lines, '{shortest}' {n}: line "
+                         f"{n + 1} has no counterpart; expected translations line by line")
 
 
 def _matches(place: Path) -> list[Path]:

@@ -53,6 +53,20 @@ def read_file(
     return READERS[kind](file, columns, quoted)
 
 
+def read_lines(file: Path) -> list[str]:
+    """The lines of a text file, as parallel text has them; blank ones at the end are left out.
+
+    Raises:
+      InputError: it is missing, not UTF-8, or damaged.
+    """
+    if not file.is_file():
+        raise InputError(f"{file} is missing: parallel text has a file for every language")
+    lines = [line.rstrip("\r\n") for line in _lines(file)]
+    while lines and is_blank(lines[-1]):
+        lines.pop()
+    return lines
+
+
 def is_blank(value: Any) -> bool:
     """Whether a cell is empty: None, NaN (from Parquet), or white space."""
     return value is None or value != value or not str(value).strip()

@@ -181,6 +181,8 @@ TASKS: dict[str, Task] = {
         parallel=True,
     ),
     # The made-up world in data/pocket/world.py.
+    "pocket_translation": Task("{text}", (), tuple(x for x in POCKET if POCKET[x].pairs),
+                               translation=True),
     "pocket_nli": Task(NLI_PROMPT, NLI_LABELS, tuple(POCKET), parallel=True),
     "pocket_qa": Task(QA_PROMPT, (), tuple(POCKET), parallel=True),
     # Multiple choice as in Lens: options have letters, and the likelihoods of letters are compared.
@@ -337,11 +339,24 @@ def own_task(name: str, c: TaskConfig) -> Task:
                          f"of the {len(c.labels)} labels")
     if c.unlabelled and c.labels:
         raise InputError(f"{where} is unlabelled, but has labels")
+    if c.answers:
+        _check_answers(where, c)
     for split in c.splits:
         choose(f"split in {where}.splits:", split, SPLITS)
     return Task(c.prompt, c.labels, c.languages, _own_source(c), spellings=c.spellings,
-                unlabelled=c.unlabelled, parallel=c.parallel, extract=c.extract and EXTRACTS[
+                unlabelled=c.unlabelled, translation=c.answers is not None, parallel=c.parallel,
+                extract=c.extract and EXTRACTS[
                     choose(f"{where}.extract", c.extract, EXTRACTS)])
+
+
+def _check_answers(where: str, c: TaskConfig) -> None:
+    """Raises InputError if a task's answers cannot be the lines of text files."""
+    if c.labels or c.unlabelled or c.columns or re.findall(r"{(\w+)}", c.prompt) != ["text"]:
+        raise InputError(f"{where}.answers is for parallel text: leave labels, unlabelled and "
+                         "columns out, and let {text} be the prompt's only column")
+    if c.source is None or Source(c.source).kind != "files":
+        raise InputError(f"{where}.answers needs {where}.source, the text files whose lines they "
+                         "answer")
 
 
 EXTRACTS = {"last_number": last_number, "last_unsigned": last_unsigned}
@@ -350,7 +365,7 @@ EXTRACTS = {"last_number": last_number, "last_unsigned": last_unsigned}
 def _own_source(c: TaskConfig) -> Source | None:
     if c.source is None:
         return None
-    source = Source(c.source, c.subset, revision=c.revision, names=c.names,
+    source = Source(c.source, c.subset, revision=c.revision, names=c.names, answers=c.answers,
                     rename={theirs: ours for ours, theirs in c.columns.items()})
     return replace(source, splits=c.splits or (SAME if source.kind == "files" else HUB_SPLITS))
 

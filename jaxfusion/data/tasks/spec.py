@@ -9,6 +9,7 @@ from typing import Any
 SPLITS = ("train", "dev", "test")
 SAME = {split: split for split in SPLITS}
 HUB_SPLITS = {"train": "train", "dev": "validation", "test": "test"}
+EVERY = "all"  # as `data.language`: the languages of the task, unless one has that name
 Row = dict[str, Any]
 Placed = tuple[Row, str]  # a row, and its place for messages
 # A source's row, and the source's name of the language -> our columns.
@@ -30,6 +31,7 @@ class Source:
       rename: source column -> ours. make: for what renaming cannot do.
       names: our language -> the source's name, where they differ.
       borrowed: column -> language to copy it from, where other languages' files are wrong.
+      answers: of parallel text: a pattern like `place`; the line of the same number is the answer.
       streaming: whether a hub dataset is downloaded only as it is read.
       quoted: whether fields of TSVs may be quoted, as pandas writes them.
     """
@@ -43,6 +45,7 @@ class Source:
     make: Make | None = None
     names: dict[str, str] = field(default_factory=dict)
     borrowed: dict[str, str] = field(default_factory=dict)
+    answers: str | None = None
     streaming: bool = False
     quoted: bool = False
 
@@ -82,6 +85,7 @@ class Task:
       spellings: the labels in the data, if neither the labels themselves nor 0, 1, …
       extract: maps a free text to what is compared with the target; None: the text itself.
       unlabelled: no answer: the encoder reads the beginning of the text, the LLM learns the rest.
+      translation: the answer is a translation, of which a good one rarely equals the target.
       parallel: whether test rows with the same number are translations of each other, except for
         languages in `sources`.
       keeps_end: whether a prompt that is too long is truncated at its beginning, because its
@@ -99,6 +103,7 @@ class Task:
     spellings: tuple[str, ...] = ()
     extract: Callable[[str], str] | None = None
     unlabelled: bool = False
+    translation: bool = False
     parallel: bool = False
     keeps_end: bool = False
     max_new_tokens: int = 16
@@ -123,6 +128,16 @@ class Task:
     def target_column(self) -> str:
         """The column of the answer."""
         return "label" if self.labels else "target"
+
+    def training_languages(self, language: str) -> tuple[str, ...]:
+        """The languages that `data.language` means."""
+        every = language == EVERY and EVERY not in self.languages
+        return self.languages if every else (language,)
+
+    @property
+    def development(self) -> str:
+        """The scoring of development rows: see `bridge/development.py`."""
+        return "log_likelihood" if self.unlabelled or self.translation else "exact_match"
 
     @property
     def scoring(self) -> str:
