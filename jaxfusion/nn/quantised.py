@@ -1,10 +1,11 @@
 """Frozen weights in 8 or 4 bits: integers, and float32 scales (weight-only quantisation).
 
-`w ≈ values · scale`, symmetric and rounded to nearest. int8 has one scale for all inputs of an
-output channel, `max|w| / 127` (vector-wise absmax of LLM.int8(), arXiv:2208.07339, section 2.1);
-int4 has one for every 32 inputs, `max|w| / 7` (groups of ZeroQuant, arXiv:2206.01861, section 4.1).
-Tables of token embeddings are int8 in both, with a scale for each token: a table is read as logits
-too, where 4 bits cost the most.
+`w ≈ values · scale`, rounded to nearest. int8 has one scale for all inputs of an output channel
+(vector-wise, as in LLM.int8(), arXiv:2208.07339, section 2.1), int4 one for every 32 inputs (groups
+of ZeroQuant, arXiv:2206.01861, section 4.1). The weight of the largest magnitude becomes -128 or
+-8, whatever its sign, so a scale may be negative (as in llama.cpp's Q4_0): `max|w| / 7` would leave
+one of 16 steps unused, and an error an eighth larger. Tables of token embeddings are int8 in both,
+with a scale for each token: a table is read as logits too, where 4 bits cost the most.
 
 A quantised kernel is two parameters, `kernel` and `scale`, of the same rank: each axis of the scale
 divides the kernel's, and one entry holds for as many of its entries.
@@ -87,12 +88,14 @@ def quantise(
       weights: of any float dtype. scale_shape: each axis divides the weights'.
       dtype: int8 or int4.
     """
-    largest = 2 ** (BITS[dtype.name] - 1) - 1
+    lowest = -2 ** (BITS[dtype.name] - 1)
     tiles = _tiled(weights.astype(np.float32), scale_shape)
     within = tuple(range(1, tiles.ndim, 2))
-    scale = np.max(np.abs(tiles), axis=within, keepdims=True) / np.float32(largest)
+    high, low = (pick(tiles, axis=within, keepdims=True) for pick in (np.max, np.min))
+    scale = np.where(high > -low, high, low) / np.float32(lowest)
     scale = np.where(scale == 0, np.float32(1), scale)
-    values = np.rint(tiles / scale).reshape(weights.shape).astype(np.int8)
+    values = np.clip(np.rint(tiles / scale), lowest, -lowest - 1).astype(np.int8)
+    values = values.reshape(weights.shape)
     return values.astype(dtype), scale.reshape(scale_shape)
 
 
@@ -118,7 +121,7 @@ def product(
     Accumulated in float32 and returned in the dtype of `x`.
     """
     width = x.shape[-1]
-    if all(n == 1 for n in scale.shape[:inputs]):  # integers up to 127 are exact in bfloat16
+    if all(n == 1 for n in scale.shape[:inputs]):  # integers up to 128 are exact in bfloat16
         y = jnp.matmul(x, values.reshape(width, -1).astype(x.dtype),
                        preferred_element_type=jnp.float32)
         return (y * scale.reshape(-1)).astype(x.dtype)
