@@ -1,11 +1,15 @@
 """Shared by all tests: one compile cache per run, no hub, and small checkpoints made once."""
 
+import atexit
 import os
+import shutil
 import tempfile
 from pathlib import Path
 
-# Before jax and huggingface_hub are imported.
-os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", tempfile.mkdtemp(prefix="jaxfusion-jit-"))
+# Before jax and huggingface_hub are imported. The workers of xdist inherit the directory.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="jaxfusion-jit-")
+    atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Tests compile far more than they compute. Without the emitters of fusions, and in one part, XLA
