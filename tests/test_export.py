@@ -171,6 +171,23 @@ def test_every_family_is_answered_alike(case, tiny, tmp_path):
     assert type(alone).__name__ == decoders.ARCHITECTURES[config.family]
 
 
+def test_the_llm_alone_answers_a_bridges_embeddings(tiny, tmp_path):
+    """The recipe for vLLM in docs/serving.md, with transformers in vLLM's place: rows one by one,
+    without padding, and no position ids."""
+    make_run(tmp_path / "run", tiny, "global_softmax")
+    export(tmp_path / "run", tmp_path / "out", merge=True)
+    bridge, tokenizer = theirs_of(tmp_path / "out")
+    llm = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "decoder")
+    asked = tokenizer(["one", "a text of several words"], return_tensors="pt", padding=True)
+    settings = {"max_new_tokens": 12, "do_sample": False}
+    wanted = bridge.generate(**asked, **settings)[:, asked["input_ids"].shape[1]:]
+    with torch.no_grad():
+        embeds, real, _, _ = bridge.splice(**asked)
+    for row, is_real, answer in zip(embeds, real, wanted, strict=True):
+        found = llm.generate(inputs_embeds=row[is_real.bool()][None], **settings)[0]
+        assert found.tolist() == answer[: len(found)].tolist()
+
+
 def test_the_llms_own_generation_settings_change_nothing(tiny, tmp_path):
     path = shutil.copytree(tiny / "decoder", tmp_path / "decoder")
     (path / "generation_config.json").write_text(json.dumps(

@@ -4,6 +4,9 @@ Its subdirectories are looked at one by one: an encoder's states, an LLM's logit
 """
 
 import os
+import subprocess
+import sys
+from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -11,16 +14,21 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from helpers import NEAR_TIE, relative, torch_encoder
+from helpers import NEAR_TIE, debug_config, relative, torch_encoder
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from jaxfusion.data.tokenizers import load_tokenizer
+from jaxfusion.fields import ParallelConfig
+from jaxfusion.hf.convert import convert
 from jaxfusion.hf.json_fields import FAMILIES
 from jaxfusion.hf.load import load_params, read_config, read_shape
 from jaxfusion.hf.tables import tower_table
+from jaxfusion.lens import job
 from jaxfusion.miniatures.checkpoints import random_params
 from jaxfusion.nn.decoder import Decoder
 from jaxfusion.nn.encoder import Encoder
+from jaxfusion.runs.export.tower import export_lens
 from jaxfusion.training.state import merge
 
 REAL = Path(os.environ.get("JAXFUSION_REAL", "/nowhere"))
@@ -86,3 +94,28 @@ def test_an_llms_logits_and_greedy_tokens(path):
         greedy = np.argmax(ours[0], axis=-1)[ids.shape[1] - 1 : -1]
         assert clear.sum() > 50
         assert np.array_equal(greedy[clear], tokens[0, ids.shape[1]:][clear])
+
+
+@pytest.mark.parametrize("path", of_role("decoder"))
+def test_an_llm_that_lens_moved_goes_to_gguf_and_back(path, real_data, tmp_path):
+    """llama.cpp's own converter reads the export, and its file has the values that were trained.
+
+    `JAXFUSION_LLAMA_CPP` names its convert_hf_to_gguf.py.
+    """
+    if not (script := os.environ.get("JAXFUSION_LLAMA_CPP")):
+        pytest.skip("JAXFUSION_LLAMA_CPP is not set: it names llama.cpp's convert_hf_to_gguf.py")
+    prompts = str(real_data / "ntrex" / "NTREX-128" / "newstest2019-{language}.txt")
+    config = debug_config(data=ParallelConfig(
+        path=prompts, central="en", targets=("sw", "si"), probe_rows=12, rows=8,
+        columns={"en": "src.eng", "sw": "ref.swa", "si": "ref.sin"}))
+    config = replace(config, decoder=replace(config.decoder, checkpoint=str(path)))
+    job.lens(config, tmp_path / "run")
+    export_lens(tmp_path / "run" / "lens", tmp_path / "out")
+    subprocess.run([sys.executable, script, "--outtype", "f32", "--outfile", tmp_path / "a.gguf",
+                    tmp_path / "out"], check=True)
+    convert(str(tmp_path / "a.gguf"), tmp_path / "back")
+    sent, back = (load_file(tmp_path / x / "model.safetensors") for x in ("out", "back"))
+    before = load_file(path / "model.safetensors")
+    assert sent.keys() == back.keys()
+    assert all(torch.equal(sent[name].float(), back[name]) for name in sent)
+    assert any(not torch.equal(sent[name], before[name]) for name in sent)
