@@ -239,7 +239,8 @@ class EvalConfig(Schema):
     batch_size: Count = 32
     max_encoder_tokens: Count = 512
     max_decoder_tokens: Count = 512
-    max_new_tokens: Count | None = None  # of an answer; none: what the task wants, mostly 16
+    # Of an answer; none: what the task wants, mostly 16. 0: no answers, only likelihoods of labels.
+    max_new_tokens: RowCount | None = None
     temperature: Weight = 0.0  # of drawing an answer's tokens; 0 takes the likeliest
     # Sample among the likeliest tokens with this total probability (nucleus).
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0

@@ -111,12 +111,16 @@ def test_the_best_of_scores():
 
 
 def test_which_score_decides(config):
-    data = replace(config.data, dev_languages=("en", "sw"))
-    assert deciding(config.data, NLI) == deciding(data, NLI) == "exact_match"
-    assert deciding(replace(data, dev_decides="sw"), NLI) == "sw/exact_match"
-    assert deciding(replace(data, dev_decides="sw"), replace(NLI, unlabelled=True)) == (
-        "sw/log_likelihood")
-    assert deciding(replace(config.data, dev_decides="en"), NLI) == "exact_match"
+    def decides(task=NLI, max_new_tokens=None, **fields):
+        return deciding(replace(
+            config, data=replace(config.data, **fields),
+            eval=replace(config.eval, max_new_tokens=max_new_tokens)), task)
+
+    two = {"dev_languages": ("en", "sw")}
+    assert decides() == decides(**two) == decides(dev_decides="en") == "exact_match"
+    assert decides(dev_decides="sw", **two) == "sw/exact_match"
+    assert decides(replace(NLI, unlabelled=True), dev_decides="sw", **two) == "sw/log_likelihood"
+    assert decides(max_new_tokens=0) == "likelihood"
     assert _in_a_line({"exact_match": 0.5, "likelihood": 0.6, "sw/exact_match": 0.4,
                        "sw/likelihood": 0.3}, "exact_match") == (
         "exact_match 0.500  likelihood 0.600  (exact_match: sw 0.400)")

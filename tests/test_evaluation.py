@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shutil
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -17,9 +18,10 @@ from jaxfusion.data.contamination import fingerprints
 from jaxfusion.data.rows.examples import Example
 from jaxfusion.data.tasks.catalogue import TASKS
 from jaxfusion.data.tasks.spec import Task, last_number
+from jaxfusion.errors import InputError
 from jaxfusion.evaluation.generate import Decoding, choose_tokens, make_scorer
 from jaxfusion.evaluation.options import make_options
-from jaxfusion.evaluation.scoring import SHARED, Scorer, _correct
+from jaxfusion.evaluation.scoring import SHARED, Scorer, _correct, check_scorable
 from jaxfusion.fields import EvalConfig
 from jaxfusion.reports.statistics import accuracy, holm, mcnemar, sign_flip, wilson_interval
 from jaxfusion.reports.terminal import merge_results
@@ -105,6 +107,18 @@ def test_free_text_has_greedy_scores_alone(model, params):
     task = Task("{text}", (), ("en",))
     scored = Scorer(model.bridge, model.tokenizers, config)(params, EXAMPLES, task)
     assert set(scored.correct) == {"exact_match"}
+
+
+def test_labels_can_be_scored_without_answers(model, params):
+    """The likelihoods are the same, and nothing is called wrong that was not asked for."""
+    config = EvalConfig(batch_size=4, max_new_tokens=2)
+    whole, labels = (Scorer(model.bridge, model.tokenizers, replace(config, max_new_tokens=n))(
+        params, EXAMPLES, TASK) for n in (2, 0))
+    assert set(labels.correct) == {"likelihood", "likelihood_norm"}
+    np.testing.assert_allclose(labels.likelihoods, whole.likelihoods, rtol=1e-5)
+    check_scorable(replace(config, max_new_tokens=0), "pocket_nli", TASK)
+    with pytest.raises(InputError, match="task 'mgsm' has no labels and is scored by its answers"):
+        check_scorable(replace(config, max_new_tokens=0), "mgsm", Task("{text}", (), ("en",)))
 
 
 def test_an_answer_ends_at_every_end_token_that_the_llm_names(model, params, tiny, tmp_path):

@@ -16,7 +16,7 @@ from jaxfusion.data.tasks.catalogue import check_languages
 from jaxfusion.data.tasks.spec import Task
 from jaxfusion.errors import InputError, listed
 from jaxfusion.evaluation.scoring import Scorer, for_task
-from jaxfusion.fields import Config, DataConfig
+from jaxfusion.fields import Config
 from jaxfusion.nn.bridge import Bridge
 from jaxfusion.reports.statistics import accuracy
 from jaxfusion.sharding.mesh import sharding
@@ -46,9 +46,11 @@ def read_development(config: Config, task: Task) -> Rows:
             for language in languages}
 
 
-def deciding(data: DataConfig, task: Task) -> str:
+def deciding(config: Config, task: Task) -> str:
     """The name of the score that decides which checkpoint is best."""
-    name = task.development
+    data, name = config.data, task.development
+    if config.eval.max_new_tokens == 0 and name == "exact_match":
+        name = task.scoring
     alone = len(data.dev_languages) < 2 or data.dev_decides == "mean"
     return name if alone else f"{data.dev_decides}/{name}"
 

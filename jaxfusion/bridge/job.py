@@ -26,6 +26,7 @@ from jaxfusion.data.tasks.spec import Task
 from jaxfusion.data.tokenizers import Tokenizers
 from jaxfusion.errors import InputError
 from jaxfusion.evaluation.kept_states import keep_states
+from jaxfusion.evaluation.scoring import check_scorable
 from jaxfusion.fields import Config
 from jaxfusion.nn.bridge import Bridge
 from jaxfusion.sharding.hosts import all_or_none
@@ -99,7 +100,7 @@ def prepare(config: Config, mesh, fresh: bool = True, workdir: Path | None = Non
     logger.info("%s training rows", f"{len(rows):,}")
     return Run(
         model.config, model.bridge.loss, model.trainable, model.frozen, model.groups, batches,
-        steps, make_score(model, dev, task, mesh), best=deciding(config.data, task),
+        steps, make_score(model, dev, task, mesh), best=deciding(config, task),
         plain_loss=plain(model.bridge).loss,
         seen=fingerprints(example.query for example in examples),
         kept=to_keep(model, earlier) if fresh else None, patience=config.data.dev_patience,
@@ -131,6 +132,8 @@ def read_data(config: Config) -> tuple[Config, Task, list[Example], Rows]:
     if task.unlabelled and (c.pack or c.text_prompt or c.chat_template):
         raise InputError(f"task '{c.task}' is unlabelled text, which fills its rows and follows "
                          "no prompt: leave data.pack, text_prompt and chat_template out")
+    if task.development == "exact_match":
+        check_scorable(config.eval, c.task, task)
     task = configured(task, c)
     if task.source and "test" not in task.source.splits and not task.unlabelled and c.path is None:
         logger.warning("task '%s' has no test split: eval.py can score the run only with --tasks "

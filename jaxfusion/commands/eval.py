@@ -40,7 +40,7 @@ COMPARE = text("compare", None, "RUN_A RUN_B …, each a workdir, or several by 
 SCORING = text("scoring", None, "of --compare: how an answer counts")
 REPORT = switch("report", False, "write report.html and report.md on what was scored")
 DECODING = {
-    "max_new_tokens": whole("max_new_tokens", None, "of an answer", lower_bound=1),
+    "max_new_tokens": whole("max_new_tokens", None, "of an answer", lower_bound=0),
     "temperature": number("temperature", None, "0: the likeliest token; above: drawn"),
     "top_p": number("top_p", None, "sample among tokens of this total probability"),
     "seed": whole("seed", None, "of what is drawn"),

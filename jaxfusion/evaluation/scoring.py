@@ -37,7 +37,7 @@ class Scored:
     """The results for each example, in order.
 
     Attributes:
-      answers: the text, stripped, without the stop string that ended it.
+      answers: the text, stripped, without the stop string that ended it; empty if none was asked.
       likelihoods: [rows, labels] log-likelihood of each label.
       correct: by scoring name (see `Scorer`).
       cut: how many examples were truncated.
@@ -64,11 +64,19 @@ def for_task(config: EvalConfig, task: Task, language: str | None = None) -> Eva
                    stop=config.stop or task.stop.get(language, ()))
 
 
+def check_scorable(config: EvalConfig, name: str, task: Task) -> None:
+    """Raises InputError for a task that is scored by its answers, if none are generated."""
+    if config.max_new_tokens == 0 and not task.labels:
+        raise InputError(f"eval.max_new_tokens is 0, but task '{name}' has no labels and is scored "
+                         "by its answers; set it to 1 or more, or leave it open")
+
+
 class Scorer:
     """Scores examples with one compiled program per batch shape.
 
     `exact_match`: the answer equals the target after strip, as in the papers; if the task extracts
-    a part of both, the parts are compared. Greedy unless the config has a temperature.
+    a part of both, the parts are compared. Greedy unless the config has a temperature. With
+    `max_new_tokens=0` there are no answers, and no such scoring.
     `likelihood`: the correct label has the largest summed log-probability; for a bridge including
     the end token that training puts after every answer, for the bare LLM without it.
     `likelihood_norm`: the same, divided by the label's length in characters, as `acc_norm` in
@@ -125,7 +133,8 @@ class Scorer:
                 answers[number], unfinished[number] = self._text(tokens[row])
                 likelihoods[number] = scores[: len(labels), row]
             progress(len(chosen))
-        correct = _correct(task, examples, answers, likelihoods)
+        answered = answers if self.config.max_new_tokens else None
+        correct = _correct(task, examples, answered, likelihoods)
         return Scored(answers, likelihoods, correct, cut, unfinished)
 
     def shapes(self, rows: Sequence[TokenRow]) -> Shapes:
@@ -211,14 +220,16 @@ def read_answer(
 
 
 def _correct(
-    task: Task, examples: Sequence[Example], answers: list[str], likelihoods: np.ndarray
+    task: Task, examples: Sequence[Example], answers: list[str] | None, likelihoods: np.ndarray
 ) -> dict[str, list[bool]]:
     """Which examples are right, by scoring name."""
-    extract = task.extract or str.strip
-    pairs = [(extract(answer), extract(example.target))
-             for answer, example in zip(answers, examples, strict=True)]
-    # Two empty extractions are not a match: there was no answer.
-    correct = {"exact_match": [answer == target != "" for answer, target in pairs]}
+    correct = {}
+    if answers is not None:
+        extract = task.extract or str.strip
+        pairs = [(extract(answer), extract(example.target))
+                 for answer, example in zip(answers, examples, strict=True)]
+        # Two empty extractions are not a match: there was no answer.
+        correct["exact_match"] = [answer == target != "" for answer, target in pairs]
     if not task.labels:
         return correct
     right, lengths = np.array([example.label for example in examples]), [*map(len, task.labels)]

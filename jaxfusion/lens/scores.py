@@ -11,7 +11,7 @@ from jaxfusion.data.tasks.catalogue import check_languages, get_task
 from jaxfusion.data.tasks.spec import Task
 from jaxfusion.errors import InputError
 from jaxfusion.evaluation.perplexity import fidelity, load_identifier, perplexity
-from jaxfusion.evaluation.scoring import Scorer, for_task
+from jaxfusion.evaluation.scoring import Scorer, check_scorable, for_task
 from jaxfusion.fields import LensRunConfig
 from jaxfusion.files import write_whole
 from jaxfusion.lens.model import LensModel
@@ -65,6 +65,7 @@ def read_questions(
     tasks = {}
     for name in config.eval.tasks:
         task = get_task(name, config.tasks)
+        check_scorable(config.eval, name, task)
         known = task.languages
         check_languages(name, config.eval.languages, config.tasks)
         chosen = config.eval.languages or tuple(x for x in languages if x in known)
@@ -74,6 +75,8 @@ def read_questions(
         for language in chosen:
             tasks[name, language] = read_examples(
                 name, task, c.task_split, language, c.task_path)[: c.task_rows]
+    if c.reply_rows:
+        check_scorable(config.eval, "replies", REPLY)
     if config.bridge and c.perplexity_rows:
         raise InputError("data.perplexity_rows needs an LLM that reads text itself; remove bridge")
     # Only on prompts that were neither probed nor trained on.

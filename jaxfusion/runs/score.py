@@ -20,7 +20,7 @@ from jaxfusion.data.rows.examples import Example, at_hand, read_examples
 from jaxfusion.data.tasks.catalogue import check_languages, configured, get_task
 from jaxfusion.data.tasks.spec import Task
 from jaxfusion.errors import InputError
-from jaxfusion.evaluation.scoring import Scored
+from jaxfusion.evaluation.scoring import Scored, check_scorable
 from jaxfusion.fields import DECODING, Config, TaskConfig
 from jaxfusion.files import WRITER, only_writer
 from jaxfusion.reports.scored_runs import ALONE, DETAILS, Details
@@ -111,6 +111,7 @@ def read_rows(
         task, path = get_task(name, config.tasks), data_path
         if name == config.data.task:  # data.path has the rows of the training task only
             task, path = configured(task, config.data), data_path or config.data.path
+        check_scorable(config.eval, name, task)
         chosen = languages or config.eval.languages or at_hand(name, task, "test", path)
         check_languages(name, chosen, config.tasks)
         rows[name] = {language: read_examples(name, task, "test", language, path)[:limit]
@@ -220,7 +221,8 @@ def _score(run: OpenRun, rows: TaskRows) -> tuple[Results, Details]:
                 scored = scored_by_language[language]
                 results.setdefault(name, {})[language] = {
                     scoring: accuracy(correct) for scoring, correct in scored.correct.items()}
-                results[name][language]["exact_match"]["unfinished"] = sum(scored.unfinished)
+                if "exact_match" in scored.correct:
+                    results[name][language]["exact_match"]["unfinished"] = sum(scored.unfinished)
                 details.setdefault(name, {})[language] = {
                     **_detail(part, scored), "labels": task.labels}
                 if not run.llm_only:
