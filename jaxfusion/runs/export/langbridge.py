@@ -12,12 +12,12 @@ from jaxfusion.fields import ROLES
 from jaxfusion.files import new_directory
 from jaxfusion.hf.save import tower_tensors, write_shards, write_tokenizer
 from jaxfusion.hf.tables import ALIGNMENTS, langbridge_names, langbridge_table
-from jaxfusion.runs.export.bridge import Trained, check_dtype, collect
+from jaxfusion.runs.export.bridge import Trained, check_dtype, collect, write_bridge_card
 
 
 def export_langbridge(
     workdir: Path, out: Path, *, dtype: str | None = None, overwrite: bool = False,
-    enc: str | None = None, lm: str | None = None,
+    enc: str | None = None, lm: str | None = None, hub_name: str | None = None,
 ) -> None:
     """Writes a bridge in the layout of github.com/kaistAI/LangBridge, with its backbones.
 
@@ -25,6 +25,7 @@ def export_langbridge(
       dtype: of all tensors; None keeps the dtype of each.
       enc, lm: LangBridge's names of encoder and LLM; default: the run's names. LangBridge builds
         both from the config with that name before it reads the weights.
+      hub_name: where the export will be on the hub, for the model card.
 
     Raises:
       InputError: LangBridge has no such fusion, projector or aligner, or as in `export`.
@@ -70,8 +71,18 @@ def export_langbridge(
         (partial / "config.json").write_text(json.dumps(described, indent=2) + "\n", "utf-8")
         write_tokenizer(partial, tokenizers.decoder)
         write_tokenizer(partial / "encoder_tokenizer", tokenizers.encoder)
+        write_bridge_card(partial, bridge, described, hub_name, USAGE)
 
 
+USAGE = """\
+The layout is that of [LangBridge](https://github.com/kaistAI/LangBridge), whose code loads it:
+
+```python
+from langbridge import LangBridgeModel
+
+model = LangBridgeModel.from_pretrained({place})
+```
+"""
 # LangBridge recognises an LLM by these prefixes of its name, by family (modeling_langbridge.py).
 LANGBRIDGE_LMS = {
     "llama": ("EleutherAI/llemma", "codellama/CodeLlama", "microsoft/Orca-2", "meta-math/MetaMath",
@@ -103,12 +114,17 @@ def _langbridge_enc(bridge: Trained, name: str | None) -> str:
     Raises:
       InputError: it would infer another family.
     """
-    name, expected = name or bridge.config.encoder.checkpoint, bridge.shapes["encoder"].family
+    own, expected = bridge.config.encoder.checkpoint, bridge.shapes["encoder"].family
+    local = name is None and Path(own).expanduser().is_dir()
+    name = name or (Path(own).name if local else own)
     if expected not in ("mt5", "umt5") or bridge.config.encoder.prefix:
         raise InputError(f"LangBridge supports mT5 and umT5 without encoder.prefix, but {name} is "
                          f"a {expected}{' with one' if bridge.config.encoder.prefix else ''}: use "
                          "--format jaxfusion")
     inferred = next((x for x in ("umt5", "mt5") if x in name.lower()), "none")
+    if local:
+        raise InputError(f"LangBridge loads the encoder by its name on the hub, and '{name}' is "
+                         "a local directory; set --enc to the one with this encoder's config.json")
     if inferred != expected:
         raise InputError(f"LangBridge expects '{expected}' in this encoder's name, got {name}; set "
                          "--enc to the one with this encoder's config.json")
