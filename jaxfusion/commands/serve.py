@@ -12,8 +12,8 @@ from jaxfusion.cli import local_path, refuse_words, run_main, set_up_jax, set_up
 from jaxfusion.errors import InputError
 
 FLAGS = flags.FlagValues()
-WORKDIR = flags.DEFINE_string("workdir", None, "workdir of a bridge", required=True,
-                              flag_values=FLAGS)
+WORKDIR = flags.DEFINE_string("workdir", None, "workdir of a bridge, or an export of one",
+                              required=True, flag_values=FLAGS)
 HOST = flags.DEFINE_string("host", "127.0.0.1", "address to serve on; others need a token too",
                            flag_values=FLAGS)
 PORT = flags.DEFINE_integer("port", 8000, "0: any free one", lower_bound=0, upper_bound=65535,

@@ -13,6 +13,7 @@ from jaxfusion.errors import InputError
 from jaxfusion.evaluation.scoring import Scorer, for_task
 from jaxfusion.fields import Config
 from jaxfusion.nn.bridge import Bridge, Params
+from jaxfusion.runs.exported import is_export, open_export
 from jaxfusion.runs.open_run import OpenRun, open_run
 
 LLM = "llm"  # the name of the LLM alone
@@ -125,16 +126,17 @@ class Served:
 
 
 def open_models(workdir: Path) -> tuple[OpenRun, dict[str, Served]]:
-    """A run, and its models by name: the bridge by the workdir's, the LLM alone as `llm`.
+    """A run or an export, and its models by name: the bridge by the directory's, the LLM alone as
+    `llm`.
 
     Raises:
-      InputError: not the workdir of a bridge, or one that cannot be read.
+      InputError: no bridge, or one that cannot be read.
     """
     try:
-        run = open_run(workdir)
+        run = open_export(workdir) if is_export(workdir) else open_run(workdir)
     except InputError as error:
         raise InputError(f"{error}; serve.py serves the workdir of a bridge that train.py "
-                         "made") from None
+                         "made, and what export.py wrote of one") from None
     name = name_of(workdir)
     models = {name: _served(run, name)}
     bare = _served(run.bare(), LLM)

@@ -294,8 +294,16 @@ def _describe(bridge: Trained, merge: bool, dtype: str | None) -> dict[str, Any]
         else bridge.tokenizers.encode_prompts([config.data.text_prompt])[0],
         "text_prompt": config.data.text_prompt,
         "chat_template": config.data.chat_template,
+        "trained_on": _task_of(config),
         "jaxfusion_version": version("jaxfusion"),
     }
+
+
+def _task_of(config: Config) -> dict[str, Any]:
+    """What a page needs to ask for: the task's prompt and answers."""
+    task = get_task(config.data.task, config.tasks)
+    return {"task": config.data.task, "language": config.data.language, "prompt": task.prompt,
+            "labels": list(task.labels)}
 
 
 def _ids(bridge: Trained) -> dict[str, Any]:
