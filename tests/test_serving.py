@@ -16,7 +16,6 @@ from jaxfusion.data.rows.examples import Example
 from jaxfusion.data.tokenizers import Tokenizers
 from jaxfusion.evaluation.scoring import softmax
 from jaxfusion.fields import AlignerConfig, DataConfig
-from jaxfusion.runs.export.bridge import export
 from jaxfusion.runs.open_run import open_run
 from jaxfusion.serving.answers import Answer
 from jaxfusion.serving.app import make_app
@@ -349,30 +348,9 @@ def test_the_script_refuses_what_it_cannot_serve(tiny, tmp_path, workdir):
         port = taken.getsockname()[1]
         assert f"127.0.0.1:{port} (Address already in use)" in refused(
             "--workdir", str(workdir), f"--port={port}")
-    for place in (tmp_path, tiny / "decoder"):
+    for place in (tmp_path, tiny / "encoder"):
         line = refused("--workdir", str(place), "--port=0")
-        assert line.endswith("and what export.py wrote of one"), line
-
-
-def test_an_export_is_served_as_its_run_is(client, workdir, tmp_path):
-    """Its task comes from the export; its backbones are inside or elsewhere."""
-    said_of_run = client.get("/api/about").json()
-    wanted = chat(client, max_tokens=6).json()["choices"]
-    explained = client.post("/api/explain", json={"model": "mine", "text": TEXT}).json()
-    for place, merged in ((tmp_path / "mine", True), (tmp_path / "other" / "mine", False)):
-        export(workdir, place, merge=merged)
-        run, models = open_models(place)
-        with TestClient(make_app(models, Batcher(run.on_mesh))) as exported:
-            assert exported.get("/api/about").json() == said_of_run
-            assert chat(exported, max_tokens=6).json()["choices"] == wanted
-            if merged:
-                assert exported.post("/api/explain", json={
-                    "model": "mine", "text": TEXT}).json() == explained
-    described = json.loads((place / "config.json").read_text())
-    del described["trained_on"]  # as in earlier exports
-    (place / "config.json").write_text(json.dumps(described))
-    _, models = open_models(place)
-    assert models["mine"].task.prompt == "{text}" and not models["mine"].task.labels
+        assert line.endswith("a run of Lens, and LLMs in Hugging Face format"), line
 
 
 def test_a_missing_extra_is_named(workdir, monkeypatch):
@@ -386,7 +364,7 @@ def test_a_missing_extra_is_named(workdir, monkeypatch):
 def test_names_of_bridges(tmp_path):
     assert name_of(tmp_path / "mine") == "mine"
     assert name_of(tmp_path / "last" / "seed_0") == "last-seed_0"
-    assert name_of(tmp_path / "llm") == "bridge"
+    assert name_of(tmp_path / "llm") == "model"
 
 
 # Every kind of bridge

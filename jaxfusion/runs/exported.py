@@ -59,10 +59,15 @@ class OpenExport(OpenRun):
 
 def is_export(path: Path) -> bool:
     """Whether export.py wrote a bridge into this directory, with its own code."""
+    return described_in(path).get("model_type") == MODEL_TYPE
+
+
+def described_in(path: Path) -> dict[str, Any]:
+    """The directory's `config.json`; empty if there is none, or no JSON object."""
     try:
-        return read_object(path / "config.json").get("model_type") == MODEL_TYPE
-    except InputError:  # no such file, or not JSON
-        return False
+        return read_object(path / "config.json")
+    except InputError:
+        return {}
 
 
 def open_export(path: Path) -> OpenExport:
@@ -168,12 +173,14 @@ def _ours(path: Path, described, tensors: TensorFiles, named) -> tuple[Config, F
         bridge_table(fusion["name"], projector["name"], aligner["name"]), tensors)
     revisions = {role: None if named[role] else part["revision"] for role, part in parts.items()}
     task, tasks, language = _task(described)
+    dtypes = described.get("trained_on", {}).get("dtypes", {})
+    dtypes = [{"dtype": dtypes[role]} if role in dtypes else {} for role in ROLES]
     chat = described.get("chat_template", False)
     config = Config(
         encoder=EncoderSettings(names["encoder"], revisions["encoder"],
                                 added_tokens=tuple(described["added_tokens"]),
-                                prefix=described.get("query_prefix", "")),
-        decoder=DecoderSettings(names["decoder"], revisions["decoder"]),
+                                prefix=described.get("query_prefix", ""), **dtypes[0]),
+        decoder=DecoderSettings(names["decoder"], revisions["decoder"], **dtypes[1]),
         fusion=FusionConfig(fusion["name"], fusion["layer"], d_ff=fusion["d_ff"]),
         projector=ProjectorConfig(projector["name"], projector["d_ff"], projector["latents"]),
         aligner=AlignerConfig(

@@ -300,10 +300,11 @@ def _describe(bridge: Trained, merge: bool, dtype: str | None) -> dict[str, Any]
 
 
 def _task_of(config: Config) -> dict[str, Any]:
-    """What a page needs to ask for: the task's prompt and answers."""
+    """What the bridge was trained to answer, and the dtypes of its towers meanwhile."""
     task = get_task(config.data.task, config.tasks)
     return {"task": config.data.task, "language": config.data.language, "prompt": task.prompt,
-            "labels": list(task.labels)}
+            "labels": list(task.labels),
+            "dtypes": {role: getattr(config, role).dtype for role in ROLES}}
 
 
 def _ids(bridge: Trained) -> dict[str, Any]:

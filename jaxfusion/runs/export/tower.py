@@ -21,6 +21,7 @@ from jaxfusion.hf.tables import tower_table
 from jaxfusion.pretraining.job import CHECKPOINT
 from jaxfusion.runs.export.bridge import check_dtype, check_out, trained_tensors
 from jaxfusion.runs.export.card import base_of, listed_fields, write_card
+from jaxfusion.runs.open_llm import check_trained
 from jaxfusion.training.checkpoint import trained_part
 
 
@@ -65,9 +66,7 @@ def export_lens(
     """
     check_dtype(dtype)
     config = configs.load(workdir / CONFIG_FILE)
-    if not (workdir / "checkpoints").is_dir():
-        inside = sorted(str(file.parent) for file in workdir.glob("*/checkpoints"))
-        raise InputError(f"{workdir} has no trained LLM; give one of: {', '.join(inside) or '-'}")
+    check_trained(workdir)
     step, trained = trained_part(workdir)
     source, _ = resolve(config.decoder.checkpoint, config.decoder.revision)
     check_out(out, workdir, source)
