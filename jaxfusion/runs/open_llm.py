@@ -10,8 +10,6 @@ from jax.sharding import Mesh
 
 from jaxfusion import config as configs
 from jaxfusion.config import CONFIG_FILE
-from jaxfusion.data.tasks.catalogue import get_task
-from jaxfusion.data.tasks.spec import Task
 from jaxfusion.errors import InputError
 from jaxfusion.fields import (
     DTYPES,
@@ -39,7 +37,8 @@ class OpenLLM:
     """An LLM on the mesh.
 
     Attributes:
-      config: how it is asked: `data`, `eval`, `tasks`.
+      config: how it is asked. `data.task` is the first one that a Lens run was scored on, or any
+        text.
       params: of the LLM. before: those of before Lens; None for an ordinary checkpoint.
     """
 
@@ -57,11 +56,6 @@ class OpenLLM:
     def bridge(self) -> Bridge:
         """The LLM as a bridge without an encoder."""
         return Bridge(None, self.llm.decoder, None, "last")
-
-    @property
-    def task(self) -> Task:
-        """What it is asked: the first task that a Lens run was scored on, or any text."""
-        return get_task(self.config.data.task, self.config.tasks)
 
 
 def open_checkpoint(path: Path) -> OpenLLM:
@@ -99,8 +93,8 @@ def open_lens(workdir: Path) -> OpenLLM:
     lens = configs.load(workdir / CONFIG_FILE)
     check_trained(workdir)
     if lens.bridge:
-        raise InputError(f"{workdir} moved the LLM behind the bridge {lens.bridge}; export it "
-                         "(export.py), and give the export to see the LLM without the bridge")
+        raise InputError(f"{workdir} moved the LLM behind the bridge {lens.bridge}; put the two "
+                         "together as docs/lens.md says, and serve that workdir")
     trained = trained_part(workdir)[1]  # before the LLM, which takes longer
     mesh = make_mesh(**vars(lens.mesh))
     with jax.set_mesh(mesh):
@@ -119,8 +113,10 @@ def check_trained(workdir: Path) -> None:
 def _asked(lens: LensRunConfig) -> Config:
     task, tasks = next(iter(lens.eval.tasks), PLAIN), lens.tasks
     tasks = tasks if task != PLAIN else {**tasks, PLAIN: TaskConfig("{text}")}
+    # Scoring cuts long prompts to the run's limit, serving would refuse them.
+    longest = max(LONGEST, lens.eval.max_decoder_tokens)
     return Config(data=DataConfig(task=task, chat_template=lens.data.chat_template),
-                  eval=replace(lens.eval, tasks=()), tasks=tasks)
+                  eval=replace(lens.eval, tasks=(), max_decoder_tokens=longest), tasks=tasks)
 
 
 def with_top(params: Params, part: Flat) -> Params:

@@ -9,6 +9,7 @@ from jaxfusion import config as configs
 from jaxfusion.config import CONFIG_FILE
 from jaxfusion.data.batching import TokenRow
 from jaxfusion.data.rows.examples import Example
+from jaxfusion.data.tasks.catalogue import get_task
 from jaxfusion.data.tasks.spec import Task
 from jaxfusion.data.tokenizers import Tokenizers
 from jaxfusion.errors import InputError
@@ -144,8 +145,9 @@ def open_models(place: Path) -> tuple[OpenRun | OpenLLM, dict[str, Served]]:
                          "Lens, and LLMs in Hugging Face format") from None
     name = name_of(place)
     if isinstance(opened, OpenLLM):
+        task = get_task(opened.config.data.task, opened.config.tasks)
         model = Served(name, True, opened.bridge, opened.params, opened.llm.tokenizers,
-                       opened.config, opened.task)
+                       opened.config, task)
         before = opened.before and replace(model, name=LLM, params=opened.before)
         return opened, {name: model} | ({LLM: before} if before else {})
     models = {name: _served(opened, name)}
