@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxfusion.errors import InputError
-from jaxfusion.fields import ROLES
+from jaxfusion.fields import ROLES, Config
 from jaxfusion.files import new_directory
 from jaxfusion.hf.save import tower_tensors, write_shards, write_tokenizer
 from jaxfusion.hf.tables import ALIGNMENTS, langbridge_names, langbridge_table
@@ -33,17 +33,7 @@ def export_langbridge(
     check_dtype(dtype)
     bridge = collect(workdir, out)
     config, tokenizers = bridge.config, bridge.tokenizers
-    kinds = {ours: theirs for theirs, ours in ALIGNMENTS.items()}
-    if config.fusion.name != "last" or config.projector.name not in kinds:
-        raise InputError(f"LangBridge supports fusion 'last' with {', '.join(kinds)}; {workdir} "
-                         f"has '{config.fusion.name}' with '{config.projector.name}'")
-    if config.aligner.name != "none":
-        raise InputError(f"LangBridge has no aligner; {workdir} has '{config.aligner.name}': use "
-                         "--format jaxfusion")
-    if config.data.chat_template:
-        raise InputError(f"LangBridge does not support chat templates; {workdir} was trained with "
-                         "one: use --format jaxfusion")
-    kind = kinds[config.projector.name]
+    kind = _kind_of(config, workdir)
     described = {
         "architectures": ["LangBridgeModel"], "alignments": kind,
         "num_latents": config.projector.latents, "enc": _langbridge_enc(bridge, enc),
@@ -72,6 +62,25 @@ def export_langbridge(
         write_tokenizer(partial, tokenizers.decoder)
         write_tokenizer(partial / "encoder_tokenizer", tokenizers.encoder)
         write_bridge_card(partial, bridge, described, hub_name, USAGE)
+
+
+def _kind_of(config: Config, workdir: Path) -> str:
+    """LangBridge's name of the projector.
+
+    Raises:
+      InputError: LangBridge lacks a part of the bridge.
+    """
+    kinds = {ours: theirs for theirs, ours in ALIGNMENTS.items()}
+    if config.fusion.name != "last" or config.projector.name not in kinds:
+        raise InputError(f"LangBridge supports fusion 'last' with {', '.join(kinds)}; {workdir} "
+                         f"has '{config.fusion.name}' with '{config.projector.name}'")
+    if config.aligner.name != "none":
+        raise InputError(f"LangBridge has no aligner; {workdir} has '{config.aligner.name}': use "
+                         "--format jaxfusion")
+    if config.data.chat_template:
+        raise InputError(f"LangBridge does not support chat templates; {workdir} was trained with "
+                         "one: use --format jaxfusion")
+    return kinds[config.projector.name]
 
 
 USAGE = """\
