@@ -4,6 +4,7 @@ import json
 from contextlib import contextmanager
 from dataclasses import replace
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -119,3 +120,17 @@ def test_an_llm_is_served_and_one_of_lens_beside_the_one_before(tiny, lensed, tm
     assert before == answers[tiny / "decoder", "decoder"]
     for kind, line in ((tiny / "encoder", "mt5"), (lensed.parent, "is not a workdir of a run")):
         assert line in run_script("serve.py", f"--workdir={kind}", "--port=0")
+
+
+def test_a_checkpoint_has_its_own_template_and_dtype(lensed, tmp_path):
+    export_lens(lensed, tmp_path / "half", dtype="bfloat16")
+    assert not open_checkpoint(tmp_path / "half").config.data.chat_template
+    (tmp_path / "half" / "chat_template.jinja").write_text(
+        "{{ bos_token }}{% for m in messages %}lala {{ m.content }} bako :{% endfor %}")
+    opened, models = open_models(tmp_path / "half")
+    model = models["half"]
+    assert {str(x.dtype) for x in jax.tree.leaves(model.params)} == {"bfloat16"}
+    assert opened.config.data.chat_template
+    read = model.tokenizers.decoder.decode(model.prompt("so ru").text)
+    assert "lala so ru bako" in read and "lala" not in model.tokenizers.decoder.decode(
+        model.literal("so ru").text)
