@@ -6,6 +6,7 @@ import json
 import os
 import threading
 from contextlib import contextmanager
+from dataclasses import replace
 from fnmatch import fnmatch
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -15,10 +16,11 @@ from huggingface_hub import ModelCard, constants, metadata_load
 from huggingface_hub.utils import close_session
 
 from jaxfusion.data.languages import iso_of
+from jaxfusion.fields import Config, DataConfig
 from jaxfusion.files import write_checked
 from jaxfusion.hf.hub import hub_in_reach
 from jaxfusion.runs.export.bridge import export
-from jaxfusion.runs.export.card import Base, base_of, joint_licence
+from jaxfusion.runs.export.card import Base, Scores, base_of, joint_licence, metadata, read_scores
 
 RESULTS = {"xnli": {
     "sw": {"likelihood": {"accuracy": 0.5, "n": 60, "ci95": [0.38, 0.62]},
@@ -104,6 +106,18 @@ def test_licences_are_those_of_the_parts(tmp_path):
     assert joint_licence([apache, llama]) == {
         "license": "other", "license_name": "apache-2.0-and-llama3"}
     assert joint_licence([apache, unknown[0]]) == {} and not any(x.licence for x in unknown)
+
+
+def test_base_models_of_the_hub_are_named(run, tmp_path):
+    bases = [Base("encoder", "google/mt5-large", True, {"license": "apache-2.0"}),
+             Base("LLM", "my-llm", False, {"license": "apache-2.0"})]
+    found = metadata("bridge", bases, [Config()], Scores(), tags=["x"]).to_dict()
+    assert found == {"base_model": ["google/mt5-large"], "datasets": ["facebook/xnli"],
+                     "language": ["en"], "license": "apache-2.0", "tags": ["x"]}
+    config = replace(Config(), data=DataConfig(path="hub:us/private"))  # its rows are not shown
+    write_scores(run)
+    scores = read_scores(run, config, 3)
+    assert scores.index()[0].dataset_type == "us/private" and not scores.examples
 
 
 def test_languages_have_the_hubs_codes():

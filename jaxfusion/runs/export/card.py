@@ -14,7 +14,7 @@ from jaxfusion.config import CONFIG_FILE, stage_before
 from jaxfusion.data.languages import iso_of
 from jaxfusion.data.pocket.world import TASKS as POCKET_TASKS
 from jaxfusion.data.rows.examples import find_source
-from jaxfusion.data.tasks.catalogue import configured, get_task
+from jaxfusion.data.tasks.catalogue import TASKS, configured, get_task
 from jaxfusion.data.tasks.spec import Source
 from jaxfusion.errors import InputError
 from jaxfusion.fields import Config
@@ -183,17 +183,26 @@ def _source(
 def _examples(
     details: dict[str, Any], sources: dict[tuple[str, str], Source], trained: str
 ) -> Iterable[dict[str, Any]]:
-    """The first row and its answer in some languages, the training task first. Rows of the user's
-    own files are nobody else's to read, and stay where they are."""
+    """The first row and its answer in some languages, the training task first. The user's own rows
+    are nobody else's to read, and stay where they are."""
     seen: set[str] = set()
     for task in sorted(details, key=lambda name: name != trained):
         for language, rows in details[task].items():
-            source = sources.get((task, language))
-            public = task in POCKET_TASKS or (source is not None and source.kind != "files")
+            public = _is_published(task, sources.get((task, language)))
             if public and language not in seen and len(seen) < EXAMPLES and rows["queries"]:
                 seen.add(language)
                 yield {"text": rows["queries"][0], "example_title": f"{task}, {language}",
                        "output": {"text": rows["answers"][0]}}
+
+
+def _is_published(name: str, source: Source | None) -> bool:
+    """Whether a task's rows are from the pocket world, or from where this project's task has them:
+    another data set of the hub may be private."""
+    task = TASKS.get(name)
+    if task is None or source is None:
+        return name in POCKET_TASKS
+    known = (task.source, *task.sources.values(), *task.others)
+    return name in POCKET_TASKS or source.place in [x.place for x in known if x]
 
 
 def stages(config: Config, workdir: Path) -> list[Config]:
