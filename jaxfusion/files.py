@@ -300,6 +300,7 @@ def new_directory(out: Path, overwrite: bool = False) -> Iterator[Path]:
         try:
             with no_room(out):
                 yield partial
+            _open_up(partial)
             # Nothing inside waits for another process, so waiting here cannot deadlock.
             with only_writer(note_of(out), out, wait=True):
                 _check_free(out, overwrite)
@@ -307,6 +308,15 @@ def new_directory(out: Path, overwrite: bool = False) -> Iterator[Path]:
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
             raise
+
+
+def _open_up(folder: Path) -> None:
+    """Lets others read what they could read if it had been written directly: libraries write some
+    files through temporary ones, which only their owner may read."""
+    usual = folder.stat().st_mode & 0o777  # of a new directory, after the umask
+    for path in folder.rglob("*"):
+        if not path.is_symlink():
+            path.chmod(path.stat().st_mode & 0o777 | usual & (0o777 if path.is_dir() else 0o666))
 
 
 def _swap(partial: Path, out: Path) -> None:

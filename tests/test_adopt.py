@@ -185,8 +185,10 @@ def read_as_langbridge(out):
 def test_langbridge_knows_what_it_is_to_make(tiny, tmp_path):
     """Finding 28: a name that LangBridge does not take is refused, with the way out."""
     make_run(tmp_path / "run", tiny)
-    with pytest.raises(InputError, match=r"'mt5' in this encoder's name, got .*; set --enc"):
+    with pytest.raises(InputError, match=r"'encoder' is a local directory; set --enc"):
         export_langbridge(tmp_path / "run", tmp_path / "out", lm=NAMES["lm"])
+    with pytest.raises(InputError, match=r"'mt5' in this encoder's name, got a/b; set --enc"):
+        export_langbridge(tmp_path / "run", tmp_path / "out", lm=NAMES["lm"], enc="a/b")
     with pytest.raises(InputError, match=r"microsoft/Orca-2, .*, got /.*decoder; set --lm"):
         export_langbridge(tmp_path / "run", tmp_path / "out", enc=NAMES["enc"])
     with pytest.raises(InputError, match=r"got mistralai/Mistral-7B-v0\.1; set --lm"):
@@ -195,6 +197,8 @@ def test_langbridge_knows_what_it_is_to_make(tiny, tmp_path):
     assert not (tmp_path / "out").exists()
     export_langbridge(tmp_path / "run", tmp_path / "out", **NAMES)
     assert read_as_langbridge(tmp_path / "out") == ("mt5", "llama")
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "LangBridgeModel.from_pretrained(DIR)" in card and str(tiny) not in card
 
 
 @pytest.mark.parametrize("case,family", [("qwen3", "qwen3"), ("mistral_v01", "mistral")])

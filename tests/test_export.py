@@ -299,17 +299,6 @@ def test_a_merged_tower_is_what_it_was_byte_for_byte(tiny, tmp_path):
         "torch_dtype"] == "bfloat16"
 
 
-def test_the_card_says_what_it_is_made_of(tiny, tmp_path):
-    make_run(tmp_path / "run", tiny)
-    results = {"xnli": {"sw": {"exact_match": {"accuracy": 0.5, "n": 60, "ci95": [0.38, 0.62]}}}}
-    (tmp_path / "run" / "eval").mkdir()
-    (tmp_path / "run" / "eval" / "results.json").write_text(json.dumps(results))
-    export(tmp_path / "run", tmp_path / "out")
-    card = (tmp_path / "out" / "README.md").read_text()
-    assert "| xnli | sw | exact_match | 50.0 | 38.0 to 62.0 | 60 |" in card
-    assert str(tiny / "encoder") in card and "fusion\n`last`" in card
-
-
 def test_nothing_half_written_and_nothing_lost(tiny, tmp_path, monkeypatch):
     make_run(tmp_path / "run", tiny)
     out = tmp_path / "out"

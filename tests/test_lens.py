@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from flax import traverse_util
 from helpers import DECODERS, ROOT, apply, debug_config, get_config, plain, relative
+from huggingface_hub import metadata_load
 from safetensors.numpy import load_file, save_file
 from tokenizers.processors import TemplateProcessing
 
@@ -390,6 +391,9 @@ def test_a_whole_run_and_again(cache_dir, tmp_path, monkeypatch):
         export_lens(tmp_path / "run", tmp_path / "out")
     export_lens(tmp_path / "run" / "Lens", tmp_path / "out")
     check_export(config, tmp_path / "run" / "Lens", tmp_path / "out")
+    data = metadata_load(tmp_path / "out" / "README.md")
+    assert data["language"][0] == "en" and "base_model" not in data  # it is a local directory
+    assert str(cache_dir) not in (tmp_path / "out" / "README.md").read_text()
     with pytest.raises(InputError, match="was written by another config"):
         job.lens(replace(config, lens=replace(config.lens, align=0.5)), tmp_path / "run")
 

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import FILES, PRETRAINING, get_config
+from huggingface_hub import metadata_load
 
 from jaxfusion.config import from_config_dict
 from jaxfusion.data.pocket.lexicon import concepts, words
@@ -111,6 +112,10 @@ def test_a_pretrained_tower_opens_in_transformers(name, cache_dir, tmp_path):
     export_tower(tmp_path / "run", tmp_path / "given")
     assert (tmp_path / "given" / SINGLE).read_bytes() == (out / SINGLE).read_bytes()
     assert AutoTokenizer.from_pretrained(tmp_path / "given").get_vocab() == tokenizer.get_vocab()
+    for path in (str(tmp_path).encode(), str(cache_dir).encode()):
+        assert not any(path in x.read_bytes() for x in (tmp_path / "given").iterdir())
+    data = metadata_load(tmp_path / "given" / "README.md")
+    assert data["language"] == ["en"]  # the others are made up
     with pytest.raises(InputError, match="an input; give a directory outside"):
         export_tower(tmp_path / "run", out, overwrite=True)
     export_tower(tmp_path / "run", tmp_path / "half", dtype="bfloat16")

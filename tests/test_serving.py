@@ -348,9 +348,9 @@ def test_the_script_refuses_what_it_cannot_serve(tiny, tmp_path, workdir):
         port = taken.getsockname()[1]
         assert f"127.0.0.1:{port} (Address already in use)" in refused(
             "--workdir", str(workdir), f"--port={port}")
-    for place in (tmp_path, tiny / "decoder"):
+    for place in (tmp_path, tiny / "encoder"):
         line = refused("--workdir", str(place), "--port=0")
-        assert line.endswith("serve.py serves the workdir of a bridge that train.py made"), line
+        assert line.endswith("a run of Lens, and LLMs in Hugging Face format"), line
 
 
 def test_a_missing_extra_is_named(workdir, monkeypatch):
@@ -364,7 +364,7 @@ def test_a_missing_extra_is_named(workdir, monkeypatch):
 def test_names_of_bridges(tmp_path):
     assert name_of(tmp_path / "mine") == "mine"
     assert name_of(tmp_path / "last" / "seed_0") == "last-seed_0"
-    assert name_of(tmp_path / "llm") == "bridge"
+    assert name_of(tmp_path / "llm") == "model"
 
 
 # Every kind of bridge

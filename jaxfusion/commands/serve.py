@@ -1,4 +1,4 @@
-"""Serves a trained bridge, and its LLM alone: `serve --workdir DIR [--port 8000]`.
+"""Serves a trained bridge and its LLM alone, or an LLM: `serve --workdir DIR [--port 8000]`.
 
 A page is at http://127.0.0.1:8000, an API for OpenAI's clients at http://127.0.0.1:8000/v1. Needs
 the extra `serve`.
@@ -12,8 +12,8 @@ from jaxfusion.cli import local_path, refuse_words, run_main, set_up_jax, set_up
 from jaxfusion.errors import InputError
 
 FLAGS = flags.FlagValues()
-WORKDIR = flags.DEFINE_string("workdir", None, "workdir of a bridge", required=True,
-                              flag_values=FLAGS)
+WORKDIR = flags.DEFINE_string("workdir", None, "of a bridge or of Lens, or an export",
+                              required=True, flag_values=FLAGS)
 HOST = flags.DEFINE_string("host", "127.0.0.1", "address to serve on; others need a token too",
                            flag_values=FLAGS)
 PORT = flags.DEFINE_integer("port", 8000, "0: any free one", lower_bound=0, upper_bound=65535,

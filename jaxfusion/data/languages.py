@@ -36,6 +36,29 @@ CODES = {code: names for flores in set(FLORES.values())
          for names in [(flores, *(iso for iso, x in FLORES.items() if x == flores))]
          for code in names}
 TOKEN = re.compile(r"[a-z]{3}_[A-Z][a-z]{3}|__[a-z]{2,3}__")
+FLORES_CODE = re.compile(r"([a-z]{3})_[A-Z][a-z]{3}")
+# ISO 639-1 of languages that FLORES-200 lacks.
+OTHERS = frozenset("""
+    aa ab ae an av bi br ce ch co cr cu cv dv fy gv ho hz ia ie ii ik io iu kj kl kr ks kv kw la lu
+    mh na nd ng nr nv oj os pi rm se to ty ve vo wa za
+""".split())  # noqa: SIM905
+# ISO 639-3, and each language's shortest code in ISO 639; `ns` is M2M100's own name for nso.
+SHORT = {flores[:3]: iso for iso, flores in reversed(FLORES.items()) if iso.isalpha()} | {
+    "nso": "nso", "sat": "sat"}
+
+
+def iso_of(language: str) -> str | None:
+    """A language's code in ISO 639-1, or in 639-3 where that has none.
+
+    Args:
+      language: FLORES-200's code, or one of ISO 639. None is returned for any other name.
+    """
+    known = SHORT.values()
+    if language in known or language in OTHERS:
+        return language
+    flores = FLORES_CODE.fullmatch(FLORES.get(language, language))
+    three = flores[1] if flores else language
+    return SHORT.get(three, three if flores else None)
 
 
 def language_tokens(tokenizer) -> dict[str, int]:

@@ -97,8 +97,10 @@ def copy_tower(
     """
     out.mkdir(exist_ok=True)
     write_shards(out, tower_tensors(source, names, replaced, dtype))
+    # Where some releases of transformers noted the directory that the model was loaded from.
+    config = {name: x for name, x in config.items() if name != "_name_or_path"}
     if dtype is not None:
-        config = {**config, "torch_dtype": dtype, "dtype": dtype}
+        config |= {"torch_dtype": dtype, "dtype": dtype}
     (out / "config.json").write_text(json.dumps(config, indent=2) + "\n", "utf-8")
     if (source / "generation_config.json").is_file():
         shutil.copyfile(source / "generation_config.json", out / "generation_config.json")

@@ -5,22 +5,17 @@ import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-from flax import traverse_util
 
-from jaxfusion.data.tokenizers import Tokenizers, chat_turn, load_tokenizer, read_end_tokens
+from jaxfusion.data.tokenizers import Tokenizers
 from jaxfusion.errors import InputError
 from jaxfusion.fields import LensRunConfig
 from jaxfusion.hf.hub import resolve
-from jaxfusion.hf.load import load_params, open_tensors, read_shape
-from jaxfusion.hf.tables import tower_table
+from jaxfusion.hf.load import open_tensors
 from jaxfusion.nn.bridge import Bridge, Params
-from jaxfusion.nn.decoder import Decoder
 from jaxfusion.runs.open_run import open_run
 from jaxfusion.sharding.hosts import fetch
-from jaxfusion.training.build import describe, kernel_for
+from jaxfusion.training.load import load_llm
 from jaxfusion.training.state import merge
 
 
@@ -57,22 +52,11 @@ def load_lens_model(config: LensRunConfig, mesh) -> tuple[LensModel, LensRunConf
 
 def _alone(config: LensRunConfig, mesh) -> tuple[LensModel, LensRunConfig]:
     tower = config.decoder
-    path, commit = resolve(tower.checkpoint, tower.revision)
-    shape = read_shape("decoder", path)
-    decoder = Decoder(shape, jnp.dtype(tower.dtype), tower.remat,
-                      kernel_for("decoder", tower.attention))
-    tokens = jnp.zeros((1, 2), jnp.int32)
-    places = describe(lambda: decoder.init(
-        jax.random.key(0), tokens, tokens, tokens, method="score")["params"], mesh)
-    params = traverse_util.unflatten_dict(load_params(path, tower_table(shape), places), sep="/")
-    tokenizer = load_tokenizer(path, shape.vocab_size, "decoder")
-    turn = chat_turn(tokenizer) if config.data.chat_template else None
+    llm = load_llm(tower, config.data.chat_template, config.data.bos, mesh)
     model = LensModel(
-        Bridge(None, decoder, None, "last"), {"decoder": params},
-        Tokenizers(None, tokenizer, turn, read_end_tokens(path, shape.vocab_size),
-                   bos=config.data.bos), "",
-        {"model": digest(path), "tokenizer": digest_tokenizer(tokenizer)})
-    return model, replace(config, decoder=replace(tower, revision=commit or tower.revision))
+        Bridge(None, llm.decoder, None, "last"), llm.params, llm.tokenizers, "",
+        {"model": digest(llm.path), "tokenizer": digest_tokenizer(llm.tokenizers.decoder)})
+    return model, replace(config, decoder=replace(tower, revision=llm.commit or tower.revision))
 
 
 def _behind_bridge(config: LensRunConfig) -> tuple[LensModel, LensRunConfig]:

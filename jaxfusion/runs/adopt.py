@@ -10,11 +10,9 @@ but the mapping for MindMerger.
 
 import argparse
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 
 from jaxfusion import config as configs
@@ -24,38 +22,35 @@ from jaxfusion.data.tokenizers import LANGBRIDGE_WHITESPACE, load_tokenizer
 from jaxfusion.errors import InputError
 from jaxfusion.fields import (
     ROLES,
-    AlignerConfig,
     Config,
     DataConfig,
     DecoderSettings,
     EncoderSettings,
     FusionConfig,
-    GroupConfig,
-    OptimizerConfig,
     ProjectorConfig,
 )
 from jaxfusion.files import new_directory
 from jaxfusion.hf.decoders import decoder_config
 from jaxfusion.hf.encoders import encoder_config
 from jaxfusion.hf.hub import NOT_WEIGHTS, find_files, resolve
-from jaxfusion.hf.load import TensorFiles, load_params, open_tensors, read_config
+from jaxfusion.hf.load import TensorFiles, open_tensors, read_config
 from jaxfusion.hf.save import copy_tower, usual_names, write_tokenizer
 from jaxfusion.hf.tables import (
     ALIGNMENTS,
-    Table,
-    bridge_table,
     langbridge_names,
     langbridge_table,
     mindmerger_table,
     tower_table,
 )
-from jaxfusion.nn.bridge import OWN
-from jaxfusion.nn.decoder import DecoderConfig
-from jaxfusion.nn.encoder import EncoderConfig
-from jaxfusion.sharding.mesh import make_mesh
-from jaxfusion.training.build import describe, make_bridge
+from jaxfusion.runs.exported import (
+    MODEL_TYPE,
+    backbones,
+    fitting_shapes,
+    read_export,
+    read_params,
+    with_trained,
+)
 from jaxfusion.training.checkpoint import Checkpoints
-from jaxfusion.training.load import read_shapes
 from jaxfusion.training.state import Flat, State
 
 
@@ -72,32 +67,13 @@ def adopt(
     """
     path, _ = resolve(source, also=("encoder/*", "decoder/*", "encoder_tokenizer/*"))
     path, workdir = path.resolve(), workdir.absolute()
-    tensors = open_tensors(path)
-    names = set(tensors.files)
     named = {"encoder": encoder, "decoder": decoder}
     described = read_config(path) if (path / "config.json").is_file() else {}
     with new_directory(workdir) as partial:
-        if described.get("model_type") == "jaxfusion_bridge":
-            try:
-                config, trained = _ours(path, described, tensors, named)
-            except (KeyError, TypeError, AttributeError) as error:
-                raise InputError(f"{path}/config.json: a field is missing or has the wrong type "
-                                 f"({error!r}); export the bridge again") from None
-        elif any(name.startswith("lb.alignment.") for name in names):
-            config, trained = _langbridge(path, described, tensors, named, partial, workdir)
-        elif ends := [name for name in names if name.endswith("end_boundary")]:
-            start = ends[0].removesuffix("end_boundary")
-            config, trained = _mindmerger(tensors, named, start)
+        if described.get("model_type") == MODEL_TYPE:
+            config, trained = read_export(path, described, named)
         else:
-            raise InputError(f"{path} is not a bridge: expected tensors lb.alignment.* "
-                             "(LangBridge), end_boundary (MindMerger), or a directory that "
-                             "export.py wrote")
-        shapes = _check_widths(config, trained, partial, workdir)
-        if described.get("model_type") == "jaxfusion_bridge":
-            trained |= _of_towers(config, shapes, tensors)
-        patterns = tuple(sorted(trained))
-        groups = {"bridge": GroupConfig(patterns)}
-        config = replace(config, optimizer=OptimizerConfig(groups=groups))
+            config, trained = _of_others(path, described, named, partial, workdir)
         configs.save(config, partial / CONFIG_FILE)
         checkpoints = Checkpoints(partial)
         flat = {name: jnp.asarray(x, jnp.float32) for name, x in trained.items()}
@@ -105,97 +81,29 @@ def adopt(
         checkpoints.close()
 
 
-def _read(rows: Table, tensors: TensorFiles) -> Flat:
-    """Reads parameters whose axes are not split.
+def _of_others(
+    path: Path, described: dict[str, Any], named, partial: Path, workdir: Path
+) -> tuple[Config, Flat]:
+    """Reads LangBridge's layout or MindMerger's mapping.
 
     Raises:
-      InputError: tensors are missing; the message lists all.
+      InputError: it is neither, or the projector's widths differ from those of the backbones.
     """
-    missing = [row.theirs for row in rows.rows if row.theirs not in tensors.files]
-    if missing:
-        raise InputError(f"{tensors.path} lacks {', '.join(missing)}")
-    params = {}
-    for row in rows.rows:
-        x = tensors.read(row.theirs)
-        params[row.ours] = {"same": x, "linear_in": x.T, "vector": x.reshape(-1)}[row.transform]
-    if "fusion/t" in params:  # a vector of size 1 in earlier exports
-        params["fusion/t"] = params["fusion/t"].reshape(())
-    return params
-
-
-def _backbones(named: dict[str, str | None], default: dict[str, str | None]) -> dict[str, str]:
-    names = {role: named[role] or default.get(role) for role in named}
-    missing = [f"--{role}" for role, name in names.items() if name is None]
-    if missing:
-        raise InputError(f"the source does not name its backbones; give {' and '.join(missing)}")
-    return names
-
-
-def _ours(path: Path, described, tensors: TensorFiles, named) -> tuple[Config, Flat]:
-    """Reads a directory that export.py wrote."""
-    fusion, projector = described["fusion"], described["projector"]
-    aligner = described.get("aligner", {"name": "none"})
-    parts = {"encoder": described["reader"], "decoder": described["writer"]}
-    names = _backbones(named, {
-        role: str(path / part["checkpoint"]) if part["inside"] else part["checkpoint"]
-        for role, part in parts.items()
-    })
-    trained = _read(bridge_table(fusion["name"], projector["name"], aligner["name"]), tensors)
-    revisions = {role: None if named[role] else part["revision"] for role, part in parts.items()}
-    config = Config(
-        encoder=EncoderSettings(names["encoder"], revisions["encoder"],
-                                added_tokens=tuple(described["added_tokens"]),
-                                prefix=described.get("query_prefix", "")),
-        decoder=DecoderSettings(names["decoder"], revisions["decoder"]),
-        fusion=FusionConfig(fusion["name"], fusion["layer"], d_ff=fusion["d_ff"]),
-        projector=ProjectorConfig(projector["name"], projector["d_ff"], projector["latents"]),
-        aligner=AlignerConfig(
-            aligner["name"], "paper_code" if aligner.get("padding") else "default"),
-        data=DataConfig(text_prompt=described.get("text_prompt", ""),
-                        chat_template=described.get("chat_template", False)),
-    )
-    return config, trained
-
-
-def _of_towers(
-    config: Config, shapes: dict[str, EncoderConfig | DecoderConfig], tensors: TensorFiles
-) -> Flat:
-    """The trained parameters of the backbones, from an export without `--merge`."""
-    bridge = make_bridge(config, shapes["encoder"], shapes["decoder"])
-    places = describe(lambda: bridge.init(jax.random.key(0), ROLES), make_mesh())
-    rows = tuple(
-        replace(row, theirs=f"{role}.{row.theirs}", ours=f"{role}/{row.ours}", also=())
-        for role in ROLES for row in tower_table(shapes[role]).rows
-        if f"{role}.{row.theirs.format(i=row.first)}" in tensors.files
-    )
-    specs = {row.ours: places[row.ours].update(dtype=jnp.float32) for row in rows}
-    # The bridge's own parts are read elsewhere.
-    return load_params(tensors.path, Table(rows, (rf"({'|'.join(OWN)})\..*",)), specs)
-
-
-def _check_widths(
-    config: Config, trained: Flat, partial: Path, workdir: Path
-) -> dict[str, EncoderConfig | DecoderConfig]:
-    """The backbones' shapes.
-
-    Raises:
-      InputError: the projector's widths differ from theirs.
-    """
-    paths = {}
-    for role in ROLES:
-        name = getattr(config, role).checkpoint
-        inside = Path(name).is_absolute() and Path(name).is_relative_to(workdir)
-        paths[role] = (partial / Path(name).relative_to(workdir) if inside
-                       else find_files(name, NOT_WEIGHTS, getattr(config, role).revision))
-    shapes = read_shapes(paths)
-    first = {"linear": "out", "resampler": "q"}.get(config.projector.name, "hidden")
-    widths = {"encoder": trained[f"projector/{first}/kernel"].shape[0],
-             "decoder": trained["projector/end"].shape[0]}
-    for role, shape in shapes.items():
-        if widths[role] != shape.d_model:
-            raise InputError(f"the projector expects an {role} of width {widths[role]}, but "
-                             f"{getattr(config, role).checkpoint} has {shape.d_model}")
-    return shapes
+    tensors = open_tensors(path)
+    names = set(tensors.files)
+    if any(name.startswith("lb.alignment.") for name in names):
+        config, trained = _langbridge(path, described, tensors, named, partial, workdir)
+        paths = {role: partial / role for role in ROLES}
+    elif ends := [name for name in names if name.endswith("end_boundary")]:
+        config, trained = _mindmerger(tensors, named, ends[0].removesuffix("end_boundary"))
+        paths = {role: find_files(getattr(config, role).checkpoint, NOT_WEIGHTS)
+                 for role in ROLES}
+    else:
+        raise InputError(f"{path} is not a bridge: expected tensors lb.alignment.* "
+                         "(LangBridge), end_boundary (MindMerger), or a directory that "
+                         "export.py wrote")
+    fitting_shapes(config, trained, paths)
+    return with_trained(config, trained), trained
 
 
 def _langbridge(
@@ -207,10 +115,10 @@ def _langbridge(
     if kind not in ALIGNMENTS:
         raise InputError(f"{path}/config.json: alignments is '{kind}', expected one of "
                          f"{', '.join(ALIGNMENTS)}")
-    names = _backbones(named, {"encoder": described.get("enc"), "decoder": described.get("lm")})
+    names = backbones(named, {"encoder": described.get("enc"), "decoder": described.get("lm")})
     for role, name in names.items():
         _write_backbone(role, name, path, tensors, partial / role)
-    trained = _read(langbridge_table(ALIGNMENTS[kind]), tensors)
+    trained = read_params(langbridge_table(ALIGNMENTS[kind]), tensors)
     latents = len(trained["projector/latents"]) if kind == "latent" else 64
     d_ff = len(trained["projector/hidden/bias"]) if kind == "ffn" else None
     config = Config(
@@ -247,8 +155,8 @@ def _write_backbone(role: str, name: str, source: Path, tensors: TensorFiles, ou
 
 def _mindmerger(tensors: TensorFiles, named, start: str) -> tuple[Config, Flat]:
     """Reads MindMerger's mapping; the command line names its backbones."""
-    names = _backbones(named, {})
-    trained = _read(mindmerger_table(start), tensors)
+    names = backbones(named, {})
+    trained = read_params(mindmerger_table(start), tensors)
     config = Config(
         encoder=EncoderSettings(names["encoder"]), decoder=DecoderSettings(names["decoder"]),
         fusion=FusionConfig("last"),

@@ -16,6 +16,7 @@ from starlette.exceptions import HTTPException
 from starlette.staticfiles import StaticFiles
 
 from jaxfusion.errors import InputError, cut, first_line
+from jaxfusion.runs.exported import PLAIN
 from jaxfusion.serving.batcher import Batcher, Full
 from jaxfusion.serving.examples import columns_of, examples_of
 from jaxfusion.serving.explain import explain
@@ -30,7 +31,7 @@ from jaxfusion.serving.replies import (
     usage,
 )
 from jaxfusion.serving.requests import Failed, Gone, Replies, chat_job, completion_jobs
-from jaxfusion.serving.served import LLM, Served
+from jaxfusion.serving.served import Served
 
 PAGE = Path(__file__).parent / "page"
 # The page asks no other server for anything, and no other page may show it in a frame.
@@ -56,7 +57,7 @@ def make_app(models: dict[str, Served], batcher: Batcher, token: str | None = No
     """The server's app.
 
     Args:
-      models: by name, the bridge first.
+      models: by name; the first is what the page is about.
       batcher: answers the prompts; it is closed when the app ends.
       token: that requests have to bear; None: they need none.
     """
@@ -187,16 +188,18 @@ def _event(data: dict[str, Any]) -> str:
 
 
 def _add_page(app: FastAPI, models: dict[str, Served], batcher: Batcher) -> None:
-    bridge = next(iter(models.values()))
+    first = next(iter(models.values()))
+    beside = next((name for name in models if name != first.name), None)
 
     @app.get("/api/about")
     async def about() -> dict[str, Any]:
-        told = bridge.tokenizers.languages
-        return {"model": bridge.name, "llm": LLM if LLM in models else None,
-                "task": bridge.config.data.task, "prompt": bridge.task.prompt,
-                "columns": columns_of(bridge), "labels": bridge.task.labels,
+        told, task = first.tokenizers.languages, first.config.data.task
+        return {"model": first.name, "llm": beside,
+                "beside": "LLM before Lens" if first.bare else "LLM alone",
+                "task": None if task == PLAIN else task, "prompt": first.task.prompt,
+                "columns": columns_of(first), "labels": first.task.labels,
                 "languages": None if told is None else list(told),
-                "examples": examples_of(bridge)}
+                "examples": examples_of(first)}
 
     @app.post("/api/explain")
     async def explain_text(body: ExplainRequest) -> dict[str, Any]:

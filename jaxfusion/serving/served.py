@@ -1,21 +1,26 @@
-"""The models of a server: a run's bridge, and its LLM alone."""
+"""The models of a server: a bridge and its LLM alone, or an LLM."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
+from jaxfusion import config as configs
+from jaxfusion.config import CONFIG_FILE
 from jaxfusion.data.batching import TokenRow
 from jaxfusion.data.rows.examples import Example
+from jaxfusion.data.tasks.catalogue import get_task
 from jaxfusion.data.tasks.spec import Task
 from jaxfusion.data.tokenizers import Tokenizers
 from jaxfusion.errors import InputError
 from jaxfusion.evaluation.scoring import Scorer, for_task
-from jaxfusion.fields import Config
+from jaxfusion.fields import Config, LensRunConfig
 from jaxfusion.nn.bridge import Bridge, Params
+from jaxfusion.runs.exported import described_in, is_export, open_export
+from jaxfusion.runs.open_llm import OpenLLM, open_checkpoint, open_lens
 from jaxfusion.runs.open_run import OpenRun, open_run
 
-LLM = "llm"  # the name of the LLM alone
+LLM = "llm"  # the name of the LLM beside: alone, or before Lens
 CONTEXT = 2048  # most tokens of prompt and answer: bounds the cache of a batch
 
 
@@ -124,23 +129,42 @@ class Served:
                              "is told none; leave it out")
 
 
-def open_models(workdir: Path) -> tuple[OpenRun, dict[str, Served]]:
-    """A run, and its models by name: the bridge by the workdir's, the LLM alone as `llm`.
+def open_models(place: Path) -> tuple[OpenRun | OpenLLM, dict[str, Served]]:
+    """What is served, and its models by name; the first is the directory's.
+
+    A bridge (a run, or an export of one) has the LLM alone beside it, a Lens run the LLM of before;
+    both are `llm`. Another checkpoint of an LLM is alone.
 
     Raises:
-      InputError: not the workdir of a bridge, or one that cannot be read.
+      InputError: the directory is none of these, or cannot be read.
     """
     try:
-        run = open_run(workdir)
+        opened = _open(place)
     except InputError as error:
-        raise InputError(f"{error}; serve.py serves the workdir of a bridge that train.py "
-                         "made") from None
-    name = name_of(workdir)
-    models = {name: _served(run, name)}
-    bare = _served(run.bare(), LLM)
+        raise InputError(f"{error}; serve.py serves a bridge (a workdir or an export), a run of "
+                         "Lens, and LLMs in Hugging Face format") from None
+    name = name_of(place)
+    if isinstance(opened, OpenLLM):
+        task = get_task(opened.config.data.task, opened.config.tasks)
+        model = Served(name, True, opened.bridge, opened.params, opened.llm.tokenizers,
+                       opened.config, task)
+        before = opened.before and replace(model, name=LLM, params=opened.before)
+        return opened, {name: model} | ({LLM: before} if before else {})
+    models = {name: _served(opened, name)}
+    bare = _served(opened.bare(), LLM)
     # Of towers that were read again only the LLM is needed.
     only = {part: bare.params[part] for part in ("decoder", "edits") if part in bare.params}
-    return run, models | {LLM: replace(bare, params=only)}
+    return opened, models | {LLM: replace(bare, params=only)}
+
+
+def _open(place: Path) -> OpenRun | OpenLLM:
+    if is_export(place):
+        return open_export(place)
+    if "model_type" in described_in(place):
+        return open_checkpoint(place)
+    if isinstance(configs.load(place / CONFIG_FILE), LensRunConfig):
+        return open_lens(place)
+    return open_run(place)
 
 
 def _served(run: OpenRun, name: str) -> Served:
@@ -149,8 +173,8 @@ def _served(run: OpenRun, name: str) -> Served:
 
 
 def name_of(workdir: Path) -> str:
-    """The name of a workdir's bridge: its last part, or its last two where that is a seed's."""
+    """The name of a directory's model: its last part, or its last two where that is a seed's."""
     *_, parent, name = "", *workdir.resolve().parts
     if name.startswith("seed_"):
         name = f"{parent}-{name}"
-    return "bridge" if name in (LLM, "/") else name
+    return "model" if name in (LLM, "/") else name

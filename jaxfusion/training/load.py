@@ -5,7 +5,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from flax import traverse_util
 from jax.sharding import Mesh
 
 from jaxfusion.data.languages import language_tokens
@@ -18,14 +20,14 @@ from jaxfusion.data.tokenizers import (
     read_end_tokens,
 )
 from jaxfusion.errors import InputError
-from jaxfusion.fields import ROLES, Config
+from jaxfusion.fields import ROLES, Config, DecoderSettings
 from jaxfusion.hf.hub import resolve
 from jaxfusion.hf.load import load_params, read_shape
 from jaxfusion.hf.tables import tower_table
-from jaxfusion.nn.bridge import Bridge
-from jaxfusion.nn.decoder import DecoderConfig
+from jaxfusion.nn.bridge import Bridge, Params
+from jaxfusion.nn.decoder import Decoder, DecoderConfig
 from jaxfusion.nn.encoder import EncoderConfig
-from jaxfusion.training.build import Plan, initialise_own, plan_model
+from jaxfusion.training.build import Plan, describe, initialise_own, kernel_for, plan_model
 from jaxfusion.training.state import Flat
 
 logger = logging.getLogger(__name__)
@@ -106,6 +108,47 @@ def read_model(towers: Towers, plan: Plan) -> Model:
         frozen={path: flat[path] for path in flat if path not in plan.groups},
         groups=plan.groups,
     )
+
+
+@dataclass(frozen=True)
+class LLM:
+    """An LLM alone, on the mesh.
+
+    Attributes:
+      path, commit: where its files are, and the hub commit that they have.
+      params: with `decoder`. tokenizers: without an encoder's.
+    """
+
+    path: Path
+    commit: str | None
+    decoder: Decoder
+    params: Params
+    tokenizers: Tokenizers
+
+
+def load_llm(tower: DecoderSettings, chat: bool | None, bos: bool | None, mesh: Mesh) -> LLM:
+    """Reads an LLM.
+
+    Args:
+      chat: whether prompts get its chat template; None: if it has one.
+      bos: whether they begin with BOS, as `data.bos`.
+
+    Raises:
+      InputError: whatever is wrong with name, files, shape, tokenizer or template.
+    """
+    path, commit = resolve(tower.checkpoint, tower.revision)
+    shape = read_shape("decoder", path)
+    decoder = Decoder(shape, jnp.dtype(tower.dtype), tower.remat,
+                      kernel_for("decoder", tower.attention))
+    tokens = jnp.zeros((1, 2), jnp.int32)
+    places = describe(lambda: decoder.init(
+        jax.random.key(0), tokens, tokens, tokens, method="score")["params"], mesh)
+    params = traverse_util.unflatten_dict(load_params(path, tower_table(shape), places), sep="/")
+    tokenizer = load_tokenizer(path, shape.vocab_size, "decoder")
+    chat = bool(tokenizer.chat_template) if chat is None else chat
+    return LLM(path, commit, decoder, {"decoder": params}, Tokenizers(
+        None, tokenizer, chat_turn(tokenizer) if chat else None,
+        read_end_tokens(path, shape.vocab_size), bos=bos))
 
 
 def overlay(model: Model, trained: dict[str, np.ndarray], source: str) -> Model:

@@ -3,7 +3,6 @@
 import copy
 import json
 import logging
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import resources
@@ -21,11 +20,12 @@ from jaxfusion.data.tokenizers import Tokenizers
 from jaxfusion.errors import InputError, choose
 from jaxfusion.evaluation.scoring import for_task
 from jaxfusion.fields import DTYPES, JOBS, ROLES, Config
-from jaxfusion.files import new_directory, read_json
+from jaxfusion.files import new_directory
 from jaxfusion.hf.encoders import encoder_json
 from jaxfusion.hf.load import open_tensors, read_config
 from jaxfusion.hf.save import copy_tower, to_tensors, tower_names, write_shards, write_tokenizer
 from jaxfusion.hf.tables import Table, bridge_table, tower_table
+from jaxfusion.runs.export.card import base_of, metadata, read_scores, stages, write_card
 from jaxfusion.runs.open_run import open_run
 from jaxfusion.sharding.mesh import make_mesh
 from jaxfusion.training.build import initialise_own, plan_model
@@ -143,7 +143,7 @@ def check_dtype(dtype: str | None) -> None:
 
 def export(
     workdir: Path, out: Path, *, dtype: str | None = None, merge: bool = False,
-    overwrite: bool = False,
+    overwrite: bool = False, hub_name: str | None = None,
 ) -> None:
     """Writes a workdir's best checkpoint as a directory for `AutoModelForCausalLM`.
 
@@ -153,9 +153,11 @@ def export(
     Args:
       dtype: of the written backbones; None keeps the dtype of each tensor, trained or not. Fusion
         and projector stay float32.
+      hub_name: where the export will be on the hub, for the model card.
 
     Raises:
-      InputError: no trained bridge in `workdir`, or `out` is not empty.
+      InputError: no trained bridge in `workdir`, `out` is not empty, or the export is for the hub
+        and refers to directories of this machine.
     """
     check_dtype(dtype)
     if dtype is not None and not merge:
@@ -165,9 +167,7 @@ def export(
     replaced = {role: bridge.replaced(role) for role in ROLES}
     described = {**_describe(bridge, merge, dtype),
                  "unfrozen": [f"{role}.{name}" for role in ROLES for name in replaced[role]]}
-    if not merge and any(Path(described[part]["checkpoint"]).is_absolute()
-                         for part in ("reader", "writer")):
-        logger.warning("%s refers to backbones on this machine; use --merge to share it", out)
+    _check_local(described, out, hub_name)
     with new_directory(out, overwrite) as partial:
         tensors = bridge.own(bridge_table(config.fusion.name, config.projector.name,
                                           config.aligner.name))
@@ -184,7 +184,22 @@ def export(
             source = resources.files("jaxfusion.hf").joinpath(name)
             (partial / name).write_text(source.read_text("utf-8"), "utf-8")
         _write_tokenizers(partial, bridge, described)
-        (partial / "README.md").write_text(_card(bridge, described), "utf-8")
+        write_bridge_card(partial, bridge, described, hub_name)
+
+
+def _check_local(described: dict[str, Any], out: Path, hub_name: str | None) -> None:
+    """Warns of an export that only this machine can load.
+
+    Raises:
+      InputError: it is for the hub.
+    """
+    local = [described[part]["checkpoint"] for part in ("reader", "writer")
+             if Path(described[part]["checkpoint"]).is_absolute()]
+    if local and hub_name:
+        raise InputError(f"without --merge the export refers to {local[0]}, which is on this "
+                         "machine alone; add --merge to push it")
+    if local:
+        logger.warning("%s refers to backbones on this machine; use --merge to share it", out)
 
 
 def _write_tokenizers(out: Path, bridge: Trained, described: dict[str, Any]) -> None:
@@ -279,8 +294,17 @@ def _describe(bridge: Trained, merge: bool, dtype: str | None) -> dict[str, Any]
         else bridge.tokenizers.encode_prompts([config.data.text_prompt])[0],
         "text_prompt": config.data.text_prompt,
         "chat_template": config.data.chat_template,
+        "trained_on": _task_of(config),
         "jaxfusion_version": version("jaxfusion"),
     }
+
+
+def _task_of(config: Config) -> dict[str, Any]:
+    """What the bridge was trained to answer, and the dtypes of its towers meanwhile."""
+    task = get_task(config.data.task, config.tasks)
+    return {"task": config.data.task, "language": config.data.language, "prompt": task.prompt,
+            "labels": list(task.labels),
+            "dtypes": {role: getattr(config, role).dtype for role in ROLES}}
 
 
 def _ids(bridge: Trained) -> dict[str, Any]:
@@ -300,68 +324,63 @@ def _ids(bridge: Trained) -> dict[str, Any]:
     }
 
 
-def _card(bridge: Trained, described: dict[str, Any]) -> str:
-    """The model card: description, usage, scores, parts and their licences."""
-    config, results = bridge.config, bridge.workdir / "eval" / "results.json"
-    scores = ["Not scored yet (`eval.py`)."]
-    if results.is_file():
-        scores = ["| task | language | scoring | accuracy | 95% interval | rows |",
-                  "|---|---|---|---|---|---|"]
-        for task, languages in read_json(results, "score the run again, or remove it").items():
-            scores += [
-                f"| {task} | {language} | {scoring} | {100 * x['accuracy']:.1f} | "
-                f"{100 * x['ci95'][0]:.1f} to {100 * x['ci95'][1]:.1f} | {x['n']} |"
-                for language, by in languages.items() for scoring, x in by.items()
-            ]
-    parts = [f"- {role}: `{getattr(config, role).checkpoint}`, "
-             f"licence: {licence_of(bridge.paths[role])}" for role in ROLES]
-    return CARD.format(
+def write_bridge_card(
+    folder: Path, bridge: Trained, described: dict[str, Any], hub_name: str | None,
+    usage: str | None = None,
+) -> None:
+    """Writes the model card: metadata, usage, parts and their licences, scores, config.
+
+    Args:
+      hub_name: where the export will be on the hub.
+      usage: how it is loaded, `{place}` filled in; default: with transformers.
+    """
+    config, name = bridge.config, hub_name or "jaxfusion-bridge"
+    bases = [base_of(title, getattr(config, role).checkpoint, bridge.paths[role])
+             for role, title in (("encoder", "encoder"), ("decoder", "LLM"))]
+    scores = read_scores(bridge.workdir, config, bridge.step)
+    data = metadata(
+        name.split("/")[-1], bases, stages(config, bridge.workdir), scores,
+        **({} if usage else {"library_name": "transformers"}), pipeline_tag="text-generation",
+        tags=["jaxfusion", "langbridge", "multilingual"])
+    shown = {**described}
+    for part, base in zip(("reader", "writer"), bases, strict=True):
+        if part in described and not described[part]["inside"]:
+            shown[part] = {**described[part], "checkpoint": base.name}
+    write_card(folder, data, CARD.format(
         fusion=config.fusion.name, projector=config.projector.name, task=config.data.task,
-        language=config.data.language, step=bridge.step,
-        parts="\n".join(parts), scores="\n".join(scores),
-        config=json.dumps(described, indent=2),
-        told=TOLD.format(config.data.language) if bridge.tokenizers.languages else "",
-    )
-
-
-def licence_of(path: Path) -> str:
-    """The licence in a checkpoint's model card."""
-    card = path / "README.md"
-    text = card.read_text("utf-8", "replace") if card.is_file() else ""
-    match = re.search(r"^license:[ \t]*(\S+)", text, re.M)
-    return match[1] if match else "see its own page"
+        language=config.data.language, step=bridge.step, scores=scores.table(),
+        usage=(usage or USAGE).format(
+            place=f'"{hub_name}"' if hub_name else "DIR",
+            told=TOLD.format(config.data.language) if bridge.tokenizers.languages else ""),
+        parts="\n".join(base.line() for base in bases), config=json.dumps(shown, indent=2)))
 
 
 TOLD = """
 tokenizer.src_lang = "{}"  # of the texts"""
-CARD = """\
----
-library_name: transformers
-pipeline_tag: text-generation
-tags: [jaxfusion, langbridge, multilingual]
----
-
-# A multilingual bridge
-
-A frozen multilingual encoder in front of a frozen LLM, connected by a small module (fusion
-`{fusion}`, projector `{projector}`) that was trained on `{task}` in `{language}` only, for
-{step} steps, with jaxfusion.
-
+USAGE = """\
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-model = AutoModelForCausalLM.from_pretrained(DIR, trust_remote_code=True)
-tokenizer = AutoTokenizer.from_pretrained(DIR, trust_remote_code=True)
+model = AutoModelForCausalLM.from_pretrained({place}, trust_remote_code=True)
+tokenizer = AutoTokenizer.from_pretrained({place}, trust_remote_code=True)
 texts = ["..."]{told}
 inputs = tokenizer(texts, padding=True, return_tensors="pt")
 tokens = model.generate(**inputs, max_new_tokens=32)
 print(tokenizer.batch_decode(tokens, skip_special_tokens=True))
 ```
 
-`pipeline("text-generation", model=DIR, trust_remote_code=True)`, `Trainer`, peft and
+`pipeline("text-generation", model={place}, trust_remote_code=True)`, `Trainer`, peft and
 `save_pretrained` work as with any causal LM. `tokenizer(texts, text_target=answers)` returns
 `input_ids` and `labels` for training; encoder and LLM are frozen until you unfreeze them.
+"""
+CARD = """\
+# A multilingual bridge
 
+A frozen multilingual encoder in front of a frozen LLM, connected by a small module (fusion
+`{fusion}`, projector `{projector}`) that was trained on `{task}` in `{language}` only, for
+{step} steps, with jaxfusion.
+
+{usage}
 ## Parts
 
 {parts}

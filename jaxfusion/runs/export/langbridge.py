@@ -8,16 +8,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxfusion.errors import InputError
-from jaxfusion.fields import ROLES
+from jaxfusion.fields import ROLES, Config
 from jaxfusion.files import new_directory
 from jaxfusion.hf.save import tower_tensors, write_shards, write_tokenizer
 from jaxfusion.hf.tables import ALIGNMENTS, langbridge_names, langbridge_table
-from jaxfusion.runs.export.bridge import Trained, check_dtype, collect
+from jaxfusion.runs.export.bridge import Trained, check_dtype, collect, write_bridge_card
 
 
 def export_langbridge(
     workdir: Path, out: Path, *, dtype: str | None = None, overwrite: bool = False,
-    enc: str | None = None, lm: str | None = None,
+    enc: str | None = None, lm: str | None = None, hub_name: str | None = None,
 ) -> None:
     """Writes a bridge in the layout of github.com/kaistAI/LangBridge, with its backbones.
 
@@ -25,6 +25,7 @@ def export_langbridge(
       dtype: of all tensors; None keeps the dtype of each.
       enc, lm: LangBridge's names of encoder and LLM; default: the run's names. LangBridge builds
         both from the config with that name before it reads the weights.
+      hub_name: where the export will be on the hub, for the model card.
 
     Raises:
       InputError: LangBridge has no such fusion, projector or aligner, or as in `export`.
@@ -32,17 +33,7 @@ def export_langbridge(
     check_dtype(dtype)
     bridge = collect(workdir, out)
     config, tokenizers = bridge.config, bridge.tokenizers
-    kinds = {ours: theirs for theirs, ours in ALIGNMENTS.items()}
-    if config.fusion.name != "last" or config.projector.name not in kinds:
-        raise InputError(f"LangBridge supports fusion 'last' with {', '.join(kinds)}; {workdir} "
-                         f"has '{config.fusion.name}' with '{config.projector.name}'")
-    if config.aligner.name != "none":
-        raise InputError(f"LangBridge has no aligner; {workdir} has '{config.aligner.name}': use "
-                         "--format jaxfusion")
-    if config.data.chat_template:
-        raise InputError(f"LangBridge does not support chat templates; {workdir} was trained with "
-                         "one: use --format jaxfusion")
-    kind = kinds[config.projector.name]
+    kind = _kind_of(config, workdir)
     described = {
         "architectures": ["LangBridgeModel"], "alignments": kind,
         "num_latents": config.projector.latents, "enc": _langbridge_enc(bridge, enc),
@@ -70,8 +61,37 @@ def export_langbridge(
         (partial / "config.json").write_text(json.dumps(described, indent=2) + "\n", "utf-8")
         write_tokenizer(partial, tokenizers.decoder)
         write_tokenizer(partial / "encoder_tokenizer", tokenizers.encoder)
+        write_bridge_card(partial, bridge, described, hub_name, USAGE)
 
 
+def _kind_of(config: Config, workdir: Path) -> str:
+    """LangBridge's name of the projector.
+
+    Raises:
+      InputError: LangBridge lacks a part of the bridge.
+    """
+    kinds = {ours: theirs for theirs, ours in ALIGNMENTS.items()}
+    if config.fusion.name != "last" or config.projector.name not in kinds:
+        raise InputError(f"LangBridge supports fusion 'last' with {', '.join(kinds)}; {workdir} "
+                         f"has '{config.fusion.name}' with '{config.projector.name}'")
+    if config.aligner.name != "none":
+        raise InputError(f"LangBridge has no aligner; {workdir} has '{config.aligner.name}': use "
+                         "--format jaxfusion")
+    if config.data.chat_template:
+        raise InputError(f"LangBridge does not support chat templates; {workdir} was trained with "
+                         "one: use --format jaxfusion")
+    return kinds[config.projector.name]
+
+
+USAGE = """\
+The layout is that of [LangBridge](https://github.com/kaistAI/LangBridge), whose code loads it:
+
+```python
+from langbridge import LangBridgeModel
+
+model = LangBridgeModel.from_pretrained({place})
+```
+"""
 # LangBridge recognises an LLM by these prefixes of its name, by family (modeling_langbridge.py).
 LANGBRIDGE_LMS = {
     "llama": ("EleutherAI/llemma", "codellama/CodeLlama", "microsoft/Orca-2", "meta-math/MetaMath",
@@ -103,12 +123,17 @@ def _langbridge_enc(bridge: Trained, name: str | None) -> str:
     Raises:
       InputError: it would infer another family.
     """
-    name, expected = name or bridge.config.encoder.checkpoint, bridge.shapes["encoder"].family
+    own, expected = bridge.config.encoder.checkpoint, bridge.shapes["encoder"].family
+    local = name is None and Path(own).expanduser().is_dir()
+    name = name or (Path(own).name if local else own)
     if expected not in ("mt5", "umt5") or bridge.config.encoder.prefix:
         raise InputError(f"LangBridge supports mT5 and umT5 without encoder.prefix, but {name} is "
                          f"a {expected}{' with one' if bridge.config.encoder.prefix else ''}: use "
                          "--format jaxfusion")
     inferred = next((x for x in ("umt5", "mt5") if x in name.lower()), "none")
+    if local:
+        raise InputError(f"LangBridge loads the encoder by its name on the hub, and '{name}' is "
+                         "a local directory; set --enc to the one with this encoder's config.json")
     if inferred != expected:
         raise InputError(f"LangBridge expects '{expected}' in this encoder's name, got {name}; set "
                          "--enc to the one with this encoder's config.json")

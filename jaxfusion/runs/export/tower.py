@@ -4,18 +4,24 @@ import re
 import shutil
 from pathlib import Path
 
+from huggingface_hub import ModelCardData
+
 from jaxfusion import config as configs
 from jaxfusion.config import CONFIG_FILE
+from jaxfusion.data.languages import iso_of
 from jaxfusion.data.pocket.lexicon import ABOUT_FILE
 from jaxfusion.data.tokenizers import load_tokenizer
 from jaxfusion.errors import InputError
-from jaxfusion.files import new_directory
-from jaxfusion.hf.hub import resolve
+from jaxfusion.fields import LensRunConfig, PretrainConfig
+from jaxfusion.files import new_directory, read_object
+from jaxfusion.hf.hub import HUB_ID, resolve
 from jaxfusion.hf.load import open_tensors, read_config, read_shape
 from jaxfusion.hf.save import copy_tower, tower_names, write_tokenizer
 from jaxfusion.hf.tables import tower_table
 from jaxfusion.pretraining.job import CHECKPOINT
-from jaxfusion.runs.export.bridge import check_dtype, check_out, licence_of, trained_tensors
+from jaxfusion.runs.export.bridge import check_dtype, check_out, trained_tensors
+from jaxfusion.runs.export.card import base_of, listed_fields, write_card
+from jaxfusion.runs.open_llm import check_trained
 from jaxfusion.training.checkpoint import trained_part
 
 
@@ -43,6 +49,7 @@ def export_tower(
         copy_tower(source, partial, read_config(source), names, {}, dtype)
         write_tokenizer(partial, load_tokenizer(source, shape.vocab_size, role))
         shutil.copyfile(source / ABOUT_FILE, partial / ABOUT_FILE)
+        _write_tower_card(partial, config, read_object(source / ABOUT_FILE).get("world"))
 
 
 def export_lens(
@@ -59,9 +66,7 @@ def export_lens(
     """
     check_dtype(dtype)
     config = configs.load(workdir / CONFIG_FILE)
-    if not (workdir / "checkpoints").is_dir():
-        inside = sorted(str(file.parent) for file in workdir.glob("*/checkpoints"))
-        raise InputError(f"{workdir} has no trained LLM; give one of: {', '.join(inside) or '-'}")
+    check_trained(workdir)
     step, trained = trained_part(workdir)
     source, _ = resolve(config.decoder.checkpoint, config.decoder.revision)
     check_out(out, workdir, source)
@@ -75,22 +80,49 @@ def export_lens(
     with new_directory(out, overwrite) as partial:
         copy_tower(source, partial, read_config(source), names, replaced, dtype)
         write_tokenizer(partial, load_tokenizer(source, shape.vocab_size, "decoder"))
-        (partial / "README.md").write_text(LENS_CARD.format(
-            checkpoint=config.decoder.checkpoint, licence=licence_of(source), step=step,
-            method=config.lens.method, blocks=config.lens.blocks, central=config.data.central,
-            targets=", ".join(config.data.targets)), "utf-8")
+        _write_lens_card(partial, config, source, step)
 
 
+def _write_tower_card(folder: Path, config: PretrainConfig, world: dict | None) -> None:
+    """The card of a tower that was trained from nothing; `world` is the pocket world's, if its
+    text is from there."""
+    tags = {"encoder": "feature-extraction", "decoder": "text-generation"}
+    languages = (*config.data.languages, config.data.pivot)
+    write_card(folder, ModelCardData(
+        library_name="transformers", pipeline_tag=tags[config.tower.role],
+        tags=["jaxfusion", "multilingual"], **listed_fields(language=map(iso_of, languages))),
+        TOWER_CARD.format(role=config.tower.role, objective=config.objective.name,
+                          text=POCKET_TEXT if world else "text files", about=ABOUT_FILE))
+
+
+def _write_lens_card(folder: Path, config: LensRunConfig, source: Path, step: int) -> None:
+    """The card of a Lens run's LLM."""
+    base, data = base_of("LLM", config.decoder.checkpoint, source), config.data
+    languages = [iso_of(data.codes.get(x, x)) for x in (data.central, *data.targets)]
+    on_hub = HUB_ID.fullmatch(data.path) and not Path(data.path).exists()
+    write_card(folder, ModelCardData(
+        library_name="transformers", pipeline_tag="text-generation", **base.licence,
+        tags=["jaxfusion", "lens", "multilingual"],
+        **listed_fields(base_model=[base.name] * base.on_hub, language=languages,
+                        datasets=[data.path] if on_hub else [])),
+        LENS_CARD.format(line=base.line(), name=base.name, step=step, method=config.lens.method,
+                         blocks=config.lens.blocks, central=data.central,
+                         targets=", ".join(data.targets)))
+
+
+POCKET_TEXT = "text of jaxfusion's made-up pocket world, most of it in made-up languages"
+TOWER_CARD = """\
+# A small {role}
+
+This {role} was trained from nothing with jaxfusion (objective `{objective}`) on {text}. It is an
+ordinary checkpoint of its family; `{about}` has its config and development scores.
+"""
 LENS_CARD = """\
----
-library_name: transformers
-pipeline_tag: text-generation
-tags: [jaxfusion, lens, multilingual]
----
+# {name}, its languages moved
 
-# {checkpoint}, its languages moved
+The top {blocks} blocks of `{name}`, trained for {step} steps by `{method}` (Lens, arXiv:2410.04407)
+with jaxfusion: central language {central}, targets {targets}. An ordinary checkpoint of its family,
+under the terms of the original LLM.
 
-The top {blocks} blocks of `{checkpoint}` (licence: {licence}), trained for {step} steps by
-`{method}` (Lens, arXiv:2410.04407) with jaxfusion: central language {central}, targets {targets}.
-An ordinary checkpoint of its family, under the terms of the original LLM.
+{line}
 """

@@ -75,9 +75,11 @@ function fill(template, texts) {
 }
 
 function setUpForm() {
-  find("about").textContent = `${about.model} · task ${about.task}`;
+  find("about").textContent = about.model + (about.task ? ` · task ${about.task}` : "");
   document.title = `${about.model} · jaxfusion`;
   document.querySelector(".bridge .name").textContent = about.model;
+  document.querySelector(".llm .name").textContent = about.beside;
+  document.querySelector(".llm").hidden = !about.llm;
   for (const name of about.columns) {
     const area = make("textarea", { name, dir: "auto", rows: 3, required: true });
     area.addEventListener("keydown", (event) => {
@@ -131,7 +133,7 @@ function setBusy(busy) {
   document.body.setAttribute("aria-busy", busy);
 }
 
-/** Fills a model's card: the answer as it comes, then the labels and, of the bridge, the layers. */
+/** Fills a model's card: the answer as it comes, then the labels and, of a bridge, the layers. */
 async function answer(place, model, asked) {
   const card = document.querySelector(place);
   const [text, note] = [card.querySelector(".answer"), card.querySelector(".note")];
@@ -143,7 +145,7 @@ async function answer(place, model, asked) {
     const body = { model, text: asked.text, language: asked.language };
     const found = await (await request("api/explain", body, asked.signal)).json();
     drawBars(card.querySelector(".bars"), found.labels);
-    if (model === about.model) drawLayers(found);
+    if (found.fusion) drawLayers(found); // an LLM alone has none
   } catch (error) {
     if (asked.signal.aborted) {
       note.textContent ||= "stopped";

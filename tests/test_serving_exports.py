@@ -1,0 +1,136 @@
+"""What else is served: exports of bridges, runs of Lens, and LLMs in Hugging Face format."""
+
+import json
+from contextlib import contextmanager
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import traverse_util
+from helpers import equal, make_run, run_script
+from starlette.testclient import TestClient
+
+from jaxfusion import config as configs
+from jaxfusion.fields import DecoderSettings, LensConfig, LensRunConfig, ParallelConfig, TaskConfig
+from jaxfusion.runs.export.bridge import export
+from jaxfusion.runs.export.tower import export_lens
+from jaxfusion.runs.exported import open_export
+from jaxfusion.runs.open_llm import open_checkpoint
+from jaxfusion.serving.app import make_app
+from jaxfusion.serving.batcher import Batcher
+from jaxfusion.serving.served import open_models
+from jaxfusion.training.checkpoint import Checkpoints
+from jaxfusion.training.state import State
+
+TEXT = "la ru so. bako dimofu"
+
+
+@contextmanager
+def serving(place):
+    """A client of what is served of a directory, and the names of its models."""
+    opened, models = open_models(place)
+    with TestClient(make_app(models, Batcher(opened.on_mesh))) as client:
+        yield client, list(models)
+
+
+def answer(client, model):
+    """A model's choices for one message."""
+    return client.post("/v1/chat/completions", json={
+        "model": model, "max_tokens": 6, "messages": [{"role": "user", "content": TEXT}],
+    }).json()["choices"]
+
+
+def explained(client, model):
+    """What the page shows below an answer."""
+    return client.post("/api/explain", json={"model": model, "text": TEXT}).json()
+
+
+def test_an_export_is_served_as_its_run_is(tiny, tmp_path):
+    """Its task comes from the export; its backbones are inside or elsewhere."""
+    run, inside, elsewhere = (tmp_path / x / "mine" for x in ("run", "inside", "elsewhere"))
+    make_run(run, tiny, "global_softmax")
+    export(run, inside, merge=True)
+    export(run, elsewhere)
+    found = []
+    for place in (run, inside):
+        with serving(place) as (client, names):
+            found.append([client.get("/api/about").json(), answer(client, "mine"), names,
+                          explained(client, "mine")])
+    assert found[0] == found[1] and found[0][0]["task"] == "xnli"
+    assert equal(open_export(elsewhere).params, open_models(run)[1]["mine"].params)
+    described = json.loads((elsewhere / "config.json").read_text())
+    del described["trained_on"]  # as in earlier exports
+    (elsewhere / "config.json").write_text(json.dumps(described))
+    task = open_export(elsewhere).task
+    assert task.prompt == "{text}" and not task.labels
+
+
+def test_an_export_keeps_task_limits_and_dtypes(tiny, tmp_path):
+    make_run(tmp_path / "run", tiny)
+    file = tmp_path / "run" / "config.json"
+    config = configs.load(file)
+    config = replace(
+        config, data=replace(config.data, task="mine", language="de", bos=False),
+        tasks={"mine": TaskConfig("{a} or {b}?", ("this", "that"), ("de",))},
+        eval=replace(config.eval, max_new_tokens=7, max_encoder_tokens=60),
+        decoder=replace(config.decoder, dtype="bfloat16"))
+    configs.save(config, file)
+    export(tmp_path / "run", tmp_path / "out")
+    back = open_export(tmp_path / "out").config
+    assert (back.eval.max_new_tokens, back.eval.max_encoder_tokens) == (7, 60)
+    assert back.data.bos is False and back.data.language == "de" and back.tasks == config.tasks
+    assert (back.encoder.dtype, back.decoder.dtype) == ("float32", "bfloat16")
+
+
+@pytest.fixture(scope="module")
+def lensed(tiny, tmp_path_factory):
+    """A run of Lens whose top block is another one."""
+    workdir = tmp_path_factory.mktemp("lens") / "moved"
+    workdir.mkdir()
+    config = LensRunConfig(
+        decoder=DecoderSettings(str(tiny / "decoder")),
+        data=ParallelConfig(path="rows.jsonl", targets=("si",), chat_template=False),
+        lens=LensConfig(blocks=1))
+    configs.save(config, workdir / "config.json")
+    blocks = traverse_util.flatten_dict(open_checkpoint(tiny / "decoder").params, sep="/")
+    rng = np.random.default_rng(0)
+    part = {path: jnp.asarray(rng.normal(0, 0.5, x[-1:].shape), jnp.float32)
+            for path, x in blocks.items() if path.startswith("decoder/blocks/")}
+    checkpoints = Checkpoints(workdir)
+    checkpoints.save(State(jnp.array(3), part, ()), {}, None)
+    checkpoints.close()
+    return workdir
+
+
+def test_an_llm_is_served_and_one_of_lens_beside_the_one_before(tiny, lensed, tmp_path):
+    export_lens(lensed, tmp_path / "moved")
+    answers = {}
+    for place in (lensed, tmp_path / "moved", tiny / "decoder"):
+        with serving(place) as (client, names):
+            about = client.get("/api/about").json()
+            assert (about["llm"], about["task"]) == ("llm" if place == lensed else None, None)
+            assert about["columns"] == ["text"] and len(about["examples"]) == 10
+            answers |= {(place, name): answer(client, name) for name in names}
+            assert explained(client, place.name) == {
+                "labels": [], "fusion": None, "tokens": None, "weights": None}
+    moved, before = answers[lensed, "moved"], answers[lensed, "llm"]
+    assert moved == answers[tmp_path / "moved", "moved"] != before
+    assert before == answers[tiny / "decoder", "decoder"]
+    for kind, line in ((tiny / "encoder", "mt5"), (lensed.parent, "is not a workdir of a run")):
+        assert line in run_script("serve.py", f"--workdir={kind}", "--port=0")
+
+
+def test_a_checkpoint_has_its_own_template_and_dtype(lensed, tmp_path):
+    export_lens(lensed, tmp_path / "half", dtype="bfloat16")
+    assert not open_checkpoint(tmp_path / "half").config.data.chat_template
+    (tmp_path / "half" / "chat_template.jinja").write_text(
+        "{{ bos_token }}{% for m in messages %}lala {{ m.content }} bako :{% endfor %}")
+    opened, models = open_models(tmp_path / "half")
+    model = models["half"]
+    assert {str(x.dtype) for x in jax.tree.leaves(model.params)} == {"bfloat16"}
+    assert opened.config.data.chat_template
+    read = model.tokenizers.decoder.decode(model.prompt("so ru").text)
+    assert "lala so ru bako" in read and "lala" not in model.tokenizers.decoder.decode(
+        model.literal("so ru").text)
