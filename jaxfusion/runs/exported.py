@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxfusion.data.tasks.catalogue import TASKS, get_task
+from jaxfusion.data.tasks.spec import EVERY
 from jaxfusion.errors import InputError
 from jaxfusion.fields import (
     ROLES,
@@ -200,11 +201,12 @@ def _task(described: dict[str, Any]) -> tuple[str, dict[str, TaskConfig], str]:
     if told is None:
         return PLAIN, {PLAIN: TaskConfig("{text}")}, "en"
     name, prompt, labels = told["task"], told["prompt"], tuple(told["labels"])
-    known = TASKS.get(name)
+    languages, known = tuple(told["languages"]), TASKS.get(name)
+    language = languages[0] if len(languages) == 1 else EVERY
     if known is not None and (known.prompt, known.labels) == (prompt, labels):
-        return name, {}, told["language"]
+        return name, {}, language
     name = name if known is None else f"{name}_exported"
-    return name, {name: TaskConfig(prompt, labels, (told["language"],))}, told["language"]
+    return name, {name: TaskConfig(prompt, labels, languages)}, language
 
 
 def _limits(path: Path, task: str, tasks: dict[str, TaskConfig]) -> EvalConfig:
