@@ -377,8 +377,10 @@ def test_a_whole_run_and_again(cache_dir, tmp_path, monkeypatch):
         data=replace(config.data, probe_rows=16, rows=16, perplexity_rows=4))
     first = job.lens(config, tmp_path / "run")
     made = {file.name for file in (tmp_path / "run").iterdir() if file.name[0] != "."}
-    assert made == {"probe.safetensors", "languages.png", "accuracy.png", "report.md",
-                    "report.json", "config.json", "Lens", "supervised"}
+    pictures = {f"{name}{theme}.png" for name in ("languages", "accuracy", "curves")
+                for theme in ("", "_dark")}
+    assert made == {"probe.safetensors", "report.html", "report.md", "report.json", "config.json",
+                    "Lens", "supervised", "tensorboard"} | pictures
     assert set(first.correct) == {"LLM", *(x["name"] for x in config.sweep)}
     page = (tmp_path / "run" / "report.md").read_text()
     assert "| en minus LLM |" in page and "Perplexity, on prompts that were neither" in page

@@ -21,7 +21,7 @@ from jaxfusion.errors import InputError
 from jaxfusion.fields import TaskConfig
 from jaxfusion.files import note_of, only_writer, write_checked
 from jaxfusion.miniatures.inputs import make_inputs
-from jaxfusion.reports.page import _inline
+from jaxfusion.reports.markdown_page import inline
 from jaxfusion.reports.scored_runs import compare_runs, read_models
 from jaxfusion.runs import answer_file as answering
 from jaxfusion.runs.answer_file import answer_file
@@ -200,7 +200,7 @@ def test_what_differs_between_runs_is_said_or_left_out(bridge, tmp_path, caplog)
 
 
 def test_text_in_a_table_stays_text():
-    assert _inline("a|b [x](y) `c` <d> & \\ \n *e*") == (
+    assert inline("a|b [x](y) `c` <d> & \\ \n *e*") == (
         r"a\|b \[x\](y) \`c\` &lt;d> &amp; \\ \*e\*")
 
 

@@ -13,8 +13,8 @@ def as_markdown_page(content: dict[str, Any]) -> str:
       content: as in `write_page`.
     """
     lines = [f"# {as_text(content['title'])}", ""]
-    for part in content["sections"]:
-        lines += [as_text(" ".join(part["summary"])), ""]
+    for said in content["summaries"]:
+        lines += [as_text(" ".join(said)), ""]
     for part in content["sections"]:
         lines += _section(part)
     for measure in content["measures"]:

@@ -29,7 +29,7 @@ from jaxfusion.reports.pictures import (
     draw_layers,
 )
 from jaxfusion.reports.scored_runs import Models
-from jaxfusion.reports.summary import summary
+from jaxfusion.reports.summary import summary, unscored
 
 EXAMPLES = 3  # gained and lost rows shown for each language
 LIBRARIES = ("jaxfusion", "jax", "flax", "optax", "transformers", "numpy")
@@ -69,8 +69,9 @@ def write_page(
     sections = [_section(c, models, folder, prefix if len(comparisons) == 1 else
                          f"{prefix}{directory_name(c.task)}_") for c in comparisons]
     content = {
-        "title": title, "sections": sections, "colours": colours_of(models),
-        "measures": measures, "pictures": pictures,
+        "title": title, "sections": sections,
+        "summaries": [x["summary"] for x in sections] or [unscored(list(models))],
+        "colours": colours_of(models), "measures": measures, "pictures": pictures,
         **_curves(models, folder, prefix),
         "about": {model: _about(runs) for model, runs in models.items()},
         "configs": {model: json.dumps(runs[0].config, indent=2, ensure_ascii=False)
@@ -89,9 +90,9 @@ def _curves(models: Models, folder: Path, prefix: str) -> dict[str, Path | None]
     trained = {model: [run.metrics for run in runs if run.metrics]
                for model, runs in models.items()}
     trained = {model: x for model, x in trained.items() if x}
-    files = {"curves": (draw_curves, folder / f"{prefix}curves.png"),
-             "development": (draw_development, folder / f"{prefix}development.png")}
-    return {name: file if draw(trained, file) else None for name, (draw, file) in files.items()}
+    curves, development = (folder / f"{prefix}{x}.png" for x in ("curves", "development"))
+    return {"curves": curves if draw_curves(trained, curves, colours_of(models)) else None,
+            "development": development if draw_development(trained, development) else None}
 
 
 def token_table(tokens: dict[str, Any]) -> str:

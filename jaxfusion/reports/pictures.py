@@ -23,6 +23,7 @@ rcParams["text.parse_math"] = False  # a model's name may look like a formula
 WIDTH = 0.8  # of all bars of a language
 INCH = 150  # dots
 ROW = 11.0  # inches of bars
+FAR = 100  # losses of such a ratio have a logarithmic axis
 # The page's own background and text.
 DARK = {f"{part}.facecolor": "#16191d" for part in ("figure", "axes", "savefig")} | dict.fromkeys(
     ("text.color", "axes.labelcolor", "xtick.color", "ytick.color"), "#e4e6e8") | {
@@ -56,30 +57,31 @@ def draw_accuracy(comparison: Comparison, out: Path, chance: float | None = None
         panels = figure.subplots(rows, 1, squeeze=False)[:, 0]
         for row, axes in enumerate(panels):
             languages = c.languages[row * columns : (row + 1) * columns]
-            _bars(axes, {model: [by[name] for name in languages] for model, by in cells.items()})
+            shown = _bars(axes, {model: [by[x] for x in languages] for model, by in cells.items()})
             if chance is not None:
-                axes.axhline(100 * chance, color=rcParams["text.color"], linestyle=":",
-                             linewidth=1, label="chance")
+                shown.append(axes.axhline(100 * chance, color=rcParams["text.color"],
+                                          linestyle=":", linewidth=1))
             axes.set_xticks(range(len(languages)), [
                 "\n".join([name, *wrap(", ".join(c.groups_of(name)), 12)]) for name in languages
             ], fontsize=9)
             axes.set(ylabel=f"accuracy on {c.task}, %", ylim=(0, 100), xlim=(-0.6, columns - 0.4))
-        named = dict(zip(*panels[0].get_legend_handles_labels()[::-1], strict=True))
-        shown = [*cells, *(() if chance is None else ("chance",))]
-        panels[0].legend([named[x] for x in shown], shown, ncols=legend, loc="lower left",
+        names = [*c.correct, *(() if chance is None else ("chance",))]
+        panels[0].legend(shown, names, ncols=legend, loc="lower left",
                          bbox_to_anchor=(0, 1.0), frameon=False, fontsize=9)
         _save(figure, file)
 
 
-def _bars(axes, cells: dict[str, list[Cell]]) -> None:
-    """A group of bars for each language, a bar for each model."""
-    width = WIDTH / len(cells)
+def _bars(axes, cells: dict[str, list[Cell]]) -> list[Any]:
+    """A group of bars for each language, a bar for each model; returns those of each model."""
+    width, drawn = WIDTH / len(cells), []
     for i, (model, colour) in enumerate(colours_of(cells).items()):
         values = np.array([value for value, _ in cells[model]])
         ends = np.array([interval for _, interval in cells[model]])
-        axes.bar(np.arange(len(values)) + (i + 0.5) * width - WIDTH / 2, 100 * values, width,
-                 label=model, color=colour, yerr=100 * np.abs(ends.T - values),
-                 error_kw={"elinewidth": 0.6, "ecolor": rcParams["text.color"]})
+        drawn.append(axes.bar(
+            np.arange(len(values)) + (i + 0.5) * width - WIDTH / 2, 100 * values, width,
+            color=colour, yerr=100 * np.abs(ends.T - values),
+            error_kw={"elinewidth": 0.6, "ecolor": rcParams["text.color"]}))
+    return drawn
 
 
 def _save(figure: Figure, file: Path) -> None:
@@ -167,13 +169,14 @@ def smooth(values: Sequence[float]) -> np.ndarray | None:
                      for i, width in enumerate(widths)])
 
 
-def draw_curves(metrics: Metrics, out: Path) -> bool:
+def draw_curves(metrics: Metrics, out: Path, colours: dict[str, str] | None = None) -> bool:
     """Draws loss and development score by step: a line per run, a colour per model.
 
     The loss is drawn faint, and strong where it is smoothed.
 
     Args:
       metrics: model -> for each seed the records of `metrics.jsonl`.
+      colours: of the models, where others have theirs too.
 
     Returns:
       Whether there was anything to draw.
@@ -184,15 +187,20 @@ def draw_curves(metrics: Metrics, out: Path) -> bool:
            if counts[name] > len(runs)][:1]  # one point is not a curve
     if not runs:
         return False
+    colours = colours or colours_of(metrics)
     for file in themes(out):
         figure = Figure(figsize=(5.6 * (1 + len(dev)), 3.6), layout="constrained")
         panels = figure.subplots(1, 1 + len(dev), squeeze=False)[0]
         for axes, name in zip(panels, ["loss", *dev], strict=True):
-            for model, colour in colours_of(metrics).items():
-                for i, records in enumerate(metrics[model]):
+            for model, seeds in metrics.items():
+                for i, records in enumerate(seeds):
                     points = [(x["step"], x[name]) for x in records if name in x]
-                    _plot(axes, points, colour, None if i else model, name == "loss")
+                    _plot(axes, points, colours[model], None if i else model, name == "loss")
             axes.set(xlabel="step", title=name.replace("/", " ").replace("_", " "))
+        losses = [x["loss"] for _, records in runs for x in records if "loss" in x]
+        if min(losses, default=0) > 0 and max(losses) > FAR * min(losses):
+            panels[0].set_yscale("log")
+            panels[0].yaxis.set_major_formatter("{x:g}")
         panels[0].legend(frameon=False, fontsize=8)
         _save(figure, file)
     return True
@@ -246,19 +254,23 @@ def draw_development(metrics: Metrics, out: Path) -> bool:
     return True
 
 
-def draw_languages(before, after: dict[str, Any], out: Path) -> None:
+def draw_languages(
+    before, after: dict[str, Any], out: Path, colours: dict[str, str] | None = None
+) -> None:
     """Draws languages in the plane of the last layer's first two specific directions, before and
     after; and the singular values by layer.
 
     Args:
       before: the `Probe` of the original LLM. after: those of trained LLMs, by name.
+      colours: of the names, where others have theirs too.
     """
+    colours = colours or colours_of(after)
     layers = range(1, before.layers + 1)
     lines = list(zip(*(before.subspaces(x).singular_values for x in layers), strict=True))
     for file in themes(out):
         figure = Figure(figsize=(10.5, 4.4), layout="constrained")
         plane, values = figure.subplots(1, 2)
-        _draw_plane(plane, before, after)
+        _draw_plane(plane, before, after, {**colours, "before": rcParams["text.color"]})
         for i, line in enumerate(lines):
             values.plot(layers, line, marker="o", color=rcParams["text.color"],
                         alpha=1 - 0.8 * i / len(lines), label=f"value {i + 1}")
@@ -270,10 +282,9 @@ def draw_languages(before, after: dict[str, Any], out: Path) -> None:
         _save(figure, file)
 
 
-def _draw_plane(axes, before, after: dict[str, Any]) -> None:
+def _draw_plane(axes, before, after: dict[str, Any], colours: dict[str, str]) -> None:
     """The languages as points: one colour and marker for each LLM."""
     basis, markers = before.subspaces(before.layers).specific[:, :2], "osD^vP*X"
-    colours = {"before": rcParams["text.color"], **colours_of(after)}
     for i, (name, probe) in enumerate({"before": before, **after}.items()):
         # Relative to the central language: a shift common to all languages is not a difference.
         points = (probe.means[-1] - probe.means[-1][0]) @ basis

@@ -62,7 +62,7 @@ def read_run(place: Path, alone: bool = False) -> ScoredRun:
     metrics = workdir / "metrics.jsonl"
     bare = alone or file.name == ALONE
     return ScoredRun(str(place), _json(file), _json(file.with_suffix(".about.json")),
-                     _json(workdir / "config.json"), [] if bare else _records(metrics),
+                     _json(workdir / "config.json"), [] if bare else read_metrics(metrics),
                      _enclosing(workdir))
 
 
@@ -72,7 +72,7 @@ def _enclosing(workdir: Path) -> dict[str, Any]:
     return next((config for config in configs if config.get("job") == "compare"), {})
 
 
-def _records(metrics: Path) -> list[dict[str, float]]:
+def read_metrics(metrics: Path) -> list[dict[str, float]]:
     """Training's metrics, without a line that is being written; empty if the file is damaged."""
     if not metrics.is_file():
         return []

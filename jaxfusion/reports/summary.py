@@ -34,6 +34,12 @@ def summary(c: Comparison) -> tuple[str, str]:
             f"{c.task}: the same {asked}{each}.", _sure(c))
 
 
+def unscored(models: Sequence[str]) -> tuple[str, str]:
+    """The two sentences on models without a task."""
+    return (f"{_listed(models)} {'were' if len(models) > 1 else 'was'} run without a task to be "
+            "scored on.", "No difference is claimed, as nothing was tested.")
+
+
 def _alone(c: Comparison) -> str:
     """The sentence on a model that was compared with none."""
     names = c.group(c.group_names[-1]) if c.group_names else c.languages
