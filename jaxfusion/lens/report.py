@@ -47,11 +47,12 @@ def write_lens_report(
     models = _models(config, methods, scores, workdir)
     page = write_page(comparisons, models, workdir, f"Lens: {workdir.absolute().name}",
                       measures=tables, pictures={PLACES: workdir / PICTURE})
-    figures = {"seconds": dict(seconds), **{c.task: as_json(c) for c in comparisons}, **measures}
+    shown = "\n".join([*map(markdown, comparisons), *(
+        f"{as_markdown(x.table)}\n{x.caption}\n" for x in tables)])
+    print(shown)
+    figures = {"table": shown, "seconds": dict(seconds), **measures,
+               **{c.task: as_json(c) for c in comparisons}}
     write_whole(workdir / "report.json", json.dumps(figures, indent=2) + "\n")
-    for shown in (*map(markdown, comparisons), *(
-            f"{as_markdown(x.table)}\n{x.caption}\n" for x in tables)):
-        print(shown)
     _track(config, methods, scores, workdir,
            [page, page.with_suffix(".md"), *sorted(workdir.glob("*.png"))])
     return comparisons[0] if comparisons else None

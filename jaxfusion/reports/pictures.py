@@ -50,8 +50,8 @@ def draw_accuracy(comparison: Comparison, out: Path, chance: float | None = None
     each = max(0.9, 0.16 * len(c.correct))  # inches of a language
     rows = -(-len(c.languages) // max(1, int(ROW / each)))
     columns = -(-len(c.languages) // rows)
-    legend = min(5, len(c.correct) + 1)
-    size = (max(7.0, 1.0 + each * columns), 2.8 * rows + 1.0 + 0.25 * (len(c.correct) // legend))
+    lines = -(-(len(c.correct) + 1) // 6)  # of the legend
+    size = (max(7.0, 1.0 + each * columns), 2.8 * rows + 0.75 + 0.25 * lines)
     for file in themes(out):
         figure = Figure(figsize=size, layout="constrained")
         panels = figure.subplots(rows, 1, squeeze=False)[:, 0]
@@ -66,7 +66,7 @@ def draw_accuracy(comparison: Comparison, out: Path, chance: float | None = None
             ], fontsize=9)
             axes.set(ylabel=f"accuracy on {c.task}, %", ylim=(0, 100), xlim=(-0.6, columns - 0.4))
         names = [*c.correct, *(() if chance is None else ("chance",))]
-        panels[0].legend(shown, names, ncols=legend, loc="lower left",
+        panels[0].legend(shown, names, ncols=-(-len(names) // lines), loc="lower left",
                          bbox_to_anchor=(0, 1.0), frameon=False, fontsize=9)
         _save(figure, file)
 
