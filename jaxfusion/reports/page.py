@@ -174,8 +174,8 @@ def _about(runs) -> dict[str, Any]:
 
 
 def _said(value: Any) -> str:
-    """A setting's value; of several, each by its name."""
-    return ", ".join(f"{name} {x}" for name, x in value.items()) if (
+    """A setting's value; of several, those that are set, each by its name."""
+    return ", ".join(f"{name} {x}" for name, x in value.items() if x not in (None, [], "")) if (
         isinstance(value, dict)) else str(value)
 
 
