@@ -24,6 +24,8 @@ from typing import Any
 
 from timing import machine
 
+from jaxfusion.reports.pictures import dark
+
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 PICTURES = ROOT / "docs" / "pictures"
@@ -42,7 +44,13 @@ def keep(name: str, run: Path) -> None:
     if name in pictures:
         PICTURES.mkdir(exist_ok=True)
         for picture in pictures[name]:
-            shutil.copyfile(run / f"{picture}.png", PICTURES / f"{name}_{picture}.png")
+            copy_picture(run / f"{picture}.png", f"{name}_{picture}")
+
+
+def copy_picture(file: Path, name: str) -> None:
+    """Copies a picture and its dark variant."""
+    for source, ending in ((file, ""), (dark(file), "_dark")):
+        shutil.copyfile(source, PICTURES / f"{name}{ending}.png")
 
 
 def read(name: str) -> dict[str, Any]:
@@ -152,8 +160,7 @@ def main() -> None:
     parser.add_argument("--lens_ceiling", type=Path)
     args = parser.parse_args()
     for picture in ("accuracy", "layers") if args.real_topics else ():
-        shutil.copyfile(args.real_topics / f"topics_{picture}.png",
-                        PICTURES / f"real_topics_{picture}.png")
+        copy_picture(args.real_topics / f"topics_{picture}.png", f"real_topics_{picture}")
     for name in ("quickstart", "lens", "lens_ceiling"):
         if getattr(args, name):
             keep(name, getattr(args, name))

@@ -165,10 +165,13 @@ comparison = lens(make_inputs(from_config_dict(config)), WORK / "moved")
 # %% [markdown]
 # ## The tables for your paper
 #
-# Accuracy in % with 95% intervals, and perplexity. The same lies in the folder as `report.md`,
-# `report.json` and `table.tex`. The languages' picture has them before and after.
+# Accuracy in % with 95% intervals, and perplexity. The folder has them as `report.json` and
+# `table.tex`, and `report.html` with what is sure of them and every changed answer. The languages'
+# picture has them before and after.
 
 # %%
+import json
+
 import pandas as pd
 
 from jaxfusion.reports.comparison import table
@@ -176,7 +179,7 @@ from jaxfusion.reports.comparison import table
 header, *rows = table(comparison)
 latex = pd.DataFrame(rows, columns=header).to_latex(index=False, escape=True)
 (WORK / "table.tex").write_text(latex, "utf-8")
-display(Markdown((WORK / "moved" / "report.md").read_text("utf-8")))
+display(Markdown(json.loads((WORK / "moved" / "report.json").read_text("utf-8"))["table"]))
 display(Image(WORK / "moved" / "accuracy.png"), Image(WORK / "moved" / "languages.png"))
 
 # %% [markdown]

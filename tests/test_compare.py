@@ -16,10 +16,13 @@ from jaxfusion.data.tasks.catalogue import TASKS
 from jaxfusion.errors import InputError
 from jaxfusion.files import write_checked
 from jaxfusion.miniatures.inputs import make_inputs
+from jaxfusion.reports.colours import colours_of
 from jaxfusion.reports.comparison import Comparison, as_json, differences, markdown, table
 from jaxfusion.reports.language_groups import standard_groups
+from jaxfusion.reports.pictures import smooth
 from jaxfusion.reports.scored_runs import compare_runs, read_models
-from jaxfusion.reports.statistics import bootstrap_mean
+from jaxfusion.reports.statistics import bootstrap_mean, holm
+from jaxfusion.reports.summary import summary
 from jaxfusion.runs import score
 from jaxfusion.runs.ask import ask, fill, unknown_words
 from jaxfusion.runs.score import evaluate
@@ -91,6 +94,51 @@ def test_differences_count_what_is_gained_and_lost():
     assert found["aa"]["last"] == "50.0" and found["aa"]["all"] == "75.0"
     assert found["mean of all groups"]["rows"] == "8" and found["aa"]["p"] == "1.000"
     assert float(found["aa"]["p, Holm"]) >= float(found["aa"]["p"])
+
+
+def many(share: float, rows: int = 200) -> list[int]:
+    return [int(i < share * rows) for i in range(rows)]
+
+
+def test_a_summary_claims_what_test_and_interval_show():
+    correct = {"LLM alone": {"en": many(0.9), "aa": many(0.3), "bb": many(0.3)},
+               "A": {"en": many(0.895), "aa": many(0.5), "bb": many(0.31)},
+               "B": {"en": many(0.5), "aa": many(0.3), "bb": many(0.31)}}
+    c = Comparison("xnli", "likelihood", correct, {"rich": ("aa", "bb")}, "LLM alone", {}, {})
+    compared, sure = summary(c)
+    assert compared == ("A and B were compared with LLM alone on xnli: the same 200 rows in each "
+                        "of 3 languages, by the likelihood of the labels.")
+    assert sure.startswith("Sure for these runs: A is better by 10.5 [")
+    assert "points on the mean of rich and better in aa; B is worse in en, with no sure " in sure
+    assert sure.endswith("(p < 0.05 after Holm's correction for all 8 tests, and a 95% interval "
+                         "without 0).")
+    # Eight tests are corrected together, in the tables too.
+    ps = [test.p for tests in c.tests.values() for test in tests.values()]
+    assert [x.corrected for tests in c.tests.values() for x in tests.values()] == holm(ps)
+    same = replace(c, correct=dict.fromkeys(correct, correct["LLM alone"]))
+    assert summary(same)[1].startswith("No difference to LLM alone is sure for these runs (p <")
+    alone = replace(c, correct={"A": correct["A"]}, reference="A")
+    assert summary(alone)[0].startswith("A was scored on xnli: 200 rows in each of 3")
+    assert summary(alone)[1].startswith("It gets 40.5 [") and "no difference is claim" in (
+        summary(alone)[1])
+
+
+def test_a_method_has_one_colour_everywhere():
+    names = ["LLM alone", "last", "layer 11", "global_softmax", "mine", "transformer_softmax"]
+    found = colours_of(names)
+    assert list(found) == names and len(set(found.values())) == len(names)
+    for other in (names[::-1], ["last", "mine"], ["layer_4", *names[3:]]):
+        again = colours_of(other)
+        assert all(again[x] == found[x] for x in other if x in found)
+    assert len(set(colours_of(f"own {i}" for i in range(30)).values())) == 30
+
+
+def test_a_smoothed_curve_follows_without_delay():
+    assert smooth([1.0] * 5) is None
+    line = [float(x) for x in range(100)]
+    assert np.allclose(smooth(line), line)
+    noisy = [x + (-1) ** x for x in range(100)]
+    assert np.abs(smooth(noisy) - line)[6:-6].max() < 0.2
 
 
 def test_groups_of_the_papers():

@@ -173,8 +173,10 @@ def test_the_picture_has_a_line_for_each_language(tmp_path, monkeypatch):
     assert not draw_development({"a": [alone, alone]}, tmp_path / "x.png")
     assert not draw_development({"a": [seed[:1]]}, tmp_path / "x.png")
     assert draw_development({"a": [seed, seed], "b": [alone]}, tmp_path / "x.png")
-    assert [x[:3] for x in drawn] == [((2, 4), (0.2, 0.3), "en"), ((2, 4), (0.2, 0.3), None),
+    light, dark = drawn[:4], drawn[4:]
+    assert [x[:3] for x in light] == [((2, 4), (0.2, 0.3), "en"), ((2, 4), (0.2, 0.3), None),
                                       ((2, 4), (0.4, 0.7), "sw"), ((2, 4), (0.4, 0.7), None)]
+    assert light == dark
     assert len({x[3] for x in drawn}) == 2
 
 

@@ -7,6 +7,7 @@ import sys
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +25,7 @@ from jaxfusion.data.batching import TokenRow
 from jaxfusion.data.tokenizers import Tokenizers
 from jaxfusion.errors import InputError
 from jaxfusion.evaluation.perplexity import fidelity, load_identifier, perplexity
-from jaxfusion.fields import LensConfig, ParallelConfig
+from jaxfusion.fields import LensConfig, LoggingConfig, ParallelConfig
 from jaxfusion.files import WRITER, only_writer
 from jaxfusion.hf.decoders import decoder_config
 from jaxfusion.hf.load import read_config
@@ -45,6 +46,7 @@ from jaxfusion.nn.bridge import Bridge
 from jaxfusion.nn.decoder import Decoder, make_edits
 from jaxfusion.runs.export.tower import export_lens
 from jaxfusion.sharding.mesh import make_mesh
+from jaxfusion.training import trackers
 from jaxfusion.training.checkpoint import saved_steps, trained_part
 from jaxfusion.training.trainer import compiled_step
 
@@ -370,19 +372,47 @@ def check_export(config, workdir, out):
     assert relative(ours, theirs) < 1e-5 and relative(before, theirs) > 1e-4
 
 
+class Tracker:
+    """In the place of a tracker with a server."""
+
+    runs: ClassVar[list] = []
+
+    def __init__(self, workdir, config, run_id):
+        self.id, self.metrics, self.files = run_id or str(len(self.runs)), {}, []
+        self.runs.append((workdir.name, self))
+
+    def log(self, step, metrics):
+        self.metrics.update({(step, name): value for name, value in metrics.items()})
+
+    def add(self, files):
+        self.files += [x.name for x in files]
+
+    def close(self, failed):
+        assert not failed
+
+
 def test_a_whole_run_and_again(cache_dir, tmp_path, monkeypatch):
+    monkeypatch.setattr(Tracker, "runs", [])
+    monkeypatch.setattr(trackers, "SERVERS", {"wandb": Tracker})
+    monkeypatch.setattr(trackers, "find_spec", lambda name: name)
     config = make_inputs(from_config_dict(get_config(ROOT / "configs" / "lens_quickstart.py",
                                                      "debug")))
     config = replace(
         config, sweep=config.sweep[:4], lens=replace(config.lens, keep="disk"),
+        logging=LoggingConfig(("tensorboard", "wandb")),
         data=replace(config.data, probe_rows=16, rows=16, perplexity_rows=4))
     first = job.lens(config, tmp_path / "run")
     made = {file.name for file in (tmp_path / "run").iterdir() if file.name[0] != "."}
-    assert made == {"probe.safetensors", "languages.png", "accuracy.png", "report.md",
-                    "report.json", "config.json", "Lens", "supervised"}
+    pictures = {f"{name}{theme}.png" for name in ("languages", "accuracy", "curves")
+                for theme in ("", "_dark")}
+    assert made == {"probe.safetensors", "report.html", "report.md", "report.json", "config.json",
+                    "Lens", "supervised", "tensorboard", "trackers.json"} | pictures
     assert set(first.correct) == {"LLM", *(x["name"] for x in config.sweep)}
     page = (tmp_path / "run" / "report.md").read_text()
     assert "| en minus LLM |" in page and "Perplexity, on prompts that were neither" in page
+    assert '"summary">steering, disentangle, supervised and Lens were compared with LLM on' in (
+        tmp_path / "run" / "report.html").read_text()
+    check_trackers_have(dict(Tracker.runs), first, config.train.steps)
     with monkeypatch.context() as patched:  # what is at its end keeps no prompts again
         patched.setattr(lens_train, "cache_activations", None)
         again = job.lens(config, tmp_path / "run")
@@ -396,6 +426,17 @@ def test_a_whole_run_and_again(cache_dir, tmp_path, monkeypatch):
     assert str(cache_dir) not in (tmp_path / "out" / "README.md").read_text()
     with pytest.raises(InputError, match="was written by another config"):
         job.lens(replace(config, lens=replace(config.lens, align=0.5)), tmp_path / "run")
+
+
+def check_trackers_have(last, comparison, steps):
+    """A method's tracker has its scores behind its curves, the workdir's those of all methods; both
+    have the report. `last` is the last run of each folder."""
+    assert set(last) == {"run", "Lens", "supervised"}
+    english = comparison.cell("Lens", "en")[0]
+    assert last["Lens"].metrics[steps + 1, "score/pocket_nli/en"] == english
+    assert last["run"].metrics[1, "Lens/score/pocket_nli/en"] == english
+    assert (1, "steering/perplexity/en") in last["run"].metrics
+    assert all({"report.html", "accuracy.png"} <= set(x.files) for x in last.values())
 
 
 def test_the_llm_leaves_memory_while_its_blocks_train(cache_dir, tmp_path, monkeypatch):

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from helpers import XNLI, get_config, leave_unscored, run_script
 
-from jaxfusion.bridge.compare import check_unseen, compare, report
+from jaxfusion.bridge.compare import check_unseen, compare, gather, report
 from jaxfusion.bridge.job import read_data
 from jaxfusion.config import from_config_dict, one_by_seeds, run_folders
 from jaxfusion.data.contamination import fingerprints, read_seen, write_seen
@@ -21,8 +21,9 @@ from jaxfusion.errors import InputError
 from jaxfusion.fields import TaskConfig
 from jaxfusion.files import note_of, only_writer, write_checked
 from jaxfusion.miniatures.inputs import make_inputs
-from jaxfusion.reports.page import _inline
-from jaxfusion.reports.scored_runs import compare_runs, read_models
+from jaxfusion.reports.comparison import table
+from jaxfusion.reports.markdown_page import inline
+from jaxfusion.reports.scored_runs import ALONE, compare_runs, read_models
 from jaxfusion.runs import answer_file as answering
 from jaxfusion.runs.answer_file import answer_file
 from jaxfusion.runs.open_run import open_run
@@ -109,6 +110,19 @@ def test_runs_are_compared_on_the_same_rows_or_refused(run, bridge, tmp_path):
         read_models([f"{bridge},{bridge}", other])
     with pytest.raises(InputError, match="unknown scoring 'f1'"):
         compare_runs(read_models([str(bridge), other]), "f1")
+
+
+def test_compare_and_report_show_one_table(run):
+    config, workdir, made = run
+    _, (whole,) = gather([str(workdir)])
+    assert table(whole) == table(made) and whole.notes == made.notes
+    places = [workdir / x for x in run_folders(config)["transformer_softmax"]]
+    asked = [str(places[-1] / "eval" / ALONE), ",".join(map(str, places))]
+    models, (again,) = gather(asked)
+    assert list(models) == ["LLM alone", "transformer_softmax"]
+    assert table(again) == table(replace(made, reference="LLM alone"))
+    with pytest.raises(InputError, match="is a comparison: give it alone, or runs of it"):
+        gather([str(workdir), asked[0]])
 
 
 def test_a_row_that_was_trained_on_is_named(bridge, tmp_path, caplog):
@@ -200,7 +214,7 @@ def test_what_differs_between_runs_is_said_or_left_out(bridge, tmp_path, caplog)
 
 
 def test_text_in_a_table_stays_text():
-    assert _inline("a|b [x](y) `c` <d> & \\ \n *e*") == (
+    assert inline("a|b [x](y) `c` <d> & \\ \n *e*") == (
         r"a\|b \[x\](y) \`c\` &lt;d> &amp; \\ \*e\*")
 
 
@@ -232,7 +246,10 @@ def test_a_page_holds_what_a_reader_asks_for(run, bridge):
     for part in ("McNemar", "LLM alone", "Weight of each layer", "Layer weights of each token",
                  "Training", "Settings", "&#34;learning_rate&#34;", "python 3."):
         assert part in text
-    assert not re.findall(r'(?:src|href)="(?!data:)', text)  # nothing else is needed
+    assert not re.findall(r'(?:src|href|srcset)="(?!data:)', text)  # nothing else is needed
+    assert "`" not in text and text.count("prefers-color-scheme: dark)") == text.count("<img ") + 1
+    assert '<p class="summary">transformer_softmax was scored on' not in text
+    assert '<p class="summary">seed_0 was compared with LLM alone on xnli' in text
     pictures = re.findall(r"\]\((.*?)\)", markdown)
     assert pictures and all((page.parent / name).is_file() for name in pictures)
     whole = report([run[1]])
@@ -261,14 +278,15 @@ def test_a_page_shows_each_script_its_own_way(bridge, tmp_path):
     code = ("<script>onload = () => { const cells = [...document.querySelectorAll('td.text')];"
             "const cell = cells.find(x => x.textContent.includes('عربي'));"
             "document.title = getComputedStyle(cell).direction + ' ' + cell.children.length + ' ' +"
-            "[...document.images].every(x => x.naturalWidth > 0) }</script>")
+            "[...document.images].every(x => x.naturalWidth > 0) + ' ' +"
+            "(document.documentElement.scrollWidth <= innerWidth) }</script>")
     shown = tmp_path / "shown.html"
     shown.write_text(page.read_text().replace("</body>", f"{code}</body>"))
     said = subprocess.run(
         [browser, "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom",
-         f"--user-data-dir={tmp_path / 'profile'}", shown.as_uri()],
+         "--window-size=400,900", f"--user-data-dir={tmp_path / 'profile'}", shown.as_uri()],
         capture_output=True, text=True, timeout=120, env={**os.environ, "HOME": str(tmp_path)})
-    assert "<title>rtl 0 true</title>" in said.stdout
+    assert "<title>rtl 0 true true</title>" in said.stdout
 
 
 @pytest.mark.parametrize(("flags", "said"), [

@@ -4,6 +4,7 @@ import json
 import logging
 import re
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,12 +18,19 @@ from jaxfusion.data.rows.examples import Example
 from jaxfusion.data.tasks.catalogue import NLI_PROMPT, check_languages, get_task
 from jaxfusion.data.tasks.spec import Task
 from jaxfusion.errors import InputError
-from jaxfusion.fields import CompareConfig, Config
+from jaxfusion.fields import CompareConfig, Config, Job
 from jaxfusion.files import read_json, sum_of, write_checked
 from jaxfusion.reports.baselines import lookup_correct, surface
 from jaxfusion.reports.comparison import Comparison, as_json, markdown
 from jaxfusion.reports.page import write_page
-from jaxfusion.reports.scored_runs import ALONE, LLM_ALONE, Models, compare_runs, read_run
+from jaxfusion.reports.scored_runs import (
+    ALONE,
+    LLM_ALONE,
+    Models,
+    compare_runs,
+    read_models,
+    read_run,
+)
 from jaxfusion.reports.terminal import print_comparison
 from jaxfusion.runs.score import evaluate, read_rows, unseen
 from jaxfusion.training.checkpoint import saved_steps
@@ -143,18 +151,11 @@ def side_by_side(
     config: CompareConfig, models: Models, baselines: dict[str, float], scoring: str | None = None
 ) -> Comparison:
     """The comparison of what was scored; the others are compared with the first variant."""
-    name, runs = config.base.data.task, variants(config)
-    warm = [variant for variant, run in runs.items()
-            if run.projector.warm_start and run.train.init_from is None]
-    notes = []
-    if warm:
-        notes.append("Warm start, which is not in the papers: the projector begins at a "
-                     f"regression onto the LLM's embeddings ({', '.join(warm)}).")
+    name = config.base.data.task
     found = next((c for c in compare_runs(models, scoring) if c.task == name), None)
     if found is None:
         raise InputError(f"task '{name}' is not counted by '{scoring}'; leave --scoring out")
-    return replace(found, reference=next(iter(runs)), notes=(*notes, *found.notes),
-                   baselines=baselines)
+    return replace(found, reference=next(iter(variants(config))), baselines=baselines)
 
 
 def _baselines(
@@ -186,6 +187,36 @@ def _columns(task: Task, query: str) -> dict[str, str]:
     return re.fullmatch(pattern, query, re.DOTALL).groupdict()
 
 
+def gather(asked: Sequence[str], scoring: str | None = None) -> tuple[Models, list[Comparison]]:
+    """What `--compare` prints, and the report of a comparison shows.
+
+    Args:
+      asked: a comparison's workdir; or two runs or more, each a workdir, or several seeds by comma.
+        The first run is the reference, or the first variant.
+      scoring: how an answer counts; None is `likelihood` where there are labels.
+
+    Raises:
+      InputError: one run alone, or one that has not been scored.
+    """
+    first = Path(asked[0])
+    config = read_config(first) if len(asked) == 1 else None
+    if isinstance(config, CompareConfig):
+        models, written = read_variants(config, first), first / REPORT
+        baselines = read_json(written, "start the comparison once more")["baselines"] if (
+            written.is_file()) else {}
+        return models, [side_by_side(config, models, baselines, scoring)]
+    if len(asked) < 2:
+        raise InputError("--compare takes two runs or more, or a comparison's workdir, got "
+                         f"{asked[0]} alone")
+    models = read_models(asked)
+    return models, compare_runs(models, scoring)
+
+
+def read_config(workdir: Path) -> Job | None:
+    """The config of a workdir; None where there is none."""
+    return configs.load(workdir / CONFIG_FILE) if (workdir / CONFIG_FILE).is_file() else None
+
+
 def report(workdirs: list[Path], scoring: str | None = None) -> Path:
     """Writes the page on what was scored, of a comparison or of one bridge (of several seeds).
 
@@ -201,13 +232,8 @@ def report(workdirs: list[Path], scoring: str | None = None) -> Path:
       InputError: nothing has been scored.
     """
     workdir = workdirs[-1]
-    config = configs.load(workdir / CONFIG_FILE)
-    if isinstance(config, CompareConfig):
-        models = read_variants(config, workdir)
-        written = workdir / REPORT
-        baselines = read_json(written, "start the comparison once more")["baselines"] if (
-            written.is_file()) else {}
-        comparisons, folder = [side_by_side(config, models, baselines, scoring)], workdir
+    if isinstance(configs.load(workdir / CONFIG_FILE), CompareConfig):
+        (models, comparisons), folder = gather([str(workdir)], scoring), workdir
     else:
         models = {workdir.absolute().name: [read_run(x) for x in workdirs]}
         models, comparisons = _beside_the_llm(models, workdir, scoring)

@@ -2,6 +2,7 @@
 
     eval --workdir DIR[,DIR2 …] [--tasks a,b] [--languages x,y] [--limit N] [--llm_only]
     eval --compare RUN_A RUN_B [--scoring exact_match]     # what B gets right more than A
+    eval --compare DIR                                     # the same of a comparison's variants
     eval --workdir DIR --report                            # one HTML file on what was scored
     eval --workdir DIR --input FILE --output OUT.jsonl     # answers a file's rows
     eval --workdir DIR --ask "PREMISE | HYPOTHESIS"
@@ -36,7 +37,8 @@ INPUT = text("input", None, "answer the rows of this file")
 LANGUAGE = text(
     "language", "", "of --ask and --input, for encoders that are told it (NLLB, M2M100)")
 OUTPUT = text("output", None, "of --input: a .jsonl file, continued where it stands")
-COMPARE = text("compare", None, "RUN_A RUN_B …, each a workdir, or several by comma")
+COMPARE = text("compare", None, "RUN_A RUN_B …, each a workdir, or several by comma; "
+               "or a comparison's workdir")
 SCORING = text("scoring", None, "of --compare: how an answer counts")
 REPORT = switch("report", False, "write report.html and report.md on what was scored")
 DECODING = {
@@ -144,22 +146,25 @@ def _score(workdirs: list[Path]) -> None:
 
 
 def _compare(asked: list[str]) -> None:
+    from jaxfusion.bridge.compare import gather, report
     from jaxfusion.reports.page import write_page
-    from jaxfusion.reports.scored_runs import compare_runs, read_models
+    from jaxfusion.reports.summary import summary
     from jaxfusion.reports.terminal import print_comparison, print_differences
 
-    if len(asked) < 2:
-        raise InputError(f"--compare takes two runs or more, got {asked[0]} alone")
-    models = read_models(asked)
-    comparisons = compare_runs(models, SCORING.value)
+    models, comparisons = gather(asked, SCORING.value)
     for comparison in comparisons:
         print_comparison(comparison)
         print_differences(comparison)
-    if REPORT.value:
-        last = Path(asked[-1].split(",")[-1])
-        folder = last.parent if last.is_file() else last / "eval"
-        print(write_page(comparisons, models, folder, " against ".join(reversed(models)),
-                         "comparison"))
+        print(" ".join(summary(comparison)))
+    if not REPORT.value:
+        return
+    if len(asked) == 1:
+        print(report([Path(asked[0])], SCORING.value))
+        return
+    last = Path(asked[-1].split(",")[-1])
+    folder = last.parent if last.is_file() else last / "eval"
+    print(write_page(comparisons, models, folder, " against ".join(reversed(models)),
+                     "comparison"))
 
 
 def run() -> None:

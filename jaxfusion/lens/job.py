@@ -25,17 +25,12 @@ from jaxfusion.lens.model import LensModel, load_lens_model
 from jaxfusion.lens.parallel_text import read_parallel
 from jaxfusion.lens.probe import Probe, load_probe, save_probe
 from jaxfusion.lens.prompts import PromptRows, probe_as_authors, prompt_rows
-from jaxfusion.lens.scores import (
-    UNTOUCHED,
-    Questions,
-    Scores,
-    read_questions,
-    score_model,
-    write_lens_report,
-)
+from jaxfusion.lens.report import PICTURE, UNTOUCHED, write_lens_report
+from jaxfusion.lens.scores import Questions, Scores, read_questions, score_model
 from jaxfusion.lens.sweep import CACHE, folder_of, train_all
 from jaxfusion.nn.bridge import Params
 from jaxfusion.nn.decoder import make_edits
+from jaxfusion.reports.colours import colours_of
 from jaxfusion.reports.comparison import Comparison
 from jaxfusion.reports.pictures import draw_languages
 from jaxfusion.runs.open_run import open_run
@@ -55,8 +50,8 @@ def lens(config: LensRunConfig, workdir: Path) -> Comparison | None:
     """Probes the LLM, runs every method of the sweep (or the config's own), and reports scores.
 
     Writes `probe.safetensors`, `languages.png`, a directory with checkpoints for each method that
-    trains, and, if anything is scored, `report.md`, `report.json` and `accuracy.png`. The same call
-    resumes a stopped run.
+    trains, and `report.html`, `report.md`, `report.json` with their pictures; scores and report
+    also go to the trackers. The same call resumes a stopped run.
 
     Returns:
       The comparison on the first task, if there are tasks.
@@ -79,9 +74,10 @@ def lens(config: LensRunConfig, workdir: Path) -> Comparison | None:
             trained, moved = run.score_trained()
         if not is_first():
             return None
-        draw_languages(before, moved, workdir / "languages.png")
-        scores = {name: (scores | trained)[name] for name in (UNTOUCHED, *run.methods)}
-        return write_lens_report(run.config, scores, seconds, workdir)
+        names = (UNTOUCHED, *run.methods)
+        draw_languages(before, moved, workdir / PICTURE, colours_of(names))
+        scores = {name: (scores | trained)[name] for name in names}
+        return write_lens_report(run.config, run.methods, scores, seconds, workdir)
 
 
 def _with_llm(config: LensRunConfig) -> LensRunConfig:

@@ -1,10 +1,7 @@
-"""Scores every method of a Lens run, and writes its report."""
+"""Scores every method of a Lens run."""
 
-import json
-import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 
 from jaxfusion.data.rows.examples import Example, read_examples
 from jaxfusion.data.tasks.catalogue import check_languages, get_task
@@ -13,14 +10,11 @@ from jaxfusion.errors import InputError
 from jaxfusion.evaluation.perplexity import fidelity, load_identifier, perplexity
 from jaxfusion.evaluation.scoring import Scorer, check_scorable, for_task
 from jaxfusion.fields import LensRunConfig
-from jaxfusion.files import write_whole
 from jaxfusion.lens.model import LensModel
-from jaxfusion.reports.comparison import Comparison, as_json, markdown
-from jaxfusion.reports.pictures import draw_accuracy
+from jaxfusion.reports.scored_runs import Details
+from jaxfusion.runs.score import detail
 
-UNTOUCHED = "LLM"  # the original model's name in tables
 REPLY = Task("{text}", (), ())  # a prompt with a free answer
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -44,13 +38,17 @@ class Scores:
     """The scores of one method.
 
     Attributes:
-      correct: 0 or 1 for every row, by task and language.
+      details: every row and its answer, by task and language; see `runs/score.py`.
       text: `perplexity`, `bits per byte` and the share of replies in the prompt's language, by
         language.
     """
 
-    correct: dict[str, dict[str, list[int]]] = field(default_factory=dict)
+    details: Details = field(default_factory=dict)
     text: dict[str, dict[str, float]] = field(default_factory=dict)
+
+    def correct(self, task: str, scoring: str) -> dict[str, list[int]]:
+        """0 or 1 for every row of a task, by language."""
+        return {x: part["correct"][scoring] for x, part in self.details[task].items()}
 
 
 def read_questions(
@@ -120,8 +118,9 @@ def score_model(
 
     for (name, language), rows in questions.tasks.items():
         task = get_task(name, config.tasks)
-        right = ask(task, language, rows).correct[task.scoring]
-        scores.correct.setdefault(name, {})[language] = [int(x) for x in right]
+        found = {**detail(rows, ask(task, language, rows)), "labels": task.labels}
+        found["correct"] = {task.scoring: found["correct"][task.scoring]}
+        scores.details.setdefault(name, {})[language] = found
     for language, texts in questions.texts.items():
         measured = perplexity(model.bridge, params(language), texts, model.tokenizers,
                               c.max_decoder_tokens, c.batch_size)
@@ -133,40 +132,3 @@ def score_model(
         scores.text.setdefault("replies in the prompt's language", {})[language] = fidelity(
             answers, code, questions.identify)
     return scores
-
-
-def write_lens_report(
-    config: LensRunConfig, scores: dict[str, Scores], seconds: dict[str, float], workdir: Path
-) -> Comparison | None:
-    """Writes and prints the report; returns the first task's comparison."""
-    pages, figures, comparisons = [], {"seconds": seconds}, []
-    central = config.data.central
-    for task in next(iter(scores.values())).correct:
-        languages = config.eval.languages or config.data.targets
-        others = tuple(x for x in languages if x != central)
-        comparison = Comparison(
-            task, get_task(task, config.tasks).scoring,
-            {name: x.correct[task] for name, x in scores.items()},
-            {"targets": others}, UNTOUCHED, {}, {}, central=central)
-        comparisons.append(comparison)
-        pages.append(markdown(comparison))
-        figures[task] = as_json(comparison)
-    for measure, by_language in next(iter(scores.values())).text.items():
-        by_method = {name: x.text[measure] for name, x in scores.items()}
-        lines = [["", *by_method], ["---"] * (len(by_method) + 1),
-                 *([x, *(f"{values[x]:.3g}" for values in by_method.values())]
-                   for x in by_language)]
-        pages.append("\n".join("| " + " | ".join(line) + " |" for line in lines)
-                     + f"\n\n{measure.capitalize()}, on prompts that were neither probed nor "
-                     "trained on.\n")
-        figures[measure] = by_method
-    if not pages:
-        return None
-    write_whole(workdir / "report.md", "\n".join(pages))
-    write_whole(workdir / "report.json", json.dumps(figures, indent=2) + "\n")
-    print("\n".join(pages))
-    if not comparisons:
-        return None
-    labels = get_task(comparisons[0].task, config.tasks).labels
-    draw_accuracy(comparisons[0], workdir / "accuracy.png", 1 / len(labels) if labels else None)
-    return comparisons[0]

@@ -2,7 +2,8 @@
 
 import html
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,31 @@ from jaxfusion.reports.statistics import bootstrap_mean, holm, mcnemar, sign_fli
 ALL_GROUPS = "all groups"
 Interval = tuple[float, float]
 Cell = tuple[float, Interval]  # a fraction and its 95% interval
+LEVEL = 0.05  # of significance, for all tests of a comparison together
+
+
+@dataclass(frozen=True)
+class PairedTest:
+    """A paired test of a model against the reference, in a language or a group.
+
+    Attributes:
+      difference: of the accuracies, with its bootstrap interval. rows: all that were compared.
+      gained, lost: rows that the model gets right more, or less, often.
+      p, corrected: the p-value; the same after Holm's correction for all tests of the comparison.
+    """
+
+    difference: Cell
+    rows: int
+    gained: int
+    lost: int
+    p: float
+    corrected: float = 1.0
+
+    @property
+    def sure(self) -> int:
+        """1 for better, -1 for worse, 0 unless both the test and the interval say so."""
+        value, (low, high) = self.difference
+        return int(np.sign(value)) if self.corrected < LEVEL and low * high > 0 else 0
 
 
 @dataclass(frozen=True)
@@ -90,6 +116,30 @@ class Comparison:
             return mcnemar(self.rows(self.reference, languages[0]), self.rows(model, languages[0]))
         return sign_flip([self.rows(model, name, self.reference) for name in languages])
 
+    @cached_property
+    def tests(self) -> dict[str, dict[str, PairedTest]]:
+        """The tests of every other model, by model and line of the table."""
+        found = {(model, line): self._test(model, names)
+                 for model in self.correct if model != self.reference
+                 for line, names in self.lines.items()}
+        corrected = holm([test.p for test in found.values()])
+        by_model: dict[str, dict[str, PairedTest]] = {}
+        for ((model, line), test), p in zip(found.items(), corrected, strict=True):
+            by_model.setdefault(model, {})[line] = replace(test, corrected=p)
+        return by_model
+
+    def _test(self, model: str, names: Sequence[str]) -> PairedTest:
+        every = [self.rows(model, name, self.reference) for name in names]
+        changed = np.concatenate(every)
+        return PairedTest(bootstrap_mean(every), len(changed), int(np.sum(changed > 0)),
+                    int(np.sum(changed < 0)), self.p_value(model, names))
+
+    @property
+    def lines(self) -> dict[str, tuple[str, ...]]:
+        """What is compared, by its name in tables: each language, then the mean of each group."""
+        return {**{name: (name,) for name in self.languages},
+                **{mean_of(group): self.group(group) for group in self.group_names}}
+
     def group(self, name: str) -> tuple[str, ...]:
         """The languages of a group; `all groups` is their union."""
         every = dict.fromkeys(x for names in self.groups.values() for x in names)
@@ -121,16 +171,16 @@ def table(c: Comparison) -> list[list[str]]:
 
     rows = [["", "", *models]]
     rows += [[name, ", ".join(c.groups_of(name)),
-              *(_show(c.cell(m, name)) + spread(m, name) for m in models)] for name in c.languages]
+              *(show(c.cell(m, name)) + spread(m, name) for m in models)] for name in c.languages]
     for group in c.group_names:
-        rows.append([f"mean of {group}", "", *(
-            _show(c.mean(m, group)) + spread(m, *c.group(group)) for m in models)])
+        rows.append([mean_of(group), "", *(
+            show(c.mean(m, group)) + spread(m, *c.group(group)) for m in models)])
     if c.group_names and others:
         last = c.group_names[-1]
-        differences = {m: _show(c.mean(m, last, minus=c.reference), sign="+") for m in others}
+        differences = {m: show(c.mean(m, last, minus=c.reference), sign="+") for m in others}
         rows.append([f"minus {c.reference}", "", *(differences.get(m, "") for m in models)])
     if c.central in c.languages:
-        changes = {m: _show(c.change(m, c.central), sign="+") for m in others}
+        changes = {m: show(c.change(m, c.central), sign="+") for m in others}
         rows.append([f"{c.central} minus {c.reference}", "",
                      *(changes.get(m, "") for m in models)])
     return rows
@@ -139,22 +189,24 @@ def table(c: Comparison) -> list[list[str]]:
 def differences(c: Comparison, model: str) -> list[list[str]]:
     """Header and rows: a model's differences to the reference, by language and group.
 
-    P-values are uncorrected and, in the last column, corrected for their number (Holm).
+    P-values are uncorrected and, in the last column, corrected for the number of all tests of the
+    comparison (Holm).
     """
-    named = {name: (name,) for name in c.languages}
-    named |= {f"mean of {group}": c.group(group) for group in c.group_names}
-    p_values = [c.p_value(model, names) for names in named.values()]
     rows = [["", "rows", c.reference, model, "difference", "gained", "lost", "p", "p, Holm"]]
-    for (name, names), p, corrected in zip(named.items(), p_values, holm(p_values), strict=True):
-        every = [c.rows(model, x, c.reference) for x in names]
-        changed = np.concatenate(every)
+    for line, names in c.lines.items():
+        test = c.tests[model][line]
         means = [np.mean([c.rows(m, x).mean() for x in names]) for m in (c.reference, model)]
         rows.append([
-            name, f"{len(changed):,}", *(f"{100 * x:.1f}" for x in means),
-            _show(bootstrap_mean(every), sign="+"), f"{int(np.sum(changed > 0)):,}",
-            f"{int(np.sum(changed < 0)):,}", show_p(p), show_p(corrected),
+            line, f"{test.rows:,}", *(f"{100 * x:.1f}" for x in means),
+            show(test.difference, sign="+"), f"{test.gained:,}", f"{test.lost:,}",
+            show_p(test.p), show_p(test.corrected),
         ])
     return rows
+
+
+def mean_of(group: str) -> str:
+    """A group's line in tables."""
+    return f"mean of {group}"
 
 
 def show_p(p: float) -> str:
@@ -179,7 +231,8 @@ def as_text(cell: str) -> str:
     return html.escape(cell, quote=False).replace("|", "\\|").replace("\n", " ")
 
 
-def _show(cell: Cell, sign: str = "") -> str:
+def show(cell: Cell, sign: str = "") -> str:
+    """`61.2 [58, 64]`: a cell in %."""
     value, (low, high) = (100 * cell[0], tuple(100 * x for x in cell[1]))
     return f"{value:{sign}.1f} [{low:{sign}.0f}, {high:{sign}.0f}]"
 
@@ -191,15 +244,20 @@ def markdown(c: Comparison) -> str:
 
 def remarks(c: Comparison) -> list[str]:
     """The remarks below the table, a line each."""
-    numbers = sorted({c.rows(c.reference, name).size for name in c.languages})
-    n = " to ".join(f"{n:,}" for n in {numbers[0]: 0, numbers[-1]: 0})
     seeds = {model: c.seeds(model) for model in c.correct if c.seeds(model) > 1}
     counted = ", ".join(f"{model}: {number}" for model, number in seeds.items())
     spread = [f"± is the standard deviation across seeds ({counted}); intervals are over rows."]
-    return [f"Accuracy in % on `{c.task}`, {c.scoring}, {n} rows per language, 95% intervals.",
+    return [f"Accuracy in % on {c.task}, {c.scoring}, {row_range(c)} rows per language, 95% "
+            "intervals.",
             *(spread if seeds else ()),
             *(f"Without understanding: {name} {100 * x:.1f}." for name, x in c.baselines.items()),
             *c.notes]
+
+
+def row_range(c: Comparison) -> str:
+    """The number of rows of a language: `204`, or `16 to 959`."""
+    numbers = sorted({c.rows(c.reference, name).size for name in c.languages})
+    return " to ".join(f"{n:,}" for n in {numbers[0]: 0, numbers[-1]: 0})
 
 
 def as_json(c: Comparison) -> dict[str, Any]:
@@ -211,14 +269,15 @@ def as_json(c: Comparison) -> dict[str, Any]:
         return {m: x for m in c.correct if (x := c.deviation(m, names)) is not None}
 
     named = {**{name: (name,) for name in c.languages}, **{g: c.group(g) for g in c.group_names}}
+    short = {**{name: name for name in c.languages}, **{mean_of(g): g for g in c.group_names}}
     return {
         "task": c.task, "scoring": c.scoring, "reference": c.reference, "baselines": c.baselines,
         "languages": {m: {name: cell(c.cell(m, name)) for name in c.languages} for m in c.correct},
         "groups": {m: {g: cell(c.mean(m, g)) for g in c.group_names} for m in c.correct},
         "differences": {m: {g: cell(c.mean(m, g, minus=c.reference)) for g in c.group_names}
                         for m in c.correct if m != c.reference},
-        "p_values": {m: {x: c.p_value(m, names) for x, names in named.items()}
-                     for m in c.correct if m != c.reference},
+        "p_values": {m: {short[line]: test.p for line, test in tests.items()}
+                     for m, tests in c.tests.items()},
         "deviations": {x: by_model for x, names in named.items() if (by_model := spread(names))},
         **({"central": {m: cell(c.change(m, c.central)) for m in c.correct if m != c.reference}}
            if c.central in c.languages else {}),

@@ -2,30 +2,34 @@
 
 import json
 import platform
-import re
 import unicodedata
 from base64 import b64encode
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
+from struct import unpack
+from types import MappingProxyType
 from typing import Any
 
 import jinja2
 
 from jaxfusion.config import directory_name
 from jaxfusion.files import write_whole
-from jaxfusion.reports.comparison import (
-    Comparison,
-    as_markdown,
-    as_text,
-    as_texts,
-    differences,
-    remarks,
-    table,
+from jaxfusion.reports.colours import colours_of
+from jaxfusion.reports.comparison import Comparison, differences, remarks, table
+from jaxfusion.reports.markdown_page import as_markdown_page
+from jaxfusion.reports.pictures import (
+    INCH,
+    dark,
+    draw_accuracy,
+    draw_curves,
+    draw_development,
+    draw_layers,
 )
-from jaxfusion.reports.pictures import draw_accuracy, draw_curves, draw_development, draw_layers
 from jaxfusion.reports.scored_runs import Models
+from jaxfusion.reports.summary import summary, unscored
 
 EXAMPLES = 3  # gained and lost rows shown for each language
 LIBRARIES = ("jaxfusion", "jax", "flax", "optax", "transformers", "numpy")
@@ -41,28 +45,34 @@ class ChangedAnswer:
     after: str
 
 
+@dataclass(frozen=True)
+class Measure:
+    """A table of other figures than accuracy: what they are, and the rows with their header."""
+
+    caption: str
+    table: list[list[str]]
+
+
 def write_page(
-    comparisons: list[Comparison], models: Models, folder: Path, title: str, name: str = "report"
+    comparisons: list[Comparison], models: Models, folder: Path, title: str, name: str = "report",
+    measures: Sequence[Measure] = (), pictures: Mapping[str, Path] = MappingProxyType({}),
 ) -> Path:
     """Writes `NAME.html`, `NAME.md` and their pictures; returns the HTML file.
 
     Args:
       comparisons: one for each task; see `compare_runs`.
       models: their runs.
+      measures: more tables. pictures: more pictures in the folder, by caption.
     """
     folder.mkdir(parents=True, exist_ok=True)
     prefix = "" if name == "report" else f"{name}_"
     sections = [_section(c, models, folder, prefix if len(comparisons) == 1 else
                          f"{prefix}{directory_name(c.task)}_") for c in comparisons]
-    curves = folder / f"{prefix}curves.png"
-    trained = {model: [run.metrics for run in runs if run.metrics]
-               for model, runs in models.items()}
-    trained = {model: x for model, x in trained.items() if x}
-    drawn = draw_curves(trained, curves)
-    development = folder / f"{prefix}development.png"
     content = {
-        "title": title, "sections": sections, "curves": curves if drawn else None,
-        "development": development if draw_development(trained, development) else None,
+        "title": title, "sections": sections,
+        "summaries": [x["summary"] for x in sections] or [unscored(list(models))],
+        "colours": colours_of(models), "measures": measures, "pictures": pictures,
+        **_curves(models, folder, prefix),
         "about": {model: _about(runs) for model, runs in models.items()},
         "configs": {model: json.dumps(runs[0].config, indent=2, ensure_ascii=False)
                     for model, runs in models.items() if runs[0].config},
@@ -71,8 +81,18 @@ def write_page(
     }
     page = folder / f"{name}.html"
     write_whole(page, _environment().get_template("page.html.jinja").render(content))
-    write_whole(folder / f"{name}.md", _markdown(content))
+    write_whole(folder / f"{name}.md", as_markdown_page(content))
     return page
+
+
+def _curves(models: Models, folder: Path, prefix: str) -> dict[str, Path | None]:
+    """The pictures of training, where there is anything to draw."""
+    trained = {model: [run.metrics for run in runs if run.metrics]
+               for model, runs in models.items()}
+    trained = {model: x for model, x in trained.items() if x}
+    curves, development = (folder / f"{prefix}{x}.png" for x in ("curves", "development"))
+    return {"curves": curves if draw_curves(trained, curves, colours_of(models)) else None,
+            "development": development if draw_development(trained, development) else None}
 
 
 def token_table(tokens: dict[str, Any]) -> str:
@@ -83,7 +103,8 @@ def token_table(tokens: dict[str, Any]) -> str:
 def _environment() -> jinja2.Environment:
     env = jinja2.Environment(loader=jinja2.PackageLoader("jaxfusion.reports", "."),
                              autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    env.filters |= {"embed": _embed, "shade": _shade, "direction": _direction}
+    env.filters |= {"embed": _embed, "shade": _shade, "direction": _direction, "dark": dark,
+                    "width": _width, "narrow": _narrow}
     return env
 
 
@@ -97,9 +118,13 @@ def _section(c: Comparison, models: Models, folder: Path, prefix: str) -> dict[s
         draw_layers(c, layers)
     others = [model for model in c.correct if model != c.reference]
     return {
-        "task": c.task, "table": table(c), "remarks": remarks(c), "accuracy": accuracy,
+        "task": c.task, "summary": summary(c), "table": table(c), "rows": len(c.languages),
+        "groups": {name: ", ".join(c.groups_of(name)) for name in c.languages},
+        "remarks": remarks(c), "accuracy": accuracy,
         "reference": c.reference, "layers": layers if c.layer_weights else None,
         "differences": {model: differences(c, model) for model in others},
+        "sure": {model: {line: bool(test.sure) for line, test in c.tests[model].items()}
+                 for model in others},
         "changed": {model: _changed(c, models, model) for model in others},
         "tokens": {model: by_language for model, runs in models.items() if (by_language := {
             language: {**x, "text": part["queries"][0]} for language in c.languages
@@ -141,15 +166,32 @@ def _answer(details: dict[str, Any], row: int, scoring: str) -> str:
 def _about(runs) -> dict[str, Any]:
     """The settings of a model's scores, for the reader."""
     names = dict.fromkeys(name for run in runs for name in run.about)
-    values_of = {name: list(dict.fromkeys(str(run.about.get(name)) for run in runs))
+    values_of = {name: list(dict.fromkeys(_said(run.about.get(name)) for run in runs))
                  for name in names}
     shown = {"workdir": ", ".join(run.place for run in runs),
              **{name: ", ".join(values) for name, values in values_of.items()}}
     return {name: value for name, value in shown.items() if value not in ("None", "False", "")}
 
 
+def _said(value: Any) -> str:
+    """A setting's value; of several, those that are set, each by its name."""
+    return ", ".join(f"{name} {x}" for name, x in value.items() if x not in (None, [], "")) if (
+        isinstance(value, dict)) else str(value)
+
+
 def _embed(picture: Path) -> str:
     return "data:image/png;base64," + b64encode(picture.read_bytes()).decode()
+
+
+def _width(picture: Path) -> int:
+    """How many CSS pixels wide a PNG is shown: as large as its text is in print."""
+    dots, = unpack(">I", picture.read_bytes()[16:20])
+    return round(96 * dots / INCH)
+
+
+def _narrow(table: list[list[str]]) -> list[list[str]]:
+    """A table without its second column, the groups: they go below the language."""
+    return [[first, *rest] for first, _, *rest in table]
 
 
 def _shade(weight: float) -> str:
@@ -162,49 +204,3 @@ def _direction(text: str) -> str:
     """`rtl` if most letters are right-to-left: a prompt's first words may be English."""
     counts = Counter(unicodedata.bidirectional(letter) for letter in text)
     return "rtl" if counts["R"] + counts["AL"] > counts["L"] else "ltr"
-
-
-def _markdown(content: dict[str, Any]) -> str:
-    lines = [f"# {as_text(content['title'])}", ""]
-    for part in content["sections"]:
-        lines += [f"## {part['task']}", "", as_markdown(as_texts(part["table"])),
-                  *part["remarks"], "", f"![accuracy by language]({part['accuracy'].name})", ""]
-        if part["layers"]:
-            lines += [f"![weight of each layer]({part['layers'].name})", ""]
-        for model, rows in part["differences"].items():
-            lines += [f"### {as_text(model)} against {as_text(part['reference'])}", "",
-                      as_markdown(as_texts(rows))]
-            for language, kinds in part["changed"][model].items():
-                for kind, examples in kinds.items():
-                    lines += [
-                        f"- {as_text(language)}, {kind}: {_inline(x.query)} → "
-                        f"**{_inline(x.after)}** (before: {_inline(x.before)}; right: "
-                        f"{_inline(x.target)})"
-                        for x in examples]
-            lines.append("")
-        for model, by_language in part["tokens"].items():
-            lines += [f"### Layer weights of each token: {as_text(model)}", ""]
-            for language, x in by_language.items():
-                layers = [f"layer {i + 1}" for i in range(len(x["weights"][0]))]
-                lines += [f"{as_text(language)}: {_inline(x['text'])}", "", as_markdown([
-                    ["token, % of", *layers],
-                    *([_inline(token), *(f"{100 * w:.0f}" for w in weights)]
-                      for token, weights in zip(x["tokens"], x["weights"], strict=True))])]
-    if content["curves"]:
-        lines += ["## Training", "", f"![training curves]({content['curves'].name})", ""]
-    if content["development"]:
-        lines += [f"![development by language]({content['development'].name})", ""]
-    lines += ["## Settings", ""]
-    for model, about in content["about"].items():
-        parts = "; ".join(f"{k} {_inline(str(v))}" for k, v in about.items())
-        lines += [f"- {as_text(model)}: {parts}"]
-    lines += ["- " + ", ".join(f"{k} {v}" for k, v in content["versions"].items()), ""]
-    for model, config in content["configs"].items():
-        lines += [f"### Config of {as_text(model)}", "", "```json", config, "```", ""]
-    return "\n".join(lines)
-
-
-def _inline(text: str) -> str:
-    """Text within a line or a table's cell."""
-    escaped = re.sub(r"([\\`*_\[\]|])", r"\\\1", " ".join(text.split()))
-    return escaped.replace("&", "&amp;").replace("<", "&lt;")

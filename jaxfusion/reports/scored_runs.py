@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from jaxfusion.cli import typed
+from jaxfusion.config import directory_name
 from jaxfusion.errors import InputError, choose
 from jaxfusion.files import is_as_written, read_json
 from jaxfusion.reports.comparison import Comparison
@@ -30,6 +31,7 @@ class ScoredRun:
       place: its workdir, or a file of details. details: see `runs/score.py`.
       about: the settings of the scores. config: of the run. metrics: of its training, by step.
       comparison: config of the comparison that the run is part of; empty if there is none.
+      alone: whether the scores are those of the bare LLM.
     """
 
     place: str
@@ -38,6 +40,7 @@ class ScoredRun:
     config: dict[str, Any] = field(default_factory=dict)
     metrics: list[dict[str, float]] = field(default_factory=list)
     comparison: dict[str, Any] = field(default_factory=dict)
+    alone: bool = False
 
 
 # Runs of the same model with different seeds, by the model's name.
@@ -56,14 +59,25 @@ def read_run(place: Path, alone: bool = False) -> ScoredRun:
     file = place if place.is_file() else place / "eval" / (ALONE if alone else DETAILS)
     workdir = file.parent.parent
     if not file.is_file():
+        _check_job(place)
         more = " --llm_only" if alone else ""
         raise InputError(f"{place} has no scores yet ({file} is missing): {typed('eval')} "
                          f"--workdir {place}{more}")
     metrics = workdir / "metrics.jsonl"
     bare = alone or file.name == ALONE
     return ScoredRun(str(place), _json(file), _json(file.with_suffix(".about.json")),
-                     _json(workdir / "config.json"), [] if bare else _records(metrics),
-                     _enclosing(workdir))
+                     _json(workdir / "config.json"), [] if bare else read_metrics(metrics),
+                     _enclosing(workdir), bare)
+
+
+def _check_job(place: Path) -> None:
+    """Raises InputError for a workdir that no command scores as a bridge."""
+    job = _json(place / "config.json").get("job")
+    if job == "lens":
+        raise InputError(f"{place} is a Lens run, whose training scores and reports it: see "
+                         f"{place / 'report.html'}, or start it again")
+    if job == "compare":
+        raise InputError(f"{place} is a comparison: give it alone, or runs of it")
 
 
 def _enclosing(workdir: Path) -> dict[str, Any]:
@@ -72,7 +86,7 @@ def _enclosing(workdir: Path) -> dict[str, Any]:
     return next((config for config in configs if config.get("job") == "compare"), {})
 
 
-def _records(metrics: Path) -> list[dict[str, float]]:
+def read_metrics(metrics: Path) -> list[dict[str, float]]:
     """Training's metrics, without a line that is being written; empty if the file is damaged."""
     if not metrics.is_file():
         return []
@@ -104,13 +118,27 @@ def read_models(asked: Sequence[str]) -> Models:
     if len(places) < len(asked) or len(set(every)) < len(every):
         raise InputError(f"duplicate run: {' '.join(asked)}")
     runs_of = {text: [read_run(place) for place in seeds] for text, seeds in places.items()}
-    names = {text: _name(seeds) for text, seeds in places.items()}
-    if len(set(names.values())) < len(names):
-        names = {text: text for text in names}
-    return {names[text]: runs for text, runs in runs_of.items()}
+    for name_of in (_variant, _folder):
+        names = [name_of(seeds) for seeds in places.values()]
+        if len(set(names)) == len(names):
+            return dict(zip(names, runs_of.values(), strict=True))
+    return runs_of
 
 
-def _name(seeds: list[Path]) -> str:
+def _variant(seeds: list[Path]) -> str:
+    """The name that a comparison's report has for its run in `VARIANT` or `VARIANT/seed_N`; for
+    other runs that of their folder."""
+    alone = seeds[0].name == ALONE
+    folder = (seeds[0].parent.parent if seeds[0].is_file() else seeds[0]).absolute()
+    variants = {directory_name(str(x["name"])): str(x["name"])
+                for x in _enclosing(folder).get("variants", ())}
+    found = next((variants[x.name] for x in (folder, folder.parent) if x.name in variants), None)
+    if found is None:
+        return _folder(seeds)
+    return LLM_ALONE if alone else found
+
+
+def _folder(seeds: list[Path]) -> str:
     """The name in tables of `runs/xnli`, `runs/x/last/seed_0,…` or `…/llm_only_details.json`."""
     place = seeds[0]
     if place.name == ALONE:
@@ -179,8 +207,19 @@ def _compare(task: str, languages: list[str], models: Models, scoring: str) -> C
         groups, next(iter(models)), {},
         {name: weights for name, runs in models.items()
          if (weights := mean_weights(task, languages, runs))},
-        (*notes, *_settings(models)),
+        (*_warm(models), *notes, *_settings(models)),
     )
+
+
+def _warm(models: Models) -> tuple[str, ...]:
+    """A line on the models that began at a warm start."""
+    def warm(run: ScoredRun) -> bool:
+        projector, train = (run.config.get(x, {}) for x in ("projector", "train"))
+        return not run.alone and bool(projector.get("warm_start")) and not train.get("init_from")
+
+    names = [name for name, runs in models.items() if any(warm(run) for run in runs)]
+    return (("Warm start, which is not in the papers: the projector begins at a regression onto "
+             f"the LLM's embeddings ({', '.join(names)}).",) if names else ())
 
 
 def _groups(

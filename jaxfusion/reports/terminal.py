@@ -120,7 +120,8 @@ def print_differences(c: Comparison) -> None:
         if model != c.reference:
             _print(differences(c, model), f"{c.task}, {c.scoring}: {model} against {c.reference}",
                    "p: McNemar's exact test for one language, the paired permutation test for "
-                   "means and seeds", len(c.languages))
+                   "means and seeds; Holm's correction is for all lines on this task",
+                   len(c.languages))
 
 
 def _print(rows: list[list[str]], title: str, caption: str, languages: int) -> None:

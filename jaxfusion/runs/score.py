@@ -224,7 +224,7 @@ def _score(run: OpenRun, rows: TaskRows) -> tuple[Results, Details]:
                 if "exact_match" in scored.correct:
                     results[name][language]["exact_match"]["unfinished"] = sum(scored.unfinished)
                 details.setdefault(name, {})[language] = {
-                    **_detail(part, scored), "labels": task.labels}
+                    **detail(part, scored), "labels": task.labels}
                 if not run.llm_only:
                     details[name][language] |= _layers(run, part)
     return results, details
@@ -279,7 +279,8 @@ def _score_task(
     return scored_by_language
 
 
-def _detail(examples: list[Example], scored: Scored) -> dict[str, Any]:
+def detail(examples: list[Example], scored: Scored) -> dict[str, Any]:
+    """Every row with its answer, the log-likelihoods of its labels, and whether it is right."""
     return {
         "correct": {scoring: [int(right) for right in correct]
                     for scoring, correct in scored.correct.items()},

@@ -194,6 +194,22 @@ def add_files(workdir: Path, files: list[Path]) -> None:
         tracker.close(failed=False)
 
 
+def add_report(
+    config: Job, workdir: Path, step: int, scores: dict[str, float], files: list[Path]
+) -> None:
+    """Gives final scores and a report's files to the trackers of a run, or to new runs of theirs.
+
+    Args:
+      step: the last one that was logged. The scores come one step behind it, since Weights & Biases
+        takes a step once.
+    """
+    for tracker in open_trackers(config, workdir, max(step, 1)):  # from 1 on a run is continued
+        if scores:
+            tracker.log(step + 1, scores)
+        tracker.add(files)
+        tracker.close(failed=False)
+
+
 def _ids(workdir: Path) -> dict[str, str]:
     file = workdir / IDS
     return read_json(file, "remove it, and the trackers begin another run") if (
