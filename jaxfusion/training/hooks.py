@@ -149,7 +149,7 @@ class Save(Hook):
 
     def _save(self, step: int, score: bool) -> None:
         trainer, out, scored = self.trainer, self.log.out, None
-        if score:
+        if score and trainer.run.score is not None:
             scores = trainer.run.score(trainer.state.trainable)
             scored = scores[trainer.run.best]
             trainer.best = best_of(trainer.best, step, scored)

@@ -34,8 +34,8 @@ class Run:
       loss: of a batch.
       trainable, frozen: parameters by path. groups: the optimiser group of each trained one.
       batches: training batches by step number. steps: their number.
-      score: trained parameters -> development scores. best: the name of the score that decides
-        which checkpoint is kept.
+      score: trained parameters -> development scores; None: the run is not scored while it trains.
+        best: the name of the score that decides which checkpoint is kept.
       plain_loss: the loss in the form whose FLOPs are counted.
       seen: fingerprints of the texts that are trained on; kept in the workdir.
       kept: frozen parameters that the workdir has to hold; None where it holds them already.
@@ -49,8 +49,8 @@ class Run:
     groups: dict[str, str]
     batches: grain.sources.RandomAccessDataSource
     steps: int
-    score: Callable[[Flat], dict[str, float]]
-    best: str
+    score: Callable[[Flat], dict[str, float]] | None
+    best: str | None
     plain_loss: Loss
     seen: np.ndarray | None = None
     kept: dict[str, np.ndarray] | None = None
@@ -110,7 +110,8 @@ class Trainer:
         if notes.data:  # adopted checkpoints have none
             self.data.set_state(notes.data)
         self.done, self.best = int(self.state.step), notes.best
-        self.unscored = notes.score is None and self.due(stop=False).score and self.done > 0
+        scored = self.run.score is None or notes.score is not None
+        self.unscored = not scored and self.due(stop=False).score and self.done > 0
         logger.info("%s %s at step %d", "finished:" if self.ended else "resuming",
                     checkpoints.path.parent, self.done)
 
