@@ -16,19 +16,11 @@ from huggingface_hub import ModelCard, constants, metadata_load
 from huggingface_hub.utils import close_session
 
 from jaxfusion.data.languages import iso_of
-from jaxfusion.fields import Config, DataConfig, TaskConfig
+from jaxfusion.fields import Config, DataConfig
 from jaxfusion.files import write_checked
 from jaxfusion.hf.hub import hub_in_reach
 from jaxfusion.runs.export.bridge import export
-from jaxfusion.runs.export.card import (
-    Base,
-    Scores,
-    base_of,
-    joint_licence,
-    metadata,
-    read_scores,
-    training,
-)
+from jaxfusion.runs.export.card import Base, Scores, base_of, joint_licence, metadata, read_scores
 
 RESULTS = {"xnli": {
     "sw": {"likelihood": {"accuracy": 0.5, "n": 60, "ci95": [0.38, 0.62]},
@@ -73,16 +65,6 @@ def test_a_card_says_what_the_run_shows(run, tmp_path):
     assert data["widget"][1]["output"] == {"text": "Neutral"}
     assert "| xnli | sw | likelihood | 50.0 | 38.0 to 62.0 | 60 |" in card.text
     assert "- encoder: `encoder` (a local directory), licence: not stated there" in card.text
-
-
-def test_a_card_names_the_languages_of_every_stage():
-    """A stage on translations saw more than English, and the card must not deny it."""
-    pairs = TaskConfig("{text}", languages=("sw", "si"))
-    stages = [Config(), Config(data=DataConfig(task="pairs", language="all"),
-                               tasks={"pairs": pairs})]
-    assert training(stages) == "`pairs` in `sw`, `si`, then on `xnli` in `en`"
-    bases = [Base("LLM", "a", False, {})]
-    assert metadata("bridge", bases, stages, Scores()).language == ["en", "sw", "si"]
 
 
 def test_others_can_read_it_and_learn_no_path(run, tmp_path):

@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxfusion.data.tasks.catalogue import TASKS, get_task
-from jaxfusion.data.tasks.spec import EVERY
 from jaxfusion.errors import InputError
 from jaxfusion.fields import (
     ROLES,
@@ -201,12 +200,11 @@ def _task(described: dict[str, Any]) -> tuple[str, dict[str, TaskConfig], str]:
     if told is None:
         return PLAIN, {PLAIN: TaskConfig("{text}")}, "en"
     name, prompt, labels = told["task"], told["prompt"], tuple(told["labels"])
-    languages, known = tuple(told["languages"]), TASKS.get(name)
-    language = languages[0] if len(languages) == 1 else EVERY
+    known = TASKS.get(name)
     if known is not None and (known.prompt, known.labels) == (prompt, labels):
-        return name, {}, language
+        return name, {}, told["language"]
     name = name if known is None else f"{name}_exported"
-    return name, {name: TaskConfig(prompt, labels, languages)}, language
+    return name, {name: TaskConfig(prompt, labels, (told["language"],))}, told["language"]
 
 
 def _limits(path: Path, task: str, tasks: dict[str, TaskConfig]) -> EvalConfig:

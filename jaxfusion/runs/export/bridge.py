@@ -25,18 +25,7 @@ from jaxfusion.hf.encoders import encoder_json
 from jaxfusion.hf.load import open_tensors, read_config
 from jaxfusion.hf.save import copy_tower, to_tensors, tower_names, write_shards, write_tokenizer
 from jaxfusion.hf.tables import Table, bridge_table, tower_table
-from jaxfusion.runs.export.card import (
-    CARD,
-    TOLD,
-    USAGE,
-    base_of,
-    metadata,
-    read_scores,
-    stages,
-    trained_languages,
-    training,
-    write_card,
-)
+from jaxfusion.runs.export.card import base_of, metadata, read_scores, stages, write_card
 from jaxfusion.runs.open_run import open_run
 from jaxfusion.sharding.mesh import make_mesh
 from jaxfusion.training.build import initialise_own, plan_model
@@ -313,8 +302,8 @@ def _describe(bridge: Trained, merge: bool, dtype: str | None) -> dict[str, Any]
 def _task_of(config: Config) -> dict[str, Any]:
     """What the bridge was trained to answer, and the dtypes of its towers meanwhile."""
     task = get_task(config.data.task, config.tasks)
-    return {"task": config.data.task, "languages": list(trained_languages(config)),
-            "prompt": task.prompt, "labels": list(task.labels),
+    return {"task": config.data.task, "language": config.data.language, "prompt": task.prompt,
+            "labels": list(task.labels),
             "dtypes": {role: getattr(config, role).dtype for role in ROLES}}
 
 
@@ -349,9 +338,8 @@ def write_bridge_card(
     bases = [base_of(title, getattr(config, role).checkpoint, bridge.paths[role])
              for role, title in (("encoder", "encoder"), ("decoder", "LLM"))]
     scores = read_scores(bridge.workdir, config, bridge.step)
-    trained = stages(config, bridge.workdir)
     data = metadata(
-        name.split("/")[-1], bases, trained, scores,
+        name.split("/")[-1], bases, stages(config, bridge.workdir), scores,
         **({} if usage else {"library_name": "transformers"}), pipeline_tag="text-generation",
         tags=["jaxfusion", "langbridge", "multilingual"])
     shown = {**described}
@@ -359,9 +347,53 @@ def write_bridge_card(
         if part in described and not described[part]["inside"]:
             shown[part] = {**described[part], "checkpoint": base.name}
     write_card(folder, data, CARD.format(
-        fusion=config.fusion.name, projector=config.projector.name, training=training(trained),
-        step=bridge.step, scores=scores.table(),
+        fusion=config.fusion.name, projector=config.projector.name, task=config.data.task,
+        language=config.data.language, step=bridge.step, scores=scores.table(),
         usage=(usage or USAGE).format(
             place=f'"{hub_name}"' if hub_name else "DIR",
-            told=TOLD.format(trained_languages(config)[0]) if bridge.tokenizers.languages else ""),
+            told=TOLD.format(config.data.language) if bridge.tokenizers.languages else ""),
         parts="\n".join(base.line() for base in bases), config=json.dumps(shown, indent=2)))
+
+
+TOLD = """
+tokenizer.src_lang = "{}"  # of the texts"""
+USAGE = """\
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained({place}, trust_remote_code=True)
+tokenizer = AutoTokenizer.from_pretrained({place}, trust_remote_code=True)
+texts = ["..."]{told}
+inputs = tokenizer(texts, padding=True, return_tensors="pt")
+tokens = model.generate(**inputs, max_new_tokens=32)
+print(tokenizer.batch_decode(tokens, skip_special_tokens=True))
+```
+
+`pipeline("text-generation", model={place}, trust_remote_code=True)`, `Trainer`, peft and
+`save_pretrained` work as with any causal LM. `tokenizer(texts, text_target=answers)` returns
+`input_ids` and `labels` for training; encoder and LLM are frozen until you unfreeze them.
+"""
+CARD = """\
+# A multilingual bridge
+
+A frozen multilingual encoder in front of a frozen LLM, connected by a small module (fusion
+`{fusion}`, projector `{projector}`) that was trained on `{task}` in `{language}` only, for
+{step} steps, with jaxfusion.
+
+{usage}
+## Parts
+
+{parts}
+
+The trained part is under the terms of both.
+
+## Scores
+
+{scores}
+
+## Config
+
+```json
+{config}
+```
+"""

@@ -214,18 +214,6 @@ def stages(config: Config, workdir: Path) -> list[Config]:
     return found
 
 
-def trained_languages(config: Config) -> tuple[str, ...]:
-    """The languages of the training rows."""
-    return get_task(config.data.task, config.tasks).training_languages(config.data.language)
-
-
-def training(trained: list[Config]) -> str:
-    """What a bridge was trained on, stage after stage; `trained` has the last one first."""
-    return ", then on ".join(
-        f"`{x.data.task}` in {', '.join(f'`{language}`' for language in trained_languages(x))}"
-        for x in reversed(trained))
-
-
 def metadata(
     name: str, bases: list[Base], trained: list[Config], scores: Scores, **fields: Any
 ) -> ModelCardData:
@@ -238,7 +226,7 @@ def metadata(
     """
     sources = [_source(x, x.data.task, "train", x.data.language) for x in trained]
     datasets = [source.name for source in sources if source and source.kind == "hub"]
-    languages = [language for x in trained for language in trained_languages(x)]
+    languages = [x.data.language for x in trained]
     languages += [x for by_language in scores.results.values() for x in by_language]
     index = scores.index()
     return ModelCardData(
@@ -258,47 +246,3 @@ def listed_fields(**fields: Iterable[str | None]) -> dict[str, list[str]]:
 def write_card(folder: Path, data: ModelCardData, text: str) -> None:
     """Writes `README.md`."""
     (folder / "README.md").write_text(f"---\n{data.to_yaml()}\n---\n\n{text}", "utf-8")
-
-
-TOLD = """
-tokenizer.src_lang = "{}"  # of the texts"""
-USAGE = """\
-```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-model = AutoModelForCausalLM.from_pretrained({place}, trust_remote_code=True)
-tokenizer = AutoTokenizer.from_pretrained({place}, trust_remote_code=True)
-texts = ["..."]{told}
-inputs = tokenizer(texts, padding=True, return_tensors="pt")
-tokens = model.generate(**inputs, max_new_tokens=32)
-print(tokenizer.batch_decode(tokens, skip_special_tokens=True))
-```
-
-`pipeline("text-generation", model={place}, trust_remote_code=True)`, `Trainer`, peft and
-`save_pretrained` work as with any causal LM. `tokenizer(texts, text_target=answers)` returns
-`input_ids` and `labels` for training; encoder and LLM are frozen until you unfreeze them.
-"""
-CARD = """\
-# A multilingual bridge
-
-A frozen multilingual encoder in front of a frozen LLM, connected by a small module (fusion
-`{fusion}`, projector `{projector}`) that was trained on {training} with jaxfusion ({step}
-steps of the last stage). It saw no other language in training.
-
-{usage}
-## Parts
-
-{parts}
-
-The trained part is under the terms of both.
-
-## Scores
-
-{scores}
-
-## Config
-
-```json
-{config}
-```
-"""
