@@ -84,6 +84,16 @@ def test_an_export_keeps_task_limits_and_dtypes(tiny, tmp_path):
     assert (back.encoder.dtype, back.decoder.dtype) == ("float32", "bfloat16")
 
 
+def test_a_run_that_was_scored_without_answers_still_gives_some(tiny, tmp_path):
+    make_run(tmp_path / "run", tiny)
+    file = tmp_path / "run" / "config.json"
+    config = configs.load(file)
+    configs.save(replace(config, eval=replace(config.eval, max_new_tokens=0)), file)
+    export(tmp_path / "run", tmp_path / "out")
+    for place in (tmp_path / "run", tmp_path / "out"):
+        assert open_models(place)[1][place.name].scorer.config.max_new_tokens == 16
+
+
 @pytest.fixture(scope="module")
 def lensed(tiny, tmp_path_factory):
     """A run of Lens whose top block is another one."""

@@ -18,7 +18,7 @@ from jaxfusion.data.languages import by_every_code
 from jaxfusion.data.tasks.catalogue import get_task
 from jaxfusion.data.tokenizers import Tokenizers
 from jaxfusion.errors import InputError, choose
-from jaxfusion.evaluation.scoring import for_task
+from jaxfusion.evaluation.scoring import answering, for_task
 from jaxfusion.fields import DTYPES, JOBS, ROLES, Config
 from jaxfusion.files import new_directory
 from jaxfusion.hf.encoders import encoder_json
@@ -222,7 +222,7 @@ def _write_tokenizers(out: Path, bridge: Trained, described: dict[str, Any]) -> 
     }
     BridgeTokenizer(tokenizers.encoder, answers, settings,
                     model_max_length=config.eval.max_encoder_tokens).save_pretrained(out)
-    settings = for_task(config.eval, get_task(config.data.task, config.tasks))
+    settings = for_task(answering(config.eval), get_task(config.data.task, config.tasks))
     ends = [tokenizers.eos, *(x for x in tokenizers.ends if x != tokenizers.eos)]
     GenerationConfig(
         max_new_tokens=settings.max_new_tokens, do_sample=False,
