@@ -205,7 +205,9 @@ def _task(described: dict[str, Any]) -> tuple[str, dict[str, TaskConfig], str]:
     if known is not None and (known.prompt, known.labels) == (prompt, labels):
         return name, {}, told["language"]
     name = name if known is None else f"{name}_exported"
-    return name, {name: TaskConfig(prompt, labels, (told["language"],))}, told["language"]
+    own = TaskConfig(prompt, labels, tuple(told.get("languages", (told["language"],))),
+                     extract=told.get("extract"), parallel=told.get("parallel", False))
+    return name, {name: own}, told["language"]
 
 
 def _ends_targets(path: Path) -> bool:
