@@ -2,7 +2,7 @@
 
 import logging
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from glob import escape
 from itertools import chain, islice, pairwise
@@ -53,6 +53,17 @@ def read_stream(
     """
     return chain.from_iterable(_stream(name, task, split, one, path)
                                for one in task.training_languages(language))
+
+
+def in_turn(parts: Iterable[Iterable[Example]]) -> Iterator[Example]:
+    """One row of each part after the other, until all have ended."""
+    left = [iter(part) for part in parts]
+    while left:
+        for part in list(left):
+            try:
+                yield next(part)
+            except StopIteration:
+                left.remove(part)
 
 
 def _stream(
