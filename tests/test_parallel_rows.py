@@ -72,6 +72,15 @@ def test_one_file_may_be_all_splits(pairs):
         read("si", **{**fields, "splits": {"train": "all[:3]", "dev": "all[2:]"}})
 
 
+def test_rows_in_the_place_of_lines_have_their_own_answers(pairs):
+    for language in ("sw", "si"):
+        (pairs / f"train-{language}.jsonl").write_text('{"text": "a", "target": "b"}\n' * 4)
+    task = get_task("pairs", {"pairs": TaskConfig(**PAIRS)})
+    for place in (".", "{split}-{language}.jsonl"):
+        rows = read_examples("pairs", task, "train", "si", place)
+        assert [(x.query, x.target) for x in rows] == [("a", "b")] * 4
+
+
 def test_real_parallel_text_in_two_splits(real_data):
     folder = real_data / "ntrex" / "NTREX-128"
     rows = read(

@@ -102,7 +102,9 @@ def find_source(name: str, task: Task, split: str, language: str, path: str | No
     folder = Path(place).expanduser()
     if folder.is_dir():
         return _in_folder(name, task, split, language, folder)
-    return task.at(place)
+    source = task.at(place)
+    # Rows have their own answers; lines of text have those of the task.
+    return replace(source, answers=None) if kind_of(folder) else source
 
 
 def _in_folder(name: str, task: Task, split: str, language: str, folder: Path) -> Source:
