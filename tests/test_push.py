@@ -86,6 +86,13 @@ def test_others_can_read_it_and_learn_no_path(run, tmp_path):
         "dataset"]["name"] == "xnli, sw, not from the hub"
 
 
+def test_a_row_without_an_answer_is_shown_without_one(run, monkeypatch):
+    monkeypatch.setitem(DETAILS["xnli"]["sw"], "answers", ["", ""])
+    write_scores(run)
+    first, second = read_scores(run, Config(), 3).examples
+    assert "output" not in first and second["output"] == {"text": "Neutral"}
+
+
 def test_scores_of_another_checkpoint_are_left_out(run, tmp_path, caplog):
     write_scores(run, step=2)
     export(run, tmp_path / "out")

@@ -191,8 +191,9 @@ def _examples(
             public = _is_published(task, sources.get((task, language)))
             if public and language not in seen and len(seen) < EXAMPLES and rows["queries"]:
                 seen.add(language)
+                answer = rows["answers"][0]  # empty where labels were scored alone
                 yield {"text": rows["queries"][0], "example_title": f"{task}, {language}",
-                       "output": {"text": rows["answers"][0]}}
+                       **({"output": {"text": answer}} if answer else {})}
 
 
 def _is_published(name: str, source: Source | None) -> bool:
