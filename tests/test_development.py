@@ -121,6 +121,7 @@ def test_which_score_decides(config):
     assert decides() == decides(**two) == decides(dev_decides="en") == "exact_match"
     assert decides(dev_decides="sw", **two) == "sw/exact_match"
     assert decides(replace(NLI, unlabelled=True), dev_decides="sw", **two) == "sw/log_likelihood"
+    assert decides(dev_decides="sw", language="all") == "sw/exact_match"
     assert decides(max_new_tokens=0) == "likelihood"
     assert _in_a_line({"exact_match": 0.5, "likelihood": 0.6, "sw/exact_match": 0.4,
                        "sw/likelihood": 0.3}, "exact_match") == (
@@ -143,6 +144,13 @@ def test_means_over_languages(config, monkeypatch):
 def test_what_cannot_decide_is_refused(config, fields, said):
     with pytest.raises(InputError, match=said):
         check(replace(config, data=replace(config.data, **fields)))
+
+
+def test_of_all_languages_the_task_s_may_decide(config):
+    data = replace(config.data, language="all", dev_decides="sw")
+    check(replace(config, data=data))
+    with pytest.raises(InputError, match="'xx', expected mean, or a language of development: en"):
+        read_development(replace(config, data=replace(data, dev_decides="xx")), NLI)
 
 
 def test_patience_may_change_and_languages_may_not(config):
