@@ -31,6 +31,7 @@ from jaxfusion.fields import (
 from jaxfusion.files import read_json, write_checked
 
 CONFIG_FILE = "config.json"  # of a workdir
+EVERY = "all"  # as `data.language`: the languages of the task, unless one has that name
 FIRST = "first"  # where a workdir has its run's first stage
 # Fields that a run resolves, or that had a number where they are open now.
 OPEN = ("data.bos", "eval.max_new_tokens")
@@ -253,6 +254,8 @@ def _check_development(data: DataConfig) -> None:
     languages = data.dev_languages or (data.language,)
     if len(set(languages)) < len(languages):
         raise InputError(f"data.dev_languages names a language twice: {listed(languages)}")
+    if languages == (EVERY,):
+        return  # which these are only the task knows
     if data.dev_decides not in ("mean", *languages):
         raise InputError(f"data.dev_decides is '{data.dev_decides}', expected mean, or a language "
                          f"of development: {listed(languages)}")

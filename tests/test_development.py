@@ -6,19 +6,20 @@ from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
-from helpers import equal, interrupt_at, make_config, records
+from helpers import equal, interrupt_at, make_config, make_run, records
 
 from jaxfusion.bridge import development, job
 from jaxfusion.bridge.compare import report
 from jaxfusion.bridge.development import deciding, make_score, read_development
 from jaxfusion.bridge.job import train
-from jaxfusion.config import changed, check
+from jaxfusion.config import changed, check, load, save
 from jaxfusion.data.tasks.catalogue import TASKS
 from jaxfusion.errors import InputError, Stopped
 from jaxfusion.reports.pictures import draw_development
 from jaxfusion.runs.score import evaluate
 from jaxfusion.training.checkpoint import Best, Checkpoints, best_of, trained_part
 from jaxfusion.training.hooks import Save, Signals, _in_a_line
+from jaxfusion.training.workdir import check_workdir
 
 NLI = TASKS["xnli"]
 # By step, of two languages: their mean is best at step 4.
@@ -120,6 +121,7 @@ def test_which_score_decides(config):
     assert decides() == decides(**two) == decides(dev_decides="en") == "exact_match"
     assert decides(dev_decides="sw", **two) == "sw/exact_match"
     assert decides(replace(NLI, unlabelled=True), dev_decides="sw", **two) == "sw/log_likelihood"
+    assert decides(dev_decides="sw", language="all") == "sw/exact_match"
     assert decides(max_new_tokens=0) == "likelihood"
     assert _in_a_line({"exact_match": 0.5, "likelihood": 0.6, "sw/exact_match": 0.4,
                        "sw/likelihood": 0.3}, "exact_match") == (
@@ -144,9 +146,26 @@ def test_what_cannot_decide_is_refused(config, fields, said):
         check(replace(config, data=replace(config.data, **fields)))
 
 
+def test_of_all_languages_the_task_s_may_decide(config):
+    data = replace(config.data, language="all", dev_decides="sw")
+    check(replace(config, data=data))
+    with pytest.raises(InputError, match="'xx', expected mean, or a language of development: en"):
+        read_development(replace(config, data=replace(data, dev_decides="xx")), NLI)
+
+
 def test_patience_may_change_and_languages_may_not(config):
     new = replace(config, data=replace(config.data, dev_patience=None, dev_languages=("en",)))
     assert [x.partition(":")[0] for x in changed(config, new)] == ["data.dev_languages"]
+
+
+def test_the_score_that_decides_stays_when_a_run_goes_on(tiny, tmp_path):
+    """A score of likelihoods is not compared with one of answers."""
+    make_run(tmp_path / "run", tiny)
+    left_open = load(tmp_path / "run" / "config.json")
+    began = replace(left_open, eval=replace(left_open.eval, max_new_tokens=0))
+    save(began, tmp_path / "run" / "config.json")
+    assert check_workdir(left_open, tmp_path / "run") == began
+    assert deciding(began, NLI) == "likelihood" != deciding(left_open, NLI)
 
 
 def test_rows_of_languages_or_a_line_on_those_that_there_are(config):

@@ -3,19 +3,21 @@
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from helpers import ROOT, get_config, make_config
 
 from jaxfusion import config as configs
+from jaxfusion.bridge import warm_start as warm
 from jaxfusion.bridge.job import read_data, train
 from jaxfusion.config import from_config_dict
 from jaxfusion.data.pocket.world import write_translations
 from jaxfusion.data.rows.examples import read_examples
 from jaxfusion.data.tasks.catalogue import get_task
 from jaxfusion.errors import InputError
-from jaxfusion.fields import TaskConfig
+from jaxfusion.fields import Config, DataConfig, TaskConfig
 
 PAIRS = {
     "prompt": "{text}", "languages": ("sw", "si"), "source": "{split}-{language}.txt",
@@ -46,6 +48,21 @@ def test_lines_are_rows_of_every_language(pairs):
     assert len(rows) == 8 and len(read("si", "dev")) == 2
 
 
+def test_a_few_rows_are_of_every_language(pairs, monkeypatch):
+    """A stream's first rows, and the texts of a warm start."""
+    config = Config(tasks={"pairs": TaskConfig(**PAIRS)},
+                    data=DataConfig("pairs", language="all", streaming=True, train_rows=5))
+    rows = read_data(config)[2]
+    assert [x.language for x in rows] == ["sw", "si", "sw", "si", "sw"]
+    seen = []
+    monkeypatch.setattr(warm, "ROWS", 4)
+    monkeypatch.setattr(warm, "_pairs", lambda model, params, rows: seen.extend(rows) or 1 / 0)
+    model = SimpleNamespace(bridge=SimpleNamespace(latents=0), trainable={}, frozen={})
+    with pytest.raises(ZeroDivisionError):
+        warm.warm_start(model, read())
+    assert [x.language for x in seen] == ["sw", "si", "sw", "si"]
+
+
 def test_one_file_may_be_all_splits(pairs):
     fields = {"source": "train-{language}.txt", "answers": "train-sw.en.txt",
               "splits": {"train": "all[:3]", "dev": "all[3:]"}}
@@ -53,6 +70,15 @@ def test_one_file_may_be_all_splits(pairs):
     assert [x.target for x in read("si", "dev", **fields)] == ["swen train 3"]
     with pytest.raises(InputError, match="give each split its own rows"):
         read("si", **{**fields, "splits": {"train": "all[:3]", "dev": "all[2:]"}})
+
+
+def test_rows_in_the_place_of_lines_have_their_own_answers(pairs):
+    for language in ("sw", "si"):
+        (pairs / f"train-{language}.jsonl").write_text('{"text": "a", "target": "b"}\n' * 4)
+    task = get_task("pairs", {"pairs": TaskConfig(**PAIRS)})
+    for place in (".", "{split}-{language}.jsonl"):
+        rows = read_examples("pairs", task, "train", "si", place)
+        assert [(x.query, x.target) for x in rows] == [("a", "b")] * 4
 
 
 def test_real_parallel_text_in_two_splits(real_data):

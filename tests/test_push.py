@@ -15,12 +15,14 @@ from helpers import make_run, run_script
 from huggingface_hub import ModelCard, constants, metadata_load
 from huggingface_hub.utils import close_session
 
+from jaxfusion import config as configs
 from jaxfusion.data.languages import iso_of
-from jaxfusion.fields import Config, DataConfig
+from jaxfusion.fields import Config, DataConfig, TaskConfig
 from jaxfusion.files import write_checked
 from jaxfusion.hf.hub import hub_in_reach
 from jaxfusion.runs.export.bridge import export
 from jaxfusion.runs.export.card import Base, Scores, base_of, joint_licence, metadata, read_scores
+from jaxfusion.runs.exported import open_export
 
 RESULTS = {"xnli": {
     "sw": {"likelihood": {"accuracy": 0.5, "n": 60, "ci95": [0.38, 0.62]},
@@ -84,6 +86,13 @@ def test_others_can_read_it_and_learn_no_path(run, tmp_path):
         "dataset"]["name"] == "xnli, sw, not from the hub"
 
 
+def test_a_row_without_an_answer_is_shown_without_one(run, monkeypatch):
+    monkeypatch.setitem(DETAILS["xnli"]["sw"], "answers", ["", ""])
+    write_scores(run)
+    first, second = read_scores(run, Config(), 3).examples
+    assert "output" not in first and second["output"] == {"text": "Neutral"}
+
+
 def test_scores_of_another_checkpoint_are_left_out(run, tmp_path, caplog):
     write_scores(run, step=2)
     export(run, tmp_path / "out")
@@ -118,6 +127,27 @@ def test_base_models_of_the_hub_are_named(run, tmp_path):
     write_scores(run)
     scores = read_scores(run, config, 3)
     assert scores.index()[0].dataset_type == "us/private" and not scores.examples
+
+
+def test_all_languages_and_stages_of_training_are_named(tiny, tmp_path):
+    """Own parallel text in all languages of the task, then NLI in English."""
+    own = {"pairs": TaskConfig("{text}", languages=("si", "sw"), source="{split}.{language}",
+                               answers="{split}.en", extract="last_number")}
+    make_run(tmp_path / "run", tiny)
+    make_run(tmp_path / "run" / "first", tiny)
+    for folder, data in (("run/first", DataConfig("pairs", language="all")), ("run", DataConfig())):
+        file = tmp_path / folder / "config.json"
+        config = replace(configs.load(file), data=data, tasks=own)
+        first = {"data": {"task": "pairs", "language": "all"}} if folder == "run" else {}
+        configs.save(replace(config, first=first), file)
+        export(tmp_path / folder, tmp_path / "out" / data.task)
+    text = (tmp_path / "out" / "xnli" / "README.md").read_text()
+    assert "on `xnli` in `en` only, after a stage on `pairs` in `si`, `sw` only" in text
+    assert metadata_load(tmp_path / "out" / "xnli" / "README.md")["language"] == ["en", "si", "sw"]
+    assert metadata_load(tmp_path / "out" / "pairs" / "README.md")["language"] == ["si", "sw"]
+    back = open_export(tmp_path / "out" / "pairs").config
+    assert back.data.language == "all"
+    assert back.tasks["pairs"] == replace(own["pairs"], source=None, answers=None)
 
 
 def test_languages_have_the_hubs_codes():

@@ -15,11 +15,12 @@ from helpers import (
     leave_unscored,
     losses,
     make_config,
+    make_run,
     relative,
 )
 from test_bridge import QUERY, TARGET, TEXT, make_batch, make_bridge
 
-from jaxfusion.bridge.job import train
+from jaxfusion.bridge.job import start_from, train
 from jaxfusion.config import changed, check
 from jaxfusion.errors import InputError
 from jaxfusion.fields import ROLES, GroupConfig
@@ -182,6 +183,15 @@ def test_what_is_quantised_does_not_train(cache_dir, dtype):
     with pytest.raises(InputError, match=f"encoder.dtype is '{dtype}', but optimizer.groups.more "
                                          "trains 'encoder/final_norm/scale'; set encoder.dtype"):
         load_model(config, make_mesh())
+
+
+def test_what_an_earlier_run_trained_in_a_tower_is_not_cut_to_integers(tiny, tmp_path):
+    make_run(tmp_path / "first", tiny, trained=("encoder/blocks/mlp/.*",))
+    config = open_run(tmp_path / "first").config
+    config = replace(config, encoder=replace(config.encoder, dtype="int8"), optimizer=replace(
+        config.optimizer, groups={"bridge": GroupConfig(("projector/.*",))}))
+    with pytest.raises(InputError, match=r"set encoder\.dtype to bfloat16"):
+        start_from(load_model(config, make_mesh()), tmp_path / "first")
 
 
 def test_lens_moves_floats_alone():

@@ -4,6 +4,7 @@ import json
 import socket
 import sys
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import jax
@@ -172,6 +173,13 @@ def test_a_stop_string_ends_an_answer_and_is_not_part_of_it(client):
         assert choice["text"] == cut and choice["finish_reason"] == "stop"
     pieces = events(complete(client, max_tokens=12, stop=stop, stream=True))
     assert "".join(x["choices"][0]["text"] for x in pieces) == cut
+
+
+def test_a_long_stop_string_holds_up_nobody():
+    answer = Answer(Tokenizers(None, Letters()), ("x" * 900_000,), 100, True)
+    begun = time.monotonic()
+    assert answer.add([Token(97), Token(120)]).text == "a"  # the x may be its beginning
+    assert time.monotonic() - begun < 2
 
 
 class Letters:

@@ -72,7 +72,8 @@ def test_an_export_keeps_task_limits_and_dtypes(tiny, tmp_path):
     file = tmp_path / "run" / "config.json"
     config = configs.load(file)
     config = replace(
-        config, data=replace(config.data, task="mine", language="de", bos=False),
+        config, data=replace(config.data, task="mine", language="de", bos=False,
+                             target_eos=False),
         tasks={"mine": TaskConfig("{a} or {b}?", ("this", "that"), ("de",))},
         eval=replace(config.eval, max_new_tokens=7, max_encoder_tokens=60),
         decoder=replace(config.decoder, dtype="bfloat16"))
@@ -80,8 +81,19 @@ def test_an_export_keeps_task_limits_and_dtypes(tiny, tmp_path):
     export(tmp_path / "run", tmp_path / "out")
     back = open_export(tmp_path / "out").config
     assert (back.eval.max_new_tokens, back.eval.max_encoder_tokens) == (7, 60)
-    assert back.data.bos is False and back.data.language == "de" and back.tasks == config.tasks
+    assert (back.data.bos, back.data.target_eos, back.data.language) == (False, False, "de")
+    assert back.tasks == config.tasks
     assert (back.encoder.dtype, back.decoder.dtype) == ("float32", "bfloat16")
+
+
+def test_a_run_that_was_scored_without_answers_still_gives_some(tiny, tmp_path):
+    make_run(tmp_path / "run", tiny)
+    file = tmp_path / "run" / "config.json"
+    config = configs.load(file)
+    configs.save(replace(config, eval=replace(config.eval, max_new_tokens=0)), file)
+    export(tmp_path / "run", tmp_path / "out")
+    for place in (tmp_path / "run", tmp_path / "out"):
+        assert open_models(place)[1][place.name].scorer.config.max_new_tokens == 16
 
 
 @pytest.fixture(scope="module")

@@ -36,8 +36,11 @@ def read_development(config: Config, task: Task) -> Rows:
       InputError: a language has none; or as in `read_stream`.
     """
     c = config.data
-    languages = c.dev_languages or task.training_languages(c.language)
+    languages = _languages(config, task)
     check_languages(c.task, languages, config.tasks)
+    if c.dev_decides not in ("mean", *languages):
+        raise InputError(f"data.dev_decides is '{c.dev_decides}', expected mean, or a language of "
+                         f"development: {listed(languages)}")
     have = at_hand(c.task, task, "dev", c.path) if c.dev_languages else ()
     if absent := [x for x in c.dev_languages if x not in have]:
         raise InputError(f"data.dev_languages has {listed(absent)}, but the development rows of "
@@ -46,12 +49,17 @@ def read_development(config: Config, task: Task) -> Rows:
             for language in languages}
 
 
+def _languages(config: Config, task: Task) -> tuple[str, ...]:
+    """Those of development."""
+    return config.data.dev_languages or task.training_languages(config.data.language)
+
+
 def deciding(config: Config, task: Task) -> str:
     """The name of the score that decides which checkpoint is best."""
     data, name = config.data, task.development
     if config.eval.max_new_tokens == 0 and name == "exact_match":
         name = task.scoring
-    alone = len(data.dev_languages) < 2 or data.dev_decides == "mean"
+    alone = len(_languages(config, task)) < 2 or data.dev_decides == "mean"
     return name if alone else f"{data.dev_decides}/{name}"
 
 

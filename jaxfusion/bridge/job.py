@@ -18,7 +18,7 @@ from jaxfusion.data.contamination import fingerprints
 from jaxfusion.data.coverage import check_reading
 from jaxfusion.data.packing import find_packing
 from jaxfusion.data.pipeline import Batches, first_rows, subset, total_steps
-from jaxfusion.data.rows.examples import Example, find_source, read_stream
+from jaxfusion.data.rows.examples import Example, find_source, in_turn, read_stream
 from jaxfusion.data.rows.hub import commit_of
 from jaxfusion.data.split_text import Continued
 from jaxfusion.data.tasks.catalogue import check_languages, configured, get_task
@@ -146,11 +146,12 @@ def read_data(config: Config) -> tuple[Config, Task, list[Example], Rows]:
     if commit is not None:
         config = replace(config, data=replace(c, revision=commit))
         task = configured(task, config.data)
-    stream = read_stream(c.task, task, "train", c.language, c.path)
     if c.streaming:
-        train = first_rows(stream, c.train_rows, len(task.labels), c.balanced)
+        streams = [read_stream(c.task, task, "train", x, c.path) for x in languages]
+        train = first_rows(in_turn(streams), c.train_rows, len(task.labels), c.balanced)
     else:
-        train = subset(list(stream), c.train_rows, c.balanced, config.train.seed)
+        rows = list(read_stream(c.task, task, "train", c.language, c.path))
+        train = subset(rows, c.train_rows, c.balanced, config.train.seed)
     return config, task, train, read_development(config, task)
 
 

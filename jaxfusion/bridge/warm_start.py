@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import islice
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,7 @@ import optax
 from flax import traverse_util
 
 from jaxfusion.data.batching import TokenRow, find_shapes, in_order, length_buckets
-from jaxfusion.data.rows.examples import Example
+from jaxfusion.data.rows.examples import Example, in_turn
 from jaxfusion.data.tokenizers import Tokenizers
 from jaxfusion.errors import InputError
 from jaxfusion.nn.bridge import Params
@@ -41,7 +42,11 @@ def warm_start(model: Model, examples: Sequence[Example]) -> Model:
         raise InputError("projector.warm_start is for projectors with a slot for each token, not "
                          "for resampler; set projector.warm_start=False")
     params = merge(model.trainable, model.frozen)
-    features, targets, end = _pairs(model, params, examples[:ROWS])
+    by_language: dict[str, list[Example]] = {}
+    for example in examples:
+        by_language.setdefault(example.language, []).append(example)
+    looked_at = [*islice(in_turn(by_language.values()), ROWS)]
+    features, targets, end = _pairs(model, params, looked_at)
     mean, spread = features.mean(axis=0), features.std()
     start = dict(_regress(model.bridge.projector, params["projector"],
                           (features - mean) / spread, targets, model.config.train.seed))

@@ -64,6 +64,11 @@ def for_task(config: EvalConfig, task: Task, language: str | None = None) -> Eva
                    stop=config.stop or task.stop.get(language, ()))
 
 
+def answering(config: EvalConfig) -> EvalConfig:
+    """The settings of who asks for answers, where scoring may do without: 0 is left open."""
+    return replace(config, max_new_tokens=config.max_new_tokens or None)
+
+
 def check_scorable(config: EvalConfig, name: str, task: Task) -> None:
     """Raises InputError for a task that is scored by its answers, if none are generated."""
     if config.max_new_tokens == 0 and not task.labels:

@@ -187,7 +187,8 @@ def _ours(path: Path, described, tensors: TensorFiles, named) -> tuple[Config, F
             aligner["name"], "paper_code" if aligner.get("padding") else "default"),
         data=DataConfig(task=task, language=language, chat_template=chat,
                         text_prompt=described.get("text_prompt", ""),
-                        bos=None if chat else bool(described["start_ids"])),
+                        bos=None if chat else bool(described["start_ids"]),
+                        target_eos=_ends_targets(path)),
         tasks=tasks, eval=_limits(path, task, tasks),
     )
     return config, trained
@@ -204,7 +205,15 @@ def _task(described: dict[str, Any]) -> tuple[str, dict[str, TaskConfig], str]:
     if known is not None and (known.prompt, known.labels) == (prompt, labels):
         return name, {}, told["language"]
     name = name if known is None else f"{name}_exported"
-    return name, {name: TaskConfig(prompt, labels, (told["language"],))}, told["language"]
+    own = TaskConfig(prompt, labels, tuple(told.get("languages", (told["language"],))),
+                     extract=told.get("extract"), parallel=told.get("parallel", False))
+    return name, {name: own}, told["language"]
+
+
+def _ends_targets(path: Path) -> bool:
+    """Whether targets of training ended in the end token, as the export's tokenizer knows."""
+    file = path / "tokenizer_config.json"
+    return bool(read_object(file).get("target_eos", True)) if file.is_file() else True
 
 
 def _limits(path: Path, task: str, tasks: dict[str, TaskConfig]) -> EvalConfig:

@@ -70,5 +70,6 @@ class Answer:
         """How many characters at the text's end wait for what follows: half a character, or what
         may be the beginning of a stop string."""
         broken = len(text) - len(text.rstrip(BROKEN))
-        begun = (n for stop in self.stops for n in range(1, len(stop)) if text.endswith(stop[:n]))
+        begun = (n for stop in self.stops for n in range(1, min(len(stop), len(text) + 1))
+                 if text.endswith(stop[:n]))
         return max([broken, *begun])

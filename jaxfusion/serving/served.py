@@ -13,7 +13,7 @@ from jaxfusion.data.tasks.catalogue import get_task
 from jaxfusion.data.tasks.spec import Task
 from jaxfusion.data.tokenizers import Tokenizers
 from jaxfusion.errors import InputError
-from jaxfusion.evaluation.scoring import Scorer, for_task
+from jaxfusion.evaluation.scoring import Scorer, answering, for_task
 from jaxfusion.fields import Config, LensRunConfig
 from jaxfusion.nn.bridge import Bridge, Params
 from jaxfusion.runs.exported import described_in, is_export, open_export
@@ -49,7 +49,7 @@ class Served:
     @cached_property
     def scorer(self) -> Scorer:
         """Of one row at a time, as `eval.py` makes it."""
-        settings = replace(for_task(self.config.eval, self.task), batch_size=1)
+        settings = replace(for_task(answering(self.config.eval), self.task), batch_size=1)
         return Scorer(self.bridge, self.tokenizers, settings, self.config.data.text_prompt,
                       self.bare)
 

@@ -169,7 +169,8 @@ def replaced(current: Flat, trained: dict[str, np.ndarray], source: str) -> Flat
     """Replaces parameters by name with those of another run.
 
     Raises:
-      InputError: a parameter that is not among them or has another shape.
+      InputError: a parameter that is not among them or has another shape, or one of a tower that
+        is quantised here: its integers mean nothing without their scales.
     """
     for path, array in trained.items():
         if path not in current or current[path].shape != array.shape:
@@ -178,6 +179,10 @@ def replaced(current: Flat, trained: dict[str, np.ndarray], source: str) -> Flat
                 f"{source} does not fit this config: '{path}' is {list(array.shape)} there, "
                 f"{have} here"
             )
+        if not jnp.issubdtype(current[path].dtype, jnp.floating):
+            role = path.split("/")[0]
+            raise InputError(f"{source} has a trained '{path}', and {role}.dtype quantises what a "
+                             f"checkpoint has alone; set {role}.dtype to bfloat16 or float32")
     placed = {
         path: jax.device_put(array.astype(current[path].dtype), current[path].sharding)
         for path, array in trained.items()

@@ -2,7 +2,7 @@
 
 import logging
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from glob import escape
 from itertools import chain, islice, pairwise
@@ -55,6 +55,17 @@ def read_stream(
                                for one in task.training_languages(language))
 
 
+def in_turn(parts: Iterable[Iterable[Example]]) -> Iterator[Example]:
+    """One row of each part after the other, until all have ended."""
+    left = [iter(part) for part in parts]
+    while left:
+        for part in list(left):
+            try:
+                yield next(part)
+            except StopIteration:
+                left.remove(part)
+
+
 def _stream(
     name: str, task: Task, split: str, language: str, path: str | None
 ) -> Iterator[Example]:
@@ -91,7 +102,9 @@ def find_source(name: str, task: Task, split: str, language: str, path: str | No
     folder = Path(place).expanduser()
     if folder.is_dir():
         return _in_folder(name, task, split, language, folder)
-    return task.at(place)
+    source = task.at(place)
+    # Rows have their own answers; lines of text have those of the task.
+    return replace(source, answers=None) if kind_of(folder) else source
 
 
 def _in_folder(name: str, task: Task, split: str, language: str, folder: Path) -> Source:

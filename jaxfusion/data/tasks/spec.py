@@ -6,10 +6,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from jaxfusion.config import EVERY
+
 SPLITS = ("train", "dev", "test")
 SAME = {split: split for split in SPLITS}
 HUB_SPLITS = {"train": "train", "dev": "validation", "test": "test"}
-EVERY = "all"  # as `data.language`: the languages of the task, unless one has that name
 Row = dict[str, Any]
 Placed = tuple[Row, str]  # a row, and its place for messages
 # A source's row, and the source's name of the language -> our columns.

@@ -18,14 +18,22 @@ from jaxfusion.data.languages import by_every_code
 from jaxfusion.data.tasks.catalogue import get_task
 from jaxfusion.data.tokenizers import Tokenizers
 from jaxfusion.errors import InputError, choose
-from jaxfusion.evaluation.scoring import for_task
+from jaxfusion.evaluation.scoring import answering, for_task
 from jaxfusion.fields import DTYPES, JOBS, ROLES, Config
 from jaxfusion.files import new_directory
 from jaxfusion.hf.encoders import encoder_json
 from jaxfusion.hf.load import open_tensors, read_config
 from jaxfusion.hf.save import copy_tower, to_tensors, tower_names, write_shards, write_tokenizer
 from jaxfusion.hf.tables import Table, bridge_table, tower_table
-from jaxfusion.runs.export.card import base_of, metadata, read_scores, stages, write_card
+from jaxfusion.runs.export.card import (
+    base_of,
+    learned,
+    metadata,
+    read_scores,
+    stages,
+    trained_in,
+    write_card,
+)
 from jaxfusion.runs.open_run import open_run
 from jaxfusion.sharding.mesh import make_mesh
 from jaxfusion.training.build import initialise_own, plan_model
@@ -222,7 +230,7 @@ def _write_tokenizers(out: Path, bridge: Trained, described: dict[str, Any]) -> 
     }
     BridgeTokenizer(tokenizers.encoder, answers, settings,
                     model_max_length=config.eval.max_encoder_tokens).save_pretrained(out)
-    settings = for_task(config.eval, get_task(config.data.task, config.tasks))
+    settings = for_task(answering(config.eval), get_task(config.data.task, config.tasks))
     ends = [tokenizers.eos, *(x for x in tokenizers.ends if x != tokenizers.eos)]
     GenerationConfig(
         max_new_tokens=settings.max_new_tokens, do_sample=False,
@@ -301,9 +309,10 @@ def _describe(bridge: Trained, merge: bool, dtype: str | None) -> dict[str, Any]
 
 def _task_of(config: Config) -> dict[str, Any]:
     """What the bridge was trained to answer, and the dtypes of its towers meanwhile."""
-    task = get_task(config.data.task, config.tasks)
+    task, own = get_task(config.data.task, config.tasks), config.tasks.get(config.data.task)
     return {"task": config.data.task, "language": config.data.language, "prompt": task.prompt,
-            "labels": list(task.labels),
+            "labels": list(task.labels), "languages": list(task.languages),
+            "extract": own and own.extract, "parallel": task.parallel,
             "dtypes": {role: getattr(config, role).dtype for role in ROLES}}
 
 
@@ -335,11 +344,12 @@ def write_bridge_card(
       usage: how it is loaded, `{place}` filled in; default: with transformers.
     """
     config, name = bridge.config, hub_name or "jaxfusion-bridge"
+    trained = stages(config, bridge.workdir)
     bases = [base_of(title, getattr(config, role).checkpoint, bridge.paths[role])
              for role, title in (("encoder", "encoder"), ("decoder", "LLM"))]
     scores = read_scores(bridge.workdir, config, bridge.step)
     data = metadata(
-        name.split("/")[-1], bases, stages(config, bridge.workdir), scores,
+        name.split("/")[-1], bases, trained, scores,
         **({} if usage else {"library_name": "transformers"}), pipeline_tag="text-generation",
         tags=["jaxfusion", "langbridge", "multilingual"])
     shown = {**described}
@@ -347,11 +357,12 @@ def write_bridge_card(
         if part in described and not described[part]["inside"]:
             shown[part] = {**described[part], "checkpoint": base.name}
     write_card(folder, data, CARD.format(
-        fusion=config.fusion.name, projector=config.projector.name, task=config.data.task,
-        language=config.data.language, step=bridge.step, scores=scores.table(),
+        fusion=config.fusion.name, projector=config.projector.name,
+        learned=", after a stage on ".join(map(learned, trained)), step=bridge.step,
+        scores=scores.table(),
         usage=(usage or USAGE).format(
             place=f'"{hub_name}"' if hub_name else "DIR",
-            told=TOLD.format(config.data.language) if bridge.tokenizers.languages else ""),
+            told=TOLD.format(trained_in(config)[0]) if bridge.tokenizers.languages else ""),
         parts="\n".join(base.line() for base in bases), config=json.dumps(shown, indent=2)))
 
 
@@ -377,8 +388,8 @@ CARD = """\
 # A multilingual bridge
 
 A frozen multilingual encoder in front of a frozen LLM, connected by a small module (fusion
-`{fusion}`, projector `{projector}`) that was trained on `{task}` in `{language}` only, for
-{step} steps, with jaxfusion.
+`{fusion}`, projector `{projector}`) that was trained on {learned}, with jaxfusion. This is step
+{step}.
 
 {usage}
 ## Parts

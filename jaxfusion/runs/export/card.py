@@ -191,8 +191,9 @@ def _examples(
             public = _is_published(task, sources.get((task, language)))
             if public and language not in seen and len(seen) < EXAMPLES and rows["queries"]:
                 seen.add(language)
+                answer = rows["answers"][0]  # empty where labels were scored alone
                 yield {"text": rows["queries"][0], "example_title": f"{task}, {language}",
-                       "output": {"text": rows["answers"][0]}}
+                       **({"output": {"text": answer}} if answer else {})}
 
 
 def _is_published(name: str, source: Source | None) -> bool:
@@ -214,6 +215,16 @@ def stages(config: Config, workdir: Path) -> list[Config]:
     return found
 
 
+def trained_in(config: Config) -> tuple[str, ...]:
+    """The languages of a run's training rows."""
+    return get_task(config.data.task, config.tasks).training_languages(config.data.language)
+
+
+def learned(config: Config) -> str:
+    """What a run was trained on, for a sentence."""
+    return f"`{config.data.task}` in {', '.join(f'`{x}`' for x in trained_in(config))} only"
+
+
 def metadata(
     name: str, bases: list[Base], trained: list[Config], scores: Scores, **fields: Any
 ) -> ModelCardData:
@@ -224,9 +235,10 @@ def metadata(
       bases: the backbones. trained: configs of all stages.
       fields: more of `ModelCardData`.
     """
-    sources = [_source(x, x.data.task, "train", x.data.language) for x in trained]
+    of = [(x, language) for x in trained for language in trained_in(x)]
+    sources = [_source(x, x.data.task, "train", language) for x, language in of]
     datasets = [source.name for source in sources if source and source.kind == "hub"]
-    languages = [x.data.language for x in trained]
+    languages = [language for _, language in of]
     languages += [x for by_language in scores.results.values() for x in by_language]
     index = scores.index()
     return ModelCardData(
