@@ -26,6 +26,9 @@ from jaxfusion.hf.load import open_tensors, read_config
 from jaxfusion.hf.save import copy_tower, to_tensors, tower_names, write_shards, write_tokenizer
 from jaxfusion.hf.tables import Table, bridge_table, tower_table
 from jaxfusion.runs.export.card import (
+    CARD,
+    TOLD,
+    USAGE,
     base_of,
     learned,
     metadata,
@@ -364,47 +367,3 @@ def write_bridge_card(
             place=f'"{hub_name}"' if hub_name else "DIR",
             told=TOLD.format(trained_in(config)[0]) if bridge.tokenizers.languages else ""),
         parts="\n".join(base.line() for base in bases), config=json.dumps(shown, indent=2)))
-
-
-TOLD = """
-tokenizer.src_lang = "{}"  # of the texts"""
-USAGE = """\
-```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-model = AutoModelForCausalLM.from_pretrained({place}, trust_remote_code=True)
-tokenizer = AutoTokenizer.from_pretrained({place}, trust_remote_code=True)
-texts = ["..."]{told}
-inputs = tokenizer(texts, padding=True, return_tensors="pt")
-tokens = model.generate(**inputs, max_new_tokens=32)
-print(tokenizer.batch_decode(tokens, skip_special_tokens=True))
-```
-
-`pipeline("text-generation", model={place}, trust_remote_code=True)`, `Trainer`, peft and
-`save_pretrained` work as with any causal LM. `tokenizer(texts, text_target=answers)` returns
-`input_ids` and `labels` for training; encoder and LLM are frozen until you unfreeze them.
-"""
-CARD = """\
-# A multilingual bridge
-
-A frozen multilingual encoder in front of a frozen LLM, connected by a small module (fusion
-`{fusion}`, projector `{projector}`) that was trained on {learned}, with jaxfusion. This is step
-{step}.
-
-{usage}
-## Parts
-
-{parts}
-
-The trained part is under the terms of both.
-
-## Scores
-
-{scores}
-
-## Config
-
-```json
-{config}
-```
-"""

@@ -258,3 +258,47 @@ def listed_fields(**fields: Iterable[str | None]) -> dict[str, list[str]]:
 def write_card(folder: Path, data: ModelCardData, text: str) -> None:
     """Writes `README.md`."""
     (folder / "README.md").write_text(f"---\n{data.to_yaml()}\n---\n\n{text}", "utf-8")
+
+
+TOLD = """
+tokenizer.src_lang = "{}"  # of the texts"""
+USAGE = """\
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained({place}, trust_remote_code=True)
+tokenizer = AutoTokenizer.from_pretrained({place}, trust_remote_code=True)
+texts = ["..."]{told}
+inputs = tokenizer(texts, padding=True, return_tensors="pt")
+tokens = model.generate(**inputs, max_new_tokens=32)
+print(tokenizer.batch_decode(tokens, skip_special_tokens=True))
+```
+
+`pipeline("text-generation", model={place}, trust_remote_code=True)`, `Trainer`, peft and
+`save_pretrained` work as with any causal LM. `tokenizer(texts, text_target=answers)` returns
+`input_ids` and `labels` for training; encoder and LLM are frozen until you unfreeze them.
+"""
+CARD = """\
+# A multilingual bridge
+
+A frozen multilingual encoder in front of a frozen LLM, connected by a small module (fusion
+`{fusion}`, projector `{projector}`) that was trained on {learned}, with jaxfusion. This is step
+{step}.
+
+{usage}
+## Parts
+
+{parts}
+
+The trained part is under the terms of both.
+
+## Scores
+
+{scores}
+
+## Config
+
+```json
+{config}
+```
+"""
