@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from zlib import crc32
 
 GREY, BLUE, ORANGE, GREEN, VIOLET = "#858585", "#3b82c4", "#d9730d", "#2f9e5b", "#9467c8"
-OTHERS = ("#d64550", "#1f9aa0", "#d65ba6", "#8a8f1e", "#a9714b", "#6474e5", "#4d9a1f", "#b3589b")
+OTHERS = ("#d64550", "#1f9aa0", "#d65ba6", "#8a8f1e", "#a9714b", "#6474e5", "#b3589b")
 PALETTE = (BLUE, ORANGE, GREEN, VIOLET, *OTHERS)
 # Methods of this project by name, without the number of a layer.
 KNOWN = {
