@@ -176,6 +176,16 @@ def test_a_stop_string_ends_an_answer_and_is_not_part_of_it(client):
     assert "".join(x["choices"][0]["text"] for x in pieces) == cut
 
 
+def test_tokens_are_where_the_text_has_them(client):
+    """Behind BOS, which the text has not."""
+    choice = complete(client, "la ru so", max_tokens=3, echo=True,
+                      logprobs=0).json()["choices"][0]
+    chances, text = choice["logprobs"], choice["text"]
+    first, *others = zip(chances["tokens"], chances["text_offset"], strict=True)
+    assert first == ("<s>", 0) and others
+    assert all(text[at:].startswith(name) for name, at in others)
+
+
 def test_the_bytes_of_tokens_join_to_the_text(tokenizers):
     ids = tokenizers.encode_texts(["la සිංහල ß"])[0]
     parts = chat_choice(Part("", tuple(Token(i, 0.0) for i in ids)), tokenizers, 0, whole=True)

@@ -60,7 +60,8 @@ def _completion_chances(
     for token in tokens:
         names.append(token_name(tokenizers, token.id))
         offsets.append(offset)
-        offset += len(names[-1])
+        # The text has no special tokens.
+        offset += 0 if token.id in tokenizers.decoder.all_special_ids else len(names[-1])
         # A chosen token that is not among the likeliest is shown besides, as OpenAI does. Of two
         # tokens with one name the likelier counts.
         shown = {}
