@@ -17,11 +17,20 @@ from huggingface_hub.utils import close_session
 
 from jaxfusion import config as configs
 from jaxfusion.data.languages import iso_of
+from jaxfusion.data.tasks.spec import Source
 from jaxfusion.fields import Config, DataConfig, TaskConfig
 from jaxfusion.files import write_checked
 from jaxfusion.hf.hub import hub_in_reach
 from jaxfusion.runs.export.bridge import export
-from jaxfusion.runs.export.card import Base, Scores, base_of, joint_licence, metadata, read_scores
+from jaxfusion.runs.export.card import (
+    Base,
+    Scores,
+    _is_published,
+    base_of,
+    joint_licence,
+    metadata,
+    read_scores,
+)
 from jaxfusion.runs.exported import open_export
 
 RESULTS = {"xnli": {
@@ -91,6 +100,13 @@ def test_a_row_without_an_answer_is_shown_without_one(run, monkeypatch):
     write_scores(run)
     first, second = read_scores(run, Config(), 3).examples
     assert "output" not in first and second["output"] == {"text": "Neutral"}
+
+
+def test_own_rows_of_a_pocket_task_stay_with_their_owner(tmp_path):
+    source = Source(str(tmp_path / "pocket_nli" / "{split}-{language}.jsonl"))
+    assert not _is_published("pocket_nli", source)
+    (tmp_path / "world.json").touch()
+    assert _is_published("pocket_nli", source) and not _is_published("mine", source)
 
 
 def test_scores_of_another_checkpoint_are_left_out(run, tmp_path, caplog):

@@ -18,11 +18,12 @@ from jaxfusion.data.tokenizers import Tokenizers
 from jaxfusion.evaluation.scoring import softmax
 from jaxfusion.fields import AlignerConfig, DataConfig
 from jaxfusion.runs.open_run import open_run
-from jaxfusion.serving.answers import Answer
+from jaxfusion.serving.answers import Answer, Part
 from jaxfusion.serving.app import make_app
 from jaxfusion.serving.batcher import Batcher, Full, Job
 from jaxfusion.serving.engine import TOP, Ask, Token
 from jaxfusion.serving.guard import BODY
+from jaxfusion.serving.replies import chat_choice
 from jaxfusion.serving.served import name_of, open_models
 
 TEXT = "la ru so. bako dimofu"
@@ -173,6 +174,23 @@ def test_a_stop_string_ends_an_answer_and_is_not_part_of_it(client):
         assert choice["text"] == cut and choice["finish_reason"] == "stop"
     pieces = events(complete(client, max_tokens=12, stop=stop, stream=True))
     assert "".join(x["choices"][0]["text"] for x in pieces) == cut
+
+
+def test_tokens_are_where_the_text_has_them(client):
+    """Behind BOS, which the text has not."""
+    choice = complete(client, "la ru so", max_tokens=3, echo=True,
+                      logprobs=0).json()["choices"][0]
+    chances, text = choice["logprobs"], choice["text"]
+    first, *others = zip(chances["tokens"], chances["text_offset"], strict=True)
+    assert first == ("<s>", 0) and others
+    assert all(text[at:].startswith(name) for name, at in others)
+
+
+def test_the_bytes_of_tokens_join_to_the_text(tokenizers):
+    ids = tokenizers.encode_texts(["la සිංහල ß"])[0]
+    parts = chat_choice(Part("", tuple(Token(i, 0.0) for i in ids)), tokenizers, 0, whole=True)
+    found = [x["bytes"] for x in parts["logprobs"]["content"]]
+    assert bytes(byte for part in found for byte in part).decode().strip() == "la සිංහල ß"
 
 
 def test_a_long_stop_string_holds_up_nobody():

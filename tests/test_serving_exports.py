@@ -75,12 +75,13 @@ def test_an_export_keeps_task_limits_and_dtypes(tiny, tmp_path):
         config, data=replace(config.data, task="mine", language="de", bos=False,
                              target_eos=False),
         tasks={"mine": TaskConfig("{a} or {b}?", ("this", "that"), ("de",))},
-        eval=replace(config.eval, max_new_tokens=7, max_encoder_tokens=60),
+        eval=replace(config.eval, max_new_tokens=7, max_encoder_tokens=60,
+                     max_decoder_tokens=70, stop=("\n",), temperature=0.5),
         decoder=replace(config.decoder, dtype="bfloat16"))
     configs.save(config, file)
     export(tmp_path / "run", tmp_path / "out")
     back = open_export(tmp_path / "out").config
-    assert (back.eval.max_new_tokens, back.eval.max_encoder_tokens) == (7, 60)
+    assert back.eval == replace(config.eval, batch_size=back.eval.batch_size)
     assert (back.data.bos, back.data.target_eos, back.data.language) == (False, False, "de")
     assert back.tasks == config.tasks
     assert (back.encoder.dtype, back.decoder.dtype) == ("float32", "bfloat16")

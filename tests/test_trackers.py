@@ -80,6 +80,11 @@ def test_a_tracker_that_is_not_installed_is_refused(config, monkeypatch, tmp_pat
         check_trackers(config)
 
 
+def test_names_that_mlflow_takes():
+    assert trackers._mlflow_name("tasks.my task (é).prompt") == "tasks.my task ___.prompt"
+    assert trackers._mlflow_name("dev/sin_Sinh/a-b:c d.e") == "dev/sin_Sinh/a-b:c d.e"
+
+
 def test_names_of_trackers():
     with pytest.raises(InputError, match="did you mean 'wandb'"):
         from_json({"logging": {"to": ["wandbb"]}})

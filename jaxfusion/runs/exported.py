@@ -189,7 +189,7 @@ def _ours(path: Path, described, tensors: TensorFiles, named) -> tuple[Config, F
                         text_prompt=described.get("text_prompt", ""),
                         bos=None if chat else bool(described["start_ids"]),
                         target_eos=_ends_targets(path)),
-        tasks=tasks, eval=_limits(path, task, tasks),
+        tasks=tasks, eval=replace(_limits(path, task, tasks), **_asked(described)),
     )
     return config, trained
 
@@ -208,6 +208,12 @@ def _task(described: dict[str, Any]) -> tuple[str, dict[str, TaskConfig], str]:
     own = TaskConfig(prompt, labels, tuple(told.get("languages", (told["language"],))),
                      extract=told.get("extract"), parallel=told.get("parallel", False))
     return name, {name: own}, told["language"]
+
+
+def _asked(described: dict[str, Any]) -> dict[str, Any]:
+    """How the run's `eval` asks; empty for earlier exports."""
+    told = described.get("trained_on", {}).get("eval", {})
+    return {name: tuple(x) if isinstance(x, list) else x for name, x in told.items()}
 
 
 def _ends_targets(path: Path) -> bool:

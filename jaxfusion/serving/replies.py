@@ -1,5 +1,6 @@
 """Answers in the shapes of OpenAI's API."""
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,6 +10,10 @@ from jaxfusion.serving.answers import BROKEN, Part
 from jaxfusion.serving.engine import Token
 
 Json = dict[str, Any]
+# The characters by which byte-level tokenizers name bytes, after GPT-2.
+PRINTED = (*range(33, 127), *range(161, 173), *range(174, 256))
+BYTES = {chr(byte): byte for byte in PRINTED} | {
+    chr(256 + n): byte for n, byte in enumerate(x for x in range(256) if x not in PRINTED)}
 
 
 def error_body(message: str, kind: str = "invalid_request_error", param: str | None = None,
@@ -55,7 +60,8 @@ def _completion_chances(
     for token in tokens:
         names.append(token_name(tokenizers, token.id))
         offsets.append(offset)
-        offset += len(names[-1])
+        # The text has no special tokens.
+        offset += 0 if token.id in tokenizers.decoder.all_special_ids else len(names[-1])
         # A chosen token that is not among the likeliest is shown besides, as OpenAI does. Of two
         # tokens with one name the likelier counts.
         shown = {}
@@ -86,7 +92,17 @@ def chat_choice(part: Part, tokenizers: Tokenizers, top: int | None, whole: bool
 
 def _chat_token(tokenizers: Tokenizers, i: int, chance: float) -> Json:
     name = token_name(tokenizers, i)
-    return {"token": name, "logprob": chance, "bytes": list(name.encode())}
+    return {"token": name, "logprob": chance, "bytes": _bytes(tokenizers, i, name)}
+
+
+def _bytes(tokenizers: Tokenizers, i: int, name: str) -> list[int] | None:
+    """A token's bytes; clients join those of a character that takes several tokens. None where the
+    tokenizer does not tell the bytes of such a part."""
+    if BROKEN not in tokenizers.decoder.decode([i]):
+        return list(name.encode())
+    if alone := re.fullmatch("<0x([0-9A-F]{2})>", name):  # SentencePiece's
+        return [int(alone[1], 16)]
+    return [BYTES[x] for x in name] if all(x in BYTES for x in name) else None
 
 
 def token_name(tokenizers: Tokenizers, i: int) -> str:

@@ -8,6 +8,7 @@ import dataclasses
 import json
 import logging
 import os
+import re
 import time
 from collections.abc import Callable, Iterable
 from importlib.util import find_spec
@@ -91,6 +92,11 @@ class Wandb:
         self.run.finish(exit_code=int(failed))
 
 
+def _mlflow_name(name: str) -> str:
+    """A name with nothing in it that MLflow refuses, as names of tasks may have."""
+    return re.sub(r"[^\w.:/ -]", "_", name, flags=re.ASCII)
+
+
 class MLflow:
     """A run of MLflow, where MLFLOW_TRACKING_URI says."""
 
@@ -110,7 +116,7 @@ class MLflow:
         found = self.client.get_experiment_by_name(name)
         experiment = found.experiment_id if found else self.client.create_experiment(name)
         self.id = self.client.create_run(experiment, run_name=str(workdir)).info.run_id
-        params = [Param(key, str(value)[:MLFLOW_LENGTH])
+        params = [Param(_mlflow_name(key), str(value)[:MLFLOW_LENGTH])
                   for key, value in flat(dataclasses.asdict(config)).items()]
         for start in range(0, len(params), MLFLOW_VALUES):
             self.client.log_batch(self.id, params=params[start : start + MLFLOW_VALUES])
@@ -119,7 +125,7 @@ class MLflow:
         """All metrics of a step in one request."""
         now = int(1000 * time.time())
         self.client.log_batch(self.id, metrics=[
-            self.metric(name, value, now, step) for name, value in metrics.items()])
+            self.metric(_mlflow_name(name), value, now, step) for name, value in metrics.items()])
 
     def add(self, files: Iterable[Path]) -> None:
         """Each file by its name."""

@@ -45,6 +45,8 @@ from jaxfusion.training.load import open_towers
 from jaxfusion.training.state import Flat
 
 CODE = ("modeling_jaxfusion.py", "tokenization_jaxfusion.py")
+# Of the run's `eval`, besides the limits that transformers has fields for.
+ASKED = ("max_decoder_tokens", "stop", "temperature", "top_p")
 QUERY = "{query}"  # in a text prompt
 logger = logging.getLogger(__name__)
 
@@ -311,11 +313,12 @@ def _describe(bridge: Trained, merge: bool, dtype: str | None) -> dict[str, Any]
 
 
 def _task_of(config: Config) -> dict[str, Any]:
-    """What the bridge was trained to answer, and the dtypes of its towers meanwhile."""
+    """What the bridge was trained to answer, how it is asked, and the dtypes of its towers."""
     task, own = get_task(config.data.task, config.tasks), config.tasks.get(config.data.task)
     return {"task": config.data.task, "language": config.data.language, "prompt": task.prompt,
             "labels": list(task.labels), "languages": list(task.languages),
             "extract": own and own.extract, "parallel": task.parallel,
+            "eval": {name: getattr(config.eval, name) for name in ASKED},
             "dtypes": {role: getattr(config, role).dtype for role in ROLES}}
 
 

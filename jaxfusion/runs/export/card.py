@@ -12,6 +12,7 @@ from huggingface_hub.repocard import metadata_load
 
 from jaxfusion.config import CONFIG_FILE, stage_before
 from jaxfusion.data.languages import iso_of
+from jaxfusion.data.pocket.lexicon import WORLD_FILE
 from jaxfusion.data.pocket.world import TASKS as POCKET_TASKS
 from jaxfusion.data.rows.examples import find_source
 from jaxfusion.data.tasks.catalogue import TASKS, configured, get_task
@@ -201,9 +202,12 @@ def _is_published(name: str, source: Source | None) -> bool:
     another data set of the hub may be private."""
     task = TASKS.get(name)
     if task is None or source is None:
-        return name in POCKET_TASKS
+        return False
+    if name in POCKET_TASKS:
+        folder = Path(source.place).parent
+        return any((x / WORLD_FILE).is_file() for x in (folder, folder.parent))
     known = (task.source, *task.sources.values(), *task.others)
-    return name in POCKET_TASKS or source.place in [x.place for x in known if x]
+    return source.place in [x.place for x in known if x]
 
 
 def stages(config: Config, workdir: Path) -> list[Config]:
