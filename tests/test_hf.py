@@ -23,7 +23,7 @@ from jaxfusion.hf.load import INDEX, SINGLE, load_params, open_tensors, read_con
 from jaxfusion.hf.save import to_tensors, write_shards
 from jaxfusion.hf.tables import tower_table
 from jaxfusion.miniatures.checkpoints import random_params
-from jaxfusion.runs.export.bridge import licence_of
+from jaxfusion.runs.export.card import base_of
 
 
 def config_of(path):
@@ -509,4 +509,4 @@ def test_a_name_that_leads_elsewhere_is_no_hub_id(name):
 
 def test_a_licence_is_read_of_a_card_in_any_encoding(tmp_path):
     (tmp_path / "README.md").write_bytes(b"---\nlicense: mit\n---\nd\xe9j\xe0 vu")
-    assert licence_of(tmp_path) == "mit"
+    assert base_of("LLM", str(tmp_path), tmp_path).licence == {"license": "mit"}

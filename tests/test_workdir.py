@@ -137,7 +137,6 @@ def test_two_writers_of_one_directory_do_not_mix(tmp_path, overwrite):
 
 
 def test_what_a_killed_export_left_goes_with_the_next(tmp_path):
-    """Finding 39."""
     (tmp_path / "..out.partial-1-0a1b2c3d.writer").touch()
     for left in (".out.partial-1", ".out.partial-1-0a1b2c3d", ".out.old-7"):
         (tmp_path / left).mkdir()
@@ -150,7 +149,6 @@ def test_what_a_killed_export_left_goes_with_the_next(tmp_path):
 
 
 def test_an_export_killed_between_its_two_renames_is_put_back(tmp_path):
-    """Finding 39."""
     (tmp_path / ".out.old-7").mkdir()
     (tmp_path / ".out.old-7" / "file").write_text("old")
     with pytest.raises(InputError, match="out is not empty"), new_directory(tmp_path / "out"):
@@ -291,8 +289,15 @@ def test_what_is_no_run_s_stays(cache_dir, tmp_path, name):
 # Signals
 
 
-def test_ctrl_c_that_a_callback_swallows_ends_the_run_after_the_step():
-    """Finding 39."""
+@pytest.fixture
+def heard():
+    """SIGINT as it is in a terminal; where the tests run in the background, it is ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_ctrl_c_that_a_callback_swallows_ends_the_run_after_the_step(heard):
     with Signals() as signals:
         try:
             os.kill(os.getpid(), signal.SIGINT)

@@ -24,7 +24,8 @@ def colours_of(names: Iterable[str]) -> dict[str, str]:
     """A colour for each name, no two alike.
 
     This project's methods have colours of their own. Any other name begins its search for a free
-    one at a place that depends on the name alone, so that it mostly has the same in every report.
+    one, among those of no method, at a place that depends on the name alone, so that it mostly has
+    the same in every report.
 
     Returns:
       Name to `#rrggbb`, in the order of the names.
@@ -36,12 +37,12 @@ def colours_of(names: Iterable[str]) -> dict[str, str]:
         if colour is not None and colour not in found.values():
             found[name] = colour
     rest = [name for name in names if name not in found]
-    palette = list(PALETTE)
-    if len(rest) > len(set(palette) - set(found.values())):
-        palette = [_hue(i / len(rest)) for i in range(len(rest))]
+    pool = list(OTHERS)
+    if len(rest) > len(set(PALETTE) - set(found.values())):
+        pool = [_hue(i / len(rest)) for i in range(len(rest))]
     for name in rest:
-        first = crc32(name.encode()) % len(palette)
-        found[name] = next(x for x in (*palette[first:], *palette[:first])
+        first = crc32(name.encode()) % len(pool)
+        found[name] = next(x for x in (*pool[first:], *pool[:first], *PALETTE)
                            if x not in found.values())
     return {name: found[name] for name in names}
 

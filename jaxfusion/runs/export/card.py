@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from huggingface_hub import EvalResult, ModelCardData
-from huggingface_hub.repocard import metadata_load
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from jaxfusion.config import CONFIG_FILE, stage_before
 from jaxfusion.data.languages import iso_of
@@ -69,7 +68,8 @@ def base_of(role: str, checkpoint: str, path: Path) -> Base:
 def _licence_of(card: Path, hub_id: str | None) -> dict[str, str]:
     """What a model card says about the licence; a link to a file needs the repository's name."""
     try:
-        data = metadata_load(card) or {}
+        text = card.read_text("utf-8", "replace")  # in any encoding: what counts is ASCII
+        data = ModelCard(text, ignore_metadata_errors=True).data.to_dict()
     except (OSError, ValueError, yaml.YAMLError):  # no card, or a broken one
         return {}
     found = {name: data[name] for name in LICENCE if isinstance(data.get(name), str)}
