@@ -183,7 +183,7 @@ def read_as_langbridge(out):
 
 
 def test_langbridge_knows_what_it_is_to_make(tiny, tmp_path):
-    """Finding 28: a name that LangBridge does not take is refused, with the way out."""
+    """A name that LangBridge does not take is refused, with the way out."""
     make_run(tmp_path / "run", tiny)
     with pytest.raises(InputError, match=r"'encoder' is a local directory; set --enc"):
         export_langbridge(tmp_path / "run", tmp_path / "out", lm=NAMES["lm"])
@@ -203,7 +203,7 @@ def test_langbridge_knows_what_it_is_to_make(tiny, tmp_path):
 
 @pytest.mark.parametrize("case,family", [("qwen3", "qwen3"), ("mistral_v01", "mistral")])
 def test_langbridge_has_few_families(case, family, tiny, tmp_path):
-    """Finding 28: an LLM that LangBridge has no class for is refused."""
+    """An LLM that LangBridge has no class for is refused."""
     write_family(case, tiny, tmp_path / "llm")
     make_run(tmp_path / "run", tiny, decoder=tmp_path / "llm")
     if family == "mistral":

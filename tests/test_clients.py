@@ -37,7 +37,6 @@ def reference(tiny, tmp_path_factory):
     pytest.param(x, id=x.__name__, marks=[pytest.mark.slow] if x in SLOW else [])
     for x in clients.CLIENTS])
 def test_a_habit_works_or_is_refused_in_a_line(client, reference):
-    """Findings 46 to 49."""
     if client in (clients.trainer, clients.peft_lora):
         pytest.importorskip("accelerate")
         pytest.importorskip("peft")
@@ -49,7 +48,7 @@ def test_a_habit_works_or_is_refused_in_a_line(client, reference):
 
 
 def test_no_tokenizer_lies_where_another_would_find_it(reference):
-    """Finding 46: at the top, `tokenizer.json` would be read by whoever trusts no code."""
+    """At the top, `tokenizer.json` would be read by whoever trusts no code."""
     for name in ("out", "merged"):
         files = {file.name for file in Path(reference[name]).iterdir()}
         assert not files & {"tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json"}
@@ -66,7 +65,7 @@ def test_a_query_may_be_cut_and_keeps_its_end(reference):
 
 
 def test_ids_out_of_order_are_refused(reference):
-    """Finding 46: a row is a query and then its answer."""
+    """A row is a query and then its answer."""
     case = clients.Case(reference)
     query = case.tokenizer("e f", return_tensors="pt").input_ids
     with pytest.raises(ValueError, match="not a query, its prompt and an answer in this order"):
@@ -91,7 +90,7 @@ def test_losses_are_those_of_training(reference):
 
 
 def test_what_trains_in_a_backbone_stays_what_trains(tiny, tmp_path):
-    """Finding 47: what jaxfusion trained in a backbone trains on, all else is frozen."""
+    """What jaxfusion trained in a backbone trains on, all else is frozen."""
     make_run(tmp_path / "run", tiny, trained=("decoder/.*/mlp/up/.*",))
     export(tmp_path / "run", tmp_path / "out")
     model = clients.load(tmp_path / "out")
@@ -103,7 +102,7 @@ def test_what_trains_in_a_backbone_stays_what_trains(tiny, tmp_path):
 
 
 def test_a_cap_of_the_scores_is_not_lost(tiny, tmp_path):
-    """Finding 48: `sdpa` would leave out Gemma 2's cap."""
+    """`sdpa` would leave out Gemma 2's cap."""
     write_family("gemma2", tiny, tmp_path / "llm")
     make_run(tmp_path / "run", tiny, decoder=tmp_path / "llm")
     export(tmp_path / "run", tmp_path / "out")
@@ -113,7 +112,7 @@ def test_a_cap_of_the_scores_is_not_lost(tiny, tmp_path):
 
 
 def test_the_ends_that_the_llm_names_end_an_answer(tiny, tmp_path):
-    """Finding 46: `generation_config.json` goes along with all its end tokens."""
+    """`generation_config.json` goes along with all its end tokens."""
     make_run(tmp_path / "first", tiny)
     export(tmp_path / "first", tmp_path / "out", merge=True)
     model, tokenizer = clients.load(tmp_path / "out"), clients.load_tokenizer(tmp_path / "out")
@@ -140,7 +139,7 @@ def test_a_config_alone_makes_no_model(reference):
 
 
 def test_an_export_saved_by_transformers_is_taken_in_again(reference, tmp_path):
-    """Finding 47: a Trainer's checkpoint is a directory like any export."""
+    """A Trainer's checkpoint is a directory like any export."""
     from jaxfusion.runs.adopt import adopt
     from jaxfusion.runs.open_run import open_run
 

@@ -288,7 +288,7 @@ def test_languages_of_different_sizes_and_groups_without_any(tmp_path):
 
 
 def test_an_empty_group_has_no_mean():
-    """Finding 20: it had that of all groups."""
+    """It had that of all groups."""
     c = Comparison("t", "likelihood", {"A": {"en": [1, 0], "si": [1, 1]}},
                    {"far": (), "near": ("en",)}, "A", {}, {})
     assert c.group("far") == () and c.group_names == ("near",)
@@ -296,7 +296,7 @@ def test_an_empty_group_has_no_mean():
 
 
 def test_runs_of_a_comparison_keep_its_groups(tmp_path):
-    """Finding 20: English and the recipe's languages were counted in the mean of all."""
+    """English and the recipe's languages were counted in the mean of all."""
     comparison = {"job": "compare", "groups": {"far": ["si", "ta"]}, "development": ["ta"]}
     (tmp_path / "config.json").write_text(json.dumps(comparison))
     row = {"correct": {"likelihood": [1]}, "queries": ["q"], "targets": ["x"], "answers": ["x"],

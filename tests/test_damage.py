@@ -56,7 +56,7 @@ def flip(file, bit):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int32", "uint8", "bool"])
 def test_digests_on_devices_and_in_numpy_are_the_same(dtype):
-    """Finding 31. Empty, scalar and odd shapes, more than one part."""
+    """Empty, scalar and odd shapes, more than one part."""
     rng = np.random.default_rng(0)
     for shape in ((), (1,), (0, 3), (5, 7, 9), (3, digest.PART + 1)):
         x = jnp.asarray(rng.standard_normal(shape) * 9).astype(dtype)
@@ -67,7 +67,6 @@ def test_digests_on_devices_and_in_numpy_are_the_same(dtype):
 
 
 def test_any_single_bit_and_any_exchange_shows_in_a_digest():
-    """Finding 31."""
     x = np.random.default_rng(0).standard_normal(50).astype(np.float32)
     sound = digest.host_digests({"x": x})["x"]
     seen = set()
@@ -122,7 +121,6 @@ def test_a_flipped_bit_in_an_array_is_never_restored(scored, copy, caplog):
     ("_CHECKPOINT_METADATA", b"{"), ("_CHECKPOINT_METADATA", None),
 ])
 def test_damage_beside_the_arrays_falls_back_too(scored, copy, file, content, caplog):
-    """Findings 31 and 34."""
     damaged = copy / "checkpoints" / "4" / file
     damaged.unlink() if content is None else damaged.write_bytes(content)
     with caplog.at_level(logging.WARNING):
@@ -163,7 +161,7 @@ def test_damaged_scores_do_not_get_into_a_model_card(scored, copy, tmp_path):
 
 
 def test_an_older_damaged_score_does_not_stop_a_run(scored, copy, caplog):
-    """Finding 34: every score is read before the next save."""
+    """Every score is read before the next save."""
     (copy / "checkpoints" / "2" / "metrics" / "metrics").write_bytes(b"")
     with caplog.at_level(logging.WARNING):
         longer = replace(scored[1], train=replace(scored[1].train, steps=6))
@@ -173,7 +171,7 @@ def test_an_older_damaged_score_does_not_stop_a_run(scored, copy, caplog):
 
 
 def test_a_directory_holds_the_step_it_is_named_after(scored, copy, caplog):
-    """Finding 34: the checkpoint of step 2 under the name 3, also with a position that fits."""
+    """The checkpoint of step 2 under the name 3, also with a position that fits."""
     shutil.copytree(copy / "checkpoints" / "2", copy / "checkpoints" / "5")
     (copy / "checkpoints" / "5" / "data" / "metadata").write_text('{"next_index": 5}')
     shutil.rmtree(copy / "checkpoints" / "5" / "digests")
@@ -187,7 +185,7 @@ def test_a_directory_holds_the_step_it_is_named_after(scored, copy, caplog):
 
 
 def test_checkpoints_of_earlier_versions_load_and_that_is_said(scored, copy, caplog):
-    """Finding 31: they have no digests."""
+    """They have no digests."""
     for step in ("2", "4"):
         place = copy / "checkpoints" / step
         shutil.rmtree(place / "digests")
@@ -201,7 +199,6 @@ def test_checkpoints_of_earlier_versions_load_and_that_is_said(scored, copy, cap
 
 
 def test_checkpoints_that_are_a_file_are_refused_before_metrics_are_cut(scored, copy):
-    """Finding 34."""
     shutil.rmtree(copy / "checkpoints")
     (copy / "checkpoints").write_text("what is this")
     before = (copy / "metrics.jsonl").read_bytes()
@@ -218,7 +215,6 @@ def test_checkpoints_that_are_a_file_are_refused_before_metrics_are_cut(scored, 
     b'{"optimizer": {"groups": {"a": 1}}}',
 ])
 def test_a_damaged_config_is_one_line(copy, content):
-    """Finding 34."""
     (copy / "config.json").write_bytes(content)
     with pytest.raises(InputError, match=r"config\.json.* is damaged"):
         configs.load(copy / "config.json")
@@ -228,7 +224,7 @@ def test_a_damaged_config_is_one_line(copy, content):
 
 
 def test_a_config_that_was_changed_says_how_to_go_on(copy):
-    """Finding 34: a workdir may have been moved, and the paths in it with it."""
+    """A workdir may have been moved, and the paths in it with it."""
     file = copy / "config.json"
     file.write_text(file.read_text().replace('"seed": 0', '"seed": 1'))
     with pytest.raises(InputError, match=r"on purpose, remove \.config\.json\.sum next to it"):
@@ -240,7 +236,6 @@ def test_a_config_that_was_changed_says_how_to_go_on(copy):
 @pytest.mark.parametrize("damage", [
     lambda x: x[:-3], lambda x: b"", lambda x: b"garbage", lambda x: x[:140] + b"\0" + x[141:]])
 def test_damaged_fingerprints_are_one_line(copy, damage):
-    """Finding 34."""
     file = copy / "seen.npy"
     file.write_bytes(damage(file.read_bytes()))
     with pytest.raises(InputError, match=r"seen\.npy is damaged.*run train\.py again"):
@@ -248,7 +243,6 @@ def test_damaged_fingerprints_are_one_line(copy, damage):
 
 
 def test_metrics_that_are_no_text_do_not_stop_a_run(copy, caplog):
-    """Finding 34."""
     file = copy / "metrics.jsonl"
     whole = file.read_bytes()
     file.write_bytes(whole[:30] + b"\xff\xff" + whole[32:] + b'{"step": 5, "lo')
@@ -264,7 +258,7 @@ def test_metrics_that_are_no_text_do_not_stop_a_run(copy, caplog):
 @pytest.mark.parametrize("name", ["results.json", "results.about.json"])
 @pytest.mark.parametrize("content", [b"", b"[1]", b'{"step": 4}', None])
 def test_damaged_results_are_kept_apart(copy, name, content, caplog):
-    """Finding 34: what was scored now is not lost for them."""
+    """What was scored now is not lost for them."""
     file = copy / "eval" / name
     about = json.loads((copy / "eval" / "results.about.json").read_text())
     file.unlink() if content is None else file.write_bytes(content)
@@ -284,7 +278,6 @@ def test_damaged_results_are_kept_apart(copy, name, content, caplog):
     ("out.jsonl", b"\xff\n", r"out\.jsonl is damaged"),
 ])
 def test_damaged_answers_are_not_continued(tmp_path, file, content, said):
-    """Finding 34."""
     out, rows = tmp_path / "out.jsonl", [({"prompt": "a"}, "in:1"), ({"prompt": "b"}, "in:2")]
     out.touch()
     assert answer._begin(out, rows, {"step": 4}) == 0
@@ -299,7 +292,7 @@ def test_damaged_answers_are_not_continued(tmp_path, file, content, said):
 
 
 def test_a_changed_number_among_scores_is_refused(copy):
-    """Finding 31: a report is made of what was scored, or not at all."""
+    """A report is made of what was scored, or not at all."""
     file = copy / "eval" / "details.json"
     text = file.read_text()
     file.write_text(text.replace("[0, ", "[1, ", 1) if "[0, " in text else text + " ")
@@ -361,7 +354,7 @@ def damages(workdir, rng, flips, others):
 @pytest.mark.parametrize("flips,others", [
     (12, 6), pytest.param(500, 100, marks=pytest.mark.slow)])
 def test_no_damage_is_silent(scored, tmp_path, caplog, flips, others):
-    """Findings 31 and 34: single bits, cut and removed files, over everything that is read back.
+    """Single bits, cut and removed files, over everything that is read back.
 
     Silent is a value that differs with nothing said; a removed note of what was written, or a
     removed file that a run need not have, changes no value.

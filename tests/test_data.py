@@ -123,7 +123,7 @@ def test_too_long_examples_are_counted_and_keep_their_end(tokenizers):
 
 
 def test_a_question_at_the_end_is_kept(tokenizers):
-    """Finding 17: few-shot contexts behind a bridge lost their question."""
+    """Few-shot contexts behind a bridge lost their question."""
     asked = [Example("la ba " * 50 + f"Label: {x}", "bako", 0) for x in ("bako", "lala")]
     limits = {"text_prompt": "", "max_encoder_tokens": 12, "max_decoder_tokens": 9,
               "with_target": False}
@@ -136,7 +136,7 @@ def test_a_question_at_the_end_is_kept(tokenizers):
 
 
 def test_a_target_takes_the_room_that_its_query_leaves(tokenizers):
-    """Finding 21: LangBridge cuts both together, and puts no end token behind a target."""
+    """LangBridge cuts both together, and puts no end token behind a target."""
     long = [Example("la", "bako " * 60, 0), Example("la " * 100, "bako " * 60, 0)]
     langbridge = replace(tokenizers, ends_targets=False)
     rows, cut = tokenize(long, langbridge, text_prompt="", with_target=True,

@@ -207,7 +207,7 @@ def test_shards_of_the_trained_part_are_put_together(tiny, tmp_path, monkeypatch
 
 
 def test_nothing_that_is_read_is_written_over(tiny, tmp_path):
-    """Finding 32: no `--out` inside a workdir or round one, whatever --overwrite says."""
+    """No `--out` inside a workdir or round one, whatever --overwrite says."""
     make_run(tmp_path / "run", tiny)
     make_run(tmp_path / "runs" / "other", tiny)
     inside = [tmp_path / "run" / x for x in ("checkpoints", "exported", "eval/x")]

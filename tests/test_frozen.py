@@ -1,5 +1,6 @@
 """Parameters of a bridge that do not train: what they were in the run is what is scored, exported
-and trained on. Finding 33."""
+and trained on.
+"""
 
 import shutil
 from dataclasses import replace

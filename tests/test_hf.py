@@ -300,7 +300,6 @@ def test_random_weights_spread_over_several_units(tiny):
 
 
 def test_an_infinite_weight_is_named(checkpoint):
-    """Finding 11."""
     def damage(tensors):
         tensors["model.norm.weight"] = np.full_like(tensors["model.norm.weight"], np.inf)
 
@@ -311,7 +310,7 @@ def test_an_infinite_weight_is_named(checkpoint):
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
 def test_quantized_weights_are_refused(checkpoint, dtype):
-    """Finding 11: int8 was read as numbers up to 127, FP8 ended in a traceback."""
+    """Int8 was read as numbers up to 127, FP8 ended in a traceback."""
     from safetensors.torch import load_file as load_torch
     from safetensors.torch import save_file as save_torch
 
@@ -323,7 +322,6 @@ def test_quantized_weights_are_refused(checkpoint, dtype):
 
 
 def test_a_config_of_a_quantized_checkpoint_is_refused(checkpoint):
-    """Finding 11."""
     json_of = read_config(checkpoint / "decoder")
     quantized = {**json_of, "quantization_config": {"quant_method": "fp8"}}
     with pytest.raises(InputError, match=r"is quantized \('fp8'\)"):
@@ -331,7 +329,7 @@ def test_a_config_of_a_quantized_checkpoint_is_refused(checkpoint):
 
 
 def test_a_head_of_its_own_is_used_whatever_the_config_says(checkpoint, caplog):
-    """Finding 6: transformers 5 does not tie a head that the file has and that differs."""
+    """Transformers 5 does not tie a head that the file has and that differs."""
     path = checkpoint / "decoder"
     file = path / "config.json"
     file.write_text(json.dumps({**read_config(path), "tie_word_embeddings": True}))
@@ -343,7 +341,7 @@ def test_a_head_of_its_own_is_used_whatever_the_config_says(checkpoint, caplog):
 
 
 def test_a_file_beside_an_old_index_is_read(checkpoint, caplog):
-    """Finding 7: as transformers does."""
+    """As transformers does."""
     path = checkpoint / "decoder"
     write_shards(path, load_file(path / SINGLE).items(), shard_bytes=100_000)
     edit(path, lambda t: t.update({"model.norm.weight": t["model.norm.weight"] + 1}))
@@ -353,7 +351,6 @@ def test_a_file_beside_an_old_index_is_read(checkpoint, caplog):
 
 
 def test_madlads_name_of_the_embedding_serves(tiny, checkpoint):
-    """Finding 13."""
     edit(checkpoint / "encoder", lambda t: t.update(
         {"decoder.embed_tokens.weight": t.pop("shared.weight")}))
     one, other = load(tiny / "encoder"), load(checkpoint / "encoder")
@@ -406,7 +403,6 @@ def test_gelu_of_gemma_1_is_its_tanh_form(checkpoint):
       "attn_logit_softcapping": "x"}, "attn_logit_softcapping is 'x', expected"),
 ])
 def test_a_config_that_no_model_has_is_one_line(checkpoint, change, message):
-    """Finding 42."""
     json_of = read_config(checkpoint / "decoder")
     json_of.pop("rope_parameters", None)
     with pytest.raises(InputError, match=message) as error:
@@ -418,7 +414,6 @@ def test_a_config_that_no_model_has_is_one_line(checkpoint, change, message):
                                   "{\"weight_map\": {}}",
                                   "[" * 100_000, "{"])
 def test_a_damaged_index_is_one_line(checkpoint, text):
-    """Finding 42."""
     (checkpoint / "decoder" / SINGLE).unlink()
     (checkpoint / "decoder" / INDEX).write_text(text)
     with pytest.raises(InputError, match=r"index\.json is (not|damaged)"):
@@ -426,7 +421,7 @@ def test_a_damaged_index_is_one_line(checkpoint, text):
 
 
 def test_an_index_names_what_its_shards_hold(checkpoint):
-    """Finding 42: a tensor that is missing from its shard was a traceback."""
+    """A tensor that is missing from its shard was a traceback."""
     path = checkpoint / "decoder"
     names = [*load_file(path / SINGLE), "model.none.weight"]
     (path / SINGLE).rename(path / "model-00001-of-00001.safetensors")
@@ -437,7 +432,7 @@ def test_an_index_names_what_its_shards_hold(checkpoint):
 
 
 def test_what_training_saved_is_converted(tiny, tmp_path):
-    """Finding 29: MindMerger's own file holds its state dict inside of another dictionary."""
+    """MindMerger's own file holds its state dict inside of another dictionary."""
     tensors = {name: torch.tensor(x) for name, x in load_file(tiny / "decoder" / SINGLE).items()}
     (tmp_path / "in").mkdir()
     torch.save({"model_state_dict": tensors, "epoch": 3}, tmp_path / "in" / "pytorch_model.bin")
@@ -449,7 +444,6 @@ def test_what_training_saved_is_converted(tiny, tmp_path):
     ([1, 2], "has a list without named tensors"), ({"a": {"b": {"c": 1}}}, "has a dict without"),
     (Mock, "cannot be read: it is damaged, or has more than tensors")])
 def test_other_pickles_are_one_line(tmp_path, value, message):
-    """Findings 42 and 44."""
     (tmp_path / "in").mkdir()
     torch.save(value, tmp_path / "in" / "pytorch_model.bin")
     with pytest.raises(InputError, match=message) as error:
@@ -475,7 +469,7 @@ def test_convert_takes_the_chat_template_along(checkpoint, tmp_path):
 
 
 def test_the_hubs_patterns_take_what_is_read(tmp_path):
-    """Findings 10 and 12: the chat template, and no weights twice."""
+    """The chat template, and no weights twice."""
     from huggingface_hub.utils import filter_repo_objects
 
     wanted = ["config.json", "chat_template.jinja", "model.safetensors", "tokenizer.model",

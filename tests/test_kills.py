@@ -61,7 +61,7 @@ def finish(name, out, run):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", COMMANDS)
 def test_eight_kills_change_nothing(cache_dir, tmp_path, name):
-    """Findings 31, 35 and 39: SIGKILL at random moments, each time in what the last one left."""
+    """SIGKILL at random moments, each time in what the last one left."""
     rng, run = random.Random(name), tmp_path / "run"
     finish("train", run, run)
     whole, out = tmp_path / "whole" / "x", tmp_path / "killed" / "x"

@@ -628,7 +628,7 @@ TEMPLATE_EMPTY = "<s>system :  \nuser : {} \nassistant :"
 def test_the_authors_probe_is_theirs_in_pytorch(side, tokenizers, cache_dir, tmp_path):
     """Two BOS, a system prompt, 64 tokens, batches of 50 without the rest, and the last slot.
 
-    Finding 23: padding on the right sees the prompt and not itself, and a language's prompts are
+    Padding on the right sees the prompt and not itself, and a language's prompts are
     padded alike."""
     import torch
     from transformers import AutoModelForCausalLM
@@ -671,7 +671,7 @@ def test_the_authors_probe_is_theirs_in_pytorch(side, tokenizers, cache_dir, tmp
     assert rows["en"][shortest].text == tokenizer(filled, add_special_tokens=False)["input_ids"]
     with pytest.raises(InputError, match="probes batches of 50, got 3 prompts in 'en'"):
         probe_as_authors(model, {name: rows[:3] for name, rows in texts.items()})
-    # Finding 24: what the authors write by hand.
+    # What the authors write by hand.
     assert training_rows(config, model, {"en": ["la\n\n"]})[0]["en"][0].text == tokenizer(
         TEMPLATE_EMPTY.format("la\n\n"), add_special_tokens=False)["input_ids"]
     phi3 = replace(model, bridge=alone(replace(DECODERS["phi3"], vocab_size=512)))

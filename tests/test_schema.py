@@ -36,7 +36,7 @@ CASES = [(job, path, value) for job, kind in JOBS.items()
 
 
 def test_every_field_takes_a_value_or_says_in_one_line_why_not():
-    """Findings 42 and 43: wrong type, negative, zero, huge and no number, for every field of every
+    """Wrong type, negative, zero, huge and no number, for every field of every
     job, from the schema itself."""
     assert len(CASES) >= 1000
     refused = 0
@@ -88,7 +88,6 @@ def test_every_field_takes_a_value_or_says_in_one_line_why_not():
     ("pretrain", "tower.num_heads", 0, "expected 1 or more"),
 ])
 def test_values_that_no_run_can_have(job, path, value, said):
-    """Finding 43."""
     with pytest.raises(InputError, match=said):
         from_json(with_value(job, path.split("."), value))
 
@@ -171,7 +170,6 @@ def test_whatever_is_in_a_field_ends_in_one_line(where, value):
      "/nonexistent is missing: task 'xnli' reads its rows from it"),
 ])
 def test_a_command_line_ends_in_one_line(words, said, tmp_path):
-    """Findings 42 and 44."""
     (tmp_path / "broken.py").write_text("def get_config(:\n")
     found = run_script(*(word.format(file=tmp_path / "broken.py") for word in words),
                        f"--workdir={tmp_path / 'run'}")
@@ -186,7 +184,7 @@ def test_a_step_of_several_seeds_is_compiled_like_any(cache_dir, capsys):
 
 
 def test_a_path_that_is_missing_is_called_missing(tmp_path):
-    """Finding 44: it was said to name no {split}."""
+    """It was said to name no {split}."""
     from jaxfusion.data.rows.examples import read_examples
     from jaxfusion.data.tasks.catalogue import TASKS
 
@@ -195,7 +193,7 @@ def test_a_path_that_is_missing_is_called_missing(tmp_path):
 
 
 def test_names_are_text_wherever_they_are_shown(tmp_path, capsys):
-    """Findings 42 and 45: names like markup, formulas and tags."""
+    """Names like markup, formulas and tags."""
     from jaxfusion.reports.comparison import Comparison, markdown
     from jaxfusion.reports.pictures import draw_accuracy
     from jaxfusion.reports.terminal import print_comparison

@@ -450,7 +450,7 @@ def test_a_set_of_tfrecords_says_how_to_prepare_it(tfds_dir, tmp_path):
 
 
 def test_sib200_is_read_as_its_authors_read_it(real_data):
-    """Finding 15: pandas wrote it, and quotes texts that hold quotes; XNLI's files are raw."""
+    """Pandas wrote it, and quotes texts that hold quotes; XNLI's files are raw."""
     pandas = pytest.importorskip("pandas")
     task, changed = TASKS["sib200"], {}
     for language in at_hand("sib200", task, "test", str(real_data / "sib200")):
@@ -474,7 +474,7 @@ def test_sib200_is_read_as_its_authors_read_it(real_data):
     ("train-en.jsonl.gz", '{"text": "a b", "label": "good"}'),
 ])
 def test_files_as_other_programs_leave_them(name, text, tmp_path):
-    """Findings 19: blank last lines, lone carriage returns, another case, gzip."""
+    """Blank last lines, lone carriage returns, another case, gzip."""
     data = text.encode()
     (tmp_path / name).write_bytes(gzip.compress(data) if name.endswith(".gz") else data)
     assert texts(read(tmp_path)) == ["a b"]
@@ -494,7 +494,7 @@ def test_quotes_that_pandas_wrote_into_a_tsv_are_said(tmp_path, caplog):
 
 
 def test_classes_of_a_parquet_file_have_the_names_that_it_gives_them(tmp_path):
-    """Finding 8: `datasets` numbers them in its own order and writes the names beside them."""
+    """`datasets` numbers them in its own order and writes the names beside them."""
     import datasets
 
     rows = {"text": ["a", "b", "c"], "label": [0, 1, 0]}
@@ -509,7 +509,7 @@ def test_classes_of_a_parquet_file_have_the_names_that_it_gives_them(tmp_path):
 
 
 def test_a_parquet_file_that_unpacks_without_end_is_left(tmp_path, monkeypatch):
-    """Finding 45: 824 bytes took 8 GB."""
+    """824 bytes took 8 GB."""
     monkeypatch.setattr(readers, "UNPACKED_BYTES", 1 << 24)
     table = pa.table({"text": ["a" * 100_000] * 4000, "label": ["good"] * 4000})
     parquet.write_table(table, tmp_path / "train-en.parquet", compression="zstd")
@@ -519,7 +519,6 @@ def test_a_parquet_file_that_unpacks_without_end_is_left(tmp_path, monkeypatch):
 
 
 def test_json_that_is_nested_too_deep_is_one_line(tmp_path):
-    """Finding 42."""
     (tmp_path / "train-en.jsonl").write_text("[" * 100_000)
     with pytest.raises(InputError, match=r"train-en\.jsonl:1: not JSON"):
         read(tmp_path)

@@ -136,12 +136,11 @@ def test_real_files_are_read_as_they_are(real_data):
     ("It is -5.", "5.0"), ("so 1,234.50 in all", "1234.5"), ("none", "0.0"),
     ("16 - 3 - 4 = 9 eggs, 9 * 2 = $18", "18.0"), ("80 000", "0.0")])
 def test_langbridges_authors_count_the_last_number_without_its_sign(text, number):
-    """Finding 22."""
     assert last_unsigned(text) == number
 
 
 def test_mgsm_is_asked_as_langbridges_authors_ask_it():
-    """Finding 22: to the prompt's last character; the other form has a name of its own."""
+    """To the prompt's last character; the other form has a name of its own."""
     task = TASKS["mgsm"]
     assert task.prompt.format(query="Question: How many?") == (
         "Below is an instruction that describes a task. Write a response that appropriately "

@@ -151,7 +151,7 @@ def peculiar(path):
 @pytest.mark.parametrize("family", ["qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "llama",
                                     "mistral", "phi3"])
 def test_a_tokenizer_json_gives_its_own_ids_whatever_the_family(family, languages, tmp_path):
-    """Finding 1: transformers 5 rebuilds a tokenizer from its class."""
+    """Transformers 5 rebuilds a tokenizer from its class."""
     own = {"qwen2": "Qwen2Tokenizer", "qwen3": "Qwen2Tokenizer", "phi3": "LlamaTokenizer",
            "llama": "LlamaTokenizer", "mistral": "LlamaTokenizer"}.get(family, "GemmaTokenizer")
     theirs, texts = peculiar(tmp_path / "llm"), languages[::8]
@@ -185,7 +185,7 @@ def mt5_like(languages, tmp_path_factory):
 
 @pytest.mark.parametrize("kind", ["T5Tokenizer", "MT5Tokenizer", None])
 def test_a_bare_unigram_model_gives_sentencepieces_ids(kind, mt5_like, languages, tmp_path):
-    """Findings 2 and 4: decomposed characters, mT5's class, and no `extra_ids`."""
+    """Decomposed characters, mT5's class, and no `extra_ids`."""
     from sentencepiece import SentencePieceProcessor
 
     (mt5_like / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": kind}))
@@ -203,7 +203,7 @@ def test_a_bare_unigram_model_gives_sentencepieces_ids(kind, mt5_like, languages
 
 
 def test_an_added_token_beyond_the_table_is_left_out(tiny, tmp_path, caplog):
-    """Finding 3: Gemma 3 names a token of its image models, which its table has no row for."""
+    """Gemma 3 names a token of its image models, which its table has no row for."""
     shutil.copytree(tiny / "decoder", tmp_path / "llm")
     before = load_tokenizer(tmp_path / "llm", 512, "decoder")
     tokenizer = load_tokenizer(tmp_path / "llm", 512, "decoder")
@@ -239,7 +239,7 @@ def test_tokens_that_a_tokenizer_json_lacks_are_named(change, said, tiny, tmp_pa
 @pytest.mark.parametrize("settings, begins", [
     ({}, True), ({"add_bos_token": False}, False), ({"add_bos_token": True}, True)])
 def test_bos_is_put_where_the_tokenizer_puts_it(settings, begins, tiny, tmp_path):
-    """Finding 9: a tokenizer may name BOS and begin no text with it."""
+    """A tokenizer may name BOS and begin no text with it."""
     shutil.copytree(tiny / "decoder", tmp_path / "llm")
     file = tmp_path / "llm" / "tokenizer_config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), **settings}))
@@ -256,7 +256,7 @@ def test_bos_is_put_where_the_tokenizer_puts_it(settings, begins, tiny, tmp_path
 
 
 def test_a_token_across_the_seam_leaves_its_answer_whole(tmp_path):
-    """Finding 16: of `(` and `A` some tokenizers make the one token `(A`."""
+    """Of `(` and `A` some tokenizers make the one token `(A`."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 

@@ -63,7 +63,7 @@ HOLD = """
 
 
 def test_a_second_writer_is_refused_and_told_of_the_first(cache_dir, tmp_path):
-    """Finding 35: at once, by host, process and time; a killed one holds nothing."""
+    """At once, by host, process and time; a killed one holds nothing."""
     config, workdir = make_config(cache_dir, "last,debug", train__steps=2), tmp_path / "run"
     workdir.mkdir()
     first = python(HOLD, workdir)
@@ -84,7 +84,6 @@ def test_a_second_writer_is_refused_and_told_of_the_first(cache_dir, tmp_path):
 
 
 def test_readers_of_a_run_that_is_written_are_let_in(cache_dir, tmp_path, unscored):
-    """Finding 35."""
     config, workdir = make_config(cache_dir, "last,debug", train__steps=2), tmp_path / "run"
     train(config, workdir)
     assert not (workdir / WRITER).exists()
@@ -94,7 +93,6 @@ def test_readers_of_a_run_that_is_written_are_let_in(cache_dir, tmp_path, unscor
 
 
 def test_a_file_system_without_locks_is_said(tmp_path, monkeypatch, caplog):
-    """Finding 35."""
     def refuse(*_):
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
@@ -106,7 +104,7 @@ def test_a_file_system_without_locks_is_said(tmp_path, monkeypatch, caplog):
 
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_two_writers_of_one_directory_do_not_mix(tmp_path, overwrite):
-    """Finding 35: two exports to one place; none waits for the other, and both are whole."""
+    """Two exports to one place; none waits for the other, and both are whole."""
     out, ends = tmp_path / "out", {}
 
     def write(name, before):
@@ -158,7 +156,7 @@ def test_an_export_killed_between_its_two_renames_is_put_back(tmp_path):
 
 @pytest.mark.parametrize("out", [".", "..", "checkpoints", "checkpoints/4", "checkpoints/new"])
 def test_no_directory_is_written_over_a_run(tmp_path, out):
-    """Finding 32: nor round one, nor among its checkpoints."""
+    """Nor round one, nor among its checkpoints."""
     run = tmp_path / "runs" / "run"
     (run / "checkpoints" / "4").mkdir(parents=True)
     (run / "config.json").write_text("{}")
@@ -173,7 +171,6 @@ def test_no_directory_is_written_over_a_run(tmp_path, out):
 
 @pytest.mark.parametrize("write", [write_whole, write_checked])
 def test_a_planted_link_is_not_followed(tmp_path, write):
-    """Finding 45."""
     precious = tmp_path / "precious"
     precious.write_text("mine")
     for name in (".results.json.partial", "..results.json.sum.partial"):
@@ -184,7 +181,7 @@ def test_a_planted_link_is_not_followed(tmp_path, write):
 
 
 def test_a_write_that_is_killed_leaves_old_content_that_is_whole(tmp_path, monkeypatch):
-    """Finding 31: the note of what is written comes first."""
+    """The note of what is written comes first."""
     file = tmp_path / "results.json"
     write_checked(file, '{"a": 1}')
     with monkeypatch.context() as patch:
@@ -206,7 +203,7 @@ def test_a_write_that_is_killed_leaves_old_content_that_is_whole(tmp_path, monke
 ])
 def test_a_full_disk_is_one_line_and_the_run_goes_on(
         cache_dir, tmp_path, unscored, monkeypatch, error):
-    """Finding 36: whatever the library says, now or when it has written in the background."""
+    """Whatever the library says, now or when it has written in the background."""
     config = make_config(cache_dir, "last,debug", train__steps=6, train__checkpoint_every=2,
                          train__eval_every=6)
     original, method = ocp.CheckpointManager.save, "save"
@@ -230,7 +227,6 @@ def test_a_full_disk_is_one_line_and_the_run_goes_on(
 
 
 def test_a_full_disk_leaves_no_half_of_a_file(tmp_path, monkeypatch):
-    """Finding 36."""
     write_whole(tmp_path / "a.json", "old")
 
     def fail(self, *_):
@@ -251,7 +247,6 @@ def test_a_full_disk_leaves_no_half_of_a_file(tmp_path, monkeypatch):
 ])
 def test_a_start_that_fails_does_not_block_the_mended_one(
         cache_dir, tmp_path, unscored, wrong, right):
-    """Finding 37."""
     config = make_config(cache_dir, "last,debug", train__steps=2)
     with pytest.raises(InputError):
         train(wrong(config), tmp_path / "run")
@@ -261,7 +256,7 @@ def test_a_start_that_fails_does_not_block_the_mended_one(
 
 def test_a_config_under_which_nothing_was_saved_gives_way(
         cache_dir, tmp_path, unscored, monkeypatch, caplog):
-    """Finding 37: a start that fails in its first step, as by memory, is mended the same way."""
+    """A start that fails in its first step, as by memory, is mended the same way."""
     config, workdir = make_config(cache_dir, "last,debug", train__steps=6), tmp_path / "run"
     with monkeypatch.context() as patch:
         interrupt_at(patch, 2)
@@ -279,7 +274,7 @@ def test_a_config_under_which_nothing_was_saved_gives_way(
 
 @pytest.mark.parametrize("name", ["metrics.jsonl", "config.json", "model.safetensors"])
 def test_what_is_no_run_s_stays(cache_dir, tmp_path, name):
-    """Finding 37: a directory of the user's own, be it with files of the same names."""
+    """A directory of the user's own, be it with files of the same names."""
     (tmp_path / name).write_text('{"mine": 1}\n')
     with pytest.raises(InputError):
         train(make_config(cache_dir, "last,debug", train__steps=2), tmp_path)
@@ -335,7 +330,6 @@ def test_sigterm_before_the_first_step_has_its_status(cache_dir, tmp_path):
 
 
 def test_only_the_first_of_several_processes_sets_aside(tmp_path, monkeypatch):
-    """Finding 40."""
     (tmp_path / "checkpoints" / "4").mkdir(parents=True)
     waited = []
     monkeypatch.setattr(checkpoint, "is_first", lambda: False)
@@ -349,7 +343,7 @@ def test_only_the_first_of_several_processes_sets_aside(tmp_path, monkeypatch):
 
 
 def test_scripts_let_jax_have_a_gpu_s_memory():
-    """Finding 40: eval.py as train.py, before jax is there."""
+    """Eval.py as train.py, before jax is there."""
     code = """
         import os, sys
         import jaxfusion.cli as cli
@@ -384,7 +378,6 @@ def test_a_machine_without_a_tpu_hears_nothing_of_one():
     ("bfloat16", 64, None, "plain attention runs for .* odd length"),
 ])
 def test_a_kernel_that_cannot_run_is_said_once(caplog, dtype, head_dim, cap, why):
-    """Finding 40."""
     build._log_plain.cache_clear()
     with caplog.at_level(logging.INFO):
         for _ in range(3):
@@ -395,7 +388,7 @@ def test_a_kernel_that_cannot_run_is_said_once(caplog, dtype, head_dim, cap, why
 
 
 def test_a_slow_hub_is_waited_for(monkeypatch, caplog):
-    """Finding 40: it is said, and the hub is in reach."""
+    """It is said, and the hub is in reach."""
     from huggingface_hub import constants
 
     monkeypatch.setattr(hub, "PATIENCE", 0.05)
@@ -430,7 +423,7 @@ def test_the_warm_start_depends_on_the_seed(monkeypatch):
 
 def test_every_record_has_real_tokens_and_short_batches_count_as_such(
         cache_dir, tmp_path, unscored, monkeypatch):
-    """Finding 41: also the first record, of which the time is not measured, and after a resume."""
+    """Also the first record, of which the time is not measured, and after a resume."""
     config = make_config(cache_dir, "last,debug", train__steps=9, train__log_every=1,
                          train__eval_every=9, train__checkpoint_every=3, train__batch_size=8,
                          data__train_rows=20)
@@ -456,7 +449,6 @@ def test_every_record_has_real_tokens_and_short_batches_count_as_such(
 
 
 def test_examples_are_counted_in_packed_and_short_batches():
-    """Finding 41."""
     packed = np.array([[1, 1, 2, 2, 3, 0], [1, 2, 0, 0, 0, 0], [0] * 6])
     assert count_examples([np.zeros_like(packed), packed]) == 5
     languages = np.ones((4, 3, 7), int)  # of 4 prompts in 3 languages
@@ -464,7 +456,6 @@ def test_examples_are_counted_in_packed_and_short_batches():
 
 
 def test_rows_longer_than_the_limits_are_said_once(cache_dir, tmp_path, caplog):
-    """Finding 41."""
     config = make_config(cache_dir, "last,debug", train__steps=4, train__eval_every=2,
                          train__checkpoint_every=2, data__dev_rows=4)
     config = replace(config, eval=replace(config.eval, max_encoder_tokens=16))
@@ -477,7 +468,6 @@ def test_rows_longer_than_the_limits_are_said_once(cache_dir, tmp_path, caplog):
 
 
 def test_rows_take_four_bytes_an_id():
-    """Finding 38."""
     rows = TokenRows(latents=3)
     wanted = [TokenRow([5] * i, [6] * (i % 3), [7], 3) for i in range(50)]
     for row in wanted:
@@ -522,7 +512,6 @@ def test_tokenizing_in_parts_is_tokenizing_and_tells_how_far_it_is(
 
 
 def test_debug_inputs_that_another_process_made_meanwhile_are_taken(tmp_path):
-    """Finding 35."""
     from jaxfusion.miniatures.inputs import _make
 
     def make(out):

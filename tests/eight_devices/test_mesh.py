@@ -160,7 +160,7 @@ def test_a_run_goes_on_elsewhere(runs, towers, tmp_path):
 
 @pytest.mark.parametrize("axes", [("fsdp", "tensor"), ("tensor", "fsdp"), (None, "fsdp")])
 def test_digests_do_not_depend_on_how_an_array_is_split(axes):
-    """Finding 31: a checkpoint is checked on another mesh than the one that saved it."""
+    """A checkpoint is checked on another mesh than the one that saved it."""
     x = np.random.default_rng(0).standard_normal((16, 24)).astype(np.float32)
     mesh = make_mesh(1, 4, 2)
     with jax.set_mesh(mesh):
