@@ -80,8 +80,8 @@ class Scorer:
     """Scores examples with one compiled program per batch shape.
 
     `exact_match`: the answer equals the target after strip, as in the papers; if the task extracts
-    a part of both, the parts are compared. Greedy unless the config has a temperature. With
-    `max_new_tokens=0` there are no answers, and no such scoring.
+    a part of both, the parts are compared. Greedy unless the config has a temperature. It is
+    absent with `max_new_tokens=0`, which generates no answers.
     `likelihood`: the correct label has the largest summed log-probability; for a bridge including
     the end token that training puts after every answer, for the bare LLM without it.
     `likelihood_norm`: the same, divided by the label's length in characters, as `acc_norm` in

@@ -28,7 +28,7 @@ from jaxfusion.training.checkpoint import trained_part
 from jaxfusion.training.load import LLM, load_llm
 from jaxfusion.training.state import Flat
 
-ANSWER = 128  # tokens of an answer of a checkpoint, where nothing else is said
+ANSWER = 128  # default limit of a checkpoint's answer, in tokens
 LONGEST = 2048  # tokens of a prompt for it
 
 
