@@ -2,7 +2,7 @@ r"""Writes docs/results.md and the README's tables from the results of runs.
 
     python train.py --config configs/real_topics.py:compare --workdir runs/real_topics \
         --config.seeds=0,1,2
-    python benchmarks/real_topics.py runs/real_topics --out benchmarks/results/real_topics.json
+    python benchmarks/real.py runs/real_topics --out benchmarks/results/real_topics.json
     python train.py --config configs/quickstart.py
     python benchmarks/claims.py runs/claims --out benchmarks/results/claims.json
     python benchmarks/fusion_cost.py --out benchmarks/results/fusion_cost.json
@@ -160,7 +160,7 @@ def main() -> None:
     parser.add_argument("--lens_ceiling", type=Path)
     args = parser.parse_args()
     for picture in ("accuracy", "layers") if args.real_topics else ():
-        copy_picture(args.real_topics / f"topics_{picture}.png", f"real_topics_{picture}")
+        copy_picture(args.real_topics / f"real_{picture}.png", f"real_topics_{picture}")
     for name in ("quickstart", "lens", "lens_ceiling"):
         if getattr(args, name):
             keep(name, getattr(args, name))

@@ -2,6 +2,7 @@
 
     python train.py --config configs/real_topics.py             # Global Softmax
     python train.py --config configs/real_topics.py:compare     # four fusions, one report
+    python train.py --config configs/real_topics.py:methods     # LayAlign, two stages, no noise
     python eval.py --workdir runs/real_topics
 
 A bridge from multilingual-e5-small to SmolLM2-135M-Instruct. It learns SIB-200's 701 English rows
@@ -10,7 +11,7 @@ and is scored by the likelihood of the seven topics. `:all` scores all 205 langu
 Needs: the hub, or `--config.encoder.checkpoint`, `--config.decoder.checkpoint` and
 `--config.data.path` (a clone of the SIB-200 repository); with `:compare` these fields are below
 `--config.base`. Two CPU cores take 5 to 10 minutes to train a bridge, and about as
-long to score it.
+long to score it. `:methods` needs translations besides, NTREX-128's files in `NTREX-128/`.
 
 Published: none for a bridge. The largest class has 25% of each split.
 """
@@ -60,7 +61,7 @@ def get_config(arg=None):
     config.eval.max_encoder_tokens = 256
     config.eval.max_new_tokens = 4
     return finish(config, arg, {"all": score_all, "last": last, "layer": one_layer,
-                                "compare": compare_fusions})
+                                "compare": compare_fusions, "methods": compare_methods})
 
 
 def score_all(config):
@@ -89,6 +90,34 @@ def compare_fusions(base):
         {"name": "layer 11", "fusion": {"name": "layer", "layer": 11}, **only_projector},
         {"name": "global_softmax", "fusion": {"name": "global_softmax"}},
         {"name": "transformer_softmax", "fusion": {"name": "transformer_softmax"}, **every},
+    )
+    config.groups = SEEN
+    config.development = DEVELOPMENT
+    return config
+
+
+def compare_methods(base):
+    """Layer 11 with one thing changed: LayAlign's aligner, MindMerger's first stage, no noise."""
+    one_layer(base)
+    config = default_config("compare")
+    config.base = base
+    projector = base.optimizer.groups.projector.to_dict()
+    aligner = {**projector, "patterns": ("aligner/.*",), "learning_rate": 1e-3}
+    base.tasks = {"ntrex": {
+        "prompt": "{text}", "languages": ("arb", "ben", "jpn", "kor", "sin", "swa", "tam", "zho"),
+        "names": {"zho": "zho-CN"}, "source": "NTREX-128/newstest2019-ref.{language}.txt",
+        "answers": "NTREX-128/newstest2019-src.eng.txt",
+        "splits": {"train": "all[0:1900]", "dev": "all[1900:1997]"}}}
+    translate = {
+        "data": {"task": "ntrex", "path": None, "language": "all", "text_prompt": "",
+                 "train_rows": 2112, "dev_rows": 12, "max_decoder_tokens": 128},
+        "train": {"epochs": 1},
+    }
+    config.variants = (
+        {"name": "layer 11, LayAlign", "aligner": {"name": "mlp"},
+         "optimizer": {"groups": {"aligner": aligner}}},
+        {"name": "layer 11, translations first", "first": translate},
+        {"name": "layer 11, no noise", "fusion": {"noise": 0.0}},
     )
     config.groups = SEEN
     config.development = DEVELOPMENT

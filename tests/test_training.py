@@ -339,6 +339,19 @@ def test_a_second_stage_starts_from_the_first(undisturbed, cache_dir, tmp_path, 
     assert not (tmp_path / "third").exists()
 
 
+def test_other_towers_than_the_first_stage_had_are_told(undisturbed, cache_dir, tmp_path, caplog):
+    """The same shapes load; whether they are the same weights only their names can tell."""
+    _, first, _ = undisturbed
+    copy = tmp_path / "another_llm"
+    shutil.copytree(make_config(cache_dir).decoder.checkpoint, copy)
+    config = make_config(cache_dir, "transformer_softmax,debug", train__init_from=str(first),
+                         train__steps=1)
+    config = replace(config, decoder=replace(config.decoder, checkpoint=str(copy)))
+    prepare(config, make_mesh())
+    assert f"and this run has {copy}: what it learned fits" in caplog.text
+    assert "learned with the encoder" not in caplog.text
+
+
 def test_two_stages_are_one_command(cache_dir, tmp_path, unscored, monkeypatch):
     """The first is trained once, whatever happens to the second, and its rows count as seen."""
     still = {"bridge": {"patterns": ("projector/.*",), "learning_rate": 0.0, "weight_decay": 0.0}}

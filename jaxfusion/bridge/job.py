@@ -8,6 +8,7 @@ from pathlib import Path
 
 import jax
 
+from jaxfusion import config as configs
 from jaxfusion.background import in_background
 from jaxfusion.bridge.development import Rows, deciding, make_score, read_development
 from jaxfusion.bridge.rows import shapes_of, tokenized
@@ -183,9 +184,22 @@ def start_from(model: Model, workdir: Path) -> tuple[Model, Flat]:
     two-stage recipe); also returns them."""
     if not (workdir / CONFIG_FILE).is_file():
         raise InputError(f"train.init_from: {workdir} is not a workdir of a run")
+    _compare_towers(model.config, workdir)
     step, earlier = earlier_part(workdir)
     logger.info("starting from step %d of %s", step, workdir)
     absent = sorted(set(model.trainable) - set(earlier))
     if absent:
         logger.warning("it has no %s: these start afresh", ", ".join(absent))
     return overlay(model, earlier, str(workdir)), earlier
+
+
+def _compare_towers(config: Config, workdir: Path) -> None:
+    """Warns where an earlier run had other checkpoints: shapes alone do not tell."""
+    before = configs.load(workdir / CONFIG_FILE)
+    for role in ("encoder", "decoder"):
+        theirs, ours = getattr(before, role, None), getattr(config, role)
+        names = [f"{x.checkpoint}@{x.revision}" if x.revision else x.checkpoint
+                 for x in (theirs, ours) if x]
+        if len(set(names)) > 1:
+            logger.warning("%s learned with the %s %s, and this run has %s: what it learned fits "
+                           "the same weights alone", workdir, role, *names)

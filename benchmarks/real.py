@@ -1,11 +1,15 @@
-r"""The bridges of configs/real_topics.py beside what needs none: its LLM and its encoder alone.
+r"""Real bridges beside what needs none: their LLM and their encoder alone.
 
     python train.py --config configs/real_topics.py:compare --workdir runs/real_topics
-    python benchmarks/real_topics.py runs/real_topics --out benchmarks/results/real_topics.json
+    python train.py --config configs/real_topics.py:methods --workdir runs/real_methods
+    python benchmarks/real.py runs/real_topics runs/real_methods \
+        --out benchmarks/results/real_topics.json
 
+Takes one comparison or more on the same task and rows, with any towers: set `config.base` of each.
 Needs scikit-learn. The encoder alone is a logistic regression on its mean-pooled last states,
 trained on the same English rows, its regularisation chosen on the English development rows. The LLM
-alone answers a prompt that names the topics, without examples and with five English ones.
+alone reads the task's prompt, without examples and with five English ones; of topics, a prompt that
+names them. What was measured is kept in the first workdir, and a second start goes on.
 """
 
 import argparse
@@ -14,6 +18,7 @@ import time
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from timing import machine
@@ -23,62 +28,84 @@ from jaxfusion.bridge.compare import side_by_side
 from jaxfusion.config import run_folders
 from jaxfusion.data.rows.examples import Example, read_examples
 from jaxfusion.data.tasks.catalogue import configured, get_task
+from jaxfusion.data.tasks.spec import Task
+from jaxfusion.errors import InputError
 from jaxfusion.evaluation.scoring import Scorer, for_task
+from jaxfusion.fields import CompareConfig
 from jaxfusion.files import write_whole
 from jaxfusion.reports.comparison import as_json, markdown
 from jaxfusion.reports.pictures import draw_accuracy, draw_layers
-from jaxfusion.reports.scored_runs import read_run
+from jaxfusion.reports.scored_runs import Models, read_run
 from jaxfusion.runs.open_run import OpenRun, open_run
 
-LLM, FEW, REGRESSION = "LLM, topics named", "LLM, 5 examples", "encoder + regression"
+LLM, FEW, REGRESSION = "LLM, no example", "LLM, 5 examples", "encoder + regression"
 STRENGTHS = [0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0]  # 1 / L2 penalty
 SHOTS = 5
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("workdir", type=Path)
-    parser.add_argument("--seeds", type=int, nargs="+", help="of the comparison; default: all")
+    parser.add_argument("workdirs", type=Path, nargs="+", help="of comparisons on the same rows")
+    parser.add_argument("--seeds", type=int, nargs="+", help="of the comparisons; default: all")
     parser.add_argument("--baselines", nargs="*", choices=list(BASELINES), default=list(BASELINES))
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
-    config = configs.load(args.workdir / "config.json")
-    config = replace(config, seeds=tuple(args.seeds or config.seeds))
-    folders = run_folders(config)
-    scored = {name: all((args.workdir / where / "eval" / "results.json").is_file()
-                        for where in runs) for name, runs in folders.items()}
-    if missing := [name for name, done in scored.items() if not done]:
-        print(f"not scored yet, and left out: {', '.join(missing)}")
-    models = {name: [read_run(args.workdir / where) for where in folders[name]]
-              for name, done in scored.items() if done}
+    config, models = read_models(args.workdirs, args.seeds)
     bridges = side_by_side(config, models, {})
-    run = open_run(args.workdir / next(iter(folders.values()))[0])
-    languages, seconds = list(bridges.languages), {}
-    kept = args.workdir / "baselines.json"  # a second start goes on
+    run, first = open_run(Path(next(iter(models.values()))[0].place)), args.workdirs[0]
+    alone = measure(run, args.baselines, list(bridges.languages), config.rows, first)
+    correct = {name: alone[name]["correct"] for name in args.baselines}
+    comparison = replace(bridges, correct={**correct, **bridges.correct}, reference=REGRESSION)
+    result = {"table": markdown(comparison), **as_json(comparison), "seeds": list(config.seeds),
+              "rows": len(next(iter(bridges.correct.values()))[bridges.languages[0]][0]),
+              "seconds": {name: {"score": alone[name]["seconds"]} for name in args.baselines},
+              "machine": machine()}
+    args.out.write_text(json.dumps(result, indent=1) + "\n", "utf-8")
+    draw_accuracy(comparison, first / "real_accuracy.png")
+    draw_layers(bridges, first / "real_layers.png")
+    print(result["table"])
+
+
+def read_models(workdirs: list[Path], seeds: list[int] | None) -> tuple[CompareConfig, Models]:
+    """The first comparison's config, and the scored runs of all by variant.
+
+    Raises:
+      InputError: two comparisons have a variant of the same name.
+    """
+    models = {}
+    for workdir in workdirs:
+        config = configs.load(workdir / "config.json")
+        config = replace(config, seeds=tuple(seeds or config.seeds))
+        for name, runs in run_folders(config).items():
+            if name in models:
+                raise InputError(f"{workdir}: '{name}' is a variant of another comparison too")
+            places = [workdir / where for where in runs]
+            if all((place / "eval" / "results.json").is_file() for place in places):
+                models[name] = [read_run(place) for place in places]
+            else:
+                print(f"not scored yet, and left out: {name}")
+    first = configs.load(workdirs[0] / "config.json")
+    return replace(first, seeds=tuple(seeds or first.seeds)), models
+
+
+def measure(
+    run: OpenRun, names: list[str], languages: list[str], limit: int | None, workdir: Path
+) -> dict[str, dict[str, Any]]:
+    """Which test rows the baselines get right, by language, and seconds; kept in the workdir."""
+    kept = workdir / "baselines.json"
     alone = json.loads(kept.read_text("utf-8")) if kept.is_file() else {}
-    for name in args.baselines:
+    for name in names:
         found = alone.setdefault(name, {"correct": {}, "seconds": 0.0})
         left = [language for language in languages if language not in found["correct"]]
         # The regression is fitted once; the LLM takes minutes for each language.
         for part in [left] if name == REGRESSION and left else [[x] for x in left]:
             clock = time.monotonic()
-            found["correct"] |= BASELINES[name](run, part, config.rows)
+            found["correct"] |= BASELINES[name](run, part, limit)
             found["seconds"] += time.monotonic() - clock
             write_whole(kept, json.dumps(alone))
             print(f"{name}: {', '.join(part)}", flush=True)
-        seconds[name] = {"score": found["seconds"]}
-        print(f"{name}: {seconds[name]['score']:.0f} s", flush=True)
-    correct = {name: alone[name]["correct"] for name in args.baselines}
-    comparison = replace(bridges, correct={**correct, **bridges.correct}, reference=REGRESSION)
-    report = args.workdir / "report.json"
-    trained = json.loads(report.read_text("utf-8"))["seconds"] if report.is_file() else {}
-    result = {"table": markdown(comparison), **as_json(comparison), "seeds": list(config.seeds),
-              "rows": len(correct[REGRESSION][languages[0]]), "seconds": {**seconds, **trained},
-              "machine": machine()}
-    args.out.write_text(json.dumps(result, indent=1) + "\n", "utf-8")
-    draw_accuracy(comparison, args.workdir / "topics_accuracy.png")
-    draw_layers(bridges, args.workdir / "topics_layers.png")
-    print(result["table"])
+        print(f"{name}: {found['seconds']:.0f} s", flush=True)
+    return alone
 
 
 def rows_of(run: OpenRun, split: str, language: str, limit: int | None = None) -> list[Example]:
@@ -110,15 +137,14 @@ def regression(run: OpenRun, languages: list[str], limit: int | None) -> dict[st
 def llm_alone(
     run: OpenRun, languages: list[str], limit: int | None, shots: int = 0
 ) -> dict[str, list[int]]:
-    """Which test rows the LLM gets right with the topics in its prompt, and `shots` examples: the
-    first English training row of each topic."""
+    """Which test rows the LLM gets right, with `shots` examples in its prompt: the first English
+    training row of each label."""
     task, shown = run.task, {}
     for row in rows_of(run, "train", run.config.data.language):
         shown.setdefault(row.label, row)
-    asked = "Text: {}\nTopic:"
-    before = f"The topic of a text is one of: {', '.join(task.labels)}.\n\n"
-    before += "".join(f"{asked.format(row.query)} {row.target}\n\n"
-                      for row in list(shown.values())[:shots])
+    heading, asked = prompt_of(task)
+    before = heading + "".join(f"{asked.format(row.query).rstrip()} {row.target}\n\n"
+                               for row in list(shown.values())[:shots])
     settings = replace(for_task(run.config.eval, task), max_new_tokens=0, max_decoder_tokens=1024)
     scorer, correct = Scorer(run.model.bridge, run.tokenizers, settings, bare=True), {}
     for language in languages:
@@ -128,6 +154,13 @@ def llm_alone(
             scored = scorer(run.params, prompts, task)
         correct[language] = [int(x) for x in scored.correct["likelihood"]]
     return correct
+
+
+def prompt_of(task: Task) -> tuple[str, str]:
+    """What precedes all rows of a prompt for the LLM alone, and the form of a row."""
+    if task.prompt != "{text}":  # it says itself what is asked
+        return "", "{}"
+    return f"The topic of a text is one of: {', '.join(task.labels)}.\n\n", "Text: {}\nTopic:"
 
 
 BASELINES = {LLM: llm_alone, FEW: partial(llm_alone, shots=SHOTS), REGRESSION: regression}
