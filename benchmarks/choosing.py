@@ -1,8 +1,10 @@
-"""Writes the tables of docs/choosing.md from shapes alone: `python benchmarks/choosing.py`.
+"""Writes the tables of docs/choosing.md: `python benchmarks/choosing.py`.
 
-It reads no weights and only computes sums, so the result is the same on every machine.
+Sizes come from shapes alone, accuracies from benchmarks/results/real_topics.json: the result is the
+same on every machine.
 """
 
+import json
 from pathlib import Path
 
 from jaxfusion.config import default_config, from_config_dict
@@ -11,6 +13,7 @@ from jaxfusion.hf.known_shapes import BACKBONES, backbone_shape
 from jaxfusion.sharding.mesh import make_mesh
 from jaxfusion.training.build import plan_model
 
+MEASURED = Path(__file__).parent / "results" / "real_topics.json"
 PAGE = Path(__file__).parent.parent / "docs" / "choosing.md"
 ENCODERS = tuple(name for name in BACKBONES if name.startswith("google/"))
 LLMS = ("meta-llama/Llama-3.2-1B-Instruct", "microsoft/Phi-3.5-mini-instruct",
@@ -61,9 +64,24 @@ def trained() -> str:
     return table(["towers", *(f"{name}, 10⁶" for name in TRAINED)], rows)
 
 
+def measured() -> str:
+    """Accuracy on real topics in English and over languages, and the difference to the encoder
+    alone."""
+    found = json.loads(MEASURED.read_text("utf-8"))
+    rows = []
+    for name, by in found["groups"].items():
+        every, english = by["all groups"], found["languages"][name]["eng_Latn"]["accuracy"]
+        less = found["differences"].get(name, {}).get("all groups")
+        low, high = (100 * x for x in less["ci95"]) if less else (0, 0)
+        difference = f"{100 * less['accuracy']:+.1f} [{low:+.0f}, {high:+.0f}]" if less else ""
+        rows.append([name, f"{100 * english:.1f}", f"{100 * every['accuracy']:.1f}", difference])
+    return table(["", "English", "17 languages", f"minus {found['reference']}"], rows)
+
+
 def main() -> None:
     page = PAGE.read_text("utf-8")
-    for mark, made in (("weights", weights()), ("trained", trained())):
+    for mark, made in (("measured", measured()), ("weights", weights()),
+                       ("trained", trained())):
         head, rest = page.split(f"<!-- {mark} -->\n")
         page = f"{head}<!-- {mark} -->\n{made}<!-- /{mark} -->\n" + rest.split(
             f"<!-- /{mark} -->\n")[1]
