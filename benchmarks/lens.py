@@ -79,7 +79,7 @@ OPTIMIZER = OptimizerConfig(
     groups={"blocks": GroupConfig(("decoder/blocks/.*",), RATE, DECAY)}, b1=0.9,
     schedule="constant", warmup_fraction=0.0)
 BOS, EOS = 1, 2
-TOKENIZERS = Tokenizers(None, SimpleNamespace(bos_token_id=BOS, eos_token_id=EOS))
+TOKENIZERS = Tokenizers(None, SimpleNamespace(bos_token_id=BOS, eos_token_id=EOS), bos=True)
 CHECKED, TOLERANCE = 3, 1e-3  # steps, and by how much their losses may differ, relative
 # The targets of `kept`: speedups over the others in a run and in a sweep, and share of memory.
 RUN, SWEEP = {"unkept": 1.7, "torch": 3.0}, {"unkept": 8.0, "torch": 15.0}

@@ -53,7 +53,7 @@ OPTIMIZER = OptimizerConfig(schedule="constant", warmup_fraction=0.0)
 EPOCH = 32  # batches, whose lengths decide the shapes
 BOS, EOS = 1, 2
 MAX_TOKENS = 200  # of a query, as the papers train
-TOKENIZERS = Tokenizers(None, SimpleNamespace(bos_token_id=BOS, eos_token_id=EOS))
+TOKENIZERS = Tokenizers(None, SimpleNamespace(bos_token_id=BOS, eos_token_id=EOS), bos=True)
 TOLERANCE = 1e-4  # by which losses may differ from PyTorch's, relative
 
 

@@ -76,21 +76,24 @@ class Comparison:
 
     def rows(self, model: str, language: str, minus: str | None = None) -> np.ndarray:
         """The share of seeds that got each row right, or its difference to `minus`. [rows]"""
-        rows = self._seeds(model, language).mean(axis=0)
+        rows = self._arrays[model][language].mean(axis=0)
         return rows if minus is None else rows - self.rows(minus, language)
 
-    def _seeds(self, model: str, language: str) -> np.ndarray:
-        return np.atleast_2d(np.asarray(self.correct[model][language], float))
+    @cached_property
+    def _arrays(self) -> dict[str, dict[str, np.ndarray]]:
+        """`correct` as [seeds, rows], made once: a report on 200 languages reads each often."""
+        return {model: {name: np.atleast_2d(np.asarray(rows, float)) for name, rows in by.items()}
+                for model, by in self.correct.items()}
 
     def seeds(self, model: str) -> int:
         """The number of a model's runs."""
-        return max(len(self._seeds(model, name)) for name in self.correct[model])
+        return max(len(rows) for rows in self._arrays[model].values())
 
     def deviation(self, model: str, languages: Sequence[str]) -> float | None:
         """Standard deviation across seeds of the mean over languages; None for one seed."""
         if self.seeds(model) == 1:
             return None
-        by_language = [self._seeds(model, name).mean(axis=1) for name in languages]
+        by_language = [self._arrays[model][name].mean(axis=1) for name in languages]
         return float(np.std(np.mean(by_language, axis=0), ddof=1))
 
     def cell(self, model: str, language: str) -> Cell:
@@ -143,8 +146,8 @@ class Comparison:
     def group(self, name: str) -> tuple[str, ...]:
         """The languages of a group; `all groups` is their union."""
         every = dict.fromkeys(x for names in self.groups.values() for x in names)
-        grouped = every if name == ALL_GROUPS else self.groups[name]
-        return tuple(x for x in grouped if x in self.languages)
+        grouped, scored = every if name == ALL_GROUPS else self.groups[name], set(self.languages)
+        return tuple(x for x in grouped if x in scored)
 
     def groups_of(self, language: str) -> list[str]:
         """The groups of a language, except `all`."""

@@ -1,0 +1,126 @@
+"""Measures how time and memory grow with each size of the problem, others held constant.
+
+    python benchmarks/growth.py --out benchmarks/results/growth.json
+
+A training step by encoder tokens and by blocks of both towers, label likelihoods of a batch by
+labels, and the statistics of a report by languages. Towers of the size `pocket`, Transformer
+Softmax, float32; every row has the same length. Memory is what the compiled program needs beside
+its inputs and outputs. Rows of a data set are in `rows.py`.
+"""
+
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from matplotlib.figure import Figure
+from timing import compiled, machine, parser, report, show
+from train_step import BOS, EOS, TOKENIZERS, JaxTrainer, make_bridge, make_params
+
+from jaxfusion.data.batching import Shapes, TokenRow, collate
+from jaxfusion.evaluation.generate import Decoding, make_scorer
+from jaxfusion.evaluation.options import make_options
+from jaxfusion.miniatures.checkpoints import SIZES
+from jaxfusion.nn.bridge import Batch, Bridge
+from jaxfusion.reports.colours import BLUE, ORANGE
+from jaxfusion.reports.comparison import Comparison, as_json
+from jaxfusion.reports.pictures import themes
+
+ROOT = Path(__file__).parent.parent
+TOWERS = tuple(replace(config, vocab_size=8000) for config in SIZES["pocket"])
+TOKENS, BLOCKS = (32, 64, 128, 256, 512, 1024), (12, 24, 48)
+LABELS, LANGUAGES = (2, 4, 8, 16, 32, 64), (2, 20, 200)
+BATCH, TARGET = 8, 4  # rows; tokens of an answer
+Growth = dict[str, Any]
+
+
+def make_batch(tokens: int) -> Batch:
+    """A batch of random rows that all have this many encoder tokens."""
+    rng = np.random.default_rng(0)
+    encoder, decoder = (config.vocab_size for config in TOWERS)
+    rows = [TokenRow(rng.integers(3, encoder, tokens).tolist(), [],
+                     rng.integers(3, decoder, TARGET).tolist()) for _ in range(BATCH)]
+    shapes = Shapes((tokens,), (TARGET,), TARGET)
+    return collate(*shapes.place(rows, len([BOS]), BATCH), TOKENIZERS)
+
+
+def median_of(call, repeats: int) -> float:
+    """Median seconds of a call, after one that is not timed."""
+    call()
+    seconds = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        call()
+        seconds.append(time.perf_counter() - start)
+    return float(np.median(seconds))
+
+
+def step(tokens: int, blocks: int | None, repeats: int) -> Growth:
+    """Time and memory of a training step."""
+    towers = TOWERS if blocks is None else tuple(replace(x, num_layers=blocks) for x in TOWERS)
+    trainer = JaxTrainer(Bridge, towers, make_params(towers), make_batch(tokens))
+    memory = trainer.program.memory_analysis().temp_size_in_bytes
+    return {"seconds": median_of(trainer, repeats), "bytes": memory,
+            "compile_seconds": trainer.compile_seconds}
+
+
+def scoring(labels: int, repeats: int) -> Growth:
+    """Time and memory of a batch's likelihoods of labels of four random tokens each."""
+    bridge, params = make_bridge(Bridge, TOWERS), make_params(TOWERS)
+    drawn = np.random.default_rng(1).integers(3, TOWERS[1].vocab_size, (labels, TARGET)).tolist()
+    options = make_options([[label] * BATCH for label in drawn], BATCH)
+    score = make_scorer(bridge, Decoding(0, EOS), bare=False)
+    program, took = compiled(score, params, make_batch(64), options)
+    memory = program.memory_analysis().temp_size_in_bytes
+    run = lambda: jax.block_until_ready(program(params, make_batch(64), options))  # noqa: E731
+    return {"seconds": median_of(run, repeats), "bytes": memory, "compile_seconds": took}
+
+
+def statistics(languages: int, repeats: int) -> Growth:
+    """Time of the intervals and tests of four models with three seeds on 200 rows a language."""
+    rng = np.random.default_rng(0)
+    names = [f"language {i}" for i in range(languages)]
+    correct = {f"model {i}": {name: rng.integers(0, 2, (3, 200)).tolist() for name in names}
+               for i in range(4)}
+    comparison = Comparison("topics", "likelihood", correct, {"all": tuple(names)}, "model 0", {},
+                            {})
+    return {"seconds": median_of(lambda: as_json(comparison), repeats)}
+
+
+def draw(growth: dict[str, dict[str, Growth]], out: Path) -> None:
+    """Time by every size on logarithmic axes, beside a line that is proportional to it."""
+    for file in themes(out):
+        figure = Figure(figsize=(11, 2.9), layout="constrained")
+        for axes, (name, found) in zip(figure.subplots(1, len(growth)), growth.items(),
+                                       strict=True):
+            sizes, seconds = [int(x) for x in found], [x["seconds"] for x in found.values()]
+            line = [seconds[-1] * x / sizes[-1] for x in sizes]
+            axes.loglog(sizes, line, ":", color=ORANGE, label="proportional")
+            axes.loglog(sizes, seconds, "o-", color=BLUE, label="measured")
+            axes.set(title=name, ylabel="seconds")
+            axes.set_xticks(sizes, sizes, fontsize=8)
+            axes.minorticks_off()
+        axes.legend(frameon=False, fontsize=8)
+        figure.savefig(file, dpi=150)
+
+
+def main() -> None:
+    args = parser(__doc__, repeats=5).parse_args()
+    growth = {
+        "encoder tokens": {n: step(n, None, args.repeats) for n in TOKENS},
+        "blocks of each tower": {n: step(64, n, args.repeats) for n in BLOCKS},
+        "labels": {n: scoring(n, args.repeats) for n in LABELS},
+        "languages of a report": {n: statistics(n, 1) for n in LANGUAGES},
+    }
+    rows = [[f"{name}: {size:,}", f"{x['seconds']:.3f} s", f"{x.get('bytes', 0) / 2**20:.0f} MiB"]
+            for name, found in growth.items() for size, x in found.items()]
+    show("how cost grows", ["", "time", "memory"], rows)
+    draw(growth, ROOT / "docs" / "pictures" / "growth.png")
+    report({"benchmark": "growth", "batch": BATCH, "growth": growth, "machine": machine()},
+           args.out)
+
+
+if __name__ == "__main__":
+    main()
