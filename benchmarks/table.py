@@ -4,6 +4,7 @@
     python benchmarks/train_step.py --size pocket --out benchmarks/results/train_step_pocket.json
     python benchmarks/train_step.py --size small --out benchmarks/results/train_step_small.json
     python benchmarks/load.py --out benchmarks/results/load.json
+    python benchmarks/growth.py --out benchmarks/results/growth.json
     bash benchmarks/gpu.sh                                     # on a machine with a GPU
     python benchmarks/lens.py --size full --rounds 2 --json benchmarks/results/lens.json
 """
@@ -98,6 +99,35 @@ def load(result: dict[str, Any]) -> list[str]:
     ]
 
 
+def growth(result: dict[str, Any]) -> list[str]:
+    """Time and memory by each size of the problem."""
+    rows = []
+    for name, found in result["growth"].items():
+        sizes = list(found)
+        times = ", ".join(f"{found[n]['seconds']:.2g}" for n in sizes)
+        memory = ", ".join(f"{found[n]['bytes'] / 2**20:.0f}" for n in sizes
+                           if "bytes" in found[n])
+        grown = found[sizes[-1]]["seconds"] / found[sizes[0]]["seconds"]
+        rows.append([name, ", ".join(sizes), times, memory,
+                     f"{grown:.1f} for {int(sizes[-1]) / int(sizes[0]):.0f}"])
+    return [
+        "## How cost grows", "",
+        "`benchmarks/growth.py`: towers of the size `pocket`, Transformer Softmax, float32, "
+        f"{result['batch']} rows of the same length; one size varies, the others stay. Training "
+        "steps by encoder tokens (of 64 by blocks), likelihoods of a batch by labels, and a "
+        "report's intervals and tests by languages. Rows of a data set: "
+        "[Scaling](scaling.md#many-rows).", "",
+        *table(["", "sizes", "seconds", "memory, MiB", "time grows"], rows), "",
+        "![time by size](pictures/growth.png)", "", GROWTH, "", machine(result), "",
+    ]
+
+
+GROWTH = """\
+Attention takes the square of the tokens in time and memory: on a CPU it has no kernel, and in
+towers this narrow it costs more than all else from 256 tokens on. On GPUs and TPUs kernels keep its
+memory linear. The labels of a row share their prompt, which is read once; a few cost nothing."""
+
+
 def lens(result: dict[str, Any]) -> list[str]:
     """Lens' training on cached activations, against full models in every step."""
     r, timed, settings = result, result["settings_timed_of_others"], len(result["settings"])
@@ -180,7 +210,8 @@ rows.
 def main() -> None:
     parts = [
         HEAD, *fusion(read("fusion")), *train_step(read("train_step_pocket")),
-        *train_step(read("train_step_small")), NOTES, *load(read("load")), *lens(read("lens")),
+        *train_step(read("train_step_small")), NOTES, *load(read("load")),
+        *growth(read("growth")), *lens(read("lens")),
         *gpu([read(f"gpu_{size}") for size in ("xnli", "langbridge", "langbridge_4")]),
     ]
     (ROOT / "docs" / "benchmarks.md").write_text("\n".join(parts), "utf-8")

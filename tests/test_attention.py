@@ -14,6 +14,7 @@ from jax.experimental.pallas.tpu import force_tpu_interpret_mode
 from jaxfusion.miniatures.checkpoints import random_params
 from jaxfusion.nn import attention
 from jaxfusion.nn.attention import Pattern, cudnn_attention, pallas_attention, plain_attention
+from jaxfusion.nn.cache import init_cache
 from jaxfusion.nn.decoder import Decoder
 from jaxfusion.nn.encoder import Encoder
 
@@ -71,6 +72,62 @@ def test_kernels_equal_the_plain_form(kernel, case):
                                            bias=bias, cap=pattern.cap))
     other = run(lambda *x: KERNELS[kernel](*x, ids, pattern, bias))
     assert all(relative(ours, theirs) < 1e-5 for ours, theirs in zip(other, plain, strict=True))
+
+
+@pytest.mark.parametrize("case", ["causal", "window", "cap"])
+def test_long_rows_in_parts_equal_whole_rows(case, monkeypatch):
+    """Values and gradients, behind a beginning that is cached already, with free slots behind."""
+    monkeypatch.setattr(attention, "QUERIES", 24)
+    (pattern, _), rng, start = PATTERNS[case], np.random.default_rng(0), 40
+    mask = masked(segments(), pattern)
+    mask[0, 150:], mask[1, 190:] = False, False  # padding sees none
+    queries = slice(start, 190)
+    q, k, v = (jnp.asarray(rng.normal(size=(ROWS, LENGTH, heads, 16)), jnp.float32)
+               for heads in (4, 2, 2))
+
+    def run(causal, mask):
+        def loss(q, k, v):
+            out = plain_attention(q[:, queries], k, v, mask[:, queries], scale=pattern.scale,
+                                  cap=pattern.cap, causal=causal)
+            real = np.any(mask[:, queries], axis=2)
+            return jnp.sum(jnp.sin(out), where=real[:, :, None, None])
+
+        value, grads = jax.value_and_grad(loss, argnums=(0, 1, 2))(q, k, v)
+        return float(value), grads
+
+    (ours, grads), (theirs, expected) = run(attention.Causal(start), mask), run(None, mask)
+    assert ours == pytest.approx(theirs, rel=1e-5)
+    assert all(relative(x, y) < 1e-5 for x, y in zip(grads, expected, strict=True))
+    behind = mask.copy()
+    behind[1, 60, 180] = True  # what is behind a query is not read, whatever a mask says
+    assert run(attention.Causal(start), behind)[0] == ours != run(None, behind)[0]
+
+
+@pytest.mark.parametrize("case", ["llama3", "gemma3"])
+def test_a_decoder_reads_long_rows_in_parts(case, monkeypatch):
+    """In training, and with a cache from a first token on or behind what was read before."""
+    config, params = DECODERS[case], {"params": random_params(DECODERS[case], 0)}
+    tokens = np.random.default_rng(0).integers(0, 101, (2, 24))
+    positions, ones = np.broadcast_to(np.arange(24), (2, 24)), np.ones((2, 24), int)
+    decoder = Decoder(config)
+
+    def run():
+        embedded = decoder.apply(params, tokens, method="embed")
+        whole = decoder.apply(params, embedded, positions, ones)[0]
+        cache, parts = init_cache(config, 2, 30, jnp.float32), []
+        for part, start in ((slice(0, 8), 0), (slice(8, 24), 8)):
+            out, cache = decoder.apply(params, embedded[:, part], positions[:, part],
+                                       ones[:, part], cache, start)
+            parts.append(out)
+        return whole, jnp.concatenate(parts, axis=1)
+
+    expected = run()
+    monkeypatch.setattr(attention, "QUERIES", 4)
+    parts, attend = [], attention._attend
+    monkeypatch.setattr(attention, "_attend", lambda q, k, *rest, **settings: (
+        parts.append((q.shape[1], k.shape[1])), attend(q, k, *rest, **settings))[1])
+    assert all(relative(ours, theirs) < 1e-5 for ours, theirs in zip(run(), expected, strict=True))
+    assert {(4, 4), (4, 24), (4, 12)} <= set(parts)
 
 
 @pytest.mark.parametrize("case", ["llama3", "mistral_v01", "qwen25_window", "gemma3"])

@@ -9,7 +9,15 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxfusion.nn.attention import FUSED, LayerWindows, Pattern, capped, plain_attention, usable
+from jaxfusion.nn.attention import (
+    FUSED,
+    Causal,
+    LayerWindows,
+    Pattern,
+    capped,
+    plain_attention,
+    usable,
+)
 from jaxfusion.nn.cache import Cache, Extra
 from jaxfusion.nn.layers import (
     ACTIVATIONS,
@@ -107,6 +115,7 @@ class Context(NamedTuple):
       keep: number of the block whose input is wanted. queries: the only slots [B Q] that are
         computed beyond their keys and values; None is all.
       extra_mask: who may look at which of the extra keys.
+      causal: what is known of the masks, whatever they hold.
     """
 
     rotary: tuple[Array, Array]
@@ -117,6 +126,7 @@ class Context(NamedTuple):
     keep: int | None = None
     queries: Int[Array, "B Q"] | None = None
     extra_mask: Bool[Array, "B N S"] | None = None
+    causal: Causal | None = None
 
     def of_kind(self, kind: Int[Array, ""] | int) -> "Context":
         """The context of a block, with the tables of its kind alone."""
@@ -161,7 +171,8 @@ class SelfAttention(nn.Module):
         q = constrain(q, "batch", "length", "heads", "head_dim")
         scale = c.head_dim**-0.5 if c.attn_scale is None else c.attn_scale
         if context.masks is not None:
-            mixed = plain_attention(q, k, v, context.masks, scale=scale, cap=c.attn_cap)
+            mixed = plain_attention(q, k, v, context.masks, scale=scale, cap=c.attn_cap,
+                                    causal=context.causal)
         else:
             every = [
                 partial(FUSED[self.attention], pattern=Pattern(True, scale, window, c.attn_cap))
@@ -322,6 +333,8 @@ class Decoder(nn.Module):
             new = jax.lax.dynamic_slice_in_dim(context.masks, start, visible.shape[1], axis=-1)
             context = context._replace(masks=jax.lax.dynamic_update_slice_in_dim(
                 context.masks, new & visible, start, axis=-1))
+        elif isinstance(start, int):  # a row's tokens are in the order of their slots
+            context = context._replace(causal=Causal(start))
         x, kv, _, _ = self._run(embeddings, context._replace(start=start), kv, extra)
         return self.final_norm(x), None if cache is None else Cache(*kv, *keys, extra)
 
