@@ -14,8 +14,8 @@ from jaxfusion.data.languages import iso_of
 from jaxfusion.data.pocket.lexicon import WORLD_FILE
 from jaxfusion.data.pocket.world import TASKS as POCKET_TASKS
 from jaxfusion.data.rows.examples import find_source
-from jaxfusion.data.tasks.catalogue import TASKS, configured, get_task
-from jaxfusion.data.tasks.spec import Source
+from jaxfusion.data.tasks.catalogue import TASKS, get_task
+from jaxfusion.data.tasks.spec import Source, configured
 from jaxfusion.errors import InputError
 from jaxfusion.fields import Config
 from jaxfusion.files import read_json
