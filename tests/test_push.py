@@ -298,7 +298,9 @@ def test_an_export_is_on_the_hub_byte_for_byte(run, tmp_path, monkeypatch, capsy
         assert hub.files == written and hub.repos == {"us/bridge": True}
         card = ModelCard(hub.cards[0])
         assert card.data.model_name == "bridge" and 'from_pretrained("us/bridge"' in card.text
-        hub.files |= {"model-00001-of-00002.safetensors": b"old", "picture.png": b"mine"}
+        earlier = ("model-00001-of-00002.safetensors", "chat_template.jinja", "encoder/spiece.model",
+                   "pretraining.json", "tokenizer.model")
+        hub.files |= dict.fromkeys(earlier, b"old") | {"picture.png": b"mine"}
         assert run_script(*words, "--push=us/bridge", "--overwrite") == ""
         assert hub.files.keys() == {*written, "picture.png"}
         hub.repos["us/bridge"] = False
@@ -341,5 +343,5 @@ def test_a_failed_push_leaves_the_export(refused, run, tmp_path, monkeypatch):
                            "--merge")
     assert "is written, but not all of it is on the hub: the hub answered 403" in error
     assert "Storage limit reached" in error and "\n" not in error
-    assert f"hf upload me/bridge {out} . --delete '*.safetensors*'" in error
+    assert f"hf upload me/bridge {out} . --delete '*.safetensors*' --delete 'encoder/*' " in error
     assert (out / "config.json").is_file() and not hub.files
