@@ -107,7 +107,7 @@ def test_a_split_may_be_a_part_of_a_file(tmp_path):
 @pytest.mark.parametrize("rows", ["all[-100:]", "all[:10%]", "all[1:2:3]"])
 def test_rows_that_are_not_counted_from_the_first_are_refused(rows):
     own = TaskConfig("{text}", splits={"dev": rows})
-    with pytest.raises(InputError, match=r"splits\.dev is 'all\[.*, expected rows counted from the"):
+    with pytest.raises(InputError, match=r"splits\.dev is 'all\[.*, expected rows counted from"):
         get_task("mine", {"mine": own})
 
 

@@ -138,8 +138,9 @@ class Task:
 
     @property
     def development(self) -> str:
-        """The scoring of development rows: see `bridge/development.py`."""
-        return "log_likelihood" if self.unlabelled or self.translation else "exact_match"
+        """The score of development rows that decides which checkpoint is best: the one that tables
+        report, except for texts of which a good one rarely equals the target."""
+        return "log_likelihood" if self.unlabelled or self.translation else self.scoring
 
     @property
     def scoring(self) -> str:

@@ -3,6 +3,7 @@
 import copy
 import json
 import logging
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import resources
@@ -40,6 +41,7 @@ from jaxfusion.runs.export.card import (
 from jaxfusion.runs.open_run import open_run
 from jaxfusion.sharding.mesh import make_mesh
 from jaxfusion.training.build import initialise_own, plan_model
+from jaxfusion.training.checkpoint import read_notes
 from jaxfusion.training.frozen import frozen_part
 from jaxfusion.training.load import open_towers
 from jaxfusion.training.state import Flat
@@ -339,6 +341,21 @@ def _ids(bridge: Trained) -> dict[str, Any]:
     }
 
 
+def _unfilled(config: Config) -> str:
+    """The task's prompt as a text in quotes, with "..." for each column."""
+    prompt = get_task(config.data.task, config.tasks).prompt
+    return json.dumps(prompt.format(**dict.fromkeys(re.findall(r"{(\w+)}", prompt), "...")),
+                      ensure_ascii=False)
+
+
+def _chosen(bridge: Trained) -> str:
+    """Why it is this step, if a score of the run says so."""
+    best = read_notes(bridge.workdir / "checkpoints" / str(bridge.step)).best
+    if best is None or best.name is None or best.step != bridge.step:
+        return ""
+    return f", which has the run's best `{best.name}` on development rows ({best.score:.3f})"
+
+
 def write_bridge_card(
     folder: Path, bridge: Trained, described: dict[str, Any], hub_name: str | None,
     usage: str | None = None,
@@ -365,8 +382,8 @@ def write_bridge_card(
     write_card(folder, data, CARD.format(
         fusion=config.fusion.name, projector=config.projector.name,
         learned=", after a stage on ".join(map(learned, trained)), step=bridge.step,
-        scores=scores.table(),
+        chosen=_chosen(bridge), scores=scores.table(),
         usage=(usage or USAGE).format(
-            place=f'"{hub_name}"' if hub_name else "DIR",
+            place=f'"{hub_name}"' if hub_name else "DIR", text=_unfilled(config),
             told=TOLD.format(trained_in(config)[0]) if bridge.tokenizers.languages else ""),
         parts="\n".join(base.line() for base in bases), config=json.dumps(shown, indent=2)))
