@@ -75,8 +75,8 @@ def _check_job(place: Path) -> None:
     """Raises InputError for a workdir that no command scores as a bridge."""
     job = _json(place / "config.json").get("job")
     if job == "lens":
-        raise InputError(f"{place} is a Lens run, whose training scores and reports it: see "
-                         f"{place / 'report.html'}, or start it again")
+        raise InputError(f"{place} is a Lens run, which its training has scored: see "
+                         f"{place / 'report.html'}, or write that again with --report")
     if job == "compare":
         raise InputError(f"{place} is a comparison: give it alone, or runs of it")
 
