@@ -232,7 +232,7 @@ def test_balanced_subset():
     labels = [x.label for x in subset(examples, 6, balanced=True, seed=1)]
     assert sorted(labels) == [0, 0, 1, 1, 2, 2]
     assert subset(examples, None, balanced=True, seed=0) == examples
-    with pytest.raises(InputError, match="takes 3 rows of each.* 2 of class 1; .* to 6 or less"):
+    with pytest.raises(InputError, match=r"takes 3 rows of each.* 2 of class 1; .* to 6 or less"):
         subset(examples, 9, balanced=True, seed=0)
     with pytest.raises(InputError, match="only 8 rows"):
         subset(examples, 9, balanced=False, seed=0)

@@ -100,7 +100,7 @@ def main(argv: list[str]) -> None:
         from jaxfusion.lens.job import lens
 
         lens(make_inputs(config), workdir)
-        print(f"done: {workdir}")
+        print(f"done: {workdir / 'report.html'}, and the same as report.md")
     else:
         from jaxfusion.bridge.job import train
 

@@ -44,8 +44,8 @@ def subset(
                 f"data.train_rows={len(examples)}")
         chosen = sorted(i for rows in by_class for i in rows)
     elif limit > len(examples):
-        raise InputError(f"data.train_rows is {limit}, but there are only {len(examples)} rows; set "
-                         f"it to {len(examples)} for all of them")
+        raise InputError(f"data.train_rows is {limit}, but there are only {len(examples)} rows; "
+                         f"set it to {len(examples)} for all of them")
     else:
         chosen = sorted(order[:limit])
     return [examples[i] for i in chosen]

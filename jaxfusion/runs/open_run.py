@@ -51,7 +51,8 @@ def open_run(
         inside = ", ".join(str(workdir / x) for runs in run_folders(config).values() for x in runs)
         raise InputError(f"{workdir} is a comparison; give one of its bridges: {inside}")
     if not isinstance(config, Config):
-        raise InputError(f"{workdir} is a run of job '{config.job}', expected a bridge")
+        instead = ": its training has scored it, serve.py asks it" * (config.job == "lens")
+        raise InputError(f"{workdir} is a run of job '{config.job}', expected a bridge{instead}")
     keep = config.encoder.keep_states if share_states else 0.0
     config = replace(config, eval=replace(config.eval, **decoding or {}),
                      encoder=replace(config.encoder, keep_states=keep))
