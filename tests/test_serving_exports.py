@@ -77,7 +77,8 @@ def test_an_export_keeps_task_limits_and_dtypes(tiny, tmp_path):
     config = replace(
         config, data=replace(config.data, task="mine", language="de", bos=False,
                              target_eos=False),
-        tasks={"mine": TaskConfig("{a} or {b}?", ("this", "that"), ("de",))},
+        tasks={"mine": TaskConfig("{a} or {b}?", ("this", "that"), ("de",),
+                                 columns={"label": "which"}, spellings=("x", "y"))},
         eval=replace(config.eval, max_new_tokens=7, max_encoder_tokens=60,
                      max_decoder_tokens=70, stop=("\n",), temperature=0.5),
         decoder=replace(config.decoder, dtype="bfloat16"))

@@ -119,6 +119,15 @@ def test_a_renamed_column_that_is_missing_has_both_names(tmp_path):
         read_examples("mine", get_task("mine", {"mine": own}), "test", "en", None)
 
 
+def test_a_task_without_a_source_has_its_columns_wherever_the_rows_are(tmp_path):
+    write(tmp_path / "test.csv", [{"text": "x", "mood": "bad"}])
+    task = get_task("mine", {"mine": TaskConfig("{text}", ("bad", "good"),
+                                                columns={"label": "mood"})})
+    found, = read_examples("mine", task, "test", "en", str(tmp_path / "{split}.csv"))
+    assert found.target == "bad"
+    assert task.at("hub:a/b").rename == {"mood": "label"} and task.source is None
+
+
 def test_languages_at_hand_are_those_with_files(tmp_path):
     write(tmp_path / "test-si.csv")
     for place in (tmp_path, tmp_path / "{split}-{language}.*"):

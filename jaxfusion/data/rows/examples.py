@@ -96,8 +96,8 @@ def find_source(name: str, task: Task, split: str, language: str, path: str | No
     if path is None:
         source = task.sources.get(language, task.source)
         if source is None:
-            raise InputError(f"task '{name}' has no source of its own; set config.data.path to "
-                             "where its rows are")
+            raise InputError(f"task '{name}' has no source of its own; set config.data.path, "
+                             "or --data_path of eval.py, to where its rows are")
         return source
     place = path.replace("{task}", name)
     folder = Path(place).expanduser()

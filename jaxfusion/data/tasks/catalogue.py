@@ -347,9 +347,11 @@ def own_task(name: str, c: TaskConfig) -> Task:
         if re.search(r"\[.*:.*\]$", rows) and SLICE.fullmatch(rows)[1] == rows:
             raise InputError(f"{where}.splits.{split} is '{rows}', expected rows counted from the "
                              "first, such as all[0:900] or all[900:]")
-    return Task(c.prompt, c.labels, c.languages, _own_source(c), spellings=c.spellings,
-                unlabelled=c.unlabelled, translation=c.answers is not None, parallel=c.parallel,
-                extract=c.extract and EXTRACTS[
+    # Without a source of its own, what data.path names has the task's columns and splits, too.
+    others = () if c.source else tuple(_own_source(c, place) for place in ("", "hub:"))
+    return Task(c.prompt, c.labels, c.languages, _own_source(c, c.source), others=others,
+                spellings=c.spellings, unlabelled=c.unlabelled, translation=c.answers is not None,
+                parallel=c.parallel, extract=c.extract and EXTRACTS[
                     choose(f"{where}.extract", c.extract, EXTRACTS)])
 
 
@@ -366,10 +368,10 @@ def _check_answers(where: str, c: TaskConfig) -> None:
 EXTRACTS = {"last_number": last_number, "last_unsigned": last_unsigned}
 
 
-def _own_source(c: TaskConfig) -> Source | None:
-    if c.source is None:
+def _own_source(c: TaskConfig, place: str | None) -> Source | None:
+    if place is None:
         return None
-    source = Source(c.source, c.subset, revision=c.revision, names=c.names, answers=c.answers,
+    source = Source(place, c.subset, revision=c.revision, names=c.names, answers=c.answers,
                     rename={theirs: ours for ours, theirs in c.columns.items()})
     return replace(source, splits=c.splits or (SAME if source.kind == "files" else HUB_SPLITS))
 

@@ -317,9 +317,10 @@ def _describe(bridge: Trained, merge: bool, dtype: str | None) -> dict[str, Any]
 def _task_of(config: Config) -> dict[str, Any]:
     """What the bridge was trained to answer, how it is asked, and the dtypes of its towers."""
     task, own = get_task(config.data.task, config.tasks), config.tasks.get(config.data.task)
+    of_rows = {"columns": own.columns, "spellings": list(own.spellings)} if own else {}
     return {"task": config.data.task, "language": config.data.language, "prompt": task.prompt,
             "labels": list(task.labels), "languages": list(task.languages),
-            "extract": own and own.extract, "parallel": task.parallel,
+            "extract": own and own.extract, "parallel": task.parallel, **of_rows,
             "eval": {name: getattr(config.eval, name) for name in ASKED},
             "dtypes": {role: getattr(config, role).dtype for role in ROLES}}
 
