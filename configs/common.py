@@ -2,9 +2,9 @@
 
     python train.py --config configs/xnli_paper.py:last,debug
 
-`debug` shrinks any run to a size that a CPU does in seconds, on checkpoints and rows made for it. A
-bridge also takes the name of a fusion, and `compare`, which makes a comparison of the papers' three
-fusions out of it. A file may have words of its own.
+`debug` shrinks any run to a size that a CPU does in a minute, on checkpoints and rows made for it.
+A bridge also takes the name of a fusion, and `compare`, which makes a comparison of the papers'
+three fusions out of it. A file may have words of its own.
 """
 
 from collections.abc import Callable
@@ -83,6 +83,14 @@ def debug_bridge(config: ConfigDict) -> None:
                         "train": {"steps": 20}}
 
 
+def debug_comparison(config: ConfigDict) -> None:
+    """Bridges between two tiny towers, which are trained one after the other."""
+    debug_bridge(config.base)
+    config.base.train.steps = 40
+    config.base.train.eval_every = config.base.train.checkpoint_every = 20
+    config.rows = 12
+
+
 def debug_pretraining(config: ConfigDict) -> None:
     """A tower of a few thousand parameters on a hundredth of the pocket world's text."""
     config.data.path, config.data.pivot = "made:pocket_debug", "en"
@@ -121,7 +129,7 @@ def debug_lens(config: ConfigDict) -> None:
 OF_JOB: dict[str, dict[str, Word]] = {
     "bridge": {**{name: set_fusion(name) for name in FUSIONS}, "debug": debug_bridge,
                "compare": compare},
-    "compare": {"debug": lambda config: debug_bridge(config.base)},
+    "compare": {"debug": debug_comparison},
     "pretrain": {"debug": debug_pretraining},
     "lens": {"debug": debug_lens},
 }

@@ -186,12 +186,28 @@ def parse_flags(
             first = first.__context__
         if isinstance(first, InputError):  # wrapped by the libraries
             raise InputError(str(first)) from None
-        text = str(error.args[0] if isinstance(error, KeyError) else error)
+        text = _plainly(str(error))
         if isinstance(first, AttributeError) and first.name == "get_config":
             text = "the file of --config has no function get_config: it is not a config"
-        if text.strip("\"'").isidentifier():  # ml_collections' own KeyError
-            name = text.strip("\"'")
-            text = f"the config has no field '{name}'; its fields are in jaxfusion/fields.py"
+        if isinstance(first, KeyError):  # of ml_collections
+            text = _unknown_field(str(first.args[0]), str(error), argv)
         if "Traceback" in text:  # a config file failed: the last line has the error
             text = text.strip().splitlines()[-1]
         raise InputError(cut(" ".join(text.split()))) from None
+
+
+def _plainly(text: str) -> str:
+    """What absl says of flags that are required and missing, in plain words."""
+    missing = re.findall(r"flag (--\w+)=None: Flag --\w+ must have a value", text)
+    return f"missing: {', '.join(missing)}; --help says what they are" if missing else text
+
+
+def _unknown_field(name: str, said: str, argv: list[str]) -> str:
+    """What is wrong with a flag that sets a field that the config has not."""
+    flag = next((word.partition("=")[0] for word in argv if f".{name}" in word), "--config")
+    meant = re.search(r'Did you mean "(\w+)"', said)
+    text = f"{flag}: the config has no field '{name}'" + (
+        f" (did you mean '{meant[1]}'?)" if meant else "")
+    if flag.startswith("--config.tasks.") and flag.count(".") > 2:
+        return f"{text}; the command line sets only fields of a task that its config file has"
+    return f"{text}; its fields are in jaxfusion/fields.py"

@@ -271,7 +271,7 @@ def note_of(file: Path) -> Path:
 
 
 @contextmanager
-def new_directory(out: Path, overwrite: bool = False) -> Iterator[Path]:
+def new_directory(out: Path, overwrite: bool | None = None) -> Iterator[Path]:
     """A directory that appears under its name only when the block succeeds.
 
     Two processes that write the same directory each write their own copy; the last one to finish
@@ -279,7 +279,8 @@ def new_directory(out: Path, overwrite: bool = False) -> Iterator[Path]:
     removed.
 
     Args:
-      overwrite: replace an existing directory once the new one is complete.
+      overwrite: replace an existing directory once the new one is complete; None where no flag
+        asks for that.
 
     Raises:
       InputError: the name is taken by anything but an empty directory, a run would be removed, or
@@ -333,10 +334,11 @@ def _swap(partial: Path, out: Path) -> None:
     shutil.rmtree(old)
 
 
-def _check_free(out: Path, overwrite: bool) -> None:
+def _check_free(out: Path, overwrite: bool | None) -> None:
     taken = out.exists() and (not out.is_dir() or any(out.iterdir()))
     if taken and not overwrite:
-        raise InputError(f"{out} is not empty; give another directory or remove it")
+        also = "" if overwrite is None else ", or replace what is there with --overwrite"
+        raise InputError(f"{out} is not empty; give another directory or remove it{also}")
     if taken and not out.is_dir():
         raise InputError(f"{out} is a file; give the name of a directory")
 

@@ -1,5 +1,6 @@
 """The command `jaxfusion`: names of configs, help, completion, and what a wheel has inside."""
 
+import runpy
 import shutil
 import subprocess
 import sys
@@ -76,6 +77,12 @@ def test_messages_name_the_command_that_works_here(tmp_path, monkeypatch):
     assert typed("eval") == "python eval.py"
     monkeypatch.chdir(tmp_path)
     assert typed("eval") == "jaxfusion eval"
+
+
+def test_python_m_is_the_command(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["jaxfusion", "--version"])
+    runpy.run_module("jaxfusion", run_name="__main__")
+    assert capsys.readouterr().out.startswith("0.")
 
 
 def test_a_command_that_is_none(monkeypatch):

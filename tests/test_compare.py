@@ -13,6 +13,7 @@ from jaxfusion.bridge import warm_start
 from jaxfusion.bridge.compare import compare
 from jaxfusion.config import default_config, from_config_dict, variants
 from jaxfusion.data.tasks.catalogue import TASKS
+from jaxfusion.data.tasks.spec import Task
 from jaxfusion.errors import InputError
 from jaxfusion.files import write_checked
 from jaxfusion.miniatures.inputs import make_inputs
@@ -242,6 +243,9 @@ def test_one_input_is_answered_with_its_layers(debug_run, fusion, capsys):
 def test_an_input_with_other_columns_is_refused():
     with pytest.raises(InputError, match=r'got 1 .*write: --ask "PREMISE \| HYPOTHESIS"'):
         fill(TASKS["pocket_nli"], "the dog runs")
+    with pytest.raises(InputError, match="takes the columns text, not the whole prompt"):
+        fill(Task("Review: {text} Mood: ", (), ()), "Review: good. Mood:")
+    assert fill(Task("{text}", (), ()), "a") == "a"
     assert fill(TASKS["pocket_nli"], "a | b") == "Premise: a Hypothesis: b Label: "
 
 

@@ -123,8 +123,9 @@ def test_train_refuses_in_one_line(words, message, cache_dir, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_without_a_config_all_are_listed(capsys):
-    assert "--config is missing" in run_script("train.py")
+@pytest.mark.parametrize("words", [[], ["--config="], ["--config=:debug"]])
+def test_without_a_config_all_are_listed(words, capsys):
+    assert "--config is missing" in run_script("train.py", *words)
     out = capsys.readouterr().out
     assert [line.split()[0] for line in out.splitlines()] == [
         file.stem for file in FILES]

@@ -38,7 +38,7 @@ def scored(monkeypatch):
 
     def scores(_):
         one, other = SCORES[now[0]]
-        return {"exact_match": (one + other) / 2, "en/exact_match": one, "sw/exact_match": other}
+        return {"likelihood": (one + other) / 2, "en/likelihood": one, "sw/likelihood": other}
 
     monkeypatch.setattr(Save, "_save", note)
     monkeypatch.setattr(job, "make_score", lambda *_: scores)
@@ -53,9 +53,10 @@ def config(cache_dir):
 
 def where(run):
     """Scored steps, the newest and the best checkpoint, and what the newest knows of the best."""
-    steps = [x["step"] for x in records(run) if "dev/exact_match" in x]
+    steps = [x["step"] for x in records(run) if "dev/likelihood" in x]
     newest = Checkpoints(run).steps[-1]
     noted = json.loads((run / "checkpoints" / str(newest) / "data" / "metadata").read_text())
+    assert noted["best"].pop("name").endswith("likelihood")
     return steps, newest, trained_part(run)[0], noted["best"]
 
 
@@ -97,10 +98,16 @@ def test_a_run_that_was_stopped_scores_what_it_owes(config, scored, step, tmp_pa
 
 
 @pytest.mark.slow
-def test_a_language_decides(config, scored, tmp_path, monkeypatch):
-    monkeypatch.setattr(job, "deciding", lambda *_: "en/exact_match")
-    train(config, tmp_path)
+def test_a_language_decides(config, scored, tmp_path, monkeypatch, caplog):
+    with monkeypatch.context() as patch:
+        patch.setattr(job, "deciding", lambda *_: "en/likelihood")
+        train(config, tmp_path)
     assert where(tmp_path) == ([2, 4, 6, 8, 10], 10, 6, {"step": 6, "score": 0.6, "since": 2})
+
+
+    train(replace(config, data=replace(config.data, dev_patience=4)), tmp_path)
+    assert "0.600 at step 6, is of en/likelihood; scores from here on are of likelihood" in (
+        caplog.text)
 
 
 def test_the_best_of_scores():
@@ -118,10 +125,11 @@ def test_which_score_decides(config):
             eval=replace(config.eval, max_new_tokens=max_new_tokens)), task)
 
     two = {"dev_languages": ("en", "sw")}
-    assert decides() == decides(**two) == decides(dev_decides="en") == "exact_match"
-    assert decides(dev_decides="sw", **two) == "sw/exact_match"
+    assert decides() == decides(**two) == decides(dev_decides="en") == NLI.scoring == "likelihood"
+    assert decides(replace(NLI, labels=())) == "exact_match"
+    assert decides(dev_decides="sw", **two) == "sw/likelihood"
     assert decides(replace(NLI, unlabelled=True), dev_decides="sw", **two) == "sw/log_likelihood"
-    assert decides(dev_decides="sw", language="all") == "sw/exact_match"
+    assert decides(dev_decides="sw", language="all") == "sw/likelihood"
     assert decides(max_new_tokens=0) == "likelihood"
     assert _in_a_line({"exact_match": 0.5, "likelihood": 0.6, "sw/exact_match": 0.4,
                        "sw/likelihood": 0.3}, "exact_match") == (
@@ -158,14 +166,12 @@ def test_patience_may_change_and_languages_may_not(config):
     assert [x.partition(":")[0] for x in changed(config, new)] == ["data.dev_languages"]
 
 
-def test_the_score_that_decides_stays_when_a_run_goes_on(tiny, tmp_path):
-    """A score of likelihoods is not compared with one of answers."""
+def test_what_a_run_was_started_with_stays_when_it_goes_on(tiny, tmp_path):
     make_run(tmp_path / "run", tiny)
     left_open = load(tmp_path / "run" / "config.json")
     began = replace(left_open, eval=replace(left_open.eval, max_new_tokens=0))
     save(began, tmp_path / "run" / "config.json")
     assert check_workdir(left_open, tmp_path / "run") == began
-    assert deciding(began, NLI) == "likelihood" != deciding(left_open, NLI)
 
 
 def test_rows_of_languages_or_a_line_on_those_that_there_are(config):

@@ -1,6 +1,7 @@
 """Exported bridges in plain PyTorch: same logits, same greedy tokens, whatever the padding."""
 
 import json
+import re
 import shutil
 from unittest.mock import Mock
 
@@ -281,7 +282,8 @@ def test_a_chats_headers_and_prompt_go_along(prompt, tiny, tmp_path):
             theirs(bare)
     # What the model card says to run is an answer.
     card = (tmp_path / "out" / "README.md").read_text()
-    code = card.split("```python")[1].split("```")[0].replace('["..."]', repr(texts))
+    code = card.split("```python")[1].split("```")[0]
+    code = re.sub(r"texts = .*", f"texts = {texts!r}", code)
     exec(code, {"DIR": tmp_path / "out"})
 
 

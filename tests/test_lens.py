@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import traverse_util
-from helpers import DECODERS, ROOT, apply, debug_config, get_config, plain, relative
+from helpers import DECODERS, ROOT, apply, debug_config, get_config, plain, relative, run_script
 from huggingface_hub import metadata_load
 from safetensors.numpy import load_file, save_file
 from tokenizers.processors import TemplateProcessing
@@ -406,12 +406,17 @@ def test_a_whole_run_and_again(cache_dir, tmp_path, monkeypatch):
     pictures = {f"{name}{theme}.png" for name in ("languages", "accuracy", "curves")
                 for theme in ("", "_dark")}
     assert made == {"probe.safetensors", "report.html", "report.md", "report.json", "config.json",
-                    "Lens", "supervised", "tensorboard", "trackers.json"} | pictures
+                    "scores.json", "Lens", "supervised", "tensorboard", "trackers.json"} | pictures
     assert set(first.correct) == {"LLM", *(x["name"] for x in config.sweep)}
     page = (tmp_path / "run" / "report.md").read_text()
     assert "| en minus LLM |" in page and "Perplexity, on prompts that were neither" in page
     assert '"summary">steering, disentangle, supervised and Lens were compared with LLM on' in (
         tmp_path / "run" / "report.html").read_text()
+    (tmp_path / "run" / "report.md").unlink()
+    assert run_script("eval.py", f"--workdir={tmp_path / 'run'}", "--report") == ""
+    assert (tmp_path / "run" / "report.md").read_text() == page
+    assert "scores.json is missing: give the workdir of the whole run" in run_script(
+        "eval.py", f"--workdir={tmp_path / 'run' / 'Lens'}", "--report")
     check_trackers_have(dict(Tracker.runs), first, config.train.steps)
     with monkeypatch.context() as patched:  # what is at its end keeps no prompts again
         patched.setattr(lens_train, "cache_activations", None)

@@ -21,6 +21,7 @@ from jaxfusion.data.tasks.spec import Source
 from jaxfusion.fields import Config, DataConfig, TaskConfig
 from jaxfusion.files import write_checked
 from jaxfusion.hf.hub import hub_in_reach
+from jaxfusion.runs.export import bridge
 from jaxfusion.runs.export.bridge import export
 from jaxfusion.runs.export.card import (
     Base,
@@ -32,6 +33,7 @@ from jaxfusion.runs.export.card import (
     read_scores,
 )
 from jaxfusion.runs.exported import open_export
+from jaxfusion.training.checkpoint import Best, Notes
 
 RESULTS = {"xnli": {
     "sw": {"likelihood": {"accuracy": 0.5, "n": 60, "ci95": [0.38, 0.62]},
@@ -59,8 +61,10 @@ def run(tiny, tmp_path_factory):
     return workdir
 
 
-def test_a_card_says_what_the_run_shows(run, tmp_path):
+def test_a_card_says_what_the_run_shows(run, tmp_path, monkeypatch):
     write_scores(run)
+    monkeypatch.setattr(bridge, "read_notes", lambda place: Notes(
+        {}, 0.5, None, Best(3, 0.5, name="likelihood")))
     export(run, tmp_path / "out", merge=True)
     card = ModelCard.load(tmp_path / "out" / "README.md")
     found = {(x.dataset_config, x.metric_name): x.metric_value for x in card.data.eval_results}
@@ -74,6 +78,8 @@ def test_a_card_says_what_the_run_shows(run, tmp_path):
     assert "license" not in data and "base_model" not in data  # its towers are nobody's
     assert data["widget"][1]["text"] == DETAILS["xnli"]["ur"]["queries"][0]
     assert data["widget"][1]["output"] == {"text": "Neutral"}
+    assert "3, which has the run's best `likelihood` on development rows (0.500)." in card.text
+    assert 'texts = ["Premise: ... Hypothesis: ... Label: "]' in card.text
     assert "| xnli | sw | likelihood | 50.0 | 38.0 to 62.0 | 60 |" in card.text
     assert "- encoder: `encoder` (a local directory), licence: not stated there" in card.text
 
@@ -298,7 +304,9 @@ def test_an_export_is_on_the_hub_byte_for_byte(run, tmp_path, monkeypatch, capsy
         assert hub.files == written and hub.repos == {"us/bridge": True}
         card = ModelCard(hub.cards[0])
         assert card.data.model_name == "bridge" and 'from_pretrained("us/bridge"' in card.text
-        hub.files |= {"model-00001-of-00002.safetensors": b"old", "picture.png": b"mine"}
+        earlier = ("model-00001-of-00002.safetensors", "chat_template.jinja",
+                   "encoder/spiece.model", "pretraining.json", "tokenizer.model")
+        hub.files |= dict.fromkeys(earlier, b"old") | {"picture.png": b"mine"}
         assert run_script(*words, "--push=us/bridge", "--overwrite") == ""
         assert hub.files.keys() == {*written, "picture.png"}
         hub.repos["us/bridge"] = False
@@ -341,5 +349,5 @@ def test_a_failed_push_leaves_the_export(refused, run, tmp_path, monkeypatch):
                            "--merge")
     assert "is written, but not all of it is on the hub: the hub answered 403" in error
     assert "Storage limit reached" in error and "\n" not in error
-    assert f"hf upload me/bridge {out} . --delete '*.safetensors*'" in error
+    assert f"hf upload me/bridge {out} . --delete '*.safetensors*' --delete 'encoder/*' " in error
     assert (out / "config.json").is_file() and not hub.files

@@ -23,7 +23,13 @@ from jaxfusion.files import note_of, only_writer, write_checked
 from jaxfusion.miniatures.inputs import make_inputs
 from jaxfusion.reports.comparison import table
 from jaxfusion.reports.markdown_page import inline
-from jaxfusion.reports.scored_runs import ALONE, compare_runs, read_models
+from jaxfusion.reports.scored_runs import (
+    ALONE,
+    ScoredRun,
+    _of_translations,
+    compare_runs,
+    read_models,
+)
 from jaxfusion.runs import answer_file as answering
 from jaxfusion.runs.answer_file import answer_file
 from jaxfusion.runs.open_run import open_run
@@ -51,6 +57,15 @@ def run(cache_dir, tmp_path_factory):
 def bridge(run):
     """The first seed's workdir."""
     return run[1] / run_folders(run[0])["transformer_softmax"][0]
+
+
+def test_exact_match_of_translations_is_said_to_say_little():
+    def lines(task, **own):
+        return _of_translations(task, {"a": [ScoredRun("x", {}, config={"tasks": {task: own}})]})
+
+    assert "by log-likelihood" in lines("pairs", answers="train.txt")[0]
+    assert "by log-likelihood" in lines("pocket_translation")[0]
+    assert lines("pairs") == lines("xnli") == ()
 
 
 def test_seeds_are_trained_side_by_side(run):

@@ -1,6 +1,7 @@
 """What else is served: exports of bridges, runs of Lens, and LLMs in Hugging Face format."""
 
 import json
+import shutil
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -13,7 +14,9 @@ from helpers import equal, make_run, run_script
 from starlette.testclient import TestClient
 
 from jaxfusion import config as configs
+from jaxfusion.errors import InputError
 from jaxfusion.fields import DecoderSettings, LensConfig, LensRunConfig, ParallelConfig, TaskConfig
+from jaxfusion.runs.adopt import adopt
 from jaxfusion.runs.export.bridge import export
 from jaxfusion.runs.export.tower import export_lens
 from jaxfusion.runs.exported import open_export
@@ -74,7 +77,8 @@ def test_an_export_keeps_task_limits_and_dtypes(tiny, tmp_path):
     config = replace(
         config, data=replace(config.data, task="mine", language="de", bos=False,
                              target_eos=False),
-        tasks={"mine": TaskConfig("{a} or {b}?", ("this", "that"), ("de",))},
+        tasks={"mine": TaskConfig("{a} or {b}?", ("this", "that"), ("de",),
+                                 columns={"label": "which"}, spellings=("x", "y"))},
         eval=replace(config.eval, max_new_tokens=7, max_encoder_tokens=60,
                      max_decoder_tokens=70, stop=("\n",), temperature=0.5),
         decoder=replace(config.decoder, dtype="bfloat16"))
@@ -133,6 +137,26 @@ def test_an_llm_is_served_and_one_of_lens_beside_the_one_before(tiny, lensed, tm
     assert before == answers[tiny / "decoder", "decoder"]
     for kind, line in ((tiny / "encoder", "mt5"), (lensed.parent, "is not a workdir of a run")):
         assert line in run_script("serve.py", f"--workdir={kind}", "--port=0")
+
+
+def test_a_run_of_lens_behind_a_bridge_is_the_bridge_with_its_llm(tiny, lensed, tmp_path):
+    """As a bridge that gets the exported LLM is (docs/lens.md)."""
+    run, place = tmp_path / "bridge", tmp_path / "mine"
+    make_run(run, tiny, "global_softmax")
+    shutil.copytree(lensed, place)
+    config = configs.load(place / "config.json")
+    configs.save(replace(config, bridge=str(run)), place / "config.json")
+    export_lens(place, tmp_path / "lensed")
+    export(run, tmp_path / "exported")
+    adopt(str(tmp_path / "exported"), tmp_path / "together", decoder=str(tmp_path / "lensed"))
+    (_, served), (_, wanted), (_, before) = map(open_models, (place, tmp_path / "together", run))
+    assert list(served) == ["mine", "llm"] and not served["mine"].bare
+    assert equal(served["mine"].params, wanted["together"].params)
+    assert equal(served["llm"].params["decoder"], wanted["llm"].params["decoder"])
+    assert not equal(served["llm"].params["decoder"], before["llm"].params["decoder"])
+    shutil.rmtree(run)
+    with pytest.raises(InputError, match=r"bridge that cannot be opened: .*put the exported LLM"):
+        open_models(place)
 
 
 def test_a_checkpoint_has_its_own_template_and_dtype(lensed, tmp_path):

@@ -24,8 +24,8 @@ from jaxfusion.config import CONFIG_FILE, default_config, from_config_dict
 from jaxfusion.data.rows import files as readers
 from jaxfusion.data.rows import hub as remote
 from jaxfusion.data.rows.examples import at_hand, find_source, read_examples, read_stream
-from jaxfusion.data.tasks.catalogue import TASKS, check_languages, configured, get_task
-from jaxfusion.data.tasks.spec import SAME, Source, Task
+from jaxfusion.data.tasks.catalogue import TASKS, check_languages, get_task
+from jaxfusion.data.tasks.spec import SAME, Source, Task, configured
 from jaxfusion.errors import InputError
 from jaxfusion.fields import DataConfig, TaskConfig
 from jaxfusion.hf import hub as hf_hub
@@ -102,6 +102,30 @@ def test_a_split_may_be_a_part_of_a_file(tmp_path):
     sizes = {split: len(read_examples("mine", task, split, "en", None)) for split in
              ("train", "dev", "test")}
     assert sizes == {"train": 2, "dev": 1, "test": 2}
+
+
+@pytest.mark.parametrize("rows", ["all[-100:]", "all[:10%]", "all[1:2:3]"])
+def test_rows_that_are_not_counted_from_the_first_are_refused(rows):
+    own = TaskConfig("{text}", splits={"dev": rows})
+    with pytest.raises(InputError, match=r"splits\.dev is 'all\[.*, expected rows counted from"):
+        get_task("mine", {"mine": own})
+
+
+def test_a_renamed_column_that_is_missing_has_both_names(tmp_path):
+    write(tmp_path / "test.csv", [{"text": "x", "grade": "bad"}])
+    own = TaskConfig("{text}", ("bad", "good"), source=str(tmp_path / "{split}.csv"),
+                     columns={"label": "mood"})
+    with pytest.raises(InputError, match="'label', which the task calls 'mood' there, is missing"):
+        read_examples("mine", get_task("mine", {"mine": own}), "test", "en", None)
+
+
+def test_a_task_without_a_source_has_its_columns_wherever_the_rows_are(tmp_path):
+    write(tmp_path / "test.csv", [{"text": "x", "mood": "bad"}])
+    task = get_task("mine", {"mine": TaskConfig("{text}", ("bad", "good"),
+                                                columns={"label": "mood"})})
+    found, = read_examples("mine", task, "test", "en", str(tmp_path / "{split}.csv"))
+    assert found.target == "bad"
+    assert task.at("hub:a/b").rename == {"mood": "label"} and task.source is None
 
 
 def test_languages_at_hand_are_those_with_files(tmp_path):
@@ -307,6 +331,18 @@ def test_a_dataset_is_pinned_to_its_commit(monkeypatch, tmp_path):
     assert check_workdir(replace(config, data=c), tmp_path) == saved
     with pytest.raises(InputError, match=r"data\.revision: 'c+' -> 'd+'"):
         check_workdir(replace(config, data=replace(c, revision="d" * 40)), tmp_path)
+
+
+def test_the_settings_are_for_every_dataset_of_the_training_languages():
+    en, others = Source("hub:a/en"), Source("hub:a/others")
+    task = replace(TASK, languages=("en", "sw"), source=others, sources={"en": en})
+    pinned, streamed = {"revision": "v1", "streaming": True}, {"streaming": True}
+    for language, wanted in (
+        ("all", (streamed, pinned)),  # the commit is that of the first language's dataset
+        ("en", ({}, pinned)), ("sw", (pinned, {}))):
+        found = configured(task, DataConfig(language=language, **pinned))
+        assert (found.source, found.sources["en"]) == (
+            replace(others, **wanted[0]), replace(en, **wanted[1]))
 
 
 def test_classes_are_known_by_their_names_whatever_their_order(monkeypatch):

@@ -56,16 +56,14 @@ def _languages(config: Config, task: Task) -> tuple[str, ...]:
 
 def deciding(config: Config, task: Task) -> str:
     """The name of the score that decides which checkpoint is best."""
-    data, name = config.data, task.development
-    if config.eval.max_new_tokens == 0 and name == "exact_match":
-        name = task.scoring
-    alone = len(_languages(config, task)) < 2 or data.dev_decides == "mean"
-    return name if alone else f"{data.dev_decides}/{name}"
+    one = config.data.dev_decides
+    alone = len(_languages(config, task)) < 2 or one == "mean"
+    return task.development if alone else f"{one}/{task.development}"
 
 
 def make_score(model: Model, dev: Rows, task: Task, mesh) -> Score:
     """Scores of all languages: their means by name and, of several, also `LANGUAGE/NAME`."""
-    make = {"log_likelihood": _likelihood, "exact_match": _correctness}[task.development]
+    make = _likelihood if task.development == "log_likelihood" else _correctness
     of = {language: make(model, rows, task, language, mesh) for language, rows in dev.items()}
 
     def score(trainable: Flat) -> dict[str, float]:

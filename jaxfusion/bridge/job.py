@@ -22,8 +22,8 @@ from jaxfusion.data.pipeline import Batches, first_rows, subset, total_steps
 from jaxfusion.data.rows.examples import Example, find_source, in_turn, read_stream
 from jaxfusion.data.rows.hub import commit_of
 from jaxfusion.data.split_text import Continued
-from jaxfusion.data.tasks.catalogue import check_languages, configured, get_task
-from jaxfusion.data.tasks.spec import Task
+from jaxfusion.data.tasks.catalogue import check_languages, get_task
+from jaxfusion.data.tasks.spec import Task, configured
 from jaxfusion.data.tokenizers import Tokenizers
 from jaxfusion.errors import InputError
 from jaxfusion.evaluation.kept_states import keep_states

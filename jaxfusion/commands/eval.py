@@ -84,9 +84,7 @@ def main(argv: list[str]) -> None:
                             language=LANGUAGE.value, llm_only=LLM_ONLY.value, decoding=_decoding())
         print(f"{count} rows answered; all are in {OUTPUT.value}")
     elif REPORT.value:
-        from jaxfusion.bridge.compare import report
-
-        print(report(workdirs, SCORING.value))
+        print(_report(workdirs))
     else:
         _score(workdirs)
 
@@ -119,6 +117,19 @@ def _check_flags() -> None:
 def _decoding() -> dict[str, Any]:
     given = {name: flag.value for name, flag in DECODING.items() if flag.value is not None}
     return given | ({"stop": tuple(given["stop"])} if "stop" in given else {})
+
+
+def _report(workdirs: list[Path]) -> Path:
+    from jaxfusion.bridge.compare import read_config, report
+    from jaxfusion.fields import LensRunConfig
+
+    if not isinstance(read_config(workdirs[-1]), LensRunConfig):
+        return report(workdirs, SCORING.value)
+    from jaxfusion.lens.report import write_again
+
+    if len(workdirs) > 1 or SCORING.value is not None:
+        raise InputError("the report of a Lens run takes one --workdir, and no --scoring")
+    return write_again(workdirs[0])
 
 
 def _score(workdirs: list[Path]) -> None:

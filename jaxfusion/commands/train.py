@@ -56,11 +56,11 @@ def main(argv: list[str]) -> None:
     """Runs the job of the config."""
     refuse_words(argv)
     set_up_logging()
-    if CONFIG.value is None:
+    name = "" if CONFIG.value is None else config_flags.get_config_filename(FLAGS["config"])
+    file = name.partition(":")[0]
+    if not file:
         print(list_configs())
         raise InputError("--config is missing: choose one of these, or a file of your own")
-    name = config_flags.get_config_filename(FLAGS["config"])
-    file = name.partition(":")[0]
     if not local_path(file).is_file():
         raise InputError(f"the config file {file} is missing; this project's own go by name: "
                          f"{typed('train')} --config xnli_paper")
@@ -100,7 +100,7 @@ def main(argv: list[str]) -> None:
         from jaxfusion.lens.job import lens
 
         lens(make_inputs(config), workdir)
-        print(f"done: {workdir}")
+        print(f"done: {workdir / 'report.html'}, and the same as report.md")
     else:
         from jaxfusion.bridge.job import train
 

@@ -35,14 +35,17 @@ def subset(
         classes = sorted({example.label for example in examples})
         share = _share(limit, len(classes))
         by_class = [[i for i in order if examples[i].label == c][:share] for c in classes]
-        short = [c for c, rows in zip(classes, by_class, strict=True) if len(rows) < share]
-        if short:
+        few, least = min(zip(map(len, by_class), classes, strict=True))
+        if few < share:
             raise InputError(
-                f"train_rows={limit}, balanced: class {short[0]} has fewer than {share} rows"
-            )
+                f"data.train_rows is {limit} and data.balanced takes {share} rows of each class, "
+                f"but there are {few} of class {least}; set data.train_rows to "
+                f"{few * len(classes)} or less, or take all rows with data.balanced=False and "
+                f"data.train_rows={len(examples)}")
         chosen = sorted(i for rows in by_class for i in rows)
     elif limit > len(examples):
-        raise InputError(f"train_rows={limit}, but there are only {len(examples)} rows")
+        raise InputError(f"data.train_rows is {limit}, but there are only {len(examples)} rows; "
+                         f"set it to {len(examples)} for all of them")
     else:
         chosen = sorted(order[:limit])
     return [examples[i] for i in chosen]
@@ -77,8 +80,9 @@ def first_rows(
             chosen.append(example)
         if not +room:
             return chosen
-    raise InputError(f"train_rows={limit}: the stream ended after {len(chosen)} rows"
-                     + (f"; too few of class {next(iter(+room))}" if balanced else ""))
+    raise InputError(f"data.train_rows is {limit}, but the stream ended after {len(chosen)} rows"
+                     + (f", with too few of class {next(iter(+room))}" if balanced else "")
+                     + "; set it lower")
 
 
 class Batches:

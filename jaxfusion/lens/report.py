@@ -5,13 +5,16 @@ import re
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from jaxfusion.config import directory_name
+from jaxfusion import config as configs
+from jaxfusion.config import CONFIG_FILE, directory_name
 from jaxfusion.data.tasks.catalogue import get_task
+from jaxfusion.errors import InputError
 from jaxfusion.fields import LensRunConfig
-from jaxfusion.files import write_whole
+from jaxfusion.files import read_json, write_checked, write_whole
 from jaxfusion.lens.scores import Scores
 from jaxfusion.lens.sweep import folder_of
 from jaxfusion.reports.comparison import Comparison, as_json, as_markdown, markdown
@@ -22,6 +25,7 @@ from jaxfusion.training.trackers import add_report
 
 UNTOUCHED = "LLM"  # the original model's name in tables
 PICTURE = "languages.png"
+SCORES = "scores.json"  # of every method, with every answer
 PLACES = "Languages in the specific subspace"
 
 
@@ -29,8 +33,8 @@ def write_lens_report(
     config: LensRunConfig, methods: Mapping[str, LensRunConfig], scores: Mapping[str, Scores],
     seconds: Mapping[str, float], workdir: Path,
 ) -> Comparison | None:
-    """Writes `report.html`, `report.md` and `report.json`, prints the tables, and gives scores and
-    pages to the trackers.
+    """Writes `scores.json`, `report.html`, `report.md` and `report.json`, prints the tables, and
+    gives scores and pages to the trackers.
 
     Args:
       methods: configs by name. scores: of the original LLM and of every method.
@@ -39,23 +43,51 @@ def write_lens_report(
     Returns:
       The comparison on the first task, if there are tasks.
     """
+    write_checked(workdir / SCORES, json.dumps(
+        {name: asdict(x) for name, x in scores.items()}, ensure_ascii=False))
+    comparisons, figures = _write_pages(config, methods, scores, workdir)
+    print(figures["table"])
+    figures["seconds"] = dict(seconds)
+    write_whole(workdir / "report.json", json.dumps(figures, indent=2) + "\n")
+    _track(config, methods, scores, workdir)
+    return comparisons[0] if comparisons else None
+
+
+def write_again(workdir: Path) -> Path:
+    """Writes `report.html` and `report.md` again, from the scores that a run left.
+
+    Returns:
+      The HTML file.
+
+    Raises:
+      InputError: no scores of a whole run in `workdir`, or damaged ones.
+    """
+    config, repair = configs.load(workdir / CONFIG_FILE), "start the run's train.py command again"
+    if not (workdir / SCORES).is_file():
+        raise InputError(f"{workdir / SCORES} is missing: give the workdir of the whole run, or, "
+                         f"if an earlier version wrote it, {repair}")
+    scores = {name: Scores(**x) for name, x in read_json(workdir / SCORES, repair).items()}
+    methods = configs.sweep(config) if config.sweep else {config.lens.method: config}
+    _write_pages(config, methods, scores, workdir)
+    return workdir / "report.html"
+
+
+def _write_pages(
+    config: LensRunConfig, methods: Mapping[str, LensRunConfig], scores: Mapping[str, Scores],
+    workdir: Path,
+) -> tuple[list[Comparison], dict[str, Any]]:
+    """Writes the pages; returns the comparisons, and what `report.json` has of them."""
     first = next(iter(scores.values()))
     comparisons = [_comparison(config, task, scores) for task in first.details]
     measures = {name: {method: x.text[name] for method, x in scores.items()}
                 for name in first.text}
     tables = [_table(name, by_method) for name, by_method in measures.items()]
     models = _models(config, methods, scores, workdir)
-    page = write_page(comparisons, models, workdir, f"Lens: {workdir.absolute().name}",
-                      measures=tables, pictures={PLACES: workdir / PICTURE})
+    write_page(comparisons, models, workdir, f"Lens: {workdir.absolute().name}",
+               measures=tables, pictures={PLACES: workdir / PICTURE})
     shown = "\n".join([*map(markdown, comparisons), *(
         f"{as_markdown(x.table)}\n{x.caption}\n" for x in tables)])
-    print(shown)
-    figures = {"table": shown, "seconds": dict(seconds), **measures,
-               **{c.task: as_json(c) for c in comparisons}}
-    write_whole(workdir / "report.json", json.dumps(figures, indent=2) + "\n")
-    _track(config, methods, scores, workdir,
-           [page, page.with_suffix(".md"), *sorted(workdir.glob("*.png"))])
-    return comparisons[0] if comparisons else None
+    return comparisons, {"table": shown, **measures, **{c.task: as_json(c) for c in comparisons}}
 
 
 def _comparison(
@@ -99,10 +131,11 @@ def _models(
 
 def _track(
     config: LensRunConfig, methods: Mapping[str, LensRunConfig], scores: Mapping[str, Scores],
-    workdir: Path, files: list[Path],
+    workdir: Path,
 ) -> None:
     """Gives scores and pages to the trackers: a method's to the run that has its curves, those of
     all methods to a run of the whole workdir."""
+    files = [*(workdir / f"report.{x}" for x in ("html", "md")), *sorted(workdir.glob("*.png"))]
     for name, method in methods.items():
         if metrics := read_metrics(folder_of(name, workdir) / METRICS):
             add_report(method, folder_of(name, workdir), int(metrics[-1]["step"]),

@@ -11,6 +11,7 @@ import numpy as np
 
 from jaxfusion.cli import typed
 from jaxfusion.config import directory_name
+from jaxfusion.data.tasks.catalogue import TASKS
 from jaxfusion.errors import InputError, choose
 from jaxfusion.files import is_as_written, read_json
 from jaxfusion.reports.comparison import Comparison
@@ -74,8 +75,8 @@ def _check_job(place: Path) -> None:
     """Raises InputError for a workdir that no command scores as a bridge."""
     job = _json(place / "config.json").get("job")
     if job == "lens":
-        raise InputError(f"{place} is a Lens run, whose training scores and reports it: see "
-                         f"{place / 'report.html'}, or start it again")
+        raise InputError(f"{place} is a Lens run, which its training has scored: see "
+                         f"{place / 'report.html'}, or write that again with --report")
     if job == "compare":
         raise InputError(f"{place} is a comparison: give it alone, or runs of it")
 
@@ -207,8 +208,17 @@ def _compare(task: str, languages: list[str], models: Models, scoring: str) -> C
         groups, next(iter(models)), {},
         {name: weights for name, runs in models.items()
          if (weights := mean_weights(task, languages, runs))},
-        (*_warm(models), *notes, *_settings(models)),
+        (*_of_translations(task, models), *_warm(models), *notes, *_settings(models)),
     )
+
+
+def _of_translations(task: str, models: Models) -> tuple[str, ...]:
+    """A line on what exact match is worth for translations."""
+    own = [run.config.get("tasks", {}).get(task, {}) for runs in models.values() for run in runs]
+    if not (any(x.get("answers") for x in own) or (task in TASKS and TASKS[task].translation)):
+        return ()
+    return ("A good translation rarely equals its reference, so exact match says little. Training "
+            "on this task chooses its checkpoint by log-likelihood on development rows.",)
 
 
 def _warm(models: Models) -> tuple[str, ...]:

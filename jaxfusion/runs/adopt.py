@@ -16,7 +16,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from jaxfusion import config as configs
-from jaxfusion.cli import typed
+from jaxfusion.cli import set_up_logging, typed
 from jaxfusion.config import CONFIG_FILE
 from jaxfusion.data.tokenizers import LANGBRIDGE_WHITESPACE, load_tokenizer
 from jaxfusion.errors import InputError
@@ -173,6 +173,7 @@ def main() -> None:
     parser.add_argument("--encoder", help="directory or hub id of the encoder")
     parser.add_argument("--decoder", help="directory or hub id of the LLM")
     args = parser.parse_args()
+    set_up_logging()
     try:
         adopt(args.source, args.workdir, args.encoder, args.decoder)
     except (InputError, OSError) as error:

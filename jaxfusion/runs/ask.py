@@ -59,7 +59,17 @@ def fill(task: Task, text: str) -> str:
         template = " | ".join(column.upper() for column in columns)
         raise InputError(f"--ask got {len([f for f in fields if f])} of the columns "
                          f"{', '.join(columns)}; write: --ask \"{template}\"")
+    _check_unfilled(task, text, columns)
     return task.prompt.format(**dict(zip(columns, fields, strict=True)))
+
+
+def _check_unfilled(task: Task, text: str, columns: list[str]) -> None:
+    """Raises InputError for a whole prompt, which would be put into the prompt once more."""
+    first, *inner, last = [x.strip() for x in re.split(r"{\w+}", task.prompt)]
+    if first and text.strip().startswith(first) and text.strip().endswith(last) and (
+            all(x in text for x in inner)):
+        raise InputError(f"--ask takes the columns {', '.join(columns)}, not the whole prompt; "
+                         f"leave out what is around them in '{task.prompt}'")
 
 
 def unknown_words(tokenizer, text: str) -> list[str]:

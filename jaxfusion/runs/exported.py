@@ -206,7 +206,9 @@ def _task(described: dict[str, Any]) -> tuple[str, dict[str, TaskConfig], str]:
         return name, {}, told["language"]
     name = name if known is None else f"{name}_exported"
     own = TaskConfig(prompt, labels, tuple(told.get("languages", (told["language"],))),
-                     extract=told.get("extract"), parallel=told.get("parallel", False))
+                     extract=told.get("extract"), parallel=told.get("parallel", False),
+                     columns=told.get("columns", {}),
+                     spellings=tuple(told.get("spellings", ())))
     return name, {name: own}, told["language"]
 
 

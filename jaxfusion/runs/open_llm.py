@@ -23,6 +23,7 @@ from jaxfusion.fields import (
 from jaxfusion.hf.load import open_tensors
 from jaxfusion.nn.bridge import Bridge, Params
 from jaxfusion.runs.exported import PLAIN
+from jaxfusion.runs.open_run import OpenRun, open_run
 from jaxfusion.sharding.mesh import make_mesh
 from jaxfusion.training.checkpoint import trained_part
 from jaxfusion.training.load import LLM, load_llm
@@ -83,24 +84,35 @@ def _stored(path: Path) -> str:
     return found if found in DTYPES else DTYPES[0]
 
 
-def open_lens(workdir: Path) -> OpenLLM:
-    """Opens one run of a Lens sweep, with the LLM as it was before. Both are in memory.
+def open_lens(workdir: Path) -> OpenLLM | OpenRun:
+    """Opens one run of a Lens sweep, with the LLM as it was before, both in memory; of a run behind
+    a bridge the bridge, with the LLM as it is now.
 
     Raises:
-      InputError: nothing was trained in `workdir`, its LLM is behind a bridge, or it cannot be
-        read.
+      InputError: nothing was trained in `workdir`, or the LLM or its bridge cannot be read.
     """
     lens = configs.load(workdir / CONFIG_FILE)
     check_trained(workdir)
-    if lens.bridge:
-        raise InputError(f"{workdir} moved the LLM behind the bridge {lens.bridge}; put the two "
-                         "together as docs/lens.md says, and serve that workdir")
     trained = trained_part(workdir)[1]  # before the LLM, which takes longer
+    if lens.bridge:
+        return _behind_bridge(workdir, lens, trained)
     mesh = make_mesh(**vars(lens.mesh))
     with jax.set_mesh(mesh):
         llm = load_llm(lens.decoder, lens.data.chat_template, lens.data.bos, mesh)
         params = with_top(llm.params, trained)
     return OpenLLM(_asked(lens), mesh, llm, params, llm.params)
+
+
+def _behind_bridge(workdir: Path, lens: LensRunConfig, trained: Flat) -> OpenRun:
+    """The bridge with these blocks on top of its LLM."""
+    try:
+        run = open_run(Path(lens.bridge))
+    except InputError as error:
+        raise InputError(f"{workdir} moved the LLM behind a bridge that cannot be opened: {error}. "
+                         "Start where the run was trained, or put the exported LLM behind a bridge "
+                         "(docs/lens.md) and give that workdir") from None
+    run = replace(run, config=replace(run.config, mesh=lens.mesh, decoder=lens.decoder))
+    return run.with_frozen(lambda frozen: _on_top(frozen, trained))
 
 
 def check_trained(workdir: Path) -> None:
@@ -126,8 +138,14 @@ def with_top(params: Params, part: Flat) -> Params:
       params: with `decoder`. part: of the last blocks, by path.
     """
     flat = traverse_util.flatten_dict({"decoder": params["decoder"]}, sep="/")
+    return {**params, **traverse_util.unflatten_dict(_on_top(flat, part), sep="/")}
+
+
+def _on_top(flat: Flat, part: Flat) -> Flat:
+    """Parameters by path, with the last blocks in the place of those that were there."""
+    out = dict(flat)
     for path, new in part.items():
         old = flat[path]
-        flat[path] = jax.device_put(
+        out[path] = jax.device_put(
             old.at[len(old) - len(new):].set(new.astype(old.dtype)), old.sharding)
-    return {**params, **traverse_util.unflatten_dict(flat, sep="/")}
+    return out

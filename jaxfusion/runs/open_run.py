@@ -1,6 +1,6 @@
 """Opens a finished run: reads its config at once, its model on first use."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -27,7 +27,7 @@ from jaxfusion.sharding.mesh import make_mesh
 from jaxfusion.training.checkpoint import trained_part
 from jaxfusion.training.frozen import frozen_of
 from jaxfusion.training.load import Model, load_model, overlay
-from jaxfusion.training.state import merge
+from jaxfusion.training.state import Flat, merge
 
 
 def open_run(
@@ -51,7 +51,8 @@ def open_run(
         inside = ", ".join(str(workdir / x) for runs in run_folders(config).values() for x in runs)
         raise InputError(f"{workdir} is a comparison; give one of its bridges: {inside}")
     if not isinstance(config, Config):
-        raise InputError(f"{workdir} is a run of job '{config.job}', expected a bridge")
+        instead = ": its training has scored it, serve.py asks it" * (config.job == "lens")
+        raise InputError(f"{workdir} is a run of job '{config.job}', expected a bridge{instead}")
     keep = config.encoder.keep_states if share_states else 0.0
     config = replace(config, eval=replace(config.eval, **decoding or {}),
                      encoder=replace(config.encoder, keep_states=keep))
@@ -121,6 +122,18 @@ class OpenRun:
         other = replace(self, llm_only=True)
         if self._loaded[2]:
             vars(other)["_loaded"] = self._loaded  # where cached_property looks
+        return other
+
+    def with_frozen(self, change: Callable[[Flat], Flat]) -> "OpenRun":
+        """This run with other frozen parameters, such as an LLM that Lens moved.
+
+        Args:
+          change: frozen parameters by path -> those in their place.
+        """
+        other = replace(self)
+        with self.on_mesh():
+            step, model, untouched = self._loaded
+            vars(other)["_loaded"] = step, replace(model, frozen=change(model.frozen)), untouched
         return other
 
     @cached_property

@@ -17,8 +17,8 @@ from jaxfusion.data.contamination import fingerprints, read_seen
 from jaxfusion.data.coverage import check_reading
 from jaxfusion.data.languages import by_every_code
 from jaxfusion.data.rows.examples import Example, at_hand, read_examples
-from jaxfusion.data.tasks.catalogue import check_languages, configured, get_task
-from jaxfusion.data.tasks.spec import Task
+from jaxfusion.data.tasks.catalogue import check_languages, get_task
+from jaxfusion.data.tasks.spec import Task, configured
 from jaxfusion.errors import InputError
 from jaxfusion.evaluation.scoring import Scored, check_scorable
 from jaxfusion.fields import DECODING, Config, TaskConfig

@@ -35,6 +35,8 @@ def serve(workdir: Path, host: str, port: int, token: str | None) -> None:
     listening = open_port(host, port)  # before the model, which takes longer
     run, models = open_models(workdir)
     batcher = Batcher(run.on_mesh)
+    logger.info("first compiling %d programs for short prompts: up to minutes on a slow machine, "
+                "seconds where an earlier start did it", len(models) * len(ROWS))
     for model in models.values():
         compile_smallest(batcher, model)
     app = make_app(models, batcher, token)

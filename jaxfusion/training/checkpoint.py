@@ -41,17 +41,19 @@ class Best:
 
     Attributes:
       step: at which it was reached first. since: how many scores came later; none is better.
+      name: which score it is; None if an earlier version did not say.
     """
 
     step: int
     score: float
     since: int = 0
+    name: str | None = None
 
 
-def best_of(before: Best | None, step: int, score: float) -> Best | None:
+def best_of(before: Best | None, step: int, score: float, name: str | None = None) -> Best | None:
     """The best score after one more; one that is not a number is never better."""
     if not math.isnan(score) and (before is None or score > before.score):
-        return Best(step, score)
+        return Best(step, score, name=name)
     return before and replace(before, since=before.since + 1)
 
 

@@ -152,7 +152,7 @@ class Save(Hook):
         if score and trainer.run.score is not None:
             scores = trainer.run.score(trainer.state.trainable)
             scored = scores[trainer.run.best]
-            trainer.best = best_of(trainer.best, step, scored)
+            trainer.best = best_of(trainer.best, step, scored, trainer.run.best)
             out.write(step, {f"dev/{name}": value for name, value in scores.items()})
             out.say(f"step {step}  dev {_in_a_line(scores, trainer.run.best)}")
         self.checkpoints.save(trainer.state, trainer.data.get_state(), scored, trainer.best)

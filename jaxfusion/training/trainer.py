@@ -112,6 +112,13 @@ class Trainer:
         self.done, self.best = int(self.state.step), notes.best
         scored = self.run.score is None or notes.score is not None
         self.unscored = not scored and self.due(stop=False).score and self.done > 0
+        if self.best and self.best.name != self.run.best and not self.ended:
+            logger.warning(
+                "the best score so far, %.3f at step %d, is of %s; scores from here on are of %s, "
+                "and compared with it all the same: start again with another --workdir to choose "
+                "by one score", self.best.score, self.best.step,
+                self.best.name or "an earlier version, which may have chosen by another",
+                self.run.best)
         logger.info("%s %s at step %d", "finished:" if self.ended else "resuming",
                     checkpoints.path.parent, self.done)
 

@@ -76,11 +76,12 @@ def _stream(
     rows = _rows(name, source, split, language, task.labels)
     for column, other in source.borrowed.items():
         rows = _borrow(list(rows), column, list(_rows(name, source, split, other, ())), other)
+    theirs = {ours: name for name, ours in source.rename.items()}
     empty = True
     # Duplicate ids are checked in files alone: a user cannot fix a published dataset.
     for row, where in _once(rows) if source.kind == "files" else rows:
         empty = False
-        yield _example(task, row, where, language)
+        yield _example(task, row, where, language, theirs)
     if empty:
         raise InputError(f"split '{split}' of task '{name}' in '{language}' is empty: "
                          f"{source.place} has no rows for it")
@@ -95,8 +96,8 @@ def find_source(name: str, task: Task, split: str, language: str, path: str | No
     if path is None:
         source = task.sources.get(language, task.source)
         if source is None:
-            raise InputError(f"task '{name}' has no source of its own; set config.data.path to "
-                             "where its rows are")
+            raise InputError(f"task '{name}' has no source of its own; set config.data.path, "
+                             "or --data_path of eval.py, to where its rows are")
         return source
     place = path.replace("{task}", name)
     folder = Path(place).expanduser()
@@ -293,13 +294,18 @@ def _once(rows: Iterator[Placed]) -> Iterator[Placed]:
                            duplicates, last)
 
 
-def _example(task: Task, row: dict[str, Any], where: str, language: str) -> Example:
+def _example(
+    task: Task, row: dict[str, Any], where: str, language: str, theirs: dict[str, str]
+) -> Example:
+    """A row as an example; `theirs` has the source's names of our columns, where they differ."""
     try:
         query = task.prompt.format(**row)
         answer = None if task.unlabelled else row[task.target_column]
     except KeyError as error:
+        name = error.args[0]
+        also = f", which the task calls '{theirs[name]}' there," if name in theirs else ""
         raise InputError(
-            f"{where}: column {error} is missing; its columns: {listed(row)}"
+            f"{where}: column '{name}'{also} is missing; its columns: {listed(row)}"
         ) from None
     for column in re.findall(r"{(\w+)}", task.prompt):
         _check_cell(row[column], column, where)

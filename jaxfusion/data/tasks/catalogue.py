@@ -9,6 +9,7 @@ from jaxfusion.data.pocket.lexicon import LANGUAGES as POCKET
 from jaxfusion.data.tasks.spec import (
     HUB_SPLITS,
     SAME,
+    SLICE,
     SPLITS,
     Row,
     Source,
@@ -17,7 +18,7 @@ from jaxfusion.data.tasks.spec import (
     last_unsigned,
 )
 from jaxfusion.errors import InputError, choose
-from jaxfusion.fields import DataConfig, TaskConfig
+from jaxfusion.fields import TaskConfig
 
 NLI_PROMPT = "Premise: {premise} Hypothesis: {hypothesis} Label: "
 NLI_LABELS = ("Entailment", "Neutral", "Contradiction")
@@ -341,11 +342,16 @@ def own_task(name: str, c: TaskConfig) -> Task:
         raise InputError(f"{where} is unlabelled, but has labels")
     if c.answers:
         _check_answers(where, c)
-    for split in c.splits:
+    for split, rows in c.splits.items():
         choose(f"split in {where}.splits:", split, SPLITS)
-    return Task(c.prompt, c.labels, c.languages, _own_source(c), spellings=c.spellings,
-                unlabelled=c.unlabelled, translation=c.answers is not None, parallel=c.parallel,
-                extract=c.extract and EXTRACTS[
+        if re.search(r"\[.*:.*\]$", rows) and SLICE.fullmatch(rows)[1] == rows:
+            raise InputError(f"{where}.splits.{split} is '{rows}', expected rows counted from the "
+                             "first, such as all[0:900] or all[900:]")
+    # Without a source of its own, what data.path names has the task's columns and splits, too.
+    others = () if c.source else tuple(_own_source(c, place) for place in ("", "hub:"))
+    return Task(c.prompt, c.labels, c.languages, _own_source(c, c.source), others=others,
+                spellings=c.spellings, unlabelled=c.unlabelled, translation=c.answers is not None,
+                parallel=c.parallel, extract=c.extract and EXTRACTS[
                     choose(f"{where}.extract", c.extract, EXTRACTS)])
 
 
@@ -362,26 +368,12 @@ def _check_answers(where: str, c: TaskConfig) -> None:
 EXTRACTS = {"last_number": last_number, "last_unsigned": last_unsigned}
 
 
-def _own_source(c: TaskConfig) -> Source | None:
-    if c.source is None:
+def _own_source(c: TaskConfig, place: str | None) -> Source | None:
+    if place is None:
         return None
-    source = Source(c.source, c.subset, revision=c.revision, names=c.names, answers=c.answers,
+    source = Source(place, c.subset, revision=c.revision, names=c.names, answers=c.answers,
                     rename={theirs: ours for ours, theirs in c.columns.items()})
     return replace(source, splits=c.splits or (SAME if source.kind == "files" else HUB_SPLITS))
-
-
-def configured(task: Task, data: DataConfig) -> Task:
-    """The training task with the config's settings for its hub dataset: place, revision, streaming.
-    """
-    source = task.sources.get(data.language, task.source)
-    if data.path is not None:
-        source = task.at(data.path)
-    if source is None or source.kind != "hub":
-        return task
-    source = replace(source, streaming=data.streaming, revision=data.revision or source.revision)
-    if data.language in task.sources and data.path is None:
-        return replace(task, sources={**task.sources, data.language: source})
-    return replace(task, source=source)
 
 
 def check_languages(

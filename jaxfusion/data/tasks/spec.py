@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from jaxfusion.config import EVERY
+from jaxfusion.fields import DataConfig
 
 SPLITS = ("train", "dev", "test")
 SAME = {split: split for split in SPLITS}
@@ -137,13 +138,34 @@ class Task:
 
     @property
     def development(self) -> str:
-        """The scoring of development rows: see `bridge/development.py`."""
-        return "log_likelihood" if self.unlabelled or self.translation else "exact_match"
+        """The score of development rows that decides which checkpoint is best: the one that tables
+        report, except for texts of which a good one rarely equals the target."""
+        return "log_likelihood" if self.unlabelled or self.translation else self.scoring
 
     @property
     def scoring(self) -> str:
         """The scoring that tables report: see `evaluation/scoring.py`."""
         return "likelihood" if self.labels else "exact_match"
+
+
+def configured(task: Task, data: DataConfig) -> Task:
+    """The training task with the config's settings for its hub datasets: place, streaming, and the
+    revision, which is that of the first training language's dataset."""
+    languages = task.training_languages(data.language)
+    first = task.sources.get(languages[0], task.source) if data.path is None else task.at(data.path)
+
+    def set_up(source: Source | None) -> Source | None:
+        if source is None or source.kind != "hub":
+            return source
+        revision = data.revision if source.place == first.place else None
+        return replace(source, streaming=data.streaming, revision=revision or source.revision)
+
+    if data.path is not None:
+        return replace(task, source=set_up(first)) if first.kind == "hub" else task
+    sources = {language: set_up(source) if language in languages else source
+               for language, source in task.sources.items()}
+    shared = set_up(task.source) if set(languages) - task.sources.keys() else task.source
+    return replace(task, source=shared, sources=sources)
 
 
 # A minus counts only at the start of a number: "5-3" has no negative number.

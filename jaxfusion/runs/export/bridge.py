@@ -3,6 +3,7 @@
 import copy
 import json
 import logging
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import resources
@@ -40,6 +41,7 @@ from jaxfusion.runs.export.card import (
 from jaxfusion.runs.open_run import open_run
 from jaxfusion.sharding.mesh import make_mesh
 from jaxfusion.training.build import initialise_own, plan_model
+from jaxfusion.training.checkpoint import read_notes
 from jaxfusion.training.frozen import frozen_part
 from jaxfusion.training.load import open_towers
 from jaxfusion.training.state import Flat
@@ -315,9 +317,10 @@ def _describe(bridge: Trained, merge: bool, dtype: str | None) -> dict[str, Any]
 def _task_of(config: Config) -> dict[str, Any]:
     """What the bridge was trained to answer, how it is asked, and the dtypes of its towers."""
     task, own = get_task(config.data.task, config.tasks), config.tasks.get(config.data.task)
+    of_rows = {"columns": own.columns, "spellings": list(own.spellings)} if own else {}
     return {"task": config.data.task, "language": config.data.language, "prompt": task.prompt,
             "labels": list(task.labels), "languages": list(task.languages),
-            "extract": own and own.extract, "parallel": task.parallel,
+            "extract": own and own.extract, "parallel": task.parallel, **of_rows,
             "eval": {name: getattr(config.eval, name) for name in ASKED},
             "dtypes": {role: getattr(config, role).dtype for role in ROLES}}
 
@@ -337,6 +340,21 @@ def _ids(bridge: Trained) -> dict[str, Any]:
         "query_pad_id": pad, "pad_token_id": pad,
         "query_end_id": first + last if last == encoder.eos_token_id else None,
     }
+
+
+def _unfilled(config: Config) -> str:
+    """The task's prompt as a text in quotes, with "..." for each column."""
+    prompt = get_task(config.data.task, config.tasks).prompt
+    return json.dumps(prompt.format(**dict.fromkeys(re.findall(r"{(\w+)}", prompt), "...")),
+                      ensure_ascii=False)
+
+
+def _chosen(bridge: Trained) -> str:
+    """Why it is this step, if a score of the run says so."""
+    best = read_notes(bridge.workdir / "checkpoints" / str(bridge.step)).best
+    if best is None or best.name is None or best.step != bridge.step:
+        return ""
+    return f", which has the run's best `{best.name}` on development rows ({best.score:.3f})"
 
 
 def write_bridge_card(
@@ -365,8 +383,8 @@ def write_bridge_card(
     write_card(folder, data, CARD.format(
         fusion=config.fusion.name, projector=config.projector.name,
         learned=", after a stage on ".join(map(learned, trained)), step=bridge.step,
-        scores=scores.table(),
+        chosen=_chosen(bridge), scores=scores.table(),
         usage=(usage or USAGE).format(
-            place=f'"{hub_name}"' if hub_name else "DIR",
+            place=f'"{hub_name}"' if hub_name else "DIR", text=_unfilled(config),
             told=TOLD.format(trained_in(config)[0]) if bridge.tokenizers.languages else ""),
         parts="\n".join(base.line() for base in bases), config=json.dumps(shown, indent=2)))

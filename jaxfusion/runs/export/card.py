@@ -14,8 +14,8 @@ from jaxfusion.data.languages import iso_of
 from jaxfusion.data.pocket.lexicon import WORLD_FILE
 from jaxfusion.data.pocket.world import TASKS as POCKET_TASKS
 from jaxfusion.data.rows.examples import find_source
-from jaxfusion.data.tasks.catalogue import TASKS, configured, get_task
-from jaxfusion.data.tasks.spec import Source
+from jaxfusion.data.tasks.catalogue import TASKS, get_task
+from jaxfusion.data.tasks.spec import Source, configured
 from jaxfusion.errors import InputError
 from jaxfusion.fields import Config
 from jaxfusion.files import read_json
@@ -272,7 +272,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 model = AutoModelForCausalLM.from_pretrained({place}, trust_remote_code=True)
 tokenizer = AutoTokenizer.from_pretrained({place}, trust_remote_code=True)
-texts = ["..."]{told}
+texts = [{text}]{told}
 inputs = tokenizer(texts, padding=True, return_tensors="pt")
 tokens = model.generate(**inputs, max_new_tokens=32)
 print(tokenizer.batch_decode(tokens, skip_special_tokens=True))
@@ -287,7 +287,7 @@ CARD = """\
 
 A frozen multilingual encoder in front of a frozen LLM, connected by a small module (fusion
 `{fusion}`, projector `{projector}`) that was trained on {learned}, with jaxfusion. This is step
-{step}.
+{step}{chosen}.
 
 {usage}
 ## Parts

@@ -12,12 +12,18 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import validate_repo_id
 
+from jaxfusion.data.pocket.lexicon import ABOUT_FILE
 from jaxfusion.errors import InputError, cut, listed
 from jaxfusion.hf.hub import HUB_ID, hub_in_reach
 
 TOKENS = "https://huggingface.co/settings/tokens"
-# An earlier push may have had other shards, which transformers would read instead of the new ones.
-REPLACED = "*.safetensors*"
+# What an earlier export may have written and a new one may not: other shards, a tower, a template,
+# which transformers would read beside the new files or in their place.
+REPLACED = ("*.safetensors*", "encoder/*", "decoder/*", "encoder_tokenizer/*",
+            "decoder_tokenizer/*", "*_jaxfusion.py", "chat_template.jinja",
+            "additional_chat_templates/*", "generation_config.json", "special_tokens_map.json",
+            "added_tokens.json", "tokenizer*.json", "tokenizer.model", "spiece.model",
+            "sentencepiece*.model", "vocab.*", "merges.txt", ABOUT_FILE)
 
 
 def check_push(name: str, private: bool) -> None:
@@ -74,8 +80,8 @@ def _check_token(who: dict, namespace: str) -> None:
 
 
 def push(folder: Path, name: str, private: bool) -> str:
-    """Uploads an export to a repository, which is made if there is none. Weights of an earlier push
-    are replaced; other files there stay.
+    """Uploads an export to a repository, which is made if there is none. What an earlier export
+    wrote is replaced; other files there stay.
 
     Returns:
       The address of its page.
@@ -86,7 +92,7 @@ def push(folder: Path, name: str, private: bool) -> str:
     try:
         # None: public, unless the organisation's own default is private.
         HfApi().create_repo(name, private=private or None, exist_ok=True)
-        HfApi().upload_folder(repo_id=name, folder_path=folder, delete_patterns=[REPLACED],
+        HfApi().upload_folder(repo_id=name, folder_path=folder, delete_patterns=[*REPLACED],
                               commit_message="Export of jaxfusion")
     except Exception as error:  # whatever the libraries between here and there raise
         raise InputError(f"{folder} is written, but not all of it is on the hub: {reason(error)}; "
@@ -96,7 +102,8 @@ def push(folder: Path, name: str, private: bool) -> str:
 
 def by_hand(name: str, folder: Path, private: bool) -> str:
     """The command that uploads an export."""
-    words = ["hf", "upload", name, str(folder), ".", "--delete", REPLACED]
+    words = ["hf", "upload", name, str(folder), "."]
+    words += [x for pattern in REPLACED for x in ("--delete", pattern)]
     return shlex.join(words + ["--private"] * private)
 
 

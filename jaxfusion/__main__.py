@@ -1,0 +1,5 @@
+"""`python -m jaxfusion` is the command `jaxfusion`."""
+
+from jaxfusion.commands.main import main
+
+main()
