@@ -7,7 +7,8 @@ A bridge also takes the name of a fusion, and `compare`, which makes a compariso
 three fusions out of it. A file may have words of its own.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from ml_collections import ConfigDict
 
@@ -15,6 +16,7 @@ from jaxfusion.config import default_config
 from jaxfusion.errors import choose
 from jaxfusion.fields import FUSIONS
 
+TINY_LAYERS = 4  # of the encoder that debug sizes have
 # Changes a config in its place, or gives another one.
 Word = Callable[[ConfigDict], ConfigDict | None]
 
@@ -28,11 +30,13 @@ def finish(config: ConfigDict, arg: str | None, words: dict[str, Word] | None = 
     Raises:
       InputError: an unknown word.
     """
-    known = {**OF_JOB[config.job], **(words or {})}
+    words = words or {}
+    known = {**OF_JOB[config.job], **words}
     chosen = [choose("config argument", word, known) for word in (arg.split(",") if arg else [])]
-    own = [word for word in words or {} if word != "compare"]
-    for word in sorted(chosen, key=[*own, *FUSIONS, "debug", "compare"].index):
-        config = known[word](config) or config
+    own = [word for word in words if word != "compare"]
+    for word in sorted(chosen, key=[*own, *FUSIONS, "compare", "debug"].index):
+        # A word may make a comparison of the config, which has a debug size of its own.
+        config = {**OF_JOB[config.job], **words}[word](config) or config
     return config.lock()
 
 
@@ -67,7 +71,7 @@ def debug_bridge(config: ConfigDict) -> None:
     config.data.max_encoder_tokens = config.eval.max_encoder_tokens = 128
     config.data.buckets = (128,)
     config.data.max_decoder_tokens = config.eval.max_decoder_tokens = 128
-    config.fusion.d_ff = 64
+    config.fusion.d_ff, config.fusion.layer = 64, min(config.fusion.layer, TINY_LAYERS)
     config.train.batch_size = config.eval.batch_size = 8
     config.train.accumulate = 1
     for group in config.optimizer.groups.values():
@@ -77,10 +81,14 @@ def debug_bridge(config: ConfigDict) -> None:
     config.train.eval_every = config.train.checkpoint_every = 100
     config.eval.tasks = config.eval.languages = ()
     if config.first:
-        data = config.first.data
-        config.first = {"data": {"task": data.task, "language": data.language,
-                                 "text_prompt": data.text_prompt, "path": "made:rows"},
-                        "train": {"steps": 20}}
+        config.first = debug_stage(config.first)
+
+
+def debug_stage(first: Mapping) -> dict[str, Any]:
+    """A few steps of a first stage on rows made for it."""
+    data = first["data"]
+    kept = {name: data[name] for name in ("task", "language", "text_prompt") if name in data}
+    return {"data": {**kept, "path": "made:rows"}, "train": {"steps": 20}}
 
 
 def debug_comparison(config: ConfigDict) -> None:
@@ -89,6 +97,18 @@ def debug_comparison(config: ConfigDict) -> None:
     config.base.train.steps = 40
     config.base.train.eval_every = config.base.train.checkpoint_every = 20
     config.rows = 12
+    config.variants = tuple(debug_variant(variant) for variant in config.variants)
+
+
+def debug_variant(variant: Mapping) -> dict[str, Any]:
+    """A variant with a layer that the tiny encoder has, and a debug size of its first stage."""
+    changed = dict(variant)
+    if changed.get("fusion", {}).get("layer"):
+        fusion = changed["fusion"]
+        changed["fusion"] = {**fusion, "layer": min(fusion["layer"], TINY_LAYERS)}
+    if changed.get("first"):
+        changed["first"] = debug_stage(changed["first"])
+    return changed
 
 
 def debug_pretraining(config: ConfigDict) -> None:

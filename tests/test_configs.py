@@ -14,11 +14,12 @@ from configs.common import finish
 from jaxfusion import config as configs
 from jaxfusion.bridge import warm_start
 from jaxfusion.bridge.job import train
-from jaxfusion.config import default_config, from_config_dict
+from jaxfusion.config import default_config, first_stage, from_config_dict, variants
 from jaxfusion.data.rows.examples import read_examples
-from jaxfusion.data.tasks.catalogue import TASKS
+from jaxfusion.data.tasks.catalogue import TASKS, get_task
 from jaxfusion.errors import InputError
 from jaxfusion.fields import JOBS, GroupConfig, MeshConfig
+from jaxfusion.miniatures.checkpoints import SIZES
 from jaxfusion.miniatures.inputs import make_inputs
 from jaxfusion.runs.score import evaluate
 from jaxfusion.sharding.mesh import make_mesh
@@ -50,6 +51,22 @@ def test_debug_runs_take_a_step(file, cache_dir, tmp_path, unscored, monkeypatch
     config.train.steps = config.train.eval_every = 1
     config.data.train_rows, config.data.dev_rows = 32, 8
     assert int(train(make_inputs(from_config_dict(config)), tmp_path / "run").step) == 1
+
+
+@pytest.mark.parametrize("words", ["layer", "compare", "methods"])
+def test_debug_fits_every_word_of_real_topics(words, cache_dir):
+    """The layers of the tiny encoder, and rows made for a variant's first stage."""
+    (file,) = (file for file in FILES if file.stem == "real_topics")
+    config = make_inputs(from_config_dict(get_config(file, f"{words},debug")))
+    runs = variants(config) if words != "layer" else {words: config}
+    for run in runs.values():
+        assert run.fusion.layer <= SIZES["tiny"][0].num_layers and run.train.steps <= 200
+        stages = [run, first_stage(run)] if run.first else [run]
+        assert all((Path(stage.data.path) / f"train-{x}.jsonl").is_file() for stage in stages
+                   for x in get_task(stage.data.task, stage.tasks).training_languages(
+                       stage.data.language))
+    with_first = ["layer 11, translations first"] if words == "methods" else []
+    assert [name for name, run in runs.items() if run.first] == with_first
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)

@@ -9,7 +9,6 @@ is printed. SIGTERM saves what there is to save and ends the run with exit statu
 """
 
 import re
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -89,7 +88,7 @@ def main(argv: list[str]) -> None:
     elif config.job == "compare":
         from jaxfusion.bridge.compare import compare
 
-        compare(replace(config, base=make_inputs(config.base)), workdir)
+        compare(make_inputs(config), workdir)
         print(f"done: {workdir / 'report.html'}, and the same as report.md")
     elif config.job == "pretrain":
         from jaxfusion.pretraining.job import CHECKPOINT, pretrain

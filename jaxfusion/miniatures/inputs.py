@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 from zlib import crc32
 
-from jaxfusion.config import first_stage
+from jaxfusion.config import first_stage, variants
 from jaxfusion.data.pocket.lexicon import VERSION as WORLD
 from jaxfusion.data.pocket.world import (
     write_parallel,
@@ -16,7 +16,7 @@ from jaxfusion.data.pocket.world import (
 from jaxfusion.data.tasks.catalogue import get_task
 from jaxfusion.data.tasks.spec import Task
 from jaxfusion.errors import InputError, choose
-from jaxfusion.fields import Config, Job, LensRunConfig, PretrainConfig
+from jaxfusion.fields import CompareConfig, Config, Job, LensRunConfig, PretrainConfig
 from jaxfusion.files import cache_dir, new_directory
 from jaxfusion.miniatures.checkpoints import SIZES, write_checkpoints
 from jaxfusion.miniatures.text import write_rows
@@ -35,6 +35,8 @@ def make_inputs(config: Job) -> Job:
     They are created if missing, below `$JAXFUSION_CACHE` (default `~/.cache/jaxfusion`).
     """
     cache = cache_dir()
+    if isinstance(config, CompareConfig):
+        return _comparison_inputs(config)
     if isinstance(config, LensRunConfig):
         return _lens_inputs(config, cache)
     if isinstance(config, Config) and config.first.get("data", {}).get("path"):
@@ -62,6 +64,15 @@ def make_inputs(config: Job) -> Job:
         _make(rows, lambda out: _write_rows(out, task))
         config = replace(config, data=replace(config.data, path=str(rows)))
     return config
+
+
+def _comparison_inputs(config: CompareConfig) -> CompareConfig:
+    """Those of the base, and of first stages that variants have of their own."""
+    config, made = replace(config, base=make_inputs(config.base)), []
+    for fields, run in zip(config.variants, variants(config).values(), strict=True):
+        own = fields.get("first") and {"first": make_inputs(run).first}
+        made.append({**fields, **(own or {})})
+    return replace(config, variants=tuple(made))
 
 
 def _lens_inputs(config: LensRunConfig, cache: Path) -> LensRunConfig:
