@@ -5,6 +5,7 @@
     python benchmarks/train_step.py --size small --out benchmarks/results/train_step_small.json
     python benchmarks/load.py --out benchmarks/results/load.json
     python benchmarks/growth.py --out benchmarks/results/growth.json
+    python benchmarks/shared_prompt.py LLM SIB200 --out benchmarks/results/shared_prompt.json
     bash benchmarks/gpu.sh                                     # on a machine with a GPU
     python benchmarks/lens.py --size full --rounds 2 --json benchmarks/results/lens.json
 """
@@ -128,6 +129,24 @@ towers this narrow it costs more than all else from 256 tokens on. On GPUs and T
 memory linear. The labels of a row share their prompt, which is read once; a few cost nothing."""
 
 
+def shared_prompt(result: dict[str, Any]) -> list[str]:
+    """An LLM's few-shot prompts: what they begin with read once, or with every row."""
+    rows = [[label, f"{result['flops'][name] / 1e9:,.0f}", f"{result['cpu_seconds'][name]:.1f} s"]
+            for name, label in (("again", "read with every row"), ("once", "read once"))]
+    low, high = min(result["faster"]["of_pairs"]), max(result["faster"]["of_pairs"])
+    return [
+        "## Prompts that begin alike", "",
+        f"`benchmarks/shared_prompt.py`: the real SmolLM2-135M scores 7 labels after "
+        f"{result['rows']} prompts of SIB-200, each with the same five examples in front: "
+        f"{result['shared']} of at most {result['tokens']} tokens.", "",
+        *table(["the examples are", "GFLOPs", "CPU time"], rows), "",
+        f"By its FLOPs, `read once` should be {result['predicted']:.1f} times as fast; it is "
+        f"**{result['faster']['of_medians']:.1f}×** ({low:.1f} to {high:.1f}). Log-likelihoods "
+        f"differ by {result['difference']:.0e} at most, relative to each. CPU time of the "
+        f"process, as others used the machine too. {machine(result)}", "",
+    ]
+
+
 def lens(result: dict[str, Any]) -> list[str]:
     """Lens' training on cached activations, against full models in every step."""
     r, timed, settings = result, result["settings_timed_of_others"], len(result["settings"])
@@ -211,7 +230,7 @@ def main() -> None:
     parts = [
         HEAD, *fusion(read("fusion")), *train_step(read("train_step_pocket")),
         *train_step(read("train_step_small")), NOTES, *load(read("load")),
-        *growth(read("growth")), *lens(read("lens")),
+        *growth(read("growth")), *shared_prompt(read("shared_prompt")), *lens(read("lens")),
         *gpu([read(f"gpu_{size}") for size in ("xnli", "langbridge", "langbridge_4")]),
     ]
     (ROOT / "docs" / "benchmarks.md").write_text("\n".join(parts), "utf-8")

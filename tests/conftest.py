@@ -1,6 +1,7 @@
 """Shared by all tests: one compile cache per run, no hub, and small checkpoints made once."""
 
 import atexit
+import gc
 import os
 import shutil
 import tempfile
@@ -12,6 +13,8 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# PyTorch's threads would wait for each other on towers this small, and a worker has one core.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Tests compile far more than they compute. Without the emitters of fusions, and in one part, XLA
 # compiles a training step in a quarter of the time.
 os.environ.setdefault("XLA_FLAGS", " ".join((
@@ -31,6 +34,8 @@ from jaxfusion.miniatures.checkpoints import write_checkpoints
 pytest.register_assert_rewrite("helpers")
 settings.register_profile("here", deadline=None)  # the first call of a function may compile
 settings.load_profile("here")
+# What jax traces is many short-lived objects beside a large heap that a worker keeps to its end.
+gc.set_threshold(50_000, 20, 20)
 
 
 @pytest.fixture(scope="session")

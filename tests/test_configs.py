@@ -24,9 +24,11 @@ from jaxfusion.miniatures.inputs import make_inputs
 from jaxfusion.runs.score import evaluate
 from jaxfusion.sharding.mesh import make_mesh
 
-# The paper's, one that trains in a tower, one for a mesh.
-SCORED = ("xnli_paper", "langbridge", "tpu_v4")
+# The paper's, and one for a mesh.
+SCORED = ("xnli_paper", "tpu_v4")
 OTHERS = [file for file in BRIDGES if file.stem not in SCORED]
+# Trained like the paper's, on other rows.
+ALIKE = ("amazon_paper", "news_paper", "xnli_file")
 
 
 @pytest.mark.parametrize("file", [
@@ -44,7 +46,9 @@ def test_debug_runs_from_start_to_results(file, cache_dir, tmp_path):
     assert languages[config.data.language]["exact_match"]["n"] == 5
 
 
-@pytest.mark.parametrize("file", OTHERS, ids=lambda file: file.stem)
+@pytest.mark.parametrize("file", [
+    pytest.param(file, marks=pytest.mark.slow) if file.stem in ALIKE else file for file in OTHERS],
+    ids=lambda file: file.stem)
 def test_debug_runs_take_a_step(file, cache_dir, tmp_path, unscored, monkeypatch):
     monkeypatch.setattr(warm_start, "STEPS", 20)
     config = get_config(file, "debug").unlock()

@@ -40,7 +40,7 @@ def steps_of(run, steps=3):
     ("last,debug", {"data__pack": True}),
     pytest.param("last,debug", {"fusion__name": "layer", "fusion__layer": 1},
                  marks=pytest.mark.slow),
-    ("global_softmax,debug", {"data__pack": True}),
+    pytest.param("global_softmax,debug", {"data__pack": True}, marks=pytest.mark.slow),
     pytest.param("global_softmax,debug", {"fusion__backward": "second_pass"},
                  marks=pytest.mark.slow),
     ("transformer_softmax,debug", {"fusion__dropout": 0.1}),

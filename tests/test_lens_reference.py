@@ -248,7 +248,8 @@ def manipulation(setup: Setup, layers, rank):
     return lambda blocks: loss({"decoder": {**setup.frozen, "blocks": blocks}, **rest}, kept), kept
 
 
-@pytest.mark.parametrize("layers,rank", [("last", 2), ("two", 1)])
+@pytest.mark.parametrize("layers,rank", [
+    ("last", 2), pytest.param("two", 1, marks=pytest.mark.slow)])
 def test_loss_and_gradients_are_the_authors(setup, layers, rank):
     number = setup.config.num_layers
     layers = (number,) if layers == "last" else (number - 1, number)

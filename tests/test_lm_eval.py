@@ -11,9 +11,11 @@ from helpers import ROOT, XNLI, get_config, leave_unscored
 
 from jaxfusion.bridge.job import train
 from jaxfusion.config import from_config_dict
+from jaxfusion.data.rows.examples import Example
 from jaxfusion.errors import InputError
+from jaxfusion.evaluation.scoring import SHARED
 from jaxfusion.miniatures.inputs import make_inputs
-from jaxfusion.runs.lm_harness import JaxFusion, _at_seam, _decoding
+from jaxfusion.runs.lm_harness import FREE, JaxFusion, _at_seam, _decoding
 from jaxfusion.runs.score import evaluate
 
 
@@ -73,6 +75,18 @@ def test_a_question_behind_many_examples_is_asked(workdir):
     (one, _), (other, _) = model.loglikelihood([
         Request("la ru so bako. " * 60 + asked, " gata") for asked in ("dimofu", "bako la")])
     assert one != other
+
+
+def test_what_all_requests_begin_with_is_read_once(workdir):
+    """The examples of few-shot prompts; a request alone shares nothing."""
+    model = JaxFusion(str(workdir), llm_only=True)
+    asked = [Request("la ru so bako. " * 5 + x, " gata") for x in ("dimofu", "bako la", "ru")]
+    rows, _ = model.run.scorer(FREE).rows([Example(x.args[0], "", -1, "") for x in asked])
+    assert model.run.scorer(FREE).shared(rows) >= SHARED
+    alone = [model.loglikelihood([request])[0] for request in asked]
+    found = model.loglikelihood(asked)
+    assert [greedy for _, greedy in found] == [greedy for _, greedy in alone]
+    assert np.allclose([x for x, _ in found], [x for x, _ in alone], rtol=1e-5)
 
 
 def test_a_model_without_a_run_is_refused():

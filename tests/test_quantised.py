@@ -89,6 +89,11 @@ def test_a_product_is_that_of_the_restored_weights(name, dtype):
         assert relative(ours, theirs) < 1e-5
 
 
+def boxed_of(bridge):
+    """Parameters with the names of their axes."""
+    return jax.jit(bridge.init, static_argnums=1)(jax.random.key(0), (*ROLES, *OWN))
+
+
 def in_dtype(boxed, dtype):
     """The towers' parameters as they are held in `dtype`, and with the restored weights."""
     held, restored = {}, {}
@@ -117,7 +122,7 @@ def test_loss_and_gradients_are_those_of_the_restored_weights(encoder, decoder, 
     decoder = DECODERS[decoder]
     bridge = make_bridge(fusion, encoder=ENCODERS[encoder], decoder=decoder,
                          aligner=Aligner("linear", decoder.num_layers, decoder.d_model))
-    held, restored = in_dtype(bridge.init(jax.random.key(0), (*ROLES, *OWN)), dtype)
+    held, restored = in_dtype(boxed_of(bridge), dtype)
     batch = make_batch(QUERY, TEXT, TARGET, slots=8, length=14)
 
     @jax.jit
@@ -134,11 +139,11 @@ def test_loss_and_gradients_are_those_of_the_restored_weights(encoder, decoder, 
 
 def test_integers_without_their_scale_are_refused():
     bridge = make_bridge("last")
-    held, _ = in_dtype(bridge.init(jax.random.key(0), (*ROLES, *OWN)), "int8")
+    held, _ = in_dtype(boxed_of(bridge), "int8")
     batch = make_batch(QUERY, TEXT, TARGET, slots=8, length=14)
     del held["decoder"]["blocks"]["mlp"]["up"]["scale"]
     with pytest.raises(ValueError, match="mlp/up has int8 weights, and its scale is missing"):
-        bridge.loss(held, batch)
+        jax.eval_shape(bridge.loss, held, batch)
 
 
 @pytest.fixture(scope="module")

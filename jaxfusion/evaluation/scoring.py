@@ -23,7 +23,7 @@ from jaxfusion.data.rows.examples import Example
 from jaxfusion.data.tasks.spec import Task
 from jaxfusion.data.tokenizers import Tokenizers
 from jaxfusion.errors import InputError
-from jaxfusion.evaluation.generate import Decoding, make_scorer
+from jaxfusion.evaluation.generate import Decoding, Score, make_scorer
 from jaxfusion.evaluation.kept_states import keep_states
 from jaxfusion.evaluation.options import Options, make_options
 from jaxfusion.fields import EvalConfig
@@ -107,7 +107,6 @@ class Scorer:
         self.vocabulary = bridge.decoder.config.vocab_size
         self.decoding = Decoding(config.max_new_tokens, tokenizers.eos, config.temperature,
                                  config.top_p, config.seed)
-        self.score = make_scorer(bridge, self.decoding, bare)
 
     def __call__(
         self, params: Params, examples: Sequence[Example], task: Task,
@@ -126,7 +125,7 @@ class Scorer:
         answers, likelihoods = [""] * len(rows), np.zeros((len(rows), len(labels)))
         unfinished = [False] * len(rows)
         fill = keep_states(self.bridge, params, rows, self.tokenizers, self.keep)
-        score = make_scorer(self.bridge, self.decoding, self.bare, self.shared(rows))
+        score = self.program(rows)
         for chosen, batch in in_order(rows, self.shapes(rows), self.tokenizers,
                                       self.config.batch_size):
             options = self.options([examples[i] for i in chosen], labels)
@@ -148,6 +147,10 @@ class Scorer:
             return find_bare_shapes(rows, length_buckets(self.config.max_decoder_tokens))
         return find_shapes(rows, length_buckets(self.config.max_encoder_tokens))
 
+    def program(self, rows: Sequence[TokenRow]) -> Score:
+        """What scores batches of these rows; see `make_scorer`."""
+        return make_scorer(self.bridge, self.decoding, self.bare, self.shared(rows))
+
     def shared(self, rows: Sequence[TokenRow]) -> int:
         """How many slots all rows begin with in the same way, as few-shot prompts of the bare LLM
         do; 0 if they are too few to be worth a program of their own."""
@@ -157,7 +160,7 @@ class Scorer:
         pairs = zip(min(texts), max(texts), strict=False)  # all others are between these two
         same = len(list(takewhile(lambda pair: pair[0] == pair[1], pairs)))
         count = len(self.tokenizers.start) + min(same, *(len(text) - 1 for text in texts))
-        return count // SHARED * SHARED
+        return max(count, 0) // SHARED * SHARED  # a text may be empty
 
     @cached_property
     def _ends(self) -> np.ndarray | None:

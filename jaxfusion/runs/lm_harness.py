@@ -165,12 +165,13 @@ class JaxFusion(LM):
         rows = [row if row.query or row.text or tokenizers.start
                 else replace(row, text=[tokenizers.eos]) for row in rows]
         most, scored = max(map(len, options), default=0), [[] for _ in rows]
+        score = scorer.program(rows)
         with self.run.on_mesh():
             for numbers, batch in in_order(rows, scorer.shapes(rows), tokenizers, size):
                 ids = [[options[i][c] if c < len(options[i]) else [] for i in numbers]
                        for c in range(most)]
                 _, scores, greedy = jax.device_get(
-                    scorer.score(self.params, batch, make_options(ids, size)))
+                    score(self.params, batch, make_options(ids, size)))
                 for row, i in enumerate(numbers):
                     scored[i] = [(float(scores[c, row]), bool(greedy[c, row]))
                                 for c in range(len(options[i]))]

@@ -4,6 +4,7 @@ import math
 from dataclasses import replace
 
 import jax
+import pytest
 from helpers import debug_config, losses, relative
 from safetensors.numpy import load_file
 
@@ -12,6 +13,7 @@ from jaxfusion.sharding.mesh import make_mesh
 from jaxfusion.training import workdir
 
 
+@pytest.mark.slow
 def test_probe_losses_and_scores_are_those_of_one_device(cache_dir, tmp_path, monkeypatch):
     config = debug_config(
         sweep=({"name": "Lens"}, {"name": "sup", "lens": {"method": "supervised"}}),
