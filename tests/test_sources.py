@@ -132,7 +132,8 @@ def test_a_task_without_a_source_has_its_columns_wherever_the_rows_are(tmp_path)
                                                 columns={"label": "mood"})})
     found, = read_examples("mine", task, "test", "en", str(tmp_path / "{split}.csv"))
     assert found.target == "bad"
-    assert task.at("hub:a/b").rename == {"mood": "label"} and task.source is None
+    assert task.at("hub:a/b").rename == task.at("tfds:a/b").rename == {"mood": "label"}
+    assert task.source is None
 
 
 def test_languages_at_hand_are_those_with_files(tmp_path):

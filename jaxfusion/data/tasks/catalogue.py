@@ -347,7 +347,7 @@ def own_task(name: str, c: TaskConfig) -> Task:
         if source is not None:
             source.rows(split)
     # Without a source of its own, what data.path names has the task's columns and splits, too.
-    others = () if c.source else tuple(_own_source(c, place) for place in ("", "hub:"))
+    others = () if c.source else tuple(_own_source(c, place) for place in ("", "hub:", "tfds:"))
     return Task(c.prompt, c.labels, c.languages, source, others=others,
                 spellings=c.spellings, unlabelled=c.unlabelled, translation=c.answers is not None,
                 parallel=c.parallel, extract=c.extract and EXTRACTS[

@@ -129,8 +129,8 @@ class Task:
                 return source
         for source in (self.source, *self.others):
             # For tensorflow-datasets: a version's directory, whose path contains the name.
-            named = requested.kind != "tfds" or (
-                source and source.name in requested.name.split("/"))
+            named = requested.kind != "tfds" or (source and (
+                not source.name or source.name in requested.name.split("/")))
             if source is not None and source.kind == requested.kind and named:
                 return replace(source, place=place)
         return replace(requested, splits=SAME) if requested.kind == "files" else requested
