@@ -22,7 +22,7 @@ MASKED = -1e30
 BLOCK = 128  # slots that a Pallas kernel takes at a time, or a multiple
 LANES = 128  # of a TPU's vector unit; splash attention wants heads as wide
 QUERIES = 128  # slots that plain causal attention takes at a time, at least
-PARTS = 8  # and at most so many times, as each is compiled on its own
+PARTS = 8  # and in at most this many parts: each is compiled on its own
 
 
 @dataclass(frozen=True)
