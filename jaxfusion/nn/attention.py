@@ -2,7 +2,7 @@
 
 The plain form is the reference of the other two. They read the tokens of a segment in the order of
 their slots, so what a mask of positions allows there must be what slots allow: true of every row
-whose segments have no gaps, as batches are made.
+whose segments have no gaps, as batches are made. In parts (`Causal`) the plain form does so, too.
 """
 
 import math
