@@ -27,8 +27,8 @@ from jaxfusion import config as configs
 from jaxfusion.bridge.compare import side_by_side
 from jaxfusion.config import run_folders
 from jaxfusion.data.rows.examples import Example, read_examples
-from jaxfusion.data.tasks.catalogue import configured, get_task
-from jaxfusion.data.tasks.spec import Task
+from jaxfusion.data.tasks.catalogue import get_task
+from jaxfusion.data.tasks.spec import Task, configured
 from jaxfusion.errors import InputError
 from jaxfusion.evaluation.scoring import Scorer, for_task
 from jaxfusion.fields import CompareConfig

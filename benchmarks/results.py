@@ -206,7 +206,7 @@ Made by `benchmarks/results.py` from `benchmarks/results/`. No test row, and no 
 was seen in any training; recipes were chosen on development rows and development languages.
 """
 TOPICS = """\
-`configs/real_topics.py` and `benchmarks/real_topics.py`: SIB-200's seven topics (2309.07445), 701
+`configs/real_topics.py` and `benchmarks/real.py`: SIB-200's seven topics (2309.07445), 701
 English training rows, all 204 test rows of each language. Bridges lead from multilingual-e5-small
 to SmolLM2-135M-Instruct, both from 4-bit files. Beside them is a logistic regression on the
 encoder's mean-pooled last states, trained on the same rows. The recipe was chosen on development

@@ -8,6 +8,7 @@ import shutil
 import signal
 import sys
 import textwrap
+import traceback
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -189,8 +190,9 @@ def parse_flags(
         text = _plainly(str(error))
         if isinstance(first, AttributeError) and first.name == "get_config":
             text = "the file of --config has no function get_config: it is not a config"
-        if isinstance(first, KeyError):  # of ml_collections
-            text = _unknown_field(str(first.args[0]), str(error), argv)
+        if isinstance(first, KeyError):
+            text = _unknown_field(str(first.args[0]), str(error), argv) if _of_config(first) else (
+                f"the file of --config fails with {type(error).__name__}: {error}")
         if "Traceback" in text:  # a config file failed: the last line has the error
             text = text.strip().splitlines()[-1]
         raise InputError(cut(" ".join(text.split()))) from None
@@ -202,9 +204,17 @@ def _plainly(text: str) -> str:
     return f"missing: {', '.join(missing)}; --help says what they are" if missing else text
 
 
+def _of_config(error: KeyError) -> bool:
+    """Whether a config looked for the key, and not a dictionary of a config file."""
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    return str(frame.f_globals.get("__name__")).startswith("ml_collections.")
+
+
 def _unknown_field(name: str, said: str, argv: list[str]) -> str:
-    """What is wrong with a flag that sets a field that the config has not."""
-    flag = next((word.partition("=")[0] for word in argv if f".{name}" in word), "--config")
+    """What is wrong with a flag that sets a field that the config has not. Of several flags that
+    name it in their paths, nothing says which one it is."""
+    paths = [word.partition("=")[0] for word in argv]
+    flag = " or ".join(x for x in paths if name in re.split(r"[.\[]", x)[1:]) or "--config"
     meant = re.search(r'Did you mean "(\w+)"', said)
     text = f"{flag}: the config has no field '{name}'" + (
         f" (did you mean '{meant[1]}'?)" if meant else "")

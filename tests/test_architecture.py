@@ -4,6 +4,7 @@ import ast
 import re
 import subprocess
 import sys
+from functools import lru_cache
 from pathlib import Path
 
 import jaxfusion
@@ -39,6 +40,34 @@ def test_every_module_is_drawn():
     missing = [str(x) for x in files if not re.search(rf"\b{x.stem}\b", DRAWING)]
     assert not missing
     assert {x.parent.name for x in PACKAGE.glob("*/__init__.py")} == set(ROOMS)
+
+
+@lru_cache
+def names_in(module):
+    """Everything that a module's text gives a name to; of a package, its modules too."""
+    found = {x.stem for x in module.glob("*")}
+    text = module / "__init__.py" if module.is_dir() else module.with_suffix(".py")
+    for node in ast.walk(ast.parse(text.read_text("utf-8"))):
+        match node:
+            case ast.FunctionDef(name=name) | ast.ClassDef(name=name):
+                found.add(name)
+            case ast.Name(id=name, ctx=ast.Store()):
+                found.add(name)
+            case ast.alias(name=name, asname=other):
+                found.add(other or name)
+    return found
+
+
+def test_what_scripts_import_is_there():
+    """No test runs the benchmarks: what they import may move away unseen."""
+    missing = []
+    for file in (*ROOT.glob("benchmarks/*.py"), *ROOT.glob("configs/*.py"),
+                 *ROOT.glob("notebooks/*.py")):
+        for node in ast.walk(ast.parse(file.read_text("utf-8"))):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("jaxfusion"):
+                there = names_in(ROOT / node.module.replace(".", "/"))
+                missing += [(file.name, x.name) for x in node.names if x.name not in there]
+    assert not missing
 
 
 def test_public_names_are_there_and_import_no_jax():

@@ -246,6 +246,9 @@ def test_an_input_with_other_columns_is_refused():
     with pytest.raises(InputError, match="takes the columns text, not the whole prompt"):
         fill(Task("Review: {text} Mood: ", (), ()), "Review: good. Mood:")
     assert fill(Task("{text}", (), ()), "a") == "a"
+    for prompt, text in (("A {text}", "A man."), ("Write down {text}", "Write downwards"),
+                         ('"{text}"', '"Yes" is not "no"'), ("- {text}.", "- one.")):
+        assert fill(Task(prompt, (), ()), text) == prompt.replace("{text}", text)
     assert fill(TASKS["pocket_nli"], "a | b") == "Premise: a Hypothesis: b Label: "
 
 

@@ -19,6 +19,7 @@ from jaxfusion.reports.pictures import draw_development
 from jaxfusion.runs.score import evaluate
 from jaxfusion.training.checkpoint import Best, Checkpoints, best_of, trained_part
 from jaxfusion.training.hooks import Save, Signals, _in_a_line
+from jaxfusion.training.trainer import by_another
 from jaxfusion.training.workdir import check_workdir
 
 NLI = TASKS["xnli"]
@@ -103,11 +104,20 @@ def test_a_language_decides(config, scored, tmp_path, monkeypatch, caplog):
         patch.setattr(job, "deciding", lambda *_: "en/likelihood")
         train(config, tmp_path)
     assert where(tmp_path) == ([2, 4, 6, 8, 10], 10, 6, {"step": 6, "score": 0.6, "since": 2})
-
-
+    train(config, tmp_path)  # it has ended
+    assert "0.600 at step 6, is of en/likelihood; runs of today choose by likelihood" in caplog.text
     train(replace(config, data=replace(config.data, dev_patience=4)), tmp_path)
-    assert "0.600 at step 6, is of en/likelihood; scores from here on are of likelihood" in (
+    assert "is of en/likelihood; scores from here on are compared with it all the same" in (
         caplog.text)
+
+
+@pytest.mark.parametrize("name, now, other", [
+    (None, "likelihood", True), (None, "sw/likelihood", True), ("likelihood", "likelihood", False),
+    ("exact_match", "likelihood", True), ("en/likelihood", "likelihood", True),
+    (None, "exact_match", False), (None, "log_likelihood", False), (None, "accuracy", False)])
+def test_a_best_score_of_an_earlier_version_is_told_where_it_may_differ(name, now, other):
+    """Free text, translations and towers have been scored in one way by every version."""
+    assert by_another(Best(3, 0.5, name=name), now) == other
 
 
 def test_the_best_of_scores():

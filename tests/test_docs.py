@@ -44,6 +44,13 @@ def test_links_lead_to_files_and_headings(page):
             assert heading in slugs, f"{page.name} -> {target}"
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_files_that_a_page_names_are_there(page):
+    rooms = "benchmarks|configs|jaxfusion|notebooks|pocket|tests"
+    named = set(re.findall(rf"`((?:{rooms})/[\w/]+\.(?:py|sh|json|ipynb))`", page.read_text()))
+    assert not [x for x in named if "NAME" not in x and not (ROOT / x).exists()]
+
+
 def commands():
     """Every command of this project in the pages' bash blocks and tables."""
     found = {}

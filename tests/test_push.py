@@ -306,9 +306,11 @@ def test_an_export_is_on_the_hub_byte_for_byte(run, tmp_path, monkeypatch, capsy
         assert card.data.model_name == "bridge" and 'from_pretrained("us/bridge"' in card.text
         earlier = ("model-00001-of-00002.safetensors", "chat_template.jinja",
                    "encoder/spiece.model", "pretraining.json", "tokenizer.model")
-        hub.files |= dict.fromkeys(earlier, b"old") | {"picture.png": b"mine"}
+        mine = ("picture.png", "adapter/adapter_model.safetensors", "scripts/ask_jaxfusion.py",
+                "tokenizers/tokenizer.json", "vocab.md")
+        hub.files |= dict.fromkeys(earlier, b"old") | dict.fromkeys(mine, b"mine")
         assert run_script(*words, "--push=us/bridge", "--overwrite") == ""
-        assert hub.files.keys() == {*written, "picture.png"}
+        assert hub.files.keys() == {*written, *mine}
         hub.repos["us/bridge"] = False
         assert "exists and is public, and --private does not" in run_script(
             *words, "--push=us/bridge", "--private", "--overwrite")
@@ -349,5 +351,5 @@ def test_a_failed_push_leaves_the_export(refused, run, tmp_path, monkeypatch):
                            "--merge")
     assert "is written, but not all of it is on the hub: the hub answered 403" in error
     assert "Storage limit reached" in error and "\n" not in error
-    assert f"hf upload me/bridge {out} . --delete '*.safetensors*' --delete 'encoder/*' " in error
+    assert f"hf upload me/bridge {out} . --delete model.safetensors --delete " in error
     assert (out / "config.json").is_file() and not hub.files

@@ -165,6 +165,11 @@ def test_whatever_is_in_a_field_ends_in_one_line(where, value):
      "--config.nosuch: the config has no field 'nosuch'; its fields are in jaxfusion/fields.py"),
     (("train.py", "--config=configs/own_task.py", "--config.tasks.complaints.lables=('a',)"),
      "has no field 'lables' (did you mean 'labels'?); the command line sets only fields of a task"),
+    (("train.py", "--config=configs/xnli_paper.py", "--config.train.steps=1",
+      "--config.data.steps=1"),
+     "error: --config.train.steps or --config.data.steps: the config has no field 'steps'"),
+    (("train.py", "--config=configs/xnli_paper.py", "--config.data.path=a.lange",
+      "--config.data.lange=en"), "error: --config.data.lange: the config has no field 'lange'"),
     (("export.py",), "error: missing: --workdir, --out; --help says what they are"),
     (("train.py", "--config={file}"), "invalid syntax"),
     (("train.py", "--config=configs/xnli_paper.py:debug", "--config.train.seed=-1"),
@@ -238,3 +243,11 @@ def test_presets_of_a_comparison_and_a_sweep_are_checked_too():
     config.variants = ({"name": "one", "fusion": {"dropout": 2.0}},)
     with pytest.raises(InputError, match=r"variants\.one\.fusion\.dropout"):
         from_config_dict(config)
+
+
+@pytest.mark.parametrize("error, said", [
+    ("KeyError", "KeyError:"), ("KeyError('my rows')", "KeyError: 'my rows'")])
+def test_a_key_that_a_config_file_looks_for_is_no_field(error, said, tmp_path):
+    (tmp_path / "lookup.py").write_text(f"def get_config(arg=None):\n    raise {error}\n")
+    found = run_script("train.py", f"--config={tmp_path / 'lookup.py'}")
+    assert found == f"error: the file of --config fails with {said}"

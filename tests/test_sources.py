@@ -105,10 +105,17 @@ def test_a_split_may_be_a_part_of_a_file(tmp_path):
 
 
 @pytest.mark.parametrize("rows", ["all[-100:]", "all[:10%]", "all[1:2:3]"])
-def test_rows_that_are_not_counted_from_the_first_are_refused(rows):
+def test_rows_that_are_not_counted_from_the_first_are_the_hubs_alone(rows, tmp_path):
+    write(tmp_path / "rows.csv")
     own = TaskConfig("{text}", splits={"dev": rows})
-    with pytest.raises(InputError, match=r"splits\.dev is 'all\[.*, expected rows counted from"):
-        get_task("mine", {"mine": own})
+    line = r"splits\.dev is 'all\[.*, expected rows counted from"
+    with pytest.raises(InputError, match=line):
+        get_task("mine", {"mine": replace(own, source="rows.csv")})
+    with pytest.raises(InputError, match=line):
+        read_examples("mine", get_task("mine", {"mine": own}), "dev", "en",
+                      str(tmp_path / "rows.csv"))
+    task = get_task("mine", {"mine": replace(own, source="hub:owner/name")})
+    assert task.source.rows("dev") == (rows, slice(None))  # which its library reads
 
 
 def test_a_renamed_column_that_is_missing_has_both_names(tmp_path):
@@ -125,7 +132,8 @@ def test_a_task_without_a_source_has_its_columns_wherever_the_rows_are(tmp_path)
                                                 columns={"label": "mood"})})
     found, = read_examples("mine", task, "test", "en", str(tmp_path / "{split}.csv"))
     assert found.target == "bad"
-    assert task.at("hub:a/b").rename == {"mood": "label"} and task.source is None
+    assert task.at("hub:a/b").rename == task.at("tfds:a/b").rename == {"mood": "label"}
+    assert task.source is None
 
 
 def test_languages_at_hand_are_those_with_files(tmp_path):

@@ -21,7 +21,7 @@ from helpers import ROOT, equal, interrupt_at, losses, make_config, records, rel
 
 from jaxfusion import config as configs
 from jaxfusion.bridge import job
-from jaxfusion.bridge.job import prepare, train
+from jaxfusion.bridge.job import _compare_towers, prepare, train
 from jaxfusion.config import default_config, from_config_dict
 from jaxfusion.costs import chips
 from jaxfusion.data.contamination import read_seen
@@ -30,7 +30,13 @@ from jaxfusion.data.rows.examples import read_examples
 from jaxfusion.data.tasks.catalogue import TASKS
 from jaxfusion.errors import InputError, Stopped
 from jaxfusion.evaluation.scoring import Scorer, for_task
-from jaxfusion.fields import GroupConfig, OptimizerConfig
+from jaxfusion.fields import (
+    Config,
+    DecoderSettings,
+    EncoderSettings,
+    GroupConfig,
+    OptimizerConfig,
+)
 from jaxfusion.miniatures.checkpoints import write_checkpoints
 from jaxfusion.runs.score import seen_by
 from jaxfusion.sharding.mesh import make_mesh
@@ -350,6 +356,19 @@ def test_other_towers_than_the_first_stage_had_are_told(undisturbed, cache_dir, 
     prepare(config, make_mesh())
     assert f"and this run has {copy}: what it learned fits" in caplog.text
     assert "learned with the encoder" not in caplog.text
+
+
+def test_a_directory_by_another_name_is_no_other_tower(tmp_path, caplog, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("enc", "run"):
+        (tmp_path / name).mkdir()
+    before = Config(encoder=EncoderSettings("enc"), decoder=DecoderSettings("hub/llm", "a" * 40))
+    configs.save(before, tmp_path / "run" / "config.json")
+    now = replace(before, encoder=EncoderSettings(f"{tmp_path}/enc/"))
+    _compare_towers(now, tmp_path / "run")
+    assert not caplog.text
+    _compare_towers(replace(now, decoder=DecoderSettings("hub/llm", "b" * 40)), tmp_path / "run")
+    assert f"the decoder hub/llm@{'a' * 40}, and this run has hub/llm@{'b' * 40}" in caplog.text
 
 
 def test_two_stages_are_one_command(cache_dir, tmp_path, unscored, monkeypatch):

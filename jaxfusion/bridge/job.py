@@ -198,8 +198,14 @@ def _compare_towers(config: Config, workdir: Path) -> None:
     before = configs.load(workdir / CONFIG_FILE)
     for role in ("encoder", "decoder"):
         theirs, ours = getattr(before, role, None), getattr(config, role)
-        names = [f"{x.checkpoint}@{x.revision}" if x.revision else x.checkpoint
-                 for x in (theirs, ours) if x]
+        names = [_named(x.checkpoint, x.revision) for x in (theirs, ours) if x]
         if len(set(names)) > 1:
             logger.warning("%s learned with the %s %s, and this run has %s: what it learned fits "
                            "the same weights alone", workdir, role, *names)
+
+
+def _named(checkpoint: str, revision: str | None) -> str:
+    """A checkpoint by the one name that it has, whatever way a directory was written."""
+    place = Path(checkpoint).expanduser()
+    name = str(place.resolve()) if place.is_dir() else checkpoint
+    return f"{name}@{revision}" if revision else name

@@ -2,7 +2,7 @@
 
 The plain form is the reference of the other two. They read the tokens of a segment in the order of
 their slots, so what a mask of positions allows there must be what slots allow: true of every row
-whose segments have no gaps, as batches are made.
+whose segments have no gaps, as batches are made. In parts (`Causal`) the plain form does so, too.
 """
 
 import math
@@ -22,7 +22,7 @@ MASKED = -1e30
 BLOCK = 128  # slots that a Pallas kernel takes at a time, or a multiple
 LANES = 128  # of a TPU's vector unit; splash attention wants heads as wide
 QUERIES = 128  # slots that plain causal attention takes at a time, at least
-PARTS = 8  # and at most so many times, as each is compiled on its own
+PARTS = 8  # and in at most this many parts: each is compiled on its own
 
 
 @dataclass(frozen=True)

@@ -312,7 +312,8 @@ class Decoder(nn.Module):
 
         Args:
           embeddings: one vector per slot.
-          positions: of each slot among its row's real tokens; anything at padding.
+          positions: of each slot among its segment's tokens, which are in the order of their slots;
+            anything at padding.
           segments: 0 at padding; tokens see only their own segment.
           cache: what came before; the new tokens are written from slot `start` on.
           start: first slot of the new tokens in the cache, the same for every row.

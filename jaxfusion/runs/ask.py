@@ -65,9 +65,12 @@ def fill(task: Task, text: str) -> str:
 
 def _check_unfilled(task: Task, text: str, columns: list[str]) -> None:
     """Raises InputError for a whole prompt, which would be put into the prompt once more."""
-    first, *inner, last = [x.strip() for x in re.split(r"{\w+}", task.prompt)]
-    if first and text.strip().startswith(first) and text.strip().endswith(last) and (
-            all(x in text for x in inner)):
+    first, *others = around = [x.strip() for x in re.split(r"{\w+}", task.prompt)]
+    # One word, or quotes, may begin and end a column too.
+    if not first or not any(re.search(r"\w\s*[^\w\s]|\w\s+\w", x) for x in around):
+        return
+    begins = re.escape(first) + r"\b" * first[-1].isalnum()
+    if re.fullmatch(".+".join([begins, *map(re.escape, others)]), text.strip(), re.DOTALL):
         raise InputError(f"--ask takes the columns {', '.join(columns)}, not the whole prompt; "
                          f"leave out what is around them in '{task.prompt}'")
 

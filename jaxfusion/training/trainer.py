@@ -57,6 +57,12 @@ class Run:
     patience: int | None = None
 
 
+def by_another(best: Best, now: str) -> bool:
+    """Whether a best score may be of another score than the one that decides now. Versions that
+    stored no name had another one for tasks with labels alone."""
+    return now.rpartition("/")[2] == "likelihood" if best.name is None else best.name != now
+
+
 @dataclass(frozen=True)
 class Due:
     """What is to be done after a step.
@@ -112,15 +118,19 @@ class Trainer:
         self.done, self.best = int(self.state.step), notes.best
         scored = self.run.score is None or notes.score is not None
         self.unscored = not scored and self.due(stop=False).score and self.done > 0
-        if self.best and self.best.name != self.run.best and not self.ended:
-            logger.warning(
-                "the best score so far, %.3f at step %d, is of %s; scores from here on are of %s, "
-                "and compared with it all the same: start again with another --workdir to choose "
-                "by one score", self.best.score, self.best.step,
-                self.best.name or "an earlier version, which may have chosen by another",
-                self.run.best)
+        if self.best and by_another(self.best, self.run.best):
+            self._say_which_score()
         logger.info("%s %s at step %d", "finished:" if self.ended else "resuming",
                     checkpoints.path.parent, self.done)
+
+    def _say_which_score(self) -> None:
+        """Warns that the best checkpoint so far is not the best by the score that decides now."""
+        logger.warning(
+            "the best score so far, %.3f at step %d, is of %s; %s %s: start again with another "
+            "--workdir to choose by one score", self.best.score, self.best.step,
+            self.best.name or "an earlier version, which may have chosen by another",
+            "runs of today choose by" if self.ended else
+            "scores from here on are compared with it all the same, and are of", self.run.best)
 
     @property
     def ended(self) -> bool:

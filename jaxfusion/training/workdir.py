@@ -151,7 +151,7 @@ def check_workdir(config: Job, workdir: Path) -> Job:
         config = replace(config, data=_same_rows(old.data, config.data))
     if from_hub and config.data.bos is None:
         config = replace(config, data=replace(config.data, bos=old.data.bos))
-    if from_hub and config.eval.max_new_tokens is None:  # 0 decides which score is the best
+    if from_hub and config.eval.max_new_tokens is None:  # left open now
         config = replace(
             config, eval=replace(config.eval, max_new_tokens=old.eval.max_new_tokens))
     differences = configs.changed(old, config)

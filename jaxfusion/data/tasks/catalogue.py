@@ -9,7 +9,6 @@ from jaxfusion.data.pocket.lexicon import LANGUAGES as POCKET
 from jaxfusion.data.tasks.spec import (
     HUB_SPLITS,
     SAME,
-    SLICE,
     SPLITS,
     Row,
     Source,
@@ -342,14 +341,14 @@ def own_task(name: str, c: TaskConfig) -> Task:
         raise InputError(f"{where} is unlabelled, but has labels")
     if c.answers:
         _check_answers(where, c)
-    for split, rows in c.splits.items():
+    source = _own_source(c, c.source)
+    for split in c.splits:
         choose(f"split in {where}.splits:", split, SPLITS)
-        if re.search(r"\[.*:.*\]$", rows) and SLICE.fullmatch(rows)[1] == rows:
-            raise InputError(f"{where}.splits.{split} is '{rows}', expected rows counted from the "
-                             "first, such as all[0:900] or all[900:]")
+        if source is not None:
+            source.rows(split)
     # Without a source of its own, what data.path names has the task's columns and splits, too.
-    others = () if c.source else tuple(_own_source(c, place) for place in ("", "hub:"))
-    return Task(c.prompt, c.labels, c.languages, _own_source(c, c.source), others=others,
+    others = () if c.source else tuple(_own_source(c, place) for place in ("", "hub:", "tfds:"))
+    return Task(c.prompt, c.labels, c.languages, source, others=others,
                 spellings=c.spellings, unlabelled=c.unlabelled, translation=c.answers is not None,
                 parallel=c.parallel, extract=c.extract and EXTRACTS[
                     choose(f"{where}.extract", c.extract, EXTRACTS)])

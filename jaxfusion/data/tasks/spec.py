@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from jaxfusion.config import EVERY
+from jaxfusion.errors import InputError
 from jaxfusion.fields import DataConfig
 
 SPLITS = ("train", "dev", "test")
@@ -68,8 +69,16 @@ class Source:
         return "{language}" in self.place + (self.config or "")
 
     def rows(self, split: str) -> tuple[str, slice]:
-        """The source's name of one of our splits, and the slice of its rows."""
+        """The source's name of one of our splits, and the slice of its rows.
+
+        Raises:
+          InputError: rows of files that are not counted from the first; the hub's own data sets
+            take percentages and rows from the end, too.
+        """
         theirs, first, last = SLICE.fullmatch(self.splits[split]).groups()
+        if self.kind == "files" and re.search(r"\[.*:.*\]$", theirs):
+            raise InputError(f"splits.{split} is '{theirs}', expected rows counted from the first, "
+                             "such as all[0:900] or all[900:]")
         return theirs, slice(int(first) if first else None, int(last) if last else None)
 
 
@@ -120,8 +129,8 @@ class Task:
                 return source
         for source in (self.source, *self.others):
             # For tensorflow-datasets: a version's directory, whose path contains the name.
-            named = requested.kind != "tfds" or (
-                source and source.name in requested.name.split("/"))
+            named = requested.kind != "tfds" or (source and (
+                not source.name or source.name in requested.name.split("/")))
             if source is not None and source.kind == requested.kind and named:
                 return replace(source, place=place)
         return replace(requested, splits=SAME) if requested.kind == "files" else requested

@@ -18,12 +18,15 @@ from jaxfusion.hf.hub import HUB_ID, hub_in_reach
 
 TOKENS = "https://huggingface.co/settings/tokens"
 # What an earlier export may have written and a new one may not: other shards, a tower, a template,
-# which transformers would read beside the new files or in their place.
-REPLACED = ("*.safetensors*", "encoder/*", "decoder/*", "encoder_tokenizer/*",
-            "decoder_tokenizer/*", "*_jaxfusion.py", "chat_template.jinja",
-            "additional_chat_templates/*", "generation_config.json", "special_tokens_map.json",
-            "added_tokens.json", "tokenizer*.json", "tokenizer.model", "spiece.model",
-            "sentencepiece*.model", "vocab.*", "merges.txt", ABOUT_FILE)
+# which transformers would read beside the new files or in their place. Of a pattern of the hub, `*`
+# matches `/` too: names are whole, so that files of the same ending elsewhere stay.
+REPLACED = ("model.safetensors", "model.safetensors.index.json",
+            "model-?????-of-?????.safetensors", "encoder/*", "decoder/*", "encoder_tokenizer/*",
+            "decoder_tokenizer/*", "modeling_jaxfusion.py", "tokenization_jaxfusion.py",
+            "chat_template.jinja", "additional_chat_templates/*", "generation_config.json",
+            "special_tokens_map.json", "added_tokens.json", "tokenizer.json",
+            "tokenizer_config.json", "tokenizer.model", "spiece.model", "sentencepiece.model",
+            "sentencepiece.bpe.model", "vocab.json", "vocab.txt", "merges.txt", ABOUT_FILE)
 
 
 def check_push(name: str, private: bool) -> None:
@@ -81,7 +84,7 @@ def _check_token(who: dict, namespace: str) -> None:
 
 def push(folder: Path, name: str, private: bool) -> str:
     """Uploads an export to a repository, which is made if there is none. What an earlier export
-    wrote is replaced; other files there stay.
+    wrote is replaced, with all that its directories hold; other files there stay.
 
     Returns:
       The address of its page.
