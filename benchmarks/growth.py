@@ -5,17 +5,15 @@
 A training step by encoder tokens and by blocks of both towers, label likelihoods of a batch by
 labels, and the statistics of a report by languages. Towers of the size `pocket`, Transformer
 Softmax, float32; every row has the same length. Memory is what the compiled program needs beside
-its inputs and outputs. Rows of a data set are in `rows.py`.
+its inputs and outputs. Rows of a data set are in `rows.py`; `table.py` draws the picture.
 """
 
 import time
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-from matplotlib.figure import Figure
 from timing import compiled, machine, parser, report, show
 from train_step import BOS, EOS, TOKENIZERS, JaxTrainer, make_bridge, make_params
 
@@ -24,11 +22,8 @@ from jaxfusion.evaluation.generate import Decoding, make_scorer
 from jaxfusion.evaluation.options import make_options
 from jaxfusion.miniatures.checkpoints import SIZES
 from jaxfusion.nn.bridge import Batch, Bridge
-from jaxfusion.reports.colours import BLUE, ORANGE
 from jaxfusion.reports.comparison import Comparison, as_json
-from jaxfusion.reports.pictures import themes
 
-ROOT = Path(__file__).parent.parent
 TOWERS = tuple(replace(config, vocab_size=8000) for config in SIZES["pocket"])
 TOKENS, BLOCKS = (32, 64, 128, 256, 512, 1024), (12, 24, 48)
 LABELS, LANGUAGES = (2, 4, 8, 16, 32, 64), (2, 20, 200)
@@ -89,23 +84,6 @@ def statistics(languages: int, repeats: int) -> Growth:
     return {"seconds": median_of(lambda: as_json(comparison), repeats)}
 
 
-def draw(growth: dict[str, dict[str, Growth]], out: Path) -> None:
-    """Time by every size on logarithmic axes, beside a line that is proportional to it."""
-    for file in themes(out):
-        figure = Figure(figsize=(11, 2.9), layout="constrained")
-        for axes, (name, found) in zip(figure.subplots(1, len(growth)), growth.items(),
-                                       strict=True):
-            sizes, seconds = [int(x) for x in found], [x["seconds"] for x in found.values()]
-            line = [seconds[-1] * x / sizes[-1] for x in sizes]
-            axes.loglog(sizes, line, ":", color=ORANGE, label="proportional")
-            axes.loglog(sizes, seconds, "o-", color=BLUE, label="measured")
-            axes.set(title=name, ylabel="seconds")
-            axes.set_xticks(sizes, sizes, fontsize=8)
-            axes.minorticks_off()
-        axes.legend(frameon=False, fontsize=8)
-        figure.savefig(file, dpi=150)
-
-
 def main() -> None:
     args = parser(__doc__, repeats=5).parse_args()
     growth = {
@@ -117,7 +95,6 @@ def main() -> None:
     rows = [[f"{name}: {size:,}", f"{x['seconds']:.3f} s", f"{x.get('bytes', 0) / 2**20:.0f} MiB"]
             for name, found in growth.items() for size, x in found.items()]
     show("how cost grows", ["", "time", "memory"], rows)
-    draw(growth, ROOT / "docs" / "pictures" / "growth.png")
     report({"benchmark": "growth", "batch": BATCH, "growth": growth, "machine": machine()},
            args.out)
 

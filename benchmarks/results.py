@@ -3,6 +3,8 @@ r"""Writes docs/results.md and the README's tables from the results of runs.
     python train.py --config configs/real_topics.py:compare --workdir runs/real_topics \
         --config.seeds=0,1,2
     python benchmarks/real.py runs/real_topics --out benchmarks/results/real_topics.json
+    python benchmarks/phases.py --encoder DIR --decoder DIR --data DIR \
+        --out benchmarks/results/phases.json
     python train.py --config configs/quickstart.py
     python benchmarks/claims.py runs/claims --out benchmarks/results/claims.json
     python benchmarks/fusion_cost.py --out benchmarks/results/fusion_cost.json
@@ -144,6 +146,29 @@ def cost(result: dict[str, Any]) -> list[str]:
     return table(["", "trained parameters", "GFLOP in matrix products", "median ms"], rows)
 
 
+def keep_llm(run: Path) -> None:
+    """Copies what the LLM alone got right, in the languages in which it was measured."""
+    kept = json.loads((run / "baselines.json").read_text("utf-8"))
+    found = {name: {language: sum(rows) / len(rows) for language, rows in by["correct"].items()}
+             for name, by in kept.items() if name.startswith("LLM")}
+    (RESULTS / "llm_alone.json").write_text(json.dumps(found, indent=1) + "\n", "utf-8")
+
+
+def llm_alone(found: dict[str, dict[str, float]], languages: int) -> list[str]:
+    """What the LLM alone got right, a line for each number of examples in its prompt."""
+    return [f"{name}, topics named in its prompt ({len(by)} of {languages} languages measured): "
+            + ", ".join(f"{language} {100 * x:.1f}" for language, x in by.items()) + "."
+            for name, by in found.items() if by]
+
+
+def phases(result: dict[str, Any]) -> list[str]:
+    """Wall time of a small comparison with kept states and without."""
+    by = result["seconds"]
+    rows = [[f"{variant}, {phase}", *(f"{found[variant][phase]:.0f} s" for found in by.values())]
+            for variant, phases in next(iter(by.values())).items() for phase in phases]
+    return table(["", *by], rows)
+
+
 def seconds(report: dict[str, Any]) -> str:
     """Wall time of every phase of a comparison."""
     phases = [f"{name}: " + ", ".join(f"{phase} {x:.0f} s" for phase, x in by.items())
@@ -161,17 +186,21 @@ def main() -> None:
     args = parser.parse_args()
     for picture in ("accuracy", "layers") if args.real_topics else ():
         copy_picture(args.real_topics / f"real_{picture}.png", f"real_topics_{picture}")
+    if args.real_topics:
+        keep_llm(args.real_topics)
     for name in ("quickstart", "lens", "lens_ceiling"):
         if getattr(args, name):
             keep(name, getattr(args, name))
-    real, quick, many, cold, costs, lens, ceiling, of_lens = (read(name) for name in (
-        "real_topics", "quickstart", "claims", "cold_start", "fusion_cost", "lens_report",
+    real, short, quick, many, cold, costs, lens, ceiling, of_lens = (read(name) for name in (
+        "real_topics", "phases", "quickstart", "claims", "cold_start", "fusion_cost", "lens_report",
         "lens_ceiling", "lens_seeds"))
     parts = [
         HEAD, "## Topics of real sentences in 20 languages", "", TOPICS, "",
+        *llm_alone(read("llm_alone"), 20), "",
         f"Seeds: {', '.join(map(str, real['seeds']))}.", "", real["table"],
         "![accuracy by language](pictures/real_topics_accuracy.png)", "",
         "![layer weights](pictures/real_topics_layers.png)", "", on(real), "",
+        "### What kept states save", "", PHASES, "", *phases(short), "", on(short), "",
         "## The quickstart, one seed", "", quick["table"], seconds(quick), "",
         "![accuracy by language](pictures/quickstart_accuracy.png)", "",
         "![layer weights](pictures/quickstart_layers.png)", "", on(quick), "",
@@ -211,8 +240,7 @@ English training rows, all 204 test rows of each language. Bridges lead from mul
 to SmolLM2-135M-Instruct, both from 4-bit files. Beside them is a logistic regression on the
 encoder's mean-pooled last states, trained on the same rows. The recipe was chosen on development
 rows of English, Bengali and Swahili, for Global Softmax; means exclude the latter two. Groups are
-by how much text CC-100 has of a language. The LLM alone (topics named in the prompt, and five
-examples) is not measured yet.
+by how much text CC-100 has of a language.
 
 Layer 11 is level with the regression. Global Softmax is 2 points below it, which its interval does
 not tell from level. Transformer Softmax is below it: it put all weight on layers 3 and 4 for every
@@ -220,6 +248,10 @@ token (see the picture). A tenth of its learning rate changed nothing on the dev
 66.7 and 61.6 after 78.8, 66.7 and 61.6 in English, Bengali and Swahili). The last layer is below it
 too, and depends most on the seed: in Spanish and Arabic it prefers one topic (health) with the
 first one. Its scores there are the same without kept states."""
+PHASES = """\
+`benchmarks/phases.py`: the same comparison in small, 176 English rows in three epochs and 51 test
+rows of four languages, two of its variants. With `encoder.keep_states` each text goes through the
+encoder once. Loading and compilation are included."""
 CLAIMS = """\
 `benchmarks/claims.py`: the claims of 2508.09091, and Gaussian noise on the features in training
 (`fusion.noise`), which is ours. Test rows are scored by likelihood over the labels, on languages

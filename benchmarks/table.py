@@ -14,8 +14,14 @@ import json
 from pathlib import Path
 from typing import Any
 
+from matplotlib.figure import Figure
+
+from jaxfusion.reports.colours import BLUE, ORANGE
+from jaxfusion.reports.pictures import themes
+
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
+PICTURE = ROOT / "docs" / "pictures" / "growth.png"
 
 HEAD = """\
 # Benchmarks
@@ -102,6 +108,7 @@ def load(result: dict[str, Any]) -> list[str]:
 
 def growth(result: dict[str, Any]) -> list[str]:
     """Time and memory by each size of the problem."""
+    draw_growth(result["growth"], PICTURE)
     rows = []
     for name, found in result["growth"].items():
         sizes = list(found)
@@ -117,16 +124,34 @@ def growth(result: dict[str, Any]) -> list[str]:
         f"{result['batch']} rows of the same length; one size varies, the others stay. Training "
         "steps by encoder tokens (of 64 by blocks), likelihoods of a batch by labels, and a "
         "report's intervals and tests by languages. Rows of a data set: "
-        "[Scaling](scaling.md#many-rows).", "",
+        "[Scaling](scaling.md#many-rows). Medians of five.", "",
         *table(["", "sizes", "seconds", "memory, MiB", "time grows"], rows), "",
         "![time by size](pictures/growth.png)", "", GROWTH, "", machine(result), "",
     ]
 
 
+def draw_growth(growth: dict[str, dict[str, Any]], out: Path) -> None:
+    """Time by every size on logarithmic axes, beside a line that is proportional to it."""
+    for file in themes(out):
+        figure = Figure(figsize=(8, 5.4), layout="constrained")
+        for axes, (name, found) in zip(figure.subplots(2, 2).flat, growth.items(), strict=True):
+            sizes, seconds = [int(x) for x in found], [x["seconds"] for x in found.values()]
+            line = [seconds[-1] * x / sizes[-1] for x in sizes]
+            axes.loglog(sizes, line, ":", color=ORANGE, label="proportional")
+            axes.loglog(sizes, seconds, "o-", color=BLUE, label="measured")
+            axes.set(title=name, ylabel="seconds",
+                     ylim=(min(*line, *seconds) / 1.5, max(seconds) * 1.5))
+            axes.set_xticks(sizes, [f"{x:,}" for x in sizes], fontsize=8)
+            axes.yaxis.set_major_formatter(lambda x, _: f"{x:g}")
+            axes.minorticks_off()
+        axes.legend(frameon=False, loc="lower right")
+        figure.savefig(file, dpi=150)
+
+
 GROWTH = """\
 Attention takes the square of the tokens in time and memory: on a CPU it has no kernel, and in
 towers this narrow it costs more than all else from 256 tokens on. On GPUs and TPUs kernels keep its
-memory linear. The labels of a row share their prompt, which is read once; a few cost nothing."""
+memory linear. The labels of a row share their prompt, which is read once: few cost little."""
 
 
 def shared_prompt(result: dict[str, Any]) -> list[str]:
