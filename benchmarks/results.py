@@ -249,9 +249,9 @@ token (see the picture). A tenth of its learning rate changed nothing on the dev
 too, and depends most on the seed: in Spanish and Arabic it prefers one topic (health) with the
 first one. Its scores there are the same without kept states."""
 PHASES = """\
-`benchmarks/phases.py`: the same comparison in small, 176 English rows in three epochs and 51 test
-rows of four languages, two of its variants. With `encoder.keep_states` each text goes through the
-encoder once. Loading and compilation are included."""
+`benchmarks/phases.py`: the same comparison in small, 96 English rows in three epochs and 24 test
+rows of four languages, two of its variants, from a second start. With `encoder.keep_states` each
+text goes through the encoder once."""
 CLAIMS = """\
 `benchmarks/claims.py`: the claims of 2508.09091, and Gaussian noise on the features in training
 (`fusion.noise`), which is ours. Test rows are scored by likelihood over the labels, on languages
