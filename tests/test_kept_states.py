@@ -37,14 +37,14 @@ def steps_of(run, steps=3):
 
 
 @pytest.mark.parametrize(("words", "fields"), [
-    ("last,debug", {"data__pack": True}),
+    pytest.param("last,debug", {"data__pack": True}, marks=pytest.mark.slow),
     pytest.param("last,debug", {"fusion__name": "layer", "fusion__layer": 1},
                  marks=pytest.mark.slow),
     pytest.param("global_softmax,debug", {"data__pack": True}, marks=pytest.mark.slow),
     pytest.param("global_softmax,debug", {"fusion__backward": "second_pass"},
                  marks=pytest.mark.slow),
     ("transformer_softmax,debug", {"fusion__dropout": 0.1}),
-    ("global_softmax,debug", {"fusion__noise": 0.3}),
+    pytest.param("global_softmax,debug", {"fusion__noise": 0.3}, marks=pytest.mark.slow),
     pytest.param("last,debug", {"encoder__dtype": "bfloat16"}, marks=pytest.mark.slow),
 ])
 def test_losses_gradients_and_scores_are_those_without(cache_dir, words, fields, monkeypatch):

@@ -596,6 +596,7 @@ def test_a_probe_of_another_run_serves_and_is_checked(cache_dir, tmp_path):
                  tmp_path / "c")
 
 
+@pytest.mark.slow
 def test_lens_behind_a_bridge(cache_dir, tmp_path):
     """The languages as they come through a bridge: probed, moved, and the LLM exported. The bridge
     held its LLM in integers, which cannot move."""

@@ -103,6 +103,7 @@ def test_settings_are_read_as_the_harness_means_them():
         _decoding({"top_k": 5})
 
 
+@pytest.mark.slow
 def test_the_harness_runs_its_own_task(workdir, tmp_path):
     """Its XCOPA, on rows in a local file, from its own command line."""
     rows = [{"premise": f"la ru {i}.", "choice1": "So bako.", "choice2": "Gata.",

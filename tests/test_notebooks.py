@@ -78,7 +78,7 @@ def smaller(book):
 
 
 @pytest.mark.parametrize("name,whole", [
-    ("lens_colab_tpu", False),
+    pytest.param("lens_colab_tpu", False, marks=pytest.mark.slow),
     *(pytest.param(x, True, marks=pytest.mark.slow) for x in NAMES)])
 def test_pocket_mode_runs_from_start_to_end(name, whole, cache_dir, tmp_path):
     book = nbformat.read(ROOT / "notebooks" / f"{name}.ipynb", 4)

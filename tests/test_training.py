@@ -62,7 +62,8 @@ def undisturbed(cache_dir, tmp_path_factory):
 # The twin
 
 
-@pytest.mark.parametrize("fusion", ["last", "global_softmax", "transformer_softmax"])
+@pytest.mark.parametrize("fusion", [
+    pytest.param("last", marks=pytest.mark.slow), "global_softmax", "transformer_softmax"])
 def test_twenty_steps_equal_a_pytorch_twin(cache_dir, fusion):
     """Same weights, same rows, AdamW with warm-up and cosine: losses within 1e-4."""
     config = make_config(cache_dir, f"{fusion},debug", train__steps=20, fusion__dropout=0.0)
@@ -217,6 +218,7 @@ def test_a_stopped_run_ends_bit_identical(undisturbed, tmp_path, monkeypatch):
     assert equal(jax.device_get(train(config, tmp_path / "run")), expected)
 
 
+@pytest.mark.slow
 def test_a_killed_process_resumes(undisturbed, tmp_path, caplog):
     """SIGKILL in the middle; started again, it ends as an undisturbed run does."""
     _, whole, _ = undisturbed

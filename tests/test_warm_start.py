@@ -42,6 +42,7 @@ def objective(kernel, bias, x, y):
             + NOISE**2 * np.sum(scaled**2))
 
 
+@pytest.mark.slow
 def test_a_linear_start_is_near_the_best_under_noise(model):
     examples = [Example(text, "", 0) for text in TEXTS * 4]
     start = warm_start(model, examples).trainable

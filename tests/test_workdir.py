@@ -200,7 +200,8 @@ def test_a_write_that_is_killed_leaves_old_content_that_is_whole(tmp_path, monke
 
 @pytest.mark.parametrize("error", [
     OSError(errno.ENOSPC, "No space left on device"),
-    ValueError('RESOURCE_EXHAUSTED: Error writing "x": No space left on device'),
+    pytest.param(ValueError('RESOURCE_EXHAUSTED: Error writing "x": No space left on device'),
+                 marks=pytest.mark.slow),
 ])
 def test_a_full_disk_is_one_line_and_the_run_goes_on(
         cache_dir, tmp_path, unscored, monkeypatch, error):
