@@ -43,8 +43,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     for name in ("encoder", "decoder", "data"):
         parser.add_argument(f"--{name}", required=True)
-    parser.add_argument("--train_rows", type=int, default=96)
-    parser.add_argument("--rows", type=int, default=24, help="test rows of each language")
+    parser.add_argument("--train_rows", type=int, default=64)
+    parser.add_argument("--rows", type=int, default=12, help="test rows of each language")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     for _ in range(2):  # the first round compiles

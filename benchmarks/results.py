@@ -200,7 +200,8 @@ def main() -> None:
         f"Seeds: {', '.join(map(str, real['seeds']))}.", "", real["table"],
         "![accuracy by language](pictures/real_topics_accuracy.png)", "",
         "![layer weights](pictures/real_topics_layers.png)", "", on(real), "",
-        "### What kept states save", "", PHASES, "", *phases(short), "", on(short), "",
+        "### What kept states save", "", PHASES.format(**short), "", *phases(short), "",
+        on(short), "",
         "## The quickstart, one seed", "", quick["table"], seconds(quick), "",
         "![accuracy by language](pictures/quickstart_accuracy.png)", "",
         "![layer weights](pictures/quickstart_layers.png)", "", on(quick), "",
@@ -249,9 +250,10 @@ token (see the picture). A tenth of its learning rate changed nothing on the dev
 too, and depends most on the seed: in Spanish and Arabic it prefers one topic (health) with the
 first one. Its scores there are the same without kept states."""
 PHASES = """\
-`benchmarks/phases.py`: the same comparison in small, 96 English rows in three epochs and 24 test
-rows of four languages, two of its variants, from a second start. With `encoder.keep_states` each
-text goes through the encoder once."""
+`benchmarks/phases.py`: the same comparison in small, {train_rows} English rows in three epochs and
+{rows} test rows of four languages, two of its variants, from a second start. With
+`encoder.keep_states` each text goes through the encoder once. That saves little here, where the
+encoder costs a small part of the LLM: the LLM alone, which reads no states, differs as much."""
 CLAIMS = """\
 `benchmarks/claims.py`: the claims of 2508.09091, and Gaussian noise on the features in training
 (`fusion.noise`), which is ours. Test rows are scored by likelihood over the labels, on languages
