@@ -75,7 +75,7 @@ def measured() -> str:
         low, high = (100 * x for x in less["ci95"]) if less else (0, 0)
         difference = f"{100 * less['accuracy']:+.1f} [{low:+.0f}, {high:+.0f}]" if less else ""
         rows.append([name, f"{100 * english:.1f}", f"{100 * every['accuracy']:.1f}", difference])
-    return table(["", "English", "17 languages", f"minus {found['reference']}"], rows)
+    return table(["", "English", "other languages", f"minus {found['reference']}"], rows)
 
 
 def main() -> None:

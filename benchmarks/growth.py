@@ -8,14 +8,13 @@ Softmax, float32; every row has the same length. Memory is what the compiled pro
 its inputs and outputs. Rows of a data set are in `rows.py`; `table.py` draws the picture.
 """
 
-import time
 from dataclasses import replace
 from typing import Any
 
 import jax
 import numpy as np
-from timing import compiled, machine, parser, report, show
-from train_step import BOS, EOS, TOKENIZERS, JaxTrainer, make_bridge, make_params
+from timing import alternate, compiled, machine, medians, parser, report, show
+from train_step import EOS, TOKENIZERS, JaxTrainer, make_bridge, make_params
 
 from jaxfusion.data.batching import Shapes, TokenRow, collate
 from jaxfusion.evaluation.generate import Decoding, make_scorer
@@ -38,18 +37,12 @@ def make_batch(tokens: int) -> Batch:
     rows = [TokenRow(rng.integers(3, encoder, tokens).tolist(), [],
                      rng.integers(3, decoder, TARGET).tolist()) for _ in range(BATCH)]
     shapes = Shapes((tokens,), (TARGET,), TARGET)
-    return collate(*shapes.place(rows, len([BOS]), BATCH), TOKENIZERS)
+    return collate(*shapes.place(rows, len(TOKENIZERS.start), BATCH), TOKENIZERS)
 
 
 def median_of(call, repeats: int) -> float:
     """Median seconds of a call, after one that is not timed."""
-    call()
-    seconds = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        call()
-        seconds.append(time.perf_counter() - start)
-    return float(np.median(seconds))
+    return medians(alternate({"call": call}, repeats))["call"]
 
 
 def step(tokens: int, blocks: int | None, repeats: int) -> Growth:
@@ -67,9 +60,10 @@ def scoring(labels: int, repeats: int) -> Growth:
     drawn = np.random.default_rng(1).integers(3, TOWERS[1].vocab_size, (labels, TARGET)).tolist()
     options = make_options([[label] * BATCH for label in drawn], BATCH)
     score = make_scorer(bridge, Decoding(0, EOS), bare=False)
-    program, took = compiled(score, params, make_batch(64), options)
+    batch = make_batch(64)
+    program, took = compiled(score, params, batch, options)
     memory = program.memory_analysis().temp_size_in_bytes
-    run = lambda: jax.block_until_ready(program(params, make_batch(64), options))  # noqa: E731
+    run = lambda: jax.block_until_ready(program(params, batch, options))  # noqa: E731
     return {"seconds": median_of(run, repeats), "bytes": memory, "compile_seconds": took}
 
 
