@@ -20,7 +20,8 @@ from jaxfusion.fields import LensConfig
 from jaxfusion.lens.activations import Activations, last_and_mean, slice_blocks, split, top
 from jaxfusion.lens.losses import Goal, align, retain, separate
 from jaxfusion.lens.probe import Probe
-from jaxfusion.nn.decoder import Decoder, weighted_sums
+from jaxfusion.nn.decoder import Decoder
+from jaxfusion.nn.layers import weighted_sums
 from jaxfusion.sharding.rules import constrain
 
 

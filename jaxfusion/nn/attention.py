@@ -67,6 +67,19 @@ def segment_mask(segments: Int[Array, "B S"], window: int | None = None) -> Bool
     return same & (jnp.abs(slots[:, None] - slots) < window)
 
 
+def causal_mask(
+    q_positions, q_segments, k_positions, k_segments, window: int | None = None
+) -> Bool[Array, "B N C"]:
+    """Who may look at whom: the last `window` positions of the same segment; segment 0 is padding.
+
+    It does not depend on slots, so padding may be anywhere.
+    """
+    same = q_segments[:, :, None] == k_segments[:, None, :]
+    back = q_positions[:, :, None] - k_positions[:, None, :]
+    near = (back >= 0) if window is None else (back >= 0) & (back < window)
+    return same & near & (k_segments != 0)[:, None, :]
+
+
 def capped(x: Float[Array, "*B"], cap: float | None) -> Float[Array, "*B"]:
     """`cap * tanh(x / cap)`, or x where there is no cap (Gemma 2, arXiv:2408.00118)."""
     return x if cap is None else cap * jnp.tanh(x / cap)

@@ -15,6 +15,7 @@ from jaxfusion.nn.attention import (
     LayerWindows,
     Pattern,
     capped,
+    causal_mask,
     plain_attention,
     usable,
 )
@@ -25,7 +26,9 @@ from jaxfusion.nn.layers import (
     Linear,
     RMSNorm,
     fan_in_normal,
+    pick,
     rematerialised,
+    weighted_sums,
 )
 from jaxfusion.nn.rope import Rope, rope_tables, rotate
 from jaxfusion.sharding.rules import constrain
@@ -89,19 +92,6 @@ def make_edits(
       shift, basis: the vectors and the subspaces' orthonormal columns. strength: s_l, 0 or more.
     """
     return {"blocks": {"shift": shift, "basis": basis * jnp.sqrt(strength)[:, None, None]}}
-
-
-def causal_mask(
-    q_positions, q_segments, k_positions, k_segments, window: int | None = None
-) -> Bool[Array, "B N C"]:
-    """Who may look at whom: the last `window` positions of the same segment; segment 0 is padding.
-
-    It does not depend on slots, so padding may be anywhere.
-    """
-    same = q_segments[:, :, None] == k_segments[:, None, :]
-    back = q_positions[:, :, None] - k_positions[:, None, :]
-    near = (back >= 0) if window is None else (back >= 0) & (back < window)
-    return same & near & (k_segments != 0)[:, None, :]
 
 
 class Context(NamedTuple):
@@ -210,19 +200,6 @@ class FeedForward(nn.Module):
             (c.d_ff, c.d_model), ("mlp", "embed"),
             fan_in_normal(c.d_ff), self.dtype, name="down",
         )(hidden)
-
-
-def weighted_sums(
-    weights: Float[Array, "B P N"], x: Float[Array, "B N E"]
-) -> Float[Array, "B P E"]:
-    """P weighted sums over the slots of every row, in float32."""
-    return jnp.einsum("bpn,bne->bpe", weights, x, preferred_element_type=jnp.float32,
-                      precision=jax.lax.Precision.HIGHEST)
-
-
-def pick(x: Float[Array, "B N D"], slots: Int[Array, "B Q"] | None) -> Float[Array, "B Q D"]:
-    """Some slots of every row; None is all."""
-    return x if slots is None else jnp.take_along_axis(x, slots[:, :, None], axis=1)
 
 
 class Block(nn.Module):

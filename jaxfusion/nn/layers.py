@@ -165,3 +165,16 @@ class Embedding(nn.Module):
             preferred_element_type=jnp.float32,
         )
         return logits if self.scale is None else logits * self.scale[:, 0]
+
+
+def weighted_sums(
+    weights: Float[Array, "B P N"], x: Float[Array, "B N E"]
+) -> Float[Array, "B P E"]:
+    """P weighted sums over the slots of every row, in float32."""
+    return jnp.einsum("bpn,bne->bpe", weights, x, preferred_element_type=jnp.float32,
+                      precision=jax.lax.Precision.HIGHEST)
+
+
+def pick(x: Float[Array, "B N D"], slots: Int[Array, "B Q"] | None) -> Float[Array, "B Q D"]:
+    """Some slots of every row; None is all."""
+    return x if slots is None else jnp.take_along_axis(x, slots[:, :, None], axis=1)
