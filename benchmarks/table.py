@@ -149,8 +149,8 @@ def draw_growth(growth: dict[str, dict[str, Any]], out: Path) -> None:
 
 
 GROWTH = """\
-Attention takes the square of the tokens in time and memory: on a CPU it has no kernel, and in
-towers this narrow it costs more than all else from 256 tokens on. On GPUs and TPUs kernels keep its
+Attention takes the square of the tokens in time and memory: on a CPU it has no kernel, and from 256
+tokens on time grows faster than tokens in towers this narrow. On GPUs and TPUs kernels keep its
 memory linear. The labels of a row share their prompt, which is read once: few cost little."""
 
 
