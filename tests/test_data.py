@@ -219,6 +219,8 @@ def test_evaluation_order_covers_all(tokenizers):
     rows, _ = make_rows(tokenizers)
     numbers = [n for n, _ in in_order(rows, find_shapes(rows, (16, 64, 128)), tokenizers, 4)]
     assert sorted(np.concatenate(numbers)) == list(range(len(rows)))
+    full, rest = divmod(len(rows), 4)
+    assert rest and [*map(len, numbers)] == [rest, *[4] * full]  # the short one is the cheapest
     bare = [TokenRow([], [3] * n, []) for n in (3, 40, 70)]
     shapes = find_bare_shapes(bare, length_buckets(100))
     assert shapes.buckets == (0, 0, 0) and shapes.texts == (32, 40, 80)
