@@ -151,6 +151,21 @@ def test_two_processes_move_languages_as_one_does(cache_dir, tmp_path):
 
 
 @pytest.mark.slow
+def test_two_processes_compare_as_one_does(tmp_path):
+    """A comparison of two seeds, which one process reports; what is scored is left out again."""
+    script = ["train.py", "--config=configs/xnli_paper.py:last,debug", "--config.seeds=(0, 1)",
+              "--config.train.steps=2", "--config.eval.languages=('en', 'ar')"]
+    for _ in range(2):
+        codes, said = run_both(tmp_path / "two", script=script)
+        assert codes == [0, 0], said
+    subprocess.run([sys.executable, *script, f"--workdir={tmp_path / 'one'}"], cwd=ROOT,
+                   capture_output=True, check=True)
+    alone, both = (json.loads((tmp_path / name / "report.json").read_text()) for name in (
+        "one", "two"))
+    assert alone.pop("seconds").keys() == both.pop("seconds").keys() and alone == both
+
+
+@pytest.mark.slow
 def test_one_is_killed_and_both_start_again(undisturbed, tmp_path):
     """The one that is left ends too; on another mesh, the two go on to the same end."""
     workdir, port = tmp_path / "run", free_port()

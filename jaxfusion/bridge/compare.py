@@ -5,7 +5,7 @@ import logging
 import re
 import time
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ from jaxfusion.reports.scored_runs import (
 )
 from jaxfusion.reports.terminal import print_comparison
 from jaxfusion.runs.score import evaluate, read_rows, unseen
+from jaxfusion.sharding.hosts import all_or_none, check_peers, is_first
 from jaxfusion.training.checkpoint import saved_steps
 from jaxfusion.training.trackers import IDS, add_files
 from jaxfusion.training.workdir import check_workdir, only_run
@@ -41,13 +42,16 @@ REPORT = "report.json"
 logger = logging.getLogger(__name__)
 
 
-def compare(config: CompareConfig, workdir: Path) -> Comparison:
+def compare(config: CompareConfig, workdir: Path) -> Comparison | None:
     """Trains every variant in `WORKDIR/VARIANT`, scores it and the bare LLM, and reports.
 
     With `config.seeds` each is trained in `WORKDIR/VARIANT/seed_N` for every one of them.
 
     Classes are scored by likelihood over the labels, free text by exact match. Writes `report.md`,
     `report.html`, `report.json` and pictures. Started again, it goes on where it stopped.
+
+    Returns:
+      The comparison; in processes other than the first, None.
 
     Raises:
       InputError: whatever is wrong with one of the variants.
@@ -58,11 +62,16 @@ def compare(config: CompareConfig, workdir: Path) -> Comparison:
         return _compare(config, runs, workdir)
 
 
-def _compare(config: CompareConfig, runs: dict[str, Config], workdir: Path) -> Comparison:
-    check_workdir(config, workdir)  # by now it may be another's
-    _, task, trained, _ = read_data(config.base)
-    check_unseen(config.base, config.rows, trained)
-    configs.save(config, workdir / CONFIG_FILE)
+def _compare(
+    config: CompareConfig, runs: dict[str, Config], workdir: Path
+) -> Comparison | None:
+    check_peers(config=json.dumps(asdict(config), sort_keys=True))
+    with all_or_none():
+        check_workdir(config, workdir)  # by now it may be another's
+        _, task, trained, _ = read_data(config.base)
+        check_unseen(config.base, config.rows, trained)
+    if is_first():
+        configs.save(config, workdir / CONFIG_FILE)
     seconds, folders = {name: {} for name in runs}, run_folders(config)
     # Seed by seed: what an interrupted comparison has is as much of each variant.
     for i, seed in enumerate(config.seeds or (None,)):
@@ -75,6 +84,14 @@ def _compare(config: CompareConfig, runs: dict[str, Config], workdir: Path) -> C
     start, last = time.monotonic(), list(folders.values())[-1][-1]
     evaluate(workdir / last, limit=config.rows, llm_only=True, again=False)
     seconds[LLM_ALONE] = {"score": time.monotonic() - start}
+    return _write_report(config, workdir, task, trained, seconds) if is_first() else None
+
+
+def _write_report(
+    config: CompareConfig, workdir: Path, task: Task, trained: list[Example],
+    seconds: dict[str, dict[str, float]],
+) -> Comparison:
+    """Writes and prints what was scored; `seconds` of each variant, by what they went into."""
     models = read_variants(config, workdir)
     scored = models[LLM_ALONE][0].details[config.base.data.task]
     baselines = _baselines(task, trained, scored.get(config.base.data.language))
@@ -94,7 +111,7 @@ def _train_and_score(
     try:
         train(run, where)
     except InputError:
-        if not any(workdir.glob("*/")):  # nothing began: a mended config may start here
+        if is_first() and not any(workdir.glob("*/")):  # nothing began: another config may start
             (workdir / CONFIG_FILE).unlink()
             sum_of(workdir / CONFIG_FILE).unlink()
         raise

@@ -69,9 +69,6 @@ def main(argv: list[str]) -> None:
     workdir = local_path(WORKDIR.value or str(default_workdir(name)))
     if TOPOLOGY.value is not None and not COMPILE_ONLY.value:
         raise InputError("--topology goes with --compile_only; a run takes the devices it finds")
-    if DISTRIBUTED.value and config.job == "compare":
-        raise InputError("--distributed is for one run; train the variants of a comparison one by "
-                         "one")
     if PROFILE.value and (COMPILE_ONLY.value or config.job in ("compare", "lens")):
         raise InputError("--profile_steps is for a single run")
     set_up_jax()

@@ -27,7 +27,7 @@ from jaxfusion.reports.scored_runs import ALONE, DETAILS, Details
 from jaxfusion.reports.statistics import accuracy
 from jaxfusion.reports.terminal import Results, merge_results, read_results
 from jaxfusion.runs.open_run import OpenRun, open_run
-from jaxfusion.sharding.hosts import check_peers, is_first
+from jaxfusion.sharding.hosts import all_or_none, check_peers, is_first
 
 logger = logging.getLogger(__name__)
 TaskRows = dict[str, dict[str, list[Example]]]  # by task and language
@@ -67,15 +67,16 @@ def evaluate(
     Raises:
       InputError: no such run, task, language or data; or a test row that was trained on.
     """
-    run = open_run(workdir, decoding, llm_only, share_states)
-    config = run.config
     check_peers(workdir=str(workdir), asked=str((tasks, languages, limit, llm_only, data_path,
                                                  drop_seen, decoding)))
-    rows = read_rows(config, tasks, languages, limit, data_path)
-    drop_seen = drop_seen or config.eval.drop_seen
-    rows = unseen(rows, seen_by(config, workdir), drop_seen, config.tasks)
-    if not (languages or config.eval.languages):
-        rows = readable(run, rows)
+    with all_or_none():
+        run = open_run(workdir, decoding, llm_only, share_states)
+        config = run.config
+        drop_seen = drop_seen or config.eval.drop_seen
+        rows = unseen(read_rows(config, tasks, languages, limit, data_path),
+                      seen_by(config, workdir), drop_seen, config.tasks)
+        if not (languages or config.eval.languages):
+            rows = readable(run, rows)
     name, more = ("llm_only.json", ALONE) if llm_only else ("results.json", DETAILS)
     settings = {"limit": limit, "encoder": config.encoder.checkpoint,
                 "decoder": config.decoder.checkpoint, "drop_seen": drop_seen,
@@ -84,9 +85,11 @@ def evaluate(
     settings = json.loads(json.dumps(settings))
     folder = workdir / "eval"
     if not again:
-        about = {"step": run.trained()[0], **settings}
-        scored, texts = (read_results(folder / x, about) for x in (name, more))
+        with all_or_none():
+            about = {"step": run.trained()[0], **settings}
+            scored, texts = (read_results(folder / x, about) for x in (name, more))
         rows = _unscored(rows, scored, texts)
+        check_peers(unscored=str({task: list(parts) for task, parts in rows.items()}))
         if not rows:  # no tower is loaded
             return scored, {}
     with run.on_mesh():
