@@ -6,6 +6,7 @@
     python benchmarks/load.py --out benchmarks/results/load.json
     python benchmarks/growth.py --out benchmarks/results/growth.json
     python benchmarks/shared_prompt.py LLM SIB200 --out benchmarks/results/shared_prompt.json
+    python benchmarks/continuous.py --out benchmarks/results/continuous.json
     bash benchmarks/gpu.sh                                     # on a machine with a GPU
     python benchmarks/lens.py --size full --rounds 2 --json benchmarks/results/lens.json
 """
@@ -172,6 +173,24 @@ def shared_prompt(result: dict[str, Any]) -> list[str]:
     ]
 
 
+def continuous(result: dict[str, Any]) -> list[str]:
+    """Answers of different lengths, batch by batch and continuously."""
+    r, pairs = result, result["faster"]["of_pairs"]
+    rows = [[name, f"{x:.0f} s"] for name, x in r["cpu_seconds"].items()]
+    return [
+        "## Answers of different lengths", "",
+        f"`benchmarks/continuous.py`: an LLM of SmolLM2-135M's shape gives {r['rows']} answers of "
+        f"{r['mean_length']:.0f} tokens on average and {r['longest']} at most, {r['batch']} at a "
+        f"time. Batches that wait for their longest answer take {r['steps']} steps. With "
+        "continuous batching, new prompts take the places of answers that have ended, which takes "
+        f"{r['rows'] * r['mean_length'] / r['batch']:.0f} at best.", "",
+        *table(["", "CPU time"], rows), "",
+        f"Continuous batching is **{r['faster']['of_medians']:.1f}×** as fast ({min(pairs):.1f} "
+        f"to {max(pairs):.1f}); {r['equal']} of {r['rows']} answers are equal. "
+        f"{machine(result)}", "",
+    ]
+
+
 def lens(result: dict[str, Any]) -> list[str]:
     """Lens' training on cached activations, against full models in every step."""
     r, timed, settings = result, result["settings_timed_of_others"], len(result["settings"])
@@ -255,7 +274,8 @@ def main() -> None:
     parts = [
         HEAD, *fusion(read("fusion")), *train_step(read("train_step_pocket")),
         *train_step(read("train_step_small")), NOTES, *load(read("load")),
-        *growth(read("growth")), *shared_prompt(read("shared_prompt")), *lens(read("lens")),
+        *growth(read("growth")), *shared_prompt(read("shared_prompt")),
+        *continuous(read("continuous")), *lens(read("lens")),
         *gpu([read(f"gpu_{size}") for size in ("xnli", "langbridge", "langbridge_4")]),
     ]
     (ROOT / "docs" / "benchmarks.md").write_text("\n".join(parts), "utf-8")

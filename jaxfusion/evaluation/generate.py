@@ -150,9 +150,10 @@ def extend(
 
 def choose_tokens(
     logits: Float[Array, "B V"], decoding: Decoding, numbers: Int[Array, "B"] | None,
-    step: Int[Array, ""] | int,
+    step: Int[Array, "*B"] | int,
 ) -> Int[Array, "B"]:
-    """Each row's next token; samples depend only on the seed, the row's number and the step."""
+    """Each row's next token; samples depend only on the seed, the row's number and the step, which
+    is that of all rows or of each."""
     if not decoding.temperature:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
     every = partial(jnp.full, logits.shape[0])
@@ -162,13 +163,13 @@ def choose_tokens(
 
 
 def row_keys(
-    seeds: Int[Array, "B"], numbers: Int[Array, "B"], step: Int[Array, ""] | int
+    seeds: Int[Array, "B"], numbers: Int[Array, "B"], step: Int[Array, "*B"] | int
 ) -> Key[Array, "B"]:
-    """The random key of each row's token at a step."""
-    def one(seed, number):
+    """The random key of each row's token at a step, which is that of all rows or of each."""
+    def one(seed, number, step):
         return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), step), number)
 
-    return jax.vmap(one)(seeds, numbers)
+    return jax.vmap(one)(seeds, numbers, jnp.broadcast_to(step, numbers.shape))
 
 
 def draw_tokens(

@@ -23,6 +23,7 @@ from jaxfusion.data.rows.examples import Example
 from jaxfusion.data.tasks.spec import Task
 from jaxfusion.data.tokenizers import Tokenizers
 from jaxfusion.errors import InputError
+from jaxfusion.evaluation.continuous import answer_all, make_programs
 from jaxfusion.evaluation.generate import Decoding, Score, make_scorer
 from jaxfusion.evaluation.kept_states import keep_states
 from jaxfusion.evaluation.options import Options, make_options
@@ -116,30 +117,49 @@ class Scorer:
         """Scores the examples.
 
         Args:
-          progress: called with the number of rows of each batch.
+          progress: called with the number of rows that were scored.
           numbers: of the examples, to seed their samples; default: their indices.
         """
         rows, cut = self.rows(examples, task.keeps_end)
-        labels = task.labels
         row_numbers = np.arange(len(rows)) if numbers is None else np.asarray(numbers)
-        answers, likelihoods = [""] * len(rows), np.zeros((len(rows), len(labels)))
+        answers, likelihoods = [""] * len(rows), np.zeros((len(rows), len(task.labels)))
         unfinished = [False] * len(rows)
         fill = keep_states(self.bridge, params, rows, self.tokenizers, self.keep)
+        if self._only_answers(task):
+            found = self._answer(params, rows, row_numbers, fill)
+        else:
+            found = self._score(params, rows, row_numbers, fill, examples, task.labels)
+        for number, tokens, chances in found:
+            answers[number], unfinished[number] = self._text(tokens)
+            likelihoods[number] = chances
+            progress(1)
+        answered = answers if self.config.max_new_tokens else None
+        correct = _correct(task, examples, answered, likelihoods)
+        return Scored(answers, likelihoods, correct, cut, unfinished)
+
+    def _only_answers(self, task: Task) -> bool:
+        """Whether rows may be answered without regard to which others are in their batch."""
+        return bool(self.config.max_new_tokens and not task.labels
+                    and not self.bridge.align_padding)
+
+    def _answer(self, params: Params, rows: Sequence[TokenRow], numbers, fill):
+        """Every row's index, tokens and likelihoods, of which it has none."""
+        programs = make_programs(self.bridge, self.decoding, self.bare, self.shared(rows))
+        for row, tokens in answer_all(programs, params, rows, self.shapes(rows), self.tokenizers,
+                                      self.config.batch_size, numbers, self._ends, fill):
+            yield row, tokens, ()
+
+    def _score(self, params: Params, rows: Sequence[TokenRow], numbers, fill, examples, labels):
+        """Every row's index, tokens and likelihoods, batch by batch."""
         score = self.program(rows)
         for chosen, batch in in_order(rows, self.shapes(rows), self.tokenizers,
                                       self.config.batch_size):
             options = self.options([examples[i] for i in chosen], labels)
             batch = batch if fill is None else fill(batch)
-            seeds = np.resize(row_numbers[chosen], self.config.batch_size).astype(np.int32)
+            seeds = np.resize(numbers[chosen], self.config.batch_size).astype(np.int32)
             tokens, scores, _ = jax.device_get(
                 score(params, batch, options, self._ends, seeds))
-            for row, number in enumerate(chosen):
-                answers[number], unfinished[number] = self._text(tokens[row])
-                likelihoods[number] = scores[: len(labels), row]
-            progress(len(chosen))
-        answered = answers if self.config.max_new_tokens else None
-        correct = _correct(task, examples, answered, likelihoods)
-        return Scored(answers, likelihoods, correct, cut, unfinished)
+            yield from zip(chosen.tolist(), tokens, scores[: len(labels)].T, strict=False)
 
     def shapes(self, rows: Sequence[TokenRow]) -> Shapes:
         """The batch shapes of these rows."""
