@@ -2,6 +2,10 @@
 
     python train.py --config configs/lens_ntrex.py --config.data.path='NTREX-128/{language}.txt' \\
         --config.decoder.checkpoint=meta-llama/Llama-3.2-1B
+    python train.py --config configs/lens_ntrex.py:tasks
+
+The second command also scores topics of sentences (SIB-200), XCOPA and XWinograd, and trains eight
+blocks beside the two of the paper.
 
 Needs: NTREX-128 (github.com/MicrosoftTranslator/NTREX, CC BY-SA 4.0); a GPU of 16 GB, or two CPU
 cores and a few minutes with a small LLM. The probe reads 1,500 lines, 400 train, and of the others
@@ -14,6 +18,10 @@ from jaxfusion.config import default_config
 
 NAMES = {"en": "src.eng", "si": "ref.sin", "ta": "ref.tam", "sw": "ref.swa", "bn": "ref.ben",
          "zh": "ref.zho-CN", "ja": "ref.jpn", "ko": "ref.kor", "ar": "ref.arb"}
+SIB = {"en": "eng_Latn", "si": "sin_Sinh", "ta": "tam_Taml", "sw": "swh_Latn", "bn": "ben_Beng",
+       "zh": "zho_Hans", "ja": "jpn_Jpan", "ko": "kor_Hang", "ar": "arb_Arab"}
+TOPICS = ("science/technology", "travel", "politics", "sports", "health", "entertainment",
+          "geography")
 
 
 def get_config(arg=None):
@@ -31,4 +39,17 @@ def get_config(arg=None):
         {"name": "steering", "lens": {"method": "steering"}},
         {"name": "Lens"},
     )
-    return finish(config, arg)
+    return finish(config, arg, {"tasks": score_tasks})
+
+
+def score_tasks(config):
+    config.tasks = {"topics": {
+        "prompt": f"The topic of a text is one of: {', '.join(TOPICS)}.\n\nText: {{text}}\nTopic:",
+        "labels": TOPICS, "languages": tuple(SIB), "names": SIB, "source": "hub:Davlan/sib200",
+        "subset": "{language}", "columns": {"label": "category"}, "parallel": True}}
+    config.eval.tasks = ("topics", "xcopa", "xwinograd")
+    # Perplexity and replies take most of the time.
+    config.data.probe_rows, config.data.rows = 300, 200
+    config.data.perplexity_rows = 100
+    config.sweep = (*config.sweep, {"name": "Lens, 8 blocks", "lens": {"blocks": 8}},
+                    {"name": "disentangle", "lens": {"method": "disentangle"}})
