@@ -14,6 +14,8 @@ from helpers import leave_unscored, losses
 from configs.common import finish
 from jaxfusion.bridge.job import train
 from jaxfusion.config import default_config, from_config_dict
+from jaxfusion.data.rows.examples import Example
+from jaxfusion.data.tasks.spec import Task
 from jaxfusion.errors import InputError, Stopped
 from jaxfusion.fields import ROLES
 from jaxfusion.hf.known_shapes import backbone_shape
@@ -186,3 +188,22 @@ def test_scores_do_not_depend_on_the_mesh(runs, tmp_path):
         assert found == wanted
     assert list(scores) == ["en", "ar"]
     assert all(x["likelihood"]["n"] == 12 for x in scores.values())
+
+
+@pytest.mark.slow
+def test_free_answers_do_not_depend_on_the_mesh(runs):
+    """Rows of a batch that is split over devices make room for others."""
+    task = Task("{text}", (), ("en",))
+    rows = [Example("la ru " * (1 + i % 7), "", -1) for i in range(27)]
+
+    def answers() -> list[str]:
+        run = open_run.open_run(runs[0] / "all", {
+            "temperature": 0.8, "max_new_tokens": 6, "batch_size": 8})
+        with run.on_mesh():
+            return run.scorer(task)(run.params, rows, task).answers
+
+    found = answers()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(open_run, "make_mesh", lambda **_: make_mesh(devices=jax.devices()[:1]))
+        assert answers() == found
+    assert len(set(found)) > 5
