@@ -541,11 +541,18 @@ def test_without_losses_nothing_changes(cache_dir, tmp_path):
     groups = debug_config().optimizer.groups
     still = {name: replace(group, weight_decay=0.0) for name, group in groups.items()}
     config = debug_config(lens=none, optimizer={"groups": still})
+    llm = Path(shutil.copytree(config.decoder.checkpoint, tmp_path / "llm"))
+    config = replace(config, decoder=replace(config.decoder, checkpoint=str(llm)))
     job.lens(config, tmp_path / "run")
     export_lens(tmp_path / "run" / "lens", tmp_path / "out")
     made, was = (load_file(Path(path) / "model.safetensors")
                  for path in (tmp_path / "out", config.decoder.checkpoint))
     assert made.keys() == was.keys() and all(np.array_equal(made[x], was[x]) for x in was)
+    # What was trained on one LLM is not scored on another, nor trained further.
+    save_file({name: 1.5 * x for name, x in was.items()}, llm / "model.safetensors")
+    (tmp_path / "run" / "probe.safetensors").unlink()
+    with pytest.raises(InputError, match=rf"run/lens was made from {llm} \(model \w+\), and now"):
+        job.lens(config, tmp_path / "run")
 
 
 @pytest.mark.parametrize("fields, message", [

@@ -34,14 +34,14 @@ from jaxfusion.reports.colours import colours_of
 from jaxfusion.reports.comparison import Comparison
 from jaxfusion.reports.pictures import draw_languages
 from jaxfusion.runs.open_run import open_run
+from jaxfusion.runs.origin import PROBE_FILE, check_origin
 from jaxfusion.sharding.hosts import all_or_none, check_peers, is_first
 from jaxfusion.sharding.mesh import make_mesh
-from jaxfusion.training.checkpoint import trained_part
+from jaxfusion.training.checkpoint import saved_steps, trained_part
 from jaxfusion.training.state import Flat
 from jaxfusion.training.trainer import batch_multiple
 from jaxfusion.training.workdir import check_workdir, only_run
 
-PROBE_FILE = "probe.safetensors"
 TRAINING = ("lens", "supervised")
 logger = logging.getLogger(__name__)
 
@@ -216,6 +216,9 @@ def prepare(config: LensRunConfig, workdir: Path, mesh: Mesh) -> LensRun:
                              f"are only {number} prompts; set it lower or data.rows higher")
     questions = read_questions(config, runs, texts)
     model, config = load_lens_model(config, mesh)
+    for folder in (folder_of(name, workdir) for name in runs):
+        if saved_steps(folder):
+            check_origin(folder, model.identity)
     check_layers(runs, model.bridge.decoder.config.num_layers)
     # A saved run must name the LLM that it was trained on.
     runs = {name: replace(run, decoder=config.decoder) for name, run in runs.items()}

@@ -115,7 +115,8 @@ def _cache_and_train(
             logger.info("\n%s", name)
             clock = time.monotonic()
             own = jax.tree.map(lambda x, n=prompts[name]: x[:n], cached[cache_key(run)])
-            train_top(run, folder_of(name, workdir), jobs[name], tops[run.lens.blocks], own)
+            train_top(run, folder_of(name, workdir), jobs[name], tops[run.lens.blocks], own,
+                      model.identity)
             seconds[name] = time.monotonic() - clock
     return seconds
 
@@ -180,11 +181,15 @@ def loss_of(upper: Decoder, layers: tuple[int, ...] | None) -> Loss:
     return (Supervised(upper) if layers is None else Manipulation(upper, layers)).loss
 
 
-def train_top(run: LensRunConfig, workdir: Path, job: TopJob, params, cached: Activations) -> None:
+def train_top(
+    run: LensRunConfig, workdir: Path, job: TopJob, params, cached: Activations,
+    identity: dict[str, str],
+) -> None:
     """Trains the top blocks on cached activations, from the workdir's state to the last step.
 
     Args:
       params: of the top blocks, and other parameters that the loss reads; not modified.
+      identity: of the model that they are of; kept in the workdir.
     """
     part = traverse_util.flatten_dict({"decoder": params}, sep="/")
     steps = total_steps(run.train, len(cached.last))
@@ -196,4 +201,4 @@ def train_top(run: LensRunConfig, workdir: Path, job: TopJob, params, cached: Ac
                                     sharding(start.mesh, "batch"))
         # Methods are scored side by side at the end, so the newest checkpoint counts.
         fit(Run(start.config, job.loss, trainable, frozen, job.groups, batches, steps,
-                None, None, job.loss), start)
+                None, None, job.loss, origin=identity if start.fresh else None), start)

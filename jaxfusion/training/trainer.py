@@ -40,6 +40,8 @@ class Run:
       seen: fingerprints of the texts that are trained on; kept in the workdir.
       kept: frozen parameters that the workdir has to hold; None where it holds them already.
       patience: scores that may be no better, one after the other; None: any number.
+      origin: what the parameters were before training, for the workdir of a fresh run; None where
+        the config tells.
     """
 
     config: Job
@@ -55,6 +57,7 @@ class Run:
     seen: np.ndarray | None = None
     kept: dict[str, np.ndarray] | None = None
     patience: int | None = None
+    origin: dict[str, str] | None = None
 
 
 def by_another(best: Best, now: str) -> bool:
