@@ -5,6 +5,7 @@ import logging
 from dataclasses import replace
 from types import SimpleNamespace
 
+import jax.numpy as jnp
 import pytest
 from helpers import equal, interrupt_at, make_config, make_run, records
 
@@ -17,9 +18,10 @@ from jaxfusion.data.tasks.catalogue import TASKS
 from jaxfusion.errors import InputError, Stopped
 from jaxfusion.reports.pictures import draw_development
 from jaxfusion.runs.score import evaluate
-from jaxfusion.training.checkpoint import Best, Checkpoints, best_of, trained_part
+from jaxfusion.training.checkpoint import Best, Checkpoints, Notes, best_of, trained_part
 from jaxfusion.training.hooks import Save, Signals, _in_a_line
-from jaxfusion.training.trainer import by_another
+from jaxfusion.training.state import State
+from jaxfusion.training.trainer import Trainer, by_another
 from jaxfusion.training.workdir import check_workdir
 
 NLI = TASKS["xnli"]
@@ -118,6 +120,17 @@ def test_a_language_decides(config, scored, tmp_path, monkeypatch, caplog):
 def test_a_best_score_of_an_earlier_version_is_told_where_it_may_differ(name, now, other):
     """Free text, translations and towers have been scored in one way by every version."""
     assert by_another(Best(3, 0.5, name=name), now) == other
+
+
+def test_a_score_of_a_version_that_kept_no_best_is_told(tmp_path, caplog):
+    trainer = object.__new__(Trainer)
+    trainer.run = SimpleNamespace(score=print, best="likelihood", steps=12, patience=None)
+    trainer.state = State(jnp.array(0), {}, ())
+    trainer.restore(SimpleNamespace(path=tmp_path / "checkpoints", restore_newest=lambda _: (
+        State(jnp.array(4), {}, ()), Notes({}, 0.5, None))))
+    assert trainer.best == Best(4, 0.5)
+    assert "0.500 at step 4, is of an earlier version, which may have chosen by another" in (
+        caplog.text)
 
 
 def test_the_best_of_scores():

@@ -119,6 +119,8 @@ class Trainer:
         if notes.data:  # adopted checkpoints have none
             self.data.set_state(notes.data)
         self.done, self.best = int(self.state.step), notes.best
+        if self.best is None and notes.score is not None:  # as earlier versions left it
+            self.best = Best(self.done, notes.score)
         scored = self.run.score is None or notes.score is not None
         self.unscored = not scored and self.due(stop=False).score and self.done > 0
         if self.best and by_another(self.best, self.run.best):
