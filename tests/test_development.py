@@ -156,7 +156,9 @@ def test_which_score_decides(config):
     assert decides(max_new_tokens=0) == "likelihood"
     assert _in_a_line({"exact_match": 0.5, "likelihood": 0.6, "sw/exact_match": 0.4,
                        "sw/likelihood": 0.3}, "exact_match") == (
-        "exact_match 0.500  likelihood 0.600  (exact_match: sw 0.400)")
+        "exact_match 0.500  likelihood 0.600  (exact_match: sw 0.400)  (exact_match decides)")
+    assert _in_a_line({"exact_match": 0.5, "likelihood": 0.6}, "likelihood") == (
+        "exact_match 0.500  likelihood 0.600  (likelihood decides)")
     assert _in_a_line({"exact_match": 0.5}, "exact_match") == "exact_match 0.500"
 
 
