@@ -19,13 +19,14 @@ from huggingface_hub import metadata_load
 from safetensors.numpy import load_file, save_file
 from tokenizers.processors import TemplateProcessing
 
+from jaxfusion import config as configs
 from jaxfusion.bridge.job import train
 from jaxfusion.config import from_config_dict
 from jaxfusion.data.batching import TokenRow
 from jaxfusion.data.tokenizers import Tokenizers
 from jaxfusion.errors import InputError
 from jaxfusion.evaluation.perplexity import fidelity, load_identifier, perplexity
-from jaxfusion.fields import LensConfig, LoggingConfig, ParallelConfig
+from jaxfusion.fields import LensConfig, LensRunConfig, LoggingConfig, ParallelConfig
 from jaxfusion.files import WRITER, only_writer
 from jaxfusion.hf.decoders import decoder_config
 from jaxfusion.hf.load import read_config
@@ -415,7 +416,7 @@ def test_a_whole_run_and_again(cache_dir, tmp_path, monkeypatch):
     (tmp_path / "run" / "report.md").unlink()
     assert run_script("eval.py", f"--workdir={tmp_path / 'run'}", "--report") == ""
     assert (tmp_path / "run" / "report.md").read_text() == page
-    assert "scores.json is missing: give the workdir of the whole run" in run_script(
+    assert "is one method of the run" in run_script(
         "eval.py", f"--workdir={tmp_path / 'run' / 'Lens'}", "--report")
     check_trackers_have(dict(Tracker.runs), first, config.train.steps)
     with monkeypatch.context() as patched:  # what is at its end keeps no prompts again
@@ -431,6 +432,23 @@ def test_a_whole_run_and_again(cache_dir, tmp_path, monkeypatch):
     assert str(cache_dir) not in (tmp_path / "out" / "README.md").read_text()
     with pytest.raises(InputError, match="was written by another config"):
         job.lens(replace(config, lens=replace(config.lens, align=0.5)), tmp_path / "run")
+
+
+def test_one_method_s_run_points_to_the_report_of_the_whole(tmp_path):
+    run, words = tmp_path / "run", (f"--workdir={tmp_path}/run/Lens",)
+    for folder in (run, run / "Lens"):
+        folder.mkdir()
+        configs.save(LensRunConfig(), folder / "config.json")
+    compare = (f"--compare={run}/Lens", str(run))
+    for ask in (words, compare):
+        assert "its train.py command writes report.html once all" in run_script("eval.py", *ask)
+    assert "give the workdir of the whole run, or" in run_script("eval.py", *words, "--report")
+    for file in ("report.html", "scores.json"):
+        (run / file).touch()
+    for ask in (words, compare):
+        assert f"see {run}/report.html, or write that again with" in run_script("eval.py", *ask)
+    assert f"Lens is one method of the run {run}, which has the report: give --workdir {run}" in (
+        run_script("eval.py", *words, "--report"))
 
 
 def check_trackers_have(last, comparison, steps):
