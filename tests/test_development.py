@@ -17,6 +17,7 @@ from jaxfusion.config import changed, check, load, save
 from jaxfusion.data.tasks.catalogue import TASKS
 from jaxfusion.errors import InputError, Stopped
 from jaxfusion.reports.pictures import draw_development
+from jaxfusion.runs.export.bridge import export
 from jaxfusion.runs.score import evaluate
 from jaxfusion.training.checkpoint import Best, Checkpoints, Notes, best_of, trained_part
 from jaxfusion.training.hooks import Save, Signals, _in_a_line
@@ -63,9 +64,18 @@ def where(run):
     return steps, newest, trained_part(run)[0], noted["best"]
 
 
+def card_of(run):
+    """The model card of a run's export."""
+    out = run.with_name(f"{run.name}-out")
+    export(run, out, overwrite=True)
+    return " ".join((out / "README.md").read_text("utf-8").split())
+
+
 def test_patience_ends_a_run_which_stays_ended(config, scored, tmp_path, caplog, capsys):
     state = train(config, tmp_path)
     assert where(tmp_path) == ([2, 4, 6, 8], 8, 4, {"step": 4, "score": 0.5, "since": 2})
+    assert "step 4, which has the run's best `likelihood` on development rows (0.500)." in (
+        card_of(tmp_path))
     assert "no better in 2 scores than 0.500 at step 4" in capsys.readouterr().err
     with caplog.at_level(logging.INFO):
         assert equal(state, train(config, tmp_path))
@@ -75,6 +85,8 @@ def test_patience_ends_a_run_which_stays_ended(config, scored, tmp_path, caplog,
     train(more, tmp_path)
     assert where(tmp_path) == ([2, 4, 6, 8, 10, 12], 12, 12, {
         "step": 12, "score": 0.9, "since": 0})
+    assert "step 12, which has the run's best `likelihood` on development rows (0.900)." in (
+        card_of(tmp_path))
 
 
 @pytest.mark.slow
