@@ -604,7 +604,12 @@ def test_a_prompt_of_which_nothing_is_left_is_said(cache_dir):
 
 def test_a_probe_of_another_run_serves_and_is_checked(cache_dir, tmp_path):
     config = debug_config(lens={"method": "none"})
+    own = Path(shutil.copy(config.data.path, tmp_path / "own.jsonl"))
+    config = replace(config, data=replace(config.data, path=str(own)))
     job.lens(config, tmp_path / "a")
+    own.write_text(own.read_text().partition("\n")[2])
+    with pytest.raises(InputError, match=r"safetensors was made with other prompts than this conf"):
+        job.lens(config, tmp_path / "a")
     file = str(tmp_path / "a" / "probe.safetensors")
     job.lens(debug_config(lens={"method": "none"}, data={"probe": file}), tmp_path / "b")
     one, two = (load_file(tmp_path / x / "probe.safetensors") for x in "ab")

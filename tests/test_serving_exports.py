@@ -200,11 +200,13 @@ def test_a_run_of_lens_is_that_of_the_llm_it_was_trained_on(tiny, lensed, tmp_pa
         {"model": before["model"], "tokenizer": before["tokenizer"]})})
     with pytest.raises(InputError, match=r"from another model .* remove .*run/probe\.safetensors"):
         open_lens(place)
-    write_checked(place / ORIGIN, json.dumps(before))
+    write_checked(place / ORIGIN, json.dumps({**before, "prompts": "a"}))
     with pytest.raises(InputError, match=rf"made from {llm} \(model .* remove {place}/model\.json"):
         export_lens(place, tmp_path / "changed")
     with pytest.raises(InputError, match=r"\(LLM \w{8}\)"):
         check_origin(place, {"llm": now()["llm"], "source": "an LLM"})
+    with pytest.raises(InputError, match="trained on other prompts than its files have now"):
+        check_origin(place, {"prompts": "b"})
     write_checked(place / ORIGIN, json.dumps(now()))
     export_lens(place, tmp_path / "changed")
     assert not caplog.text

@@ -20,7 +20,7 @@ from jaxfusion.errors import InputError, first_line
 from jaxfusion.files import read_checked, write_checked
 from jaxfusion.lens.subspace import Subspaces, directions, displacements, factorise
 from jaxfusion.nn.bridge import Batch, Bridge, Params
-from jaxfusion.runs.origin import different
+from jaxfusion.runs.origin import PARTS, different
 from jaxfusion.sharding.rules import constrain, replicated
 
 
@@ -167,7 +167,7 @@ def load_probe(file: Path, languages: tuple[str, ...], identity: dict[str, str])
     except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
         raise InputError(f"{file} is not a probe of a Lens run: {first_line(error)}") from None
     for part in different(saved_identity, identity):
-        raise InputError(f"{file} was made with another {part} than this config's; remove "
+        raise InputError(f"{file} was made with {PARTS[part]} than this config's; remove "
                          "data.probe to probe again, or, if it is the workdir's own, start again "
                          "with another --workdir")
     if probe.languages != languages:

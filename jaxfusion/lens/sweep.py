@@ -28,6 +28,7 @@ from jaxfusion.lens.objective import Manipulation, Supervised, aims, make_goals
 from jaxfusion.lens.probe import Probe
 from jaxfusion.lens.prompts import training_rows
 from jaxfusion.nn.decoder import Decoder
+from jaxfusion.runs.origin import different
 from jaxfusion.sharding.hosts import all_or_none, check_peers
 from jaxfusion.sharding.mesh import sharding
 from jaxfusion.training.checkpoint import saved_steps, trained_part
@@ -74,7 +75,7 @@ def train_all(
     seconds = _cache_and_train(config, due, prompts, texts, answers, model, probe, workdir)
     with all_or_none():
         reloaded, _ = load_lens_model(config, mesh)
-    if reloaded.identity != model.identity:
+    if different(reloaded.identity, model.identity):
         raise InputError(f"{config.bridge or config.decoder.checkpoint} was changed while the top "
                          "blocks trained; start again with another --workdir")
     return reloaded, seconds

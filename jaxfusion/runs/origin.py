@@ -5,6 +5,7 @@ import json
 import logging
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
@@ -18,8 +19,10 @@ from jaxfusion.sharding.hosts import fetch
 from jaxfusion.training.workdir import ORIGIN
 
 PROBE_FILE = "probe.safetensors"
-# What is compared: the whole model, its tokenizers, and of a model behind a bridge the LLM alone.
-PARTS = ("model", "tokenizer", "llm")
+# What is compared, with what another one is called: the whole model, its tokenizers, of a model
+# behind a bridge the LLM alone, and the prompts of a run that goes on.
+PARTS = {"model": "another model", "tokenizer": "another tokenizer", "llm": "another LLM",
+         "prompts": "other prompts"}
 SAMPLE = 64  # bytes from the middle row of every tensor
 logger = logging.getLogger(__name__)
 
@@ -34,7 +37,8 @@ def origin_of_bridge(run: OpenRun) -> dict[str, str]:
     """As `origin_of_llm`, of the LLM behind a bridge: `model` is of both."""
     model = run.model
     path, _ = resolve(model.config.decoder.checkpoint, model.config.decoder.revision)
-    llm, trained = digest(path), hashlib.sha256(digest(path).encode())
+    llm = digest(path)
+    trained = hashlib.sha256(llm.encode())
     for name, x in sorted(model.trainable.items()):
         trained.update(name.encode() + np.asarray(fetch(x)).tobytes())
     encoder, decoder = map(digest_tokenizer, (model.tokenizers.encoder, model.tokenizers.decoder))
@@ -60,6 +64,11 @@ def digest_tokenizer(tokenizer) -> str:
     """A digest of a tokenizer, including its chat template."""
     content = [sorted(tokenizer.get_vocab().items()), tokenizer.chat_template,
              str(tokenizer.special_tokens_map)]
+    return digest_of(content)
+
+
+def digest_of(content: Any) -> str:
+    """A digest of what can be written as JSON."""
     return hashlib.sha256(json.dumps(content, ensure_ascii=False).encode()).hexdigest()
 
 
@@ -81,18 +90,21 @@ def check_origin(workdir: Path, now: Mapping[str, str]) -> None:
       InputError: it is another model; or the record is damaged.
     """
     file, was = _recorded(workdir)
-    if not set(was) & set(now) & set(PARTS):
+    if not was.keys() & now.keys() & PARTS.keys():
         logger.warning("%s has no record of the model that it was made from: whether %s is still "
                        "that model is not known", workdir, now["source"])
         return
     if not (parts := different(was, now)):
         return
-    part = parts[0]
-    what = "LLM" if part == "llm" else part
+    part, what = parts[0], PARTS[parts[0]].split()[-1]
+    repair = f"or train again with another --workdir; to use it all the same, remove {file}"
+    if part == "prompts":
+        raise InputError(f"{workdir} was trained on other prompts than its files have now: put the "
+                         f"earlier ones back, {repair}")
+    source = was.get("source", PARTS[part])
     raise InputError(
-        f"{workdir} was made from {was.get('source', f'another {what}')} ({what} {was[part]:.8}), "
-        f"and now there is {now['source']} ({what} {now[part]:.8}): put the earlier one back, or "
-        f"train again with another --workdir; to use it all the same, remove {file}")
+        f"{workdir} was made from {source} ({what} {was[part]:.8}), and now there is "
+        f"{now['source']} ({what} {now[part]:.8}): put the earlier one back, {repair}")
 
 
 def _recorded(workdir: Path) -> tuple[Path, dict[str, str]]:
