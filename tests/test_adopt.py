@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, MT5EncoderModel
 
 from jaxfusion.data.tokenizers import LANGBRIDGE_WHITESPACE
 from jaxfusion.errors import InputError
+from jaxfusion.fields import DataConfig
 from jaxfusion.hf.convert import convert
 from jaxfusion.runs.adopt import adopt
 from jaxfusion.runs.export.bridge import export
@@ -182,9 +183,9 @@ def read_as_langbridge(out):
     return enc, next(kind for start, kind in lms.items() if config["lm"].startswith(start))
 
 
-def test_langbridge_knows_what_it_is_to_make(tiny, tmp_path):
+def test_langbridge_knows_what_it_is_to_make(tiny, tmp_path, caplog):
     """A name that LangBridge does not take is refused, with the way out."""
-    make_run(tmp_path / "run", tiny)
+    make_run(tmp_path / "run", tiny, data=DataConfig(text_prompt="so: "))
     with pytest.raises(InputError, match=r"'encoder' is a local directory; set --enc"):
         export_langbridge(tmp_path / "run", tmp_path / "out", lm=NAMES["lm"])
     with pytest.raises(InputError, match=r"'mt5' in this encoder's name, got a/b; set --enc"):
@@ -196,6 +197,8 @@ def test_langbridge_knows_what_it_is_to_make(tiny, tmp_path):
                           lm="mistralai/Mistral-7B-v0.1")
     assert not (tmp_path / "out").exists()
     export_langbridge(tmp_path / "run", tmp_path / "out", **NAMES)
+    assert "no place for data.text_prompt: who asks the export has to give the LLM 'so: '" in (
+        caplog.text)
     assert read_as_langbridge(tmp_path / "out") == ("mt5", "llama")
     card = (tmp_path / "out" / "README.md").read_text()
     assert "LangBridgeModel.from_pretrained(DIR)" in card and str(tiny) not in card
