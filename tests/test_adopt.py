@@ -130,7 +130,7 @@ def logits_of(workdir):
 
 
 @pytest.mark.parametrize("kind,pickled", [("linear", True), ("ffn", False), ("latent", False)])
-def test_langbridge_gives_its_logits(kind, pickled, towers, tiny, tmp_path):
+def test_langbridge_gives_its_logits(kind, pickled, towers, tiny, tmp_path, caplog):
     torch.manual_seed(0)
     width, out = towers[0].config.d_model, towers[1].config.hidden_size
     alignment = Perceiver(width, out) if kind == "latent" else Aligned(kind, width, out)
@@ -143,9 +143,10 @@ def test_langbridge_gives_its_logits(kind, pickled, towers, tiny, tmp_path):
         source = tmp_path / "converted"
     adopt(str(source), tmp_path / "run")
     assert relative(logits_of(tmp_path / "run"), reference(towers, alignment)) < 1e-5
+    assert "not read" not in caplog.text
 
 
-def test_mindmerger_gives_its_logits(towers, tiny, tmp_path):
+def test_mindmerger_gives_its_logits(towers, tiny, tmp_path, caplog):
     torch.manual_seed(0)
     mapping = Mapping(towers[0].config.d_model, towers[1].config.hidden_size)
     (tmp_path / "theirs").mkdir()
@@ -156,6 +157,12 @@ def test_mindmerger_gives_its_logits(towers, tiny, tmp_path):
     adopt(str(tmp_path / "theirs"), tmp_path / "run", str(tiny / "encoder"),
           str(tiny / "decoder"))
     assert relative(logits_of(tmp_path / "run"), reference(towers, mapping)) < 1e-5
+    assert "not read" not in caplog.text
+    save_file({**mapping.state_dict(), "more.weight": torch.zeros(2)},
+              tmp_path / "theirs" / "model.safetensors")
+    adopt(str(tmp_path / "theirs"), tmp_path / "more", str(tiny / "encoder"),
+          str(tiny / "decoder"))
+    assert "not read, as the bridge has no place for them: more.weight" in caplog.text
 
 
 @pytest.mark.parametrize("fusion,projector", [
