@@ -19,6 +19,12 @@ from absl import logging as absl_logging
 from jaxfusion.errors import InputError, Stopped, cut
 from jaxfusion.files import cache_dir
 
+# What a flag's value has to be, by what Python says of another.
+WANTED = {
+    "invalid literal for int()": "a whole number", "could not convert string to float": "a number",
+    "Non-boolean argument": "true or false", "Failed to parse": "a dictionary such as {'a': 1}",
+    "Error while parsing string": "a tuple such as 1,2 or 'a','b'",
+}
 Groups = dict[str, tuple[flags.FlagHolder, ...]]  # of flags, by their heading in --help
 
 
@@ -191,7 +197,7 @@ def parse_flags(
         if isinstance(first, AttributeError) and first.name == "get_config":
             text = "the file of --config has no function get_config: it is not a config"
         if isinstance(first, KeyError):
-            text = _unknown_field(str(first.args[0]), str(error), argv) if _of_config(first) else (
+            text = _unknown_field(str(first.args[0]), str(error)) if _of_config(first) else (
                 f"the file of --config fails with {type(error).__name__}: {error}")
         if "Traceback" in text:  # a config file failed: the last line has the error
             text = text.strip().splitlines()[-1]
@@ -199,9 +205,14 @@ def parse_flags(
 
 
 def _plainly(text: str) -> str:
-    """What absl says of flags that are required and missing, in plain words."""
+    """What absl says of flags that are required and missing, or whose value is of the wrong type,
+    in plain words."""
     missing = re.findall(r"flag (--\w+)=None: Flag --\w+ must have a value", text)
-    return f"missing: {', '.join(missing)}; --help says what they are" if missing else text
+    if missing:
+        return f"missing: {', '.join(missing)}; --help says what they are"
+    found = re.fullmatch(r"flag (--\S+?=.*?): (.*)", text, re.DOTALL)
+    expected = found and next((x for sign, x in WANTED.items() if sign in found[2]), None)
+    return f"{found[1]}: expected {expected}" if expected else text
 
 
 def _of_config(error: KeyError) -> bool:
@@ -210,14 +221,9 @@ def _of_config(error: KeyError) -> bool:
     return str(frame.f_globals.get("__name__")).startswith("ml_collections.")
 
 
-def _unknown_field(name: str, said: str, argv: list[str]) -> str:
-    """What is wrong with a flag that sets a field that the config has not. Of several flags that
-    name it in their paths, nothing says which one it is."""
-    paths = [word.partition("=")[0] for word in argv]
-    flag = " or ".join(x for x in paths if name in re.split(r"[.\[]", x)[1:]) or "--config"
+def _unknown_field(name: str, said: str) -> str:
+    """What is wrong with a config file that sets a field that the config has not."""
     meant = re.search(r'Did you mean "(\w+)"', said)
-    text = f"{flag}: the config has no field '{name}'" + (
-        f" (did you mean '{meant[1]}'?)" if meant else "")
-    if flag.startswith("--config.tasks.") and flag.count(".") > 2:
-        return f"{text}; the command line sets only fields of a task that its config file has"
-    return f"{text}; its fields are in jaxfusion/fields.py"
+    near = f" (did you mean '{meant[1]}'?)" if meant else ""
+    return (f"--config: the config has no field '{name}'{near}; its fields are in "
+            "jaxfusion/fields.py")

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, MT5EncoderModel
 
 from jaxfusion.data.tokenizers import LANGBRIDGE_WHITESPACE
 from jaxfusion.errors import InputError
+from jaxfusion.fields import DataConfig
 from jaxfusion.hf.convert import convert
 from jaxfusion.runs.adopt import adopt
 from jaxfusion.runs.export.bridge import export
@@ -129,7 +130,7 @@ def logits_of(workdir):
 
 
 @pytest.mark.parametrize("kind,pickled", [("linear", True), ("ffn", False), ("latent", False)])
-def test_langbridge_gives_its_logits(kind, pickled, towers, tiny, tmp_path):
+def test_langbridge_gives_its_logits(kind, pickled, towers, tiny, tmp_path, caplog):
     torch.manual_seed(0)
     width, out = towers[0].config.d_model, towers[1].config.hidden_size
     alignment = Perceiver(width, out) if kind == "latent" else Aligned(kind, width, out)
@@ -142,9 +143,10 @@ def test_langbridge_gives_its_logits(kind, pickled, towers, tiny, tmp_path):
         source = tmp_path / "converted"
     adopt(str(source), tmp_path / "run")
     assert relative(logits_of(tmp_path / "run"), reference(towers, alignment)) < 1e-5
+    assert "not read" not in caplog.text
 
 
-def test_mindmerger_gives_its_logits(towers, tiny, tmp_path):
+def test_mindmerger_gives_its_logits(towers, tiny, tmp_path, caplog):
     torch.manual_seed(0)
     mapping = Mapping(towers[0].config.d_model, towers[1].config.hidden_size)
     (tmp_path / "theirs").mkdir()
@@ -155,6 +157,12 @@ def test_mindmerger_gives_its_logits(towers, tiny, tmp_path):
     adopt(str(tmp_path / "theirs"), tmp_path / "run", str(tiny / "encoder"),
           str(tiny / "decoder"))
     assert relative(logits_of(tmp_path / "run"), reference(towers, mapping)) < 1e-5
+    assert "not read" not in caplog.text
+    save_file({**mapping.state_dict(), "more.weight": torch.zeros(2)},
+              tmp_path / "theirs" / "model.safetensors")
+    adopt(str(tmp_path / "theirs"), tmp_path / "more", str(tiny / "encoder"),
+          str(tiny / "decoder"))
+    assert "not read, as the bridge has no place for them: more.weight" in caplog.text
 
 
 @pytest.mark.parametrize("fusion,projector", [
@@ -182,9 +190,9 @@ def read_as_langbridge(out):
     return enc, next(kind for start, kind in lms.items() if config["lm"].startswith(start))
 
 
-def test_langbridge_knows_what_it_is_to_make(tiny, tmp_path):
+def test_langbridge_knows_what_it_is_to_make(tiny, tmp_path, caplog):
     """A name that LangBridge does not take is refused, with the way out."""
-    make_run(tmp_path / "run", tiny)
+    make_run(tmp_path / "run", tiny, data=DataConfig(text_prompt="so: "))
     with pytest.raises(InputError, match=r"'encoder' is a local directory; set --enc"):
         export_langbridge(tmp_path / "run", tmp_path / "out", lm=NAMES["lm"])
     with pytest.raises(InputError, match=r"'mt5' in this encoder's name, got a/b; set --enc"):
@@ -196,6 +204,8 @@ def test_langbridge_knows_what_it_is_to_make(tiny, tmp_path):
                           lm="mistralai/Mistral-7B-v0.1")
     assert not (tmp_path / "out").exists()
     export_langbridge(tmp_path / "run", tmp_path / "out", **NAMES)
+    assert "no place for data.text_prompt: who asks the export has to give the LLM 'so: '" in (
+        caplog.text)
     assert read_as_langbridge(tmp_path / "out") == ("mt5", "llama")
     card = (tmp_path / "out" / "README.md").read_text()
     assert "LangBridgeModel.from_pretrained(DIR)" in card and str(tiny) not in card

@@ -4,17 +4,20 @@ import json
 import shutil
 from dataclasses import replace
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import COMPARISONS, FILES, get_config, leave_unscored
 
 from configs.common import finish
+from jaxfusion import config as configs
 from jaxfusion.bridge import warm_start
-from jaxfusion.bridge.compare import compare
+from jaxfusion.bridge.compare import compare, gather, report
 from jaxfusion.config import default_config, from_config_dict, variants
 from jaxfusion.data.tasks.catalogue import TASKS
 from jaxfusion.data.tasks.spec import Task
 from jaxfusion.errors import InputError
+from jaxfusion.fields import CompareConfig
 from jaxfusion.files import write_checked
 from jaxfusion.miniatures.inputs import make_inputs
 from jaxfusion.reports.colours import colours_of
@@ -27,6 +30,8 @@ from jaxfusion.reports.summary import summary
 from jaxfusion.runs import score
 from jaxfusion.runs.ask import ask, fill, unknown_words
 from jaxfusion.runs.score import evaluate
+from jaxfusion.training.checkpoint import Best, Checkpoints, chosen_by
+from jaxfusion.training.state import State
 from jaxfusion.training.workdir import check_workdir
 
 QUICKSTART, = COMPARISONS
@@ -321,3 +326,32 @@ def test_runs_of_a_comparison_keep_its_groups(tmp_path):
     (found,) = compare_runs(read_models(places))
     assert found.groups == {"all": ("en", "si")}
     assert found.notes == ("Recipes were chosen on ta; means exclude them.",)
+
+
+def test_checkpoints_that_were_chosen_by_different_scores_are_told(tmp_path):
+    """A comparison that an earlier version half finished, and this one to its end."""
+    row = {"correct": {"likelihood": [1, 0]}, "queries": ["q", "r"], "targets": ["x", "y"],
+           "answers": ["x", "y"], "likelihoods": [[0.0], [0.0]], "labels": ["x", "y"]}
+    variants = [{"name": name} for name in ("layer 3", "softmax", "adopted")]
+    config = CompareConfig(variants=tuple(variants))
+    configs.save(config, tmp_path / "config.json")
+    bests = {"layer_3": [Best(2, 0.7), Best(2, 0.7, 1)],  # of an earlier version
+             "softmax": [Best(2, 0.5, name="likelihood"), Best(4, 0.6, name="likelihood")],
+             "adopted": [None]}
+    for name, found in bests.items():
+        for file in ("details.json", "llm_only_details.json"):
+            (tmp_path / name / "eval").mkdir(parents=True, exist_ok=True)
+            write_checked(tmp_path / name / "eval" / file, json.dumps({"xnli": {"en": row}}))
+        checkpoints = Checkpoints(tmp_path / name)
+        for i, best in enumerate(found):
+            checkpoints.save(State(jnp.array(2 * i + 2), {"a": jnp.zeros(2)}, ()),
+                             {"next_index": 2 * i + 2}, best and 0.5 + 0.1 * i, best)
+        checkpoints.close()
+    assert [chosen_by(tmp_path / name) for name in (*bests, "none")] == [
+        {None}, {"likelihood"}, set(), set()]
+    said = ("Checkpoints were chosen by different scores, which favours some: layer 3 by the score "
+            "of an earlier version (exact_match where there are labels); softmax by likelihood.")
+    assert said in report([tmp_path]).with_suffix(".md").read_text()
+    places = [str(tmp_path / name) for name in bests]
+    assert gather(places)[1][0].notes[-1] == said
+    assert said not in gather(places[1:])[1][0].notes

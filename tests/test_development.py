@@ -5,6 +5,7 @@ import logging
 from dataclasses import replace
 from types import SimpleNamespace
 
+import jax.numpy as jnp
 import pytest
 from helpers import equal, interrupt_at, make_config, make_run, records
 
@@ -16,10 +17,12 @@ from jaxfusion.config import changed, check, load, save
 from jaxfusion.data.tasks.catalogue import TASKS
 from jaxfusion.errors import InputError, Stopped
 from jaxfusion.reports.pictures import draw_development
+from jaxfusion.runs.export.bridge import export
 from jaxfusion.runs.score import evaluate
-from jaxfusion.training.checkpoint import Best, Checkpoints, best_of, trained_part
+from jaxfusion.training.checkpoint import Best, Checkpoints, Notes, best_of, trained_part
 from jaxfusion.training.hooks import Save, Signals, _in_a_line
-from jaxfusion.training.trainer import by_another
+from jaxfusion.training.state import State
+from jaxfusion.training.trainer import Trainer, by_another
 from jaxfusion.training.workdir import check_workdir
 
 NLI = TASKS["xnli"]
@@ -61,9 +64,18 @@ def where(run):
     return steps, newest, trained_part(run)[0], noted["best"]
 
 
+def card_of(run):
+    """The model card of a run's export."""
+    out = run.with_name(f"{run.name}-out")
+    export(run, out, overwrite=True)
+    return " ".join((out / "README.md").read_text("utf-8").split())
+
+
 def test_patience_ends_a_run_which_stays_ended(config, scored, tmp_path, caplog, capsys):
     state = train(config, tmp_path)
     assert where(tmp_path) == ([2, 4, 6, 8], 8, 4, {"step": 4, "score": 0.5, "since": 2})
+    assert "step 4, which has the run's best `likelihood` on development rows (0.500)." in (
+        card_of(tmp_path))
     assert "no better in 2 scores than 0.500 at step 4" in capsys.readouterr().err
     with caplog.at_level(logging.INFO):
         assert equal(state, train(config, tmp_path))
@@ -73,6 +85,8 @@ def test_patience_ends_a_run_which_stays_ended(config, scored, tmp_path, caplog,
     train(more, tmp_path)
     assert where(tmp_path) == ([2, 4, 6, 8, 10, 12], 12, 12, {
         "step": 12, "score": 0.9, "since": 0})
+    assert "step 12, which has the run's best `likelihood` on development rows (0.900)." in (
+        card_of(tmp_path))
 
 
 @pytest.mark.slow
@@ -120,6 +134,17 @@ def test_a_best_score_of_an_earlier_version_is_told_where_it_may_differ(name, no
     assert by_another(Best(3, 0.5, name=name), now) == other
 
 
+def test_a_score_of_a_version_that_kept_no_best_is_told(tmp_path, caplog):
+    trainer = object.__new__(Trainer)
+    trainer.run = SimpleNamespace(score=print, best="likelihood", steps=12, patience=None)
+    trainer.state = State(jnp.array(0), {}, ())
+    trainer.restore(SimpleNamespace(path=tmp_path / "checkpoints", restore_newest=lambda _: (
+        State(jnp.array(4), {}, ()), Notes({}, 0.5, None))))
+    assert trainer.best == Best(4, 0.5)
+    assert "0.500 at step 4, is of an earlier version, which may have chosen by another" in (
+        caplog.text)
+
+
 def test_the_best_of_scores():
     best = best_of(None, 2, float("nan"))
     assert best is None
@@ -143,7 +168,9 @@ def test_which_score_decides(config):
     assert decides(max_new_tokens=0) == "likelihood"
     assert _in_a_line({"exact_match": 0.5, "likelihood": 0.6, "sw/exact_match": 0.4,
                        "sw/likelihood": 0.3}, "exact_match") == (
-        "exact_match 0.500  likelihood 0.600  (exact_match: sw 0.400)")
+        "exact_match 0.500  likelihood 0.600  (exact_match: sw 0.400)  (exact_match decides)")
+    assert _in_a_line({"exact_match": 0.5, "likelihood": 0.6}, "likelihood") == (
+        "exact_match 0.500  likelihood 0.600  (likelihood decides)")
     assert _in_a_line({"exact_match": 0.5}, "exact_match") == "exact_match 0.500"
 
 

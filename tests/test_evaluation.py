@@ -336,13 +336,15 @@ def test_intervals_hold_their_accuracy(correct):
     assert 0 <= low <= result["accuracy"] <= high <= 1 and result["n"] == len(correct)
 
 
-def test_results_grow_and_do_not_mix(tmp_path):
+def test_results_grow_and_do_not_mix(tmp_path, caplog):
+    caplog.set_level("INFO")
     file, score = tmp_path / "eval" / "results.json", {"exact_match": accuracy([True])}
     merge_results(file, {"xnli": {"sw": score}}, {"step": 5})
     merged = merge_results(file, {"xnli": {"th": score}}, {"step": 5})
     assert set(merged["xnli"]) == {"sw", "th"} and json.loads(file.read_text()) == merged
     for number in (8, 9):  # another step's results leave the old ones where they can be found
         assert set(merge_results(file, {"xnli": {"en": score}}, {"step": number})["xnli"]) == {"en"}
+    assert "json is of other settings (step): renamed to results.step5.json" in caplog.text
     kept = json.loads((tmp_path / "eval" / "results.step5.json").read_text())
     assert set(kept["xnli"]) == {"sw", "th"}
     assert (tmp_path / "eval" / "results.step8.json").is_file()

@@ -19,13 +19,14 @@ from huggingface_hub import metadata_load
 from safetensors.numpy import load_file, save_file
 from tokenizers.processors import TemplateProcessing
 
+from jaxfusion import config as configs
 from jaxfusion.bridge.job import train
 from jaxfusion.config import from_config_dict
 from jaxfusion.data.batching import TokenRow
 from jaxfusion.data.tokenizers import Tokenizers
 from jaxfusion.errors import InputError
 from jaxfusion.evaluation.perplexity import fidelity, load_identifier, perplexity
-from jaxfusion.fields import LensConfig, LoggingConfig, ParallelConfig
+from jaxfusion.fields import LensConfig, LensRunConfig, LoggingConfig, ParallelConfig
 from jaxfusion.files import WRITER, only_writer
 from jaxfusion.hf.decoders import decoder_config
 from jaxfusion.hf.load import read_config
@@ -415,7 +416,7 @@ def test_a_whole_run_and_again(cache_dir, tmp_path, monkeypatch):
     (tmp_path / "run" / "report.md").unlink()
     assert run_script("eval.py", f"--workdir={tmp_path / 'run'}", "--report") == ""
     assert (tmp_path / "run" / "report.md").read_text() == page
-    assert "scores.json is missing: give the workdir of the whole run" in run_script(
+    assert "is one method of the run" in run_script(
         "eval.py", f"--workdir={tmp_path / 'run' / 'Lens'}", "--report")
     check_trackers_have(dict(Tracker.runs), first, config.train.steps)
     with monkeypatch.context() as patched:  # what is at its end keeps no prompts again
@@ -431,6 +432,23 @@ def test_a_whole_run_and_again(cache_dir, tmp_path, monkeypatch):
     assert str(cache_dir) not in (tmp_path / "out" / "README.md").read_text()
     with pytest.raises(InputError, match="was written by another config"):
         job.lens(replace(config, lens=replace(config.lens, align=0.5)), tmp_path / "run")
+
+
+def test_one_method_s_run_points_to_the_report_of_the_whole(tmp_path):
+    run, words = tmp_path / "run", (f"--workdir={tmp_path}/run/Lens",)
+    for folder in (run, run / "Lens"):
+        folder.mkdir()
+        configs.save(LensRunConfig(), folder / "config.json")
+    compare = (f"--compare={run}/Lens", str(run))
+    for ask in (words, compare):
+        assert "its train.py command writes report.html once all" in run_script("eval.py", *ask)
+    assert "give the workdir of the whole run, or" in run_script("eval.py", *words, "--report")
+    for file in ("report.html", "scores.json"):
+        (run / file).touch()
+    for ask in (words, compare):
+        assert f"see {run}/report.html, or write that again with" in run_script("eval.py", *ask)
+    assert f"Lens is one method of the run {run}, which has the report: give --workdir {run}" in (
+        run_script("eval.py", *words, "--report"))
 
 
 def check_trackers_have(last, comparison, steps):
@@ -541,11 +559,18 @@ def test_without_losses_nothing_changes(cache_dir, tmp_path):
     groups = debug_config().optimizer.groups
     still = {name: replace(group, weight_decay=0.0) for name, group in groups.items()}
     config = debug_config(lens=none, optimizer={"groups": still})
+    llm = Path(shutil.copytree(config.decoder.checkpoint, tmp_path / "llm"))
+    config = replace(config, decoder=replace(config.decoder, checkpoint=str(llm)))
     job.lens(config, tmp_path / "run")
     export_lens(tmp_path / "run" / "lens", tmp_path / "out")
     made, was = (load_file(Path(path) / "model.safetensors")
                  for path in (tmp_path / "out", config.decoder.checkpoint))
     assert made.keys() == was.keys() and all(np.array_equal(made[x], was[x]) for x in was)
+    # What was trained on one LLM is not scored on another, nor trained further.
+    save_file({name: 1.5 * x for name, x in was.items()}, llm / "model.safetensors")
+    (tmp_path / "run" / "probe.safetensors").unlink()
+    with pytest.raises(InputError, match=rf"run/lens was made from {llm} \(model \w+\), and now"):
+        job.lens(config, tmp_path / "run")
 
 
 @pytest.mark.parametrize("fields, message", [
@@ -579,7 +604,12 @@ def test_a_prompt_of_which_nothing_is_left_is_said(cache_dir):
 
 def test_a_probe_of_another_run_serves_and_is_checked(cache_dir, tmp_path):
     config = debug_config(lens={"method": "none"})
+    own = Path(shutil.copy(config.data.path, tmp_path / "own.jsonl"))
+    config = replace(config, data=replace(config.data, path=str(own)))
     job.lens(config, tmp_path / "a")
+    own.write_text(own.read_text().partition("\n")[2])
+    with pytest.raises(InputError, match=r"safetensors was made with other prompts than this conf"):
+        job.lens(config, tmp_path / "a")
     file = str(tmp_path / "a" / "probe.safetensors")
     job.lens(debug_config(lens={"method": "none"}, data={"probe": file}), tmp_path / "b")
     one, two = (load_file(tmp_path / x / "probe.safetensors") for x in "ab")

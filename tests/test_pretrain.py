@@ -1,6 +1,7 @@
 """Pretraining: the induced lexicon, the objectives' batches, and what comes out."""
 
 import json
+import shutil
 from dataclasses import replace
 
 import jax
@@ -131,6 +132,8 @@ def test_a_pretrained_tower_opens_in_transformers(name, cache_dir, tmp_path):
 
 def test_a_stopped_pretraining_goes_on_bit_for_bit(cache_dir, tmp_path, monkeypatch):
     config = make_inputs(from_config_dict(get_config(CONFIGS["pocket_encoder"], "debug")))
+    own = shutil.copytree(config.data.path, tmp_path / "text")
+    config = replace(config, data=replace(config.data, path=str(own)))
     whole = pretrain(config, tmp_path / "whole")
     # The schedule is that of all steps, so a run is stopped, not shortened.
     from jaxfusion.training import logs
@@ -149,6 +152,10 @@ def test_a_stopped_pretraining_goes_on_bit_for_bit(cache_dir, tmp_path, monkeypa
     again = pretrain(config, tmp_path / "halves")
     for path, x in whole.trainable.items():
         assert jnp.array_equal(x, again.trainable[path]), path
+    with (own / "text-en.txt").open("a") as file:  # its tokenizer would be another one
+        file.write("a line that was not there\n")
+    with pytest.raises(InputError, match=r"halves began with other training rows: .* 1 are new"):
+        pretrain(config, tmp_path / "halves")
 
 
 @pytest.mark.parametrize("fields,message", [

@@ -164,12 +164,33 @@ def test_whatever_is_in_a_field_ends_in_one_line(where, value):
     (("train.py", "--config=configs/xnli_paper.py:debug", "--config.nosuch=1"),
      "--config.nosuch: the config has no field 'nosuch'; its fields are in jaxfusion/fields.py"),
     (("train.py", "--config=configs/own_task.py", "--config.tasks.complaints.lables=('a',)"),
-     "has no field 'lables' (did you mean 'labels'?); the command line sets only fields of a task"),
+     "has no field 'lables' (did you mean 'labels'?); the command line sets only fields that the"),
     (("train.py", "--config=configs/xnli_paper.py", "--config.train.steps=1",
       "--config.data.steps=1"),
-     "error: --config.train.steps or --config.data.steps: the config has no field 'steps'"),
+     "error: --config.data.steps: the config has no field 'steps'"),
     (("train.py", "--config=configs/xnli_paper.py", "--config.data.path=a.lange",
       "--config.data.lange=en"), "error: --config.data.lange: the config has no field 'lange'"),
+    *((("train.py", f"--config=configs/{name}.py:debug", f"--config.{flag}"), f"error: {said}")
+      for name, flag, said in (
+        ("xnli_paper", "data.task.x=1",
+         "--config.data.task.x: config.data.task is 'xnli', which has no field 'x'"),
+        ("xnli_paper", "data.task[0]=1", "--config.data.task[0]: config.data.task is 'xnli', "),
+        ("xnli_paper", "data.buckets[0]=1", "--config.data.buckets[0]: an entry is not set alone; "
+         "set all entries together, as --config.data.buckets=…"),
+        ("xnli_paper", "seeds[0]=1", "--config.seeds[0]: no such entry of config.seeds, which has "
+         "0; set all together, as --config.seeds=…"),
+        ("xnli_paper", "data.buckets.0=1", "--config.data.buckets.0: 'data.buckets.0' names no"),
+        ("xnli_paper", "train={{}}", "--config.train: a group of fields, and those that are "
+         "not given would lose what the config file says; set them one by one, as --config.train."),
+        ("xnli_paper", "train.steps=1.5", "--config.train.steps=1.5: expected a whole number"),
+        ("xnli_paper", "data.pack=maybe", "--config.data.pack=maybe: expected true or false"),
+        ("xnli_paper", "optimizer.groups.brige.learning_rate=1.0", "--config.optimizer.groups.brige"
+         ".learning_rate: the config has no field 'brige' (did you mean 'bridge'?); the command"),
+        ("xnli_paper", "a.b", "--config.a.b: the config has no field 'a'; its fields are in"),
+        ("quickstart", "variants[9].name=x", "--config.variants[9].name: no such entry of config."
+         "variants, which has 4; expected one from config.variants[0] to config.variants[3]"),
+        ("quickstart", "variants[0]=x", "--config.variants[0]: an entry is not set alone; set a "
+         "field of it, as --config.variants[0].name=…"))),
     (("export.py",), "error: missing: --workdir, --out; --help says what they are"),
     (("train.py", "--config={file}"), "invalid syntax"),
     (("train.py", "--config=configs/xnli_paper.py:debug", "--config.train.seed=-1"),

@@ -13,9 +13,9 @@ import pytest
 from helpers import XNLI, get_config, leave_unscored, run_script
 
 from jaxfusion.bridge.compare import check_unseen, compare, gather, report
-from jaxfusion.bridge.job import read_data
+from jaxfusion.bridge.job import read_data, train
 from jaxfusion.config import from_config_dict, one_by_seeds, run_folders
-from jaxfusion.data.contamination import fingerprints, read_seen, write_seen
+from jaxfusion.data.contamination import check_seen, fingerprints, read_seen, write_seen
 from jaxfusion.data.rows.files import read_file
 from jaxfusion.errors import InputError
 from jaxfusion.fields import TaskConfig
@@ -147,6 +147,8 @@ def test_a_row_that_was_trained_on_is_named(bridge, tmp_path, caplog):
     test_row = list(read_file(Path(config.data.path) / "test-en.jsonl"))[2][0]
     query = f"Premise: {test_row['premise']}  Hypothesis: {test_row['hypothesis'].upper()} Label: "
     write_seen(copy, np.concatenate([read_seen(bridge), fingerprints([query])]))
+    with pytest.raises(InputError, match=r"training rows: of \d+ texts 1 are gone, and 0 are"):
+        train(config, copy)
     with pytest.raises(InputError, match=r"test row 3 of 'xnli' in 'en' was trained on: 'Premise"):
         evaluate(copy, limit=6)
     _, details = evaluate(copy, limit=6, drop_seen=True)
@@ -165,6 +167,9 @@ def test_a_row_that_was_trained_on_is_named(bridge, tmp_path, caplog):
     # What an earlier stage was trained on counts, too.
     second = replace(config, train=replace(config.train, init_from=str(copy)))
     assert np.isin(fingerprints([query]), seen_by(second, tmp_path / "second")).all()
+    (copy / "seen.npy").write_bytes(b"")  # training writes it again
+    check_seen(copy, fingerprints([query]))
+    assert "are not compared with those that the run began with" in caplog.text
 
 
 def test_a_file_is_answered_and_a_stopped_run_goes_on(bridge, tmp_path, monkeypatch):

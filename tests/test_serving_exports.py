@@ -11,21 +11,27 @@ import numpy as np
 import pytest
 from flax import traverse_util
 from helpers import equal, make_run, run_script
+from safetensors.numpy import load_file, save_file
 from starlette.testclient import TestClient
 
 from jaxfusion import config as configs
+from jaxfusion.data.tokenizers import load_tokenizer
 from jaxfusion.errors import InputError
 from jaxfusion.fields import DecoderSettings, LensConfig, LensRunConfig, ParallelConfig, TaskConfig
+from jaxfusion.files import write_checked
 from jaxfusion.runs.adopt import adopt
 from jaxfusion.runs.export.bridge import export
 from jaxfusion.runs.export.tower import export_lens
 from jaxfusion.runs.exported import open_export
-from jaxfusion.runs.open_llm import open_checkpoint
+from jaxfusion.runs.open_llm import open_checkpoint, open_lens
+from jaxfusion.runs.open_run import open_run
+from jaxfusion.runs.origin import check_origin, origin_of_bridge, origin_of_llm
 from jaxfusion.serving.app import make_app
 from jaxfusion.serving.batcher import Batcher
 from jaxfusion.serving.served import open_models
 from jaxfusion.training.checkpoint import Checkpoints
 from jaxfusion.training.state import State
+from jaxfusion.training.workdir import ORIGIN
 
 TEXT = "la ru so. bako dimofu"
 
@@ -115,10 +121,15 @@ def lensed(tiny, tmp_path_factory):
     rng = np.random.default_rng(0)
     part = {path: jnp.asarray(rng.normal(0, 0.5, x[-1:].shape), jnp.float32)
             for path, x in blocks.items() if path.startswith("decoder/blocks/")}
-    checkpoints = Checkpoints(workdir)
-    checkpoints.save(State(jnp.array(3), part, ()), {}, None)
-    checkpoints.close()
+    save_step(workdir, 3, part)
     return workdir
+
+
+def save_step(workdir, step, part):
+    """A checkpoint of a step."""
+    checkpoints = Checkpoints(workdir)
+    checkpoints.save(State(jnp.array(step), part, ()), {}, None)
+    checkpoints.close()
 
 
 def test_an_llm_is_served_and_one_of_lens_beside_the_one_before(tiny, lensed, tmp_path):
@@ -142,7 +153,7 @@ def test_an_llm_is_served_and_one_of_lens_beside_the_one_before(tiny, lensed, tm
 def test_a_run_of_lens_behind_a_bridge_is_the_bridge_with_its_llm(tiny, lensed, tmp_path):
     """As a bridge that gets the exported LLM is (docs/lens.md)."""
     run, place = tmp_path / "bridge", tmp_path / "mine"
-    make_run(run, tiny, "global_softmax")
+    model = make_run(run, tiny, "global_softmax")
     shutil.copytree(lensed, place)
     config = configs.load(place / "config.json")
     configs.save(replace(config, bridge=str(run)), place / "config.json")
@@ -154,9 +165,51 @@ def test_a_run_of_lens_behind_a_bridge_is_the_bridge_with_its_llm(tiny, lensed, 
     assert equal(served["mine"].params, wanted["together"].params)
     assert equal(served["llm"].params["decoder"], wanted["llm"].params["decoder"])
     assert not equal(served["llm"].params["decoder"], before["llm"].params["decoder"])
+    write_checked(place / ORIGIN, json.dumps(origin_of_bridge(open_run(run))))
+    open_lens(place)
+    # The bridge is trained further. An export has the LLM alone, which is the same.
+    save_step(run, 4, {path: 1.5 * x for path, x in model.trainable.items()})
+    with pytest.raises(InputError, match=(
+            rf"mine was made from step 3 of {run} \(model \w{{8}}\), and now there is step 4 of "
+            rf"{run} \(model \w{{8}}\): put the earlier one back, .* remove {place}/model.json")):
+        open_models(place)
+    export_lens(place, tmp_path / "lensed", overwrite=True)
     shutil.rmtree(run)
     with pytest.raises(InputError, match=r"bridge that cannot be opened: .*put the exported LLM"):
         open_models(place)
+
+
+def test_a_run_of_lens_is_that_of_the_llm_it_was_trained_on(tiny, lensed, tmp_path, caplog):
+    """Its record tells; of an earlier version's run the probe beside it; of others nothing does."""
+    llm, sweep, place = tmp_path / "llm", tmp_path / "run", tmp_path / "run" / "Lens"
+    shutil.copytree(tiny / "decoder", llm)
+    shutil.copytree(lensed, place)
+    config = configs.load(place / "config.json")
+    configs.save(replace(config, decoder=DecoderSettings(str(llm))), place / "config.json")
+    export_lens(place, tmp_path / "out")
+    assert f"whether {llm} is still that model is not known" in caplog.text
+    caplog.clear()
+
+    def now():
+        return origin_of_llm(llm, load_tokenizer(llm, 512, "decoder"), str(llm))
+
+    before = now()
+    tensors = load_file(llm / "model.safetensors")
+    save_file({name: -x for name, x in tensors.items()}, llm / "model.safetensors")
+    save_file({}, sweep / "probe.safetensors", {"identity": json.dumps(
+        {"model": before["model"], "tokenizer": before["tokenizer"]})})
+    with pytest.raises(InputError, match=r"from another model .* remove .*run/probe\.safetensors"):
+        open_lens(place)
+    write_checked(place / ORIGIN, json.dumps({**before, "prompts": "a"}))
+    with pytest.raises(InputError, match=rf"made from {llm} \(model .* remove {place}/model\.json"):
+        export_lens(place, tmp_path / "changed")
+    with pytest.raises(InputError, match=r"\(LLM \w{8}\)"):
+        check_origin(place, {"llm": now()["llm"], "source": "an LLM"})
+    with pytest.raises(InputError, match="trained on other prompts than its files have now"):
+        check_origin(place, {"prompts": "b"})
+    write_checked(place / ORIGIN, json.dumps(now()))
+    export_lens(place, tmp_path / "changed")
+    assert not caplog.text
 
 
 def test_a_checkpoint_has_its_own_template_and_dtype(lensed, tmp_path):

@@ -34,11 +34,13 @@ from jaxfusion.reports.scored_runs import (
 from jaxfusion.reports.terminal import print_comparison
 from jaxfusion.runs.score import evaluate, read_rows, unseen
 from jaxfusion.sharding.hosts import all_or_none, check_peers, is_first
-from jaxfusion.training.checkpoint import saved_steps
+from jaxfusion.training.checkpoint import Best, chosen_by, saved_steps
 from jaxfusion.training.trackers import IDS, add_files
+from jaxfusion.training.trainer import by_another
 from jaxfusion.training.workdir import check_workdir, only_run
 
 REPORT = "report.json"
+UNNAMED = "the score of an earlier version (exact_match where there are labels)"
 logger = logging.getLogger(__name__)
 
 
@@ -169,7 +171,7 @@ def side_by_side(
 ) -> Comparison:
     """The comparison of what was scored; the others are compared with the first variant."""
     name = config.base.data.task
-    found = next((c for c in compare_runs(models, scoring) if c.task == name), None)
+    found = next((c for c in compared(models, scoring) if c.task == name), None)
     if found is None:
         raise InputError(f"task '{name}' is not counted by '{scoring}'; leave --scoring out")
     return replace(found, reference=next(iter(variants(config))), baselines=baselines)
@@ -226,7 +228,28 @@ def gather(asked: Sequence[str], scoring: str | None = None) -> tuple[Models, li
         raise InputError("--compare takes two runs or more, or a comparison's workdir, got "
                          f"{asked[0]} alone")
     models = read_models(asked)
-    return models, compare_runs(models, scoring)
+    return models, compared(models, scoring)
+
+
+def compared(models: Models, scoring: str | None = None) -> list[Comparison]:
+    """As `compare_runs`, with a remark if the runs' checkpoints were chosen by different scores: in
+    a comparison that an earlier version began they may be."""
+    chosen = {name: set().union(*(chosen_by(_workdir(x.place)) for x in runs if not x.alone))
+              for name, runs in models.items()}
+    every = set().union(*chosen.values())
+    names = every - {None}
+    notes = ()
+    if len(names) > 1 or (None in every and any(by_another(Best(0, 0.0), x) for x in names)):
+        said = "; ".join(f"{name} by {' and '.join(sorted(x or UNNAMED for x in by))}"
+                         for name, by in chosen.items() if by)
+        notes = (f"Checkpoints were chosen by different scores, which favours some: {said}.",)
+    return [replace(c, notes=(*c.notes, *notes)) for c in compare_runs(models, scoring)]
+
+
+def _workdir(place: str) -> Path:
+    """The workdir of a scored run, which may be given by its file of details."""
+    path = Path(place)
+    return path.parent.parent if path.is_file() else path
 
 
 def read_config(workdir: Path) -> Job | None:
@@ -278,10 +301,10 @@ def _beside_the_llm(
     if (workdir / "eval" / ALONE).is_file():
         both = {LLM_ALONE: [read_run(workdir, alone=True)], **models}
         try:
-            return both, compare_runs(both, scoring)
+            return both, compared(both, scoring)
         except InputError as error:
             logger.warning("without the bare LLM to compare with: %s", error)
     else:
         logger.info("without the bare LLM to compare with; score it with: %s "
                     "--workdir %s --llm_only", typed("eval"), workdir)
-    return models, compare_runs(models, scoring)
+    return models, compared(models, scoring)

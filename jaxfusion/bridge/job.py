@@ -15,7 +15,7 @@ from jaxfusion.bridge.rows import shapes_of, tokenized
 from jaxfusion.bridge.warm_start import warm_start
 from jaxfusion.config import CONFIG_FILE, first_stage, stage_before
 from jaxfusion.data.batching import TokenRows
-from jaxfusion.data.contamination import fingerprints
+from jaxfusion.data.contamination import check_seen, fingerprints
 from jaxfusion.data.coverage import check_reading
 from jaxfusion.data.packing import find_packing
 from jaxfusion.data.pipeline import Batches, first_rows, subset, total_steps
@@ -73,6 +73,9 @@ def prepare(config: Config, mesh, fresh: bool = True, workdir: Path | None = Non
     """
     shares = batch_multiple(config.train, mesh)
     config, task, examples, dev = read_data(config)
+    seen = fingerprints(example.query for example in examples)
+    if not fresh:
+        check_seen(workdir, seen)
     towers = open_towers(config)
     check_reading(towers.tokenizers, examples)
     # Not only when the run is scored.
@@ -102,8 +105,7 @@ def prepare(config: Config, mesh, fresh: bool = True, workdir: Path | None = Non
     return Run(
         model.config, model.bridge.loss, model.trainable, model.frozen, model.groups, batches,
         steps, make_score(model, dev, task, mesh), best=deciding(config, task),
-        plain_loss=plain(model.bridge).loss,
-        seen=fingerprints(example.query for example in examples),
+        plain_loss=plain(model.bridge).loss, seen=seen,
         kept=to_keep(model, earlier) if fresh else None, patience=config.data.dev_patience,
     )
 

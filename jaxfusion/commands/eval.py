@@ -147,9 +147,10 @@ def _score(workdirs: list[Path]) -> None:
             print_table(results, "LLM alone" if LLM_ONLY.value else str(workdir))
             print(workdir / "eval" / ("llm_only.json" if LLM_ONLY.value else "results.json"))
     if len(workdirs) > 1 and is_first():
-        from jaxfusion.reports.scored_runs import compare_runs, read_run
+        from jaxfusion.bridge.compare import compared
+        from jaxfusion.reports.scored_runs import read_run
 
-        for comparison in compare_runs(
+        for comparison in compared(
             {f"{len(workdirs)} runs": [read_run(x, LLM_ONLY.value) for x in workdirs]},
             SCORING.value,
         ):

@@ -26,6 +26,7 @@ from jaxfusion.cli import (
     typed,
 )
 from jaxfusion.commands.configs import list_configs, offer_common, with_paths
+from jaxfusion.commands.overrides import check_overrides
 from jaxfusion.config import from_config_dict, one_by_seeds
 from jaxfusion.errors import InputError
 
@@ -132,4 +133,11 @@ def run() -> None:
     end_on_sigterm()
     offer_common()
     about = __doc__.replace("jaxfusion/fields.py", fields.__file__)
-    run_main(main, about, FLAGS, GROUPS, with_paths)
+    run_main(main, about, FLAGS, GROUPS, _read)
+
+
+def _read(argv: list[str]) -> list[str]:
+    """The command line with the config's path, and fields that the config has."""
+    argv = with_paths(argv)
+    check_overrides(argv)
+    return argv

@@ -1,5 +1,6 @@
 """Fingerprints of a run's training texts, to detect test rows among them."""
 
+import logging
 import sys
 from collections.abc import Iterable
 from hashlib import blake2b
@@ -12,6 +13,7 @@ from jaxfusion.errors import InputError, first_line
 from jaxfusion.files import read_checked, write_checked
 
 SEEN = "seen.npy"  # in a workdir
+logger = logging.getLogger(__name__)
 
 
 def fingerprints(texts: Iterable[str]) -> np.ndarray:
@@ -49,3 +51,23 @@ def read_seen(workdir: Path) -> np.ndarray | None:
     except (ValueError, EOFError, SyntaxError, AttributeError) as error:
         raise InputError(f"{file} is damaged ({first_line(error)}): {repair}") from None
     return seen
+
+
+def check_seen(workdir: Path, seen: np.ndarray) -> None:
+    """Compares the training texts of a run that goes on with those that it began with.
+
+    Raises:
+      InputError: they are others.
+    """
+    try:
+        was = read_seen(workdir)
+    except InputError as error:  # this start writes the file again
+        logger.warning("training rows are not compared with those that the run began with: %s",
+                       error)
+        return
+    if was is None or np.array_equal(was, now := np.unique(seen)):
+        return
+    gone, new = (len(np.setdiff1d(*pair)) for pair in ((was, now), (now, was)))
+    raise InputError(f"{workdir} began with other training rows: of {len(was):,} texts {gone:,} "
+                     f"are gone, and {new:,} are new; put the earlier rows back, or start again "
+                     "with another --workdir")

@@ -34,14 +34,14 @@ from jaxfusion.reports.colours import colours_of
 from jaxfusion.reports.comparison import Comparison
 from jaxfusion.reports.pictures import draw_languages
 from jaxfusion.runs.open_run import open_run
+from jaxfusion.runs.origin import PROBE_FILE, check_origin, digest_of
 from jaxfusion.sharding.hosts import all_or_none, check_peers, is_first
 from jaxfusion.sharding.mesh import make_mesh
-from jaxfusion.training.checkpoint import trained_part
+from jaxfusion.training.checkpoint import saved_steps, trained_part
 from jaxfusion.training.state import Flat
 from jaxfusion.training.trainer import batch_multiple
 from jaxfusion.training.workdir import check_workdir, only_run
 
-PROBE_FILE = "probe.safetensors"
 TRAINING = ("lens", "supervised")
 logger = logging.getLogger(__name__)
 
@@ -132,15 +132,18 @@ class LensRun:
     def probe(self) -> Probe:
         """The probe of the untouched LLM: this run's own, another run's, or a new one."""
         own, languages = self.workdir / PROBE_FILE, tuple(self.probed)
-        if self.config.data.probe or own.is_file():
-            probe = load_probe(Path(self.config.data.probe or own), languages,
-                               self.model.identity)
+        identity = self.model.identity
+        if self.config.data.probe:  # which may have read other prompts
+            probe = load_probe(Path(self.config.data.probe), languages,
+                               {part: x for part, x in identity.items() if part != "prompts"})
+        elif own.is_file():
+            probe = load_probe(own, languages, identity)
         elif self.config.lens.recipe == "paper_code":
             probe = probe_as_authors(self.model, self.probed)
         else:
             probe = self.probe_again()
         if is_first():
-            save_probe(probe, own, self.model.identity, asdict(self.config))
+            save_probe(probe, own, identity, asdict(self.config))
         log_probe(probe)
         return probe
 
@@ -216,10 +219,15 @@ def prepare(config: LensRunConfig, workdir: Path, mesh: Mesh) -> LensRun:
                              f"are only {number} prompts; set it lower or data.rows higher")
     questions = read_questions(config, runs, texts)
     model, config = load_lens_model(config, mesh)
+    probed = probe_texts(config.data, texts)
+    model = replace(model, identity={
+        **model.identity, "prompts": digest_of([texts, answers, probed])})
+    for folder in (folder_of(name, workdir) for name in runs):
+        if saved_steps(folder):
+            check_origin(folder, model.identity)
     check_layers(runs, model.bridge.decoder.config.num_layers)
     # A saved run must name the LLM that it was trained on.
     runs = {name: replace(run, decoder=config.decoder) for name, run in runs.items()}
-    probed = probe_texts(config.data, texts)
     rows = prompt_rows(config, model, probed)
     return LensRun(config, workdir, mesh, runs, texts, answers, questions, model, probed, rows)
 

@@ -1,20 +1,14 @@
 """The model of a Lens run: an LLM, or the LLM behind a trained bridge."""
 
-import hashlib
-import json
 from dataclasses import dataclass, replace
 from pathlib import Path
-
-import numpy as np
 
 from jaxfusion.data.tokenizers import Tokenizers
 from jaxfusion.errors import InputError
 from jaxfusion.fields import LensRunConfig
-from jaxfusion.hf.hub import resolve
-from jaxfusion.hf.load import open_tensors
 from jaxfusion.nn.bridge import Bridge, Params
 from jaxfusion.runs.open_run import open_run
-from jaxfusion.sharding.hosts import fetch
+from jaxfusion.runs.origin import origin_of_bridge, origin_of_llm
 from jaxfusion.training.load import load_llm
 from jaxfusion.training.state import merge
 
@@ -26,7 +20,8 @@ class LensModel:
     Attributes:
       bridge: without an encoder if the LLM is alone.
       text_prompt: the text after a bridge's prefix.
-      identity: digests of `model` and `tokenizer`, to check that a probe belongs to them.
+      identity: what it is, to check that a probe and trained blocks belong to it; see
+        `runs/origin.py`.
     """
 
     bridge: Bridge
@@ -55,45 +50,18 @@ def _alone(config: LensRunConfig, mesh) -> tuple[LensModel, LensRunConfig]:
     llm = load_llm(tower, config.data.chat_template, config.data.bos, mesh)
     model = LensModel(
         Bridge(None, llm.decoder, None, "last"), llm.params, llm.tokenizers, "",
-        {"model": digest(llm.path), "tokenizer": digest_tokenizer(llm.tokenizers.decoder)})
+        origin_of_llm(llm.path, llm.tokenizers.decoder, tower.checkpoint))
     return model, replace(config, decoder=replace(tower, revision=llm.commit or tower.revision))
 
 
 def _behind_bridge(config: LensRunConfig) -> tuple[LensModel, LensRunConfig]:
     workdir = Path(config.bridge)
     run = open_run(workdir)
-    model = replace(run, config=replace(
-        run.config, mesh=config.mesh, decoder=config.decoder)).model
+    run = replace(run, config=replace(run.config, mesh=config.mesh, decoder=config.decoder))
+    model = run.model
     if own := [path for path in model.groups if path.startswith("decoder/")]:
         raise InputError(f"{workdir} also trained {own[0]}: expected a bridge with a frozen LLM, "
                          "so that the LLM can be exported after Lens")
-    tokenizers = model.tokenizers
-    path, _ = resolve(model.config.decoder.checkpoint, model.config.decoder.revision)
-    trained = hashlib.sha256(digest(path).encode())
-    for name, x in sorted(model.trainable.items()):
-        trained.update(name.encode() + np.asarray(fetch(x)).tobytes())
-    both = digest_tokenizer(tokenizers.encoder) + digest_tokenizer(tokenizers.decoder)
-    loaded = LensModel(model.bridge, merge(model.trainable, model.frozen), tokenizers,
-                       run.config.data.text_prompt,
-                       {"model": trained.hexdigest(), "tokenizer": both})
+    loaded = LensModel(model.bridge, merge(model.trainable, model.frozen), model.tokenizers,
+                       run.config.data.text_prompt, origin_of_bridge(run))
     return loaded, config
-
-
-SAMPLE = 64  # bytes from the middle row of every tensor
-
-
-def digest(path: Path) -> str:
-    """A digest of every tensor's name, shape and some of its bytes, without reading all weights."""
-    hasher, tensors = hashlib.sha256(), open_tensors(path)
-    for name, shape in sorted(tensors.shapes().items()):
-        row = tensors.read(name, (slice(shape[0] // 2, shape[0] // 2 + 1),)) if shape else None
-        sample = b"" if row is None else row.tobytes()[:SAMPLE]
-        hasher.update(f"{name} {shape}".encode() + sample)
-    return hasher.hexdigest()
-
-
-def digest_tokenizer(tokenizer) -> str:
-    """A digest of a tokenizer, including its chat template."""
-    content = [sorted(tokenizer.get_vocab().items()), tokenizer.chat_template,
-             str(tokenizer.special_tokens_map)]
-    return hashlib.sha256(json.dumps(content, ensure_ascii=False).encode()).hexdigest()

@@ -20,6 +20,7 @@ from jaxfusion.errors import InputError, first_line
 from jaxfusion.files import read_checked, write_checked
 from jaxfusion.lens.subspace import Subspaces, directions, displacements, factorise
 from jaxfusion.nn.bridge import Batch, Bridge, Params
+from jaxfusion.runs.origin import PARTS, different
 from jaxfusion.sharding.rules import constrain, replicated
 
 
@@ -130,7 +131,7 @@ def save_probe(probe: Probe, file: Path, identity: dict[str, str], about: dict[s
     """Writes a probe as safetensors; for each layer also `m_a`, `M_s` and `Δ`.
 
     Args:
-      identity: digests of model and tokenizer, checked by `load_probe`.
+      identity: of model and tokenizer, checked by `load_probe`.
       about: the config that made it.
     """
     tensors = {"means": probe.means, "variances": probe.variances}
@@ -165,9 +166,10 @@ def load_probe(file: Path, languages: tuple[str, ...], identity: dict[str, str])
             saved_identity = json.loads(header["identity"])
     except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
         raise InputError(f"{file} is not a probe of a Lens run: {first_line(error)}") from None
-    for part in [name for name in identity if saved_identity.get(name) != identity[name]]:
-        raise InputError(f"{file} was made with another {part} than this config's; remove "
-                         "data.probe to probe again")
+    for part in different(saved_identity, identity):
+        raise InputError(f"{file} was made with {PARTS[part]} than this config's; remove "
+                         "data.probe to probe again, or, if it is the workdir's own, start again "
+                         "with another --workdir")
     if probe.languages != languages:
         raise InputError(f"{file} has languages {', '.join(probe.languages)}, expected "
                          f"{', '.join(languages)}, the central language first")

@@ -64,6 +64,10 @@ def write_again(workdir: Path) -> Path:
     """
     config, repair = configs.load(workdir / CONFIG_FILE), "start the run's train.py command again"
     if not (workdir / SCORES).is_file():
+        above = workdir.absolute().parent
+        if (above / SCORES).is_file():
+            raise InputError(f"{workdir} is one method of the run {above}, which has the report: "
+                             f"give --workdir {above}")
         raise InputError(f"{workdir / SCORES} is missing: give the workdir of the whole run, or, "
                          f"if an earlier version wrote it, {repair}")
     scores = {name: Scores(**x) for name, x in read_json(workdir / SCORES, repair).items()}

@@ -28,6 +28,7 @@ from jaxfusion.lens.objective import Manipulation, Supervised, aims, make_goals
 from jaxfusion.lens.probe import Probe
 from jaxfusion.lens.prompts import training_rows
 from jaxfusion.nn.decoder import Decoder
+from jaxfusion.runs.origin import different
 from jaxfusion.sharding.hosts import all_or_none, check_peers
 from jaxfusion.sharding.mesh import sharding
 from jaxfusion.training.checkpoint import saved_steps, trained_part
@@ -74,7 +75,7 @@ def train_all(
     seconds = _cache_and_train(config, due, prompts, texts, answers, model, probe, workdir)
     with all_or_none():
         reloaded, _ = load_lens_model(config, mesh)
-    if reloaded.identity != model.identity:
+    if different(reloaded.identity, model.identity):
         raise InputError(f"{config.bridge or config.decoder.checkpoint} was changed while the top "
                          "blocks trained; start again with another --workdir")
     return reloaded, seconds
@@ -115,7 +116,8 @@ def _cache_and_train(
             logger.info("\n%s", name)
             clock = time.monotonic()
             own = jax.tree.map(lambda x, n=prompts[name]: x[:n], cached[cache_key(run)])
-            train_top(run, folder_of(name, workdir), jobs[name], tops[run.lens.blocks], own)
+            train_top(run, folder_of(name, workdir), jobs[name], tops[run.lens.blocks], own,
+                      model.identity)
             seconds[name] = time.monotonic() - clock
     return seconds
 
@@ -180,11 +182,15 @@ def loss_of(upper: Decoder, layers: tuple[int, ...] | None) -> Loss:
     return (Supervised(upper) if layers is None else Manipulation(upper, layers)).loss
 
 
-def train_top(run: LensRunConfig, workdir: Path, job: TopJob, params, cached: Activations) -> None:
+def train_top(
+    run: LensRunConfig, workdir: Path, job: TopJob, params, cached: Activations,
+    identity: dict[str, str],
+) -> None:
     """Trains the top blocks on cached activations, from the workdir's state to the last step.
 
     Args:
       params: of the top blocks, and other parameters that the loss reads; not modified.
+      identity: of the model that they are of; kept in the workdir.
     """
     part = traverse_util.flatten_dict({"decoder": params}, sep="/")
     steps = total_steps(run.train, len(cached.last))
@@ -196,4 +202,4 @@ def train_top(run: LensRunConfig, workdir: Path, job: TopJob, params, cached: Ac
                                     sharding(start.mesh, "batch"))
         # Methods are scored side by side at the end, so the newest checkpoint counts.
         fit(Run(start.config, job.loss, trainable, frozen, job.groups, batches, steps,
-                None, None, job.loss), start)
+                None, None, job.loss, origin=identity if start.fresh else None), start)

@@ -4,7 +4,7 @@ import dataclasses
 import json
 import logging
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
+from jaxfusion.data.contamination import check_seen, fingerprints
 from jaxfusion.data.pipeline import total_steps
 from jaxfusion.data.pocket.lexicon import ABOUT_FILE, WORLD_FILE, check_version
 from jaxfusion.data.tokenizers import train_tokenizer
@@ -54,6 +55,8 @@ def pretrain(
     with begin(config, workdir) as start:
         with all_or_none():
             run, tower, tokenizer = prepare(start.config, start.mesh, start.fresh)
+            if not start.fresh:
+                check_seen(workdir, run.seen)
         state = fit(run, start, profile)
         out = workdir / CHECKPOINT
         if not _is_of(out, config):
@@ -119,8 +122,16 @@ def prepare(config: PretrainConfig, mesh, fresh: bool = True):
     run = Run(config, model.loss, trainable, {},
               group_of_each(trainable, config.optimizer.groups), batches, steps,
               _dev_scorer(model, batches, dev_rows, mesh, config), best="accuracy",
-              plain_loss=model.loss)
+              plain_loss=model.loss, seen=fingerprints(_every_text(texts, pairs)))
     return run, tower, tokenizer
+
+
+def _every_text(
+    texts: Sequence[Document], pairs: dict[str, list[tuple[str, str]]]
+) -> Iterator[str]:
+    """All that a run learns from, its tokenizer too."""
+    yield from (f"{d.text} {d.answer}" for d in texts)
+    yield from (f"{a} {b}" for rows in pairs.values() for a, b in rows)
 
 
 def read_texts(config: PretrainConfig) -> tuple[list[Document], dict[str, list[tuple[str, str]]]]:

@@ -75,10 +75,20 @@ def _check_job(place: Path) -> None:
     """Raises InputError for a workdir that no command scores as a bridge."""
     job = _json(place / "config.json").get("job")
     if job == "lens":
-        raise InputError(f"{place} is a Lens run, which its training has scored: see "
-                         f"{place / 'report.html'}, or write that again with --report")
+        raise InputError(f"{place} is a Lens run, which its training scores: {lens_report(place)}")
     if job == "compare":
         raise InputError(f"{place} is a comparison: give it alone, or runs of it")
+
+
+def lens_report(workdir: Path) -> str:
+    """Where the report of a Lens run is, for a message; that of one method's run is in the workdir
+    of the whole run, above it."""
+    places = [workdir, workdir.absolute().parent]
+    whole = next((x for x in places if (x / "report.html").is_file()), None)
+    if whole is None:
+        return "its train.py command writes report.html once all methods are scored"
+    return (f"see {whole / 'report.html'}, or write that again with "
+            f"{typed('eval')} --workdir {whole} --report")
 
 
 def _enclosing(workdir: Path) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from jaxfusion.errors import InputError
+from jaxfusion.errors import InputError, listed
 from jaxfusion.files import read_json, sum_of, write_checked
 from jaxfusion.reports.comparison import Comparison, differences, remarks, table
 
@@ -42,6 +42,11 @@ def merge_results(
             if tag == DAMAGED:
                 logger.warning("%s or %s is damaged: renamed to %s, starting a new one", file,
                                about_file.name, backup.name)
+            else:
+                old = read_json(about_file, "")
+                others = [x for x in {**old, **about} if old.get(x) != about.get(x)]
+                logger.info("%s is of other settings (%s): renamed to %s, starting a new one", file,
+                            listed(others), backup.name)
             _move(file, backup)
             _move(about_file, backup.with_suffix(".about.json"))
     for task, languages in new.items():

@@ -9,6 +9,7 @@ but the mapping for MindMerger.
 """
 
 import argparse
+import logging
 import sys
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from jaxfusion import config as configs
 from jaxfusion.cli import set_up_logging, typed
 from jaxfusion.config import CONFIG_FILE
 from jaxfusion.data.tokenizers import LANGBRIDGE_WHITESPACE, load_tokenizer
-from jaxfusion.errors import InputError
+from jaxfusion.errors import InputError, listed
 from jaxfusion.fields import (
     ROLES,
     Config,
@@ -37,6 +38,7 @@ from jaxfusion.hf.load import TensorFiles, open_tensors, read_config
 from jaxfusion.hf.save import copy_tower, usual_names, write_tokenizer
 from jaxfusion.hf.tables import (
     ALIGNMENTS,
+    Table,
     langbridge_names,
     langbridge_table,
     mindmerger_table,
@@ -52,6 +54,8 @@ from jaxfusion.runs.exported import (
 )
 from jaxfusion.training.checkpoint import Checkpoints
 from jaxfusion.training.state import Flat, State
+
+logger = logging.getLogger(__name__)
 
 
 def adopt(
@@ -118,7 +122,9 @@ def _langbridge(
     names = backbones(named, {"encoder": described.get("enc"), "decoder": described.get("lm")})
     for role, name in names.items():
         _write_backbone(role, name, path, tensors, partial / role)
-    trained = read_params(langbridge_table(ALIGNMENTS[kind]), tensors)
+    table = langbridge_table(ALIGNMENTS[kind])
+    _say_unread(tensors, table, "lb.alignment.")
+    trained = read_params(table, tensors)
     latents = len(trained["projector/latents"]) if kind == "latent" else 64
     d_ff = len(trained["projector/hidden/bias"]) if kind == "ffn" else None
     config = Config(
@@ -153,9 +159,18 @@ def _write_backbone(role: str, name: str, source: Path, tensors: TensorFiles, ou
     write_tokenizer(out, load_tokenizer(place, shape.vocab_size, role, added))
 
 
+def _say_unread(tensors: TensorFiles, table: Table, start: str) -> None:
+    """Warns of tensors, of those whose names begin with `start`, that are not read."""
+    unread = {x for x in tensors.files if x.startswith(start)} - {row.theirs for row in table.rows}
+    if unread:
+        logger.warning("%s has tensors that are not read, as the bridge has no place for them: %s",
+                       tensors.path, listed(sorted(unread)))
+
+
 def _mindmerger(tensors: TensorFiles, named, start: str) -> tuple[Config, Flat]:
     """Reads MindMerger's mapping; the command line names its backbones."""
     names = backbones(named, {})
+    _say_unread(tensors, mindmerger_table(start), "")
     trained = read_params(mindmerger_table(start), tensors)
     config = Config(
         encoder=EncoderSettings(names["encoder"]), decoder=DecoderSettings(names["decoder"]),

@@ -24,6 +24,7 @@ from jaxfusion.hf.load import open_tensors
 from jaxfusion.nn.bridge import Bridge, Params
 from jaxfusion.runs.exported import PLAIN
 from jaxfusion.runs.open_run import OpenRun, open_run
+from jaxfusion.runs.origin import check_origin, origin_of_bridge, origin_of_llm
 from jaxfusion.sharding.mesh import make_mesh
 from jaxfusion.training.checkpoint import trained_part
 from jaxfusion.training.load import LLM, load_llm
@@ -89,7 +90,8 @@ def open_lens(workdir: Path) -> OpenLLM | OpenRun:
     a bridge the bridge, with the LLM as it is now.
 
     Raises:
-      InputError: nothing was trained in `workdir`, or the LLM or its bridge cannot be read.
+      InputError: nothing was trained in `workdir`, the LLM or its bridge cannot be read, or it is
+        not the one that the run was trained on.
     """
     lens = configs.load(workdir / CONFIG_FILE)
     check_trained(workdir)
@@ -99,6 +101,8 @@ def open_lens(workdir: Path) -> OpenLLM | OpenRun:
     mesh = make_mesh(**vars(lens.mesh))
     with jax.set_mesh(mesh):
         llm = load_llm(lens.decoder, lens.data.chat_template, lens.data.bos, mesh)
+        check_origin(workdir, origin_of_llm(llm.path, llm.tokenizers.decoder,
+                                            lens.decoder.checkpoint))
         params = with_top(llm.params, trained)
     return OpenLLM(_asked(lens), mesh, llm, params, llm.params)
 
@@ -112,6 +116,8 @@ def _behind_bridge(workdir: Path, lens: LensRunConfig, trained: Flat) -> OpenRun
                          "Start where the run was trained, or put the exported LLM behind a bridge "
                          "(docs/lens.md) and give that workdir") from None
     run = replace(run, config=replace(run.config, mesh=lens.mesh, decoder=lens.decoder))
+    with run.on_mesh():
+        check_origin(workdir, origin_of_bridge(run))
     return run.with_frozen(lambda frozen: _on_top(frozen, trained))
 
 

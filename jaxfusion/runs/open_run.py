@@ -23,6 +23,7 @@ from jaxfusion.evaluation.layers import layer_weigher, mean_states, token_weight
 from jaxfusion.evaluation.scoring import Scorer, for_task
 from jaxfusion.fields import CompareConfig, Config
 from jaxfusion.nn.bridge import Params
+from jaxfusion.reports.scored_runs import lens_report
 from jaxfusion.sharding.mesh import make_mesh
 from jaxfusion.training.checkpoint import trained_part
 from jaxfusion.training.frozen import frozen_of
@@ -51,7 +52,8 @@ def open_run(
         inside = ", ".join(str(workdir / x) for runs in run_folders(config).values() for x in runs)
         raise InputError(f"{workdir} is a comparison; give one of its bridges: {inside}")
     if not isinstance(config, Config):
-        instead = ": its training has scored it, serve.py asks it" * (config.job == "lens")
+        instead = f"; its training scores it ({lens_report(workdir)}), and serve.py asks it" if (
+            config.job == "lens") else ""
         raise InputError(f"{workdir} is a run of job '{config.job}', expected a bridge{instead}")
     keep = config.encoder.keep_states if share_states else 0.0
     config = replace(config, eval=replace(config.eval, **decoding or {}),

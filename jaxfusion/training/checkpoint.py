@@ -9,6 +9,7 @@ import json
 import logging
 import math
 import shutil
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -231,7 +232,7 @@ class Checkpoints:
                     return self.restore_trained()
                 first = first or self._pass_over(step, error)
         scored = [step for step in notes if notes[step].score is not None]
-        best = [max(scored, key=lambda step: (notes[step].score, step))] if scored else []
+        best = [_highest(notes, scored)] if scored else []
         for step in dict.fromkeys([*best, *notes]):
             try:
                 return step, self._trained(step, notes[step])
@@ -341,6 +342,24 @@ def _say_unchecked(place: Path) -> None:
 def trained_part(workdir: Path) -> tuple[int, dict[str, np.ndarray]]:
     """Step and trained parameters of a workdir's best checkpoint; see `restore_trained`."""
     return Checkpoints(workdir, read_only=True).restore_trained()
+
+
+def chosen_by(workdir: Path) -> set[str | None]:
+    """The name of the score by which a workdir's best checkpoint was chosen: None if an earlier
+    version did not store it. Empty if no checkpoint was scored."""
+    notes = {}
+    for step in saved_steps(workdir):
+        with suppress(Exception):  # a damaged one is never chosen
+            notes[step] = read_notes(workdir / "checkpoints" / str(step))
+    if not (scored := [step for step in notes if notes[step].score is not None]):
+        return set()
+    best = notes[_highest(notes, scored)].best
+    return {best and best.name}
+
+
+def _highest(notes: dict[int, Notes], scored: list[int]) -> int:
+    """The step of the highest score; the last one of several."""
+    return max(scored, key=lambda step: (notes[step].score, step))
 
 
 def saved_steps(workdir: Path) -> list[int]:

@@ -164,14 +164,16 @@ class Save(Hook):
 
 
 def _in_a_line(scores: dict[str, float], best: str) -> str:
-    """Every score, but of those by language only the kind that decides."""
+    """Every score, but of those by language only the kind that decides; and which one decides what
+    the best checkpoint is."""
     kind = best.rpartition("/")[2]
     means = {name: value for name, value in scores.items() if "/" not in name}
     by_language = {name.removesuffix(f"/{kind}"): value for name, value in scores.items()
                    if name.endswith(f"/{kind}")}
     said = ["  ".join(f"{name} {value:.3f}" for name, value in part.items())
             for part in (means, by_language)]
-    return said[0] + (f"  ({kind}: {said[1]})" if by_language else "")
+    of_languages = f"  ({kind}: {said[1]})" if by_language else ""
+    return said[0] + of_languages + (f"  ({best} decides)" if len(scores) > 1 else "")
 
 
 class Signals:

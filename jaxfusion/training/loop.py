@@ -1,17 +1,19 @@
 """The loop of a run of any job."""
 
+import json
 from contextlib import ExitStack
 
 from jaxfusion import config as configs
 from jaxfusion.config import CONFIG_FILE
 from jaxfusion.data.contamination import write_seen
 from jaxfusion.errors import Stopped
+from jaxfusion.files import write_checked
 from jaxfusion.sharding.hosts import is_first, wait_for_peers
 from jaxfusion.training.frozen import write_frozen
 from jaxfusion.training.hooks import Log, Profile, Save, Signals
 from jaxfusion.training.state import State
 from jaxfusion.training.trainer import Run, Trainer
-from jaxfusion.training.workdir import Start
+from jaxfusion.training.workdir import ORIGIN, Start
 
 
 def fit(run: Run, start: Start, profile: tuple[int, int] | None = None) -> State:
@@ -55,4 +57,6 @@ def _record_run(run: Run, start: Start) -> None:
             write_seen(start.workdir, run.seen)
         if run.kept is not None:
             write_frozen(start.workdir, run.kept)
+        if run.origin is not None:
+            write_checked(start.workdir / ORIGIN, json.dumps(run.origin, indent=2) + "\n")
     wait_for_peers("config")

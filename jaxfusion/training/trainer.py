@@ -40,6 +40,8 @@ class Run:
       seen: fingerprints of the texts that are trained on; kept in the workdir.
       kept: frozen parameters that the workdir has to hold; None where it holds them already.
       patience: scores that may be no better, one after the other; None: any number.
+      origin: what the parameters were before training, for the workdir of a fresh run; None where
+        the config tells.
     """
 
     config: Job
@@ -55,6 +57,7 @@ class Run:
     seen: np.ndarray | None = None
     kept: dict[str, np.ndarray] | None = None
     patience: int | None = None
+    origin: dict[str, str] | None = None
 
 
 def by_another(best: Best, now: str) -> bool:
@@ -116,6 +119,8 @@ class Trainer:
         if notes.data:  # adopted checkpoints have none
             self.data.set_state(notes.data)
         self.done, self.best = int(self.state.step), notes.best
+        if self.best is None and notes.score is not None:  # as earlier versions left it
+            self.best = Best(self.done, notes.score)
         scored = self.run.score is None or notes.score is not None
         self.unscored = not scored and self.due(stop=False).score and self.done > 0
         if self.best and by_another(self.best, self.run.best):

@@ -27,12 +27,13 @@ from jaxfusion.training.hooks import PROFILE
 from jaxfusion.training.logs import METRICS
 from jaxfusion.training.trackers import IDS, TENSORBOARD, WANDB, check_trackers
 
+ORIGIN = "model.json"  # what a run that trains a part of a model began with
 TEMPORARY = ".orbax-checkpoint-tmp"  # in the name of what is being written
 # Files of a run that never started, and of one that started but saved no step.
 LOCK_FILES = {WRITER, *(f".{CONFIG_FILE}{end}" for end in (".partial", ".sum", ".sum.partial"))}
 FILES_BEFORE_A_SAVE = LOCK_FILES | {
-    CONFIG_FILE, SEEN, FROZEN_FILE, METRICS, TENSORBOARD, WANDB, IDS, PROFILE, FIRST,
-    *(f".{file}{end}" for file in (SEEN, FROZEN_FILE, METRICS, IDS)
+    CONFIG_FILE, SEEN, FROZEN_FILE, ORIGIN, METRICS, TENSORBOARD, WANDB, IDS, PROFILE, FIRST,
+    *(f".{file}{end}" for file in (SEEN, FROZEN_FILE, ORIGIN, METRICS, IDS)
       for end in (".partial", ".sum", ".sum.partial"))}
 logger = logging.getLogger(__name__)
 

@@ -1,6 +1,7 @@
 """Exports a bridge in LangBridge's layout (github.com/kaistAI/LangBridge), with backbones."""
 
 import json
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,6 +14,8 @@ from jaxfusion.files import new_directory
 from jaxfusion.hf.save import tower_tensors, write_shards, write_tokenizer
 from jaxfusion.hf.tables import ALIGNMENTS, langbridge_names, langbridge_table
 from jaxfusion.runs.export.bridge import Trained, check_dtype, collect, write_bridge_card
+
+logger = logging.getLogger(__name__)
 
 
 def export_langbridge(
@@ -34,6 +37,9 @@ def export_langbridge(
     bridge = collect(workdir, out)
     config, tokenizers = bridge.config, bridge.tokenizers
     kind = _kind_of(config, workdir)
+    if prompt := config.data.text_prompt:
+        logger.warning("LangBridge's layout has no place for data.text_prompt: who asks the export "
+                       "has to give the LLM %r after the prefix", prompt)
     described = {
         "architectures": ["LangBridgeModel"], "alignments": kind,
         "num_latents": config.projector.latents, "enc": _langbridge_enc(bridge, enc),

@@ -22,6 +22,7 @@ from jaxfusion.pretraining.job import CHECKPOINT
 from jaxfusion.runs.export.bridge import check_dtype, check_out, trained_tensors
 from jaxfusion.runs.export.card import base_of, listed_fields, write_card
 from jaxfusion.runs.open_llm import check_trained
+from jaxfusion.runs.origin import check_origin, origin_of_llm
 from jaxfusion.training.checkpoint import trained_part
 
 
@@ -62,7 +63,8 @@ def export_lens(
       dtype: of all tensors; None keeps the dtype of each.
 
     Raises:
-      InputError: `workdir` is a sweep, nothing was trained, or `out` is not empty.
+      InputError: `workdir` is a sweep, nothing was trained, it was trained on another LLM than is
+        there now, or `out` is not empty.
     """
     check_dtype(dtype)
     config = configs.load(workdir / CONFIG_FILE)
@@ -71,6 +73,10 @@ def export_lens(
     source, _ = resolve(config.decoder.checkpoint, config.decoder.revision)
     check_out(out, workdir, source)
     shape = read_shape("decoder", source)
+    tokenizer = load_tokenizer(source, shape.vocab_size, "decoder")
+    now = origin_of_llm(source, tokenizer, config.decoder.checkpoint)
+    # Behind a bridge `model` and `tokenizer` are of both; an export has the LLM alone.
+    check_origin(workdir, {x: now[x] for x in ("llm", "source")} if config.bridge else now)
     rows, first = tower_table(shape), shape.num_layers - config.lens.blocks
     replaced = {  # the checkpoint numbers blocks from the first trained one
         re.sub(r"(?<=layers\.)\d+", lambda match: str(int(match[0]) + first), name): x
@@ -79,7 +85,7 @@ def export_lens(
     names = tower_names(rows, shape.num_layers, open_tensors(source).files)
     with new_directory(out, overwrite) as partial:
         copy_tower(source, partial, read_config(source), names, replaced, dtype)
-        write_tokenizer(partial, load_tokenizer(source, shape.vocab_size, "decoder"))
+        write_tokenizer(partial, tokenizer)
         _write_lens_card(partial, config, source, step)
 
 
