@@ -234,6 +234,12 @@ def test_what_is_scored_is_not_scored_again(debug_run, tmp_path, monkeypatch):
     assert new["pocket_nli"].keys() == {"deva"} and scored == results
     _, new = evaluate(where, limit=config.rows - 1, again=False)
     assert new["pocket_nli"].keys() == results["pocket_nli"].keys()
+    # Towers in another dtype may answer otherwise.
+    run, asked = configs.load(where / "config.json"), []
+    configs.save(replace(run, decoder=replace(run.decoder, dtype="int8")), where / "config.json")
+    monkeypatch.setattr(score, "_score", lambda _, rows: asked.append(rows) or ({}, {}))
+    evaluate(where, limit=config.rows - 1, again=False)
+    assert asked[0]["pocket_nli"].keys() == results["pocket_nli"].keys()
 
 
 @pytest.mark.parametrize("fusion", ["last", "global_softmax", "transformer_softmax"])

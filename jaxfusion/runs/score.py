@@ -21,7 +21,7 @@ from jaxfusion.data.tasks.catalogue import check_languages, get_task
 from jaxfusion.data.tasks.spec import Task, configured
 from jaxfusion.errors import InputError
 from jaxfusion.evaluation.scoring import Scored, check_scorable
-from jaxfusion.fields import DECODING, Config, TaskConfig
+from jaxfusion.fields import DECODING, Config, DecoderSettings, EncoderSettings, TaskConfig
 from jaxfusion.files import WRITER, only_writer
 from jaxfusion.reports.scored_runs import ALONE, DETAILS, Details
 from jaxfusion.reports.statistics import accuracy
@@ -78,8 +78,8 @@ def evaluate(
         if not (languages or config.eval.languages):
             rows = readable(run, rows)
     name, more = ("llm_only.json", ALONE) if llm_only else ("results.json", DETAILS)
-    settings = {"limit": limit, "encoder": config.encoder.checkpoint,
-                "decoder": config.decoder.checkpoint, "drop_seen": drop_seen,
+    settings = {"limit": limit, "encoder": _held(config.encoder),
+                "decoder": _held(config.decoder), "drop_seen": drop_seen,
                 "data_path": data_path,
                 "decoding": {x: getattr(config.eval, x) for x in DECODING}}
     settings = json.loads(json.dumps(settings))
@@ -102,6 +102,11 @@ def evaluate(
     with only_writer(folder / WRITER, folder, wait=True):
         merge_results(folder / more, details, about, indent=None)
         return merge_results(folder / name, new, about), details
+
+
+def _held(tower: EncoderSettings | DecoderSettings) -> str:
+    """A tower's checkpoint, and the dtype that it is held in if that rounds it."""
+    return tower.checkpoint if tower.dtype == "float32" else f"{tower.checkpoint} in {tower.dtype}"
 
 
 def read_rows(
