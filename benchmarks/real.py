@@ -41,6 +41,7 @@ from jaxfusion.runs.open_run import OpenRun, open_run
 LLM, FEW, REGRESSION = "LLM, no example", "LLM, 5 examples", "encoder + regression"
 STRENGTHS = [0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0]  # 1 / L2 penalty
 SHOTS = 5
+LLM_ROWS = 4  # of a batch: prompts differ much in length, and a CPU gains nothing from more
 
 
 def main() -> None:
@@ -145,7 +146,8 @@ def llm_alone(
     heading, asked = prompt_of(task)
     before = heading + "".join(f"{asked.format(row.query).rstrip()} {row.target}\n\n"
                                for row in list(shown.values())[:shots])
-    settings = replace(for_task(run.config.eval, task), max_new_tokens=0, max_decoder_tokens=1024)
+    settings = replace(for_task(run.config.eval, task), max_new_tokens=0, max_decoder_tokens=1024,
+                       batch_size=LLM_ROWS)
     scorer, correct = Scorer(run.model.bridge, run.tokenizers, settings, bare=True), {}
     for language in languages:
         rows = rows_of(run, "test", language, limit)
