@@ -4,8 +4,9 @@
         --config.decoder.checkpoint=meta-llama/Llama-3.2-1B
     python train.py --config configs/lens_ntrex.py:tasks
 
-The second command also scores topics of sentences (SIB-200), XCOPA and XWinograd, and trains eight
-blocks beside the two of the paper.
+The second command also scores topics of sentences (SIB-200), XCOPA and XWinograd, adds
+disentanglement, and trains eight blocks beside the two of the paper. It probes 300 lines and trains
+on 200.
 
 Needs: NTREX-128 (github.com/MicrosoftTranslator/NTREX, CC BY-SA 4.0); a GPU of 16 GB, or two CPU
 cores and a few minutes with a small LLM. The probe reads 1,500 lines, 400 train, and of the others

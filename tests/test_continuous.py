@@ -11,6 +11,7 @@ from flax import linen as nn
 from test_bridge import DECODER, make_bridge
 
 from jaxfusion.data.batching import TokenRow, collate, find_bare_shapes, find_shapes
+from jaxfusion.evaluation import continuous
 from jaxfusion.evaluation.continuous import answer_all, make_programs
 from jaxfusion.evaluation.generate import Decoding, make_scorer
 from jaxfusion.evaluation.options import make_options
@@ -59,3 +60,18 @@ def test_rows_are_answered_as_alone(bare, decoder, aligned, temperature, batch_s
                                 numbers, ends))
         assert sorted(found) == list(range(count))
         assert all(np.array_equal(found[i], alone[i]) for i in found)
+
+
+def test_prompts_are_compiled_once_for_each_shape(monkeypatch):
+    """Not for each pair of their shape and that of the longest row, which differs by language."""
+    read, prefill = [], continuous.prefill
+    monkeypatch.setattr(continuous, "prefill", lambda bridge, params, batch, *more: (
+        read.append(batch.dec_tokens.shape), prefill(bridge, params, batch, *more))[1])
+    bridge = make_bridge("last")
+    params = nn.unbox(jax.jit(bridge.init, static_argnums=1)(jax.random.key(0), ("decoder",)))
+    rows = [TokenRow([], [5] * length, []) for length in (12, 11, 3, 3, 8, 7, 3, 3)]
+    programs, shapes = make_programs(bridge, Decoding(2, 2), True), find_bare_shapes(rows, BUCKETS)
+    for part in (rows[:4], rows[4:]):
+        assert len(dict(answer_all(programs, params, part, shapes, TOKENIZERS, 2,
+                                   np.arange(4)))) == 4
+    assert sorted(read) == [(1, 5), (2, 9), (2, 13)]

@@ -138,9 +138,11 @@ def test_a_score_of_a_version_that_kept_no_best_is_told(tmp_path, caplog):
     trainer = object.__new__(Trainer)
     trainer.run = SimpleNamespace(score=print, best="likelihood", steps=12, patience=None)
     trainer.state = State(jnp.array(0), {}, ())
-    trainer.restore(SimpleNamespace(path=tmp_path / "checkpoints", restore_newest=lambda _: (
-        State(jnp.array(4), {}, ()), Notes({}, 0.5, None))))
-    assert trainer.best == Best(4, 0.5)
+    for score, best in ((float("nan"), None), (0.5, Best(4, 0.5))):
+        trainer.restore(SimpleNamespace(
+            path=tmp_path / "checkpoints", restore_newest=lambda _, score=score: (
+                State(jnp.array(4), {}, ()), Notes({}, score, None))))
+        assert trainer.best == best
     assert "0.500 at step 4, is of an earlier version, which may have chosen by another" in (
         caplog.text)
 
@@ -151,6 +153,17 @@ def test_the_best_of_scores():
     for step, score in ((4, 0.5), (6, 0.5), (8, float("nan")), (10, 0.4)):
         best = best_of(best, step, score)
     assert best == Best(4, 0.5, 3) and best_of(best, 12, 0.6) == Best(12, 0.6)
+
+
+def test_a_score_that_is_not_a_number_is_never_the_best(tmp_path):
+    """As the newest one it was taken for the best, and the best checkpoint was removed."""
+    checkpoints, best = Checkpoints(tmp_path), None
+    for step, score in ((2, 0.5), *((step, float("nan")) for step in (4, 6, 8))):
+        best = best_of(best, step, score, "log_likelihood")
+        checkpoints.save(State(jnp.array(step), {"a": jnp.zeros(2)}, ()), {"next_index": step},
+                         score, best)
+    checkpoints.close()
+    assert checkpoints.steps == [2, 6, 8] and trained_part(tmp_path)[0] == 2
 
 
 def test_which_score_decides(config):

@@ -12,6 +12,7 @@ from helpers import FILES, PRETRAINING, get_config
 from huggingface_hub import metadata_load
 
 from jaxfusion.config import from_config_dict
+from jaxfusion.data.contamination import fingerprints
 from jaxfusion.data.pocket.lexicon import concepts, words
 from jaxfusion.data.pocket.world import pairs, texts
 from jaxfusion.data.tokenizers import train_tokenizer
@@ -20,7 +21,7 @@ from jaxfusion.fields import CorpusConfig, ObjectiveConfig
 from jaxfusion.hf.load import SINGLE, read_config
 from jaxfusion.miniatures.inputs import make_inputs
 from jaxfusion.pretraining.corpus import Document, induce_lexicon, read_corpus
-from jaxfusion.pretraining.job import pretrain
+from jaxfusion.pretraining.job import _every_text, pretrain, read_texts
 from jaxfusion.pretraining.objectives import TextBatches, causal_rows, denoising_rows
 from jaxfusion.runs.export.tower import export_tower
 
@@ -156,6 +157,21 @@ def test_a_stopped_pretraining_goes_on_bit_for_bit(cache_dir, tmp_path, monkeypa
         file.write("a line that was not there\n")
     with pytest.raises(InputError, match=r"halves began with other training rows: .* 1 are new"):
         pretrain(config, tmp_path / "halves")
+
+
+@pytest.mark.parametrize("name, other", [("pocket_encoder", True), ("pocket_decoder", False)])
+def test_texts_that_a_run_does_not_learn_from_may_change(name, other, tmp_path):
+    """Pairs of sentences are for code_switch alone."""
+    config = from_config_dict(get_config(CONFIGS[name], "debug"))
+    config = replace(config, data=CorpusConfig(str(tmp_path), translations=False, pivot="en"))
+    for language in ("en", "xx"):
+        (tmp_path / f"text-{language}.txt").write_text("one line\n")
+
+    def seen(pairs):
+        (tmp_path / "pairs-xx.tsv").write_text(pairs)
+        return sorted(fingerprints(_every_text(*read_texts(config))))
+
+    assert (seen("a\tb\n") != seen("a\tc\n")) == other
 
 
 @pytest.mark.parametrize("fields,message", [

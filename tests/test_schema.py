@@ -206,6 +206,16 @@ def test_a_command_line_ends_in_one_line(words, said, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_a_config_file_runs_once(tmp_path):
+    """It ran twice where the command line sets fields, and one that makes a directory failed."""
+    (tmp_path / "own.py").write_text(
+        "from pathlib import Path\n\nfrom jaxfusion.config import default_config\n\n\n"
+        "def get_config():\n    Path(__file__).with_name('made').mkdir()\n"
+        "    return default_config()\n")
+    assert run_script("train.py", f"--config={tmp_path / 'own.py'}", "--config.train.seed=-1") == (
+        "error: config field 'train.seed' is -1, expected 0 or more")
+
+
 def test_a_step_of_several_seeds_is_compiled_like_any(cache_dir, capsys):
     assert run_script("train.py", "--config=configs/xnli_paper.py:debug", "--config.seeds=(0,1)",
                       "--compile_only") == ""

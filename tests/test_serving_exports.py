@@ -1,9 +1,11 @@
 """What else is served: exports of bridges, runs of Lens, and LLMs in Hugging Face format."""
 
 import json
+import re
 import shutil
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -171,7 +173,7 @@ def test_a_run_of_lens_behind_a_bridge_is_the_bridge_with_its_llm(tiny, lensed, 
     save_step(run, 4, {path: 1.5 * x for path, x in model.trainable.items()})
     with pytest.raises(InputError, match=(
             rf"mine was made from step 3 of {run} \(model \w{{8}}\), and now there is step 4 of "
-            rf"{run} \(model \w{{8}}\): put the earlier one back, .* remove {place}/model.json")):
+            rf"{run} \(model \w{{8}}\): put the earlier one back, .* away {place}/model.json")):
         open_models(place)
     export_lens(place, tmp_path / "lensed", overwrite=True)
     shutil.rmtree(run)
@@ -198,11 +200,20 @@ def test_a_run_of_lens_is_that_of_the_llm_it_was_trained_on(tiny, lensed, tmp_pa
     save_file({name: -x for name, x in tensors.items()}, llm / "model.safetensors")
     save_file({}, sweep / "probe.safetensors", {"identity": json.dumps(
         {"model": before["model"], "tokenizer": before["tokenizer"]})})
-    with pytest.raises(InputError, match=r"from another model .* remove .*run/probe\.safetensors"):
+    with pytest.raises(InputError, match=r"from another model .* away .*run/probe\.safetensors$"):
         open_lens(place)
     write_checked(place / ORIGIN, json.dumps({**before, "prompts": "a"}))
-    with pytest.raises(InputError, match=rf"made from {llm} \(model .* remove {place}/model\.json"):
+    with pytest.raises(InputError, match=rf"made from {llm} \(model .* away {place}/model\.json "
+                       r"and .*safetensors$") as said:
         export_lens(place, tmp_path / "changed")
+    files = re.search(r"move away (.*) and (.*)", str(said.value)).groups()
+    for file in files:  # what the line advises is enough
+        Path(file).rename(f"{file}.away")
+    check_origin(place, now())
+    assert f"whether {llm} is still that model is not known" in caplog.text
+    caplog.clear()
+    for file in files:
+        Path(f"{file}.away").rename(file)
     with pytest.raises(InputError, match=r"\(LLM \w{8}\)"):
         check_origin(place, {"llm": now()["llm"], "source": "an LLM"})
     with pytest.raises(InputError, match="trained on other prompts than its files have now"):

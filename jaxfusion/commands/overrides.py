@@ -1,10 +1,11 @@
 """Fields on the command line, as `--config.train.steps=100`: each has to name one of the config."""
 
 import re
-import runpy
+import sys
 from dataclasses import is_dataclass
 from typing import Any, get_args, get_type_hints
 
+from absl import flags
 from ml_collections import ConfigDict
 from ml_collections.config_flags import config_path
 
@@ -14,47 +15,48 @@ from jaxfusion.fields import JOBS
 GROUP = (dict, ConfigDict)
 
 
-def check_overrides(argv: list[str]) -> None:
-    """Checks the names of all fields that a command line sets, not their values.
+class CheckedParser(flags.ArgumentParser):
+    """Runs a config file as ml_collections' parser does, and checks what the command line sets in
+    the config that it gives: both at once, as a file may do more than return a config."""
 
-    A config that cannot be read is left to whoever reads it next, and says why.
+    def __init__(self, parser: flags.ArgumentParser):
+        self.parser = parser
+
+    def parse(self, path: str) -> Any:
+        """The config; raises InputError as `check_overrides`."""
+        config = self.parser.parse(path)
+        check_overrides(sys.argv, config)
+        return config
+
+    def flag_type(self) -> str:
+        """What the flag is, for help."""
+        return self.parser.flag_type()
+
+
+def check_overrides(argv: list[str], config: Any) -> None:
+    """Checks the names of all fields that a command line sets in a config, not their values.
+
+    Args:
+      config: what a file gave; anything but a group of fields is left to whoever reads it next.
 
     Raises:
       InputError: a flag names no field, or sets a whole group of them.
     """
-    fields = [found for word in argv[1:] if (found := re.fullmatch(
-        r"(--?(?:no)?config\.([^=]*))=?.*", word, re.DOTALL))]
-    config = _read(argv) if fields else None
     if not isinstance(config, GROUP):
         return
-    for field in fields:
-        _check(field[1], field[2], config, JOBS.get(str(config.get("job", "bridge"))))
-
-
-def _read(argv: list[str]) -> Any:
-    """What the file of `--config` gives; None where it gives nothing."""
-    given = [re.fullmatch(r"--?config(?:=(.*))?", word, re.DOTALL) for word in argv]
-    places = [i for i, found in enumerate(given) if found]
-    if not places:
-        return None
-    value = given[places[0]][1]
-    value = " ".join(argv[places[0] + 1 :][:1]) if value is None else value
-    file, colon, words = value.partition(":")
-    try:
-        return runpy.run_path(file)["get_config"](*[words] * bool(colon))
-    except Exception:
-        return None
+    for word in argv[1:]:
+        if found := re.fullmatch(r"(--?(?:no)?config\.([^=]*))=?.*", word, re.DOTALL):
+            _check(found[1], found[2], config, JOBS.get(str(config.get("job", "bridge"))))
 
 
 def _check(flag: str, path: str, at: Any, hint: Any) -> None:
     """Goes from the config to the field. `hint` is the type of `at`; None where any value goes."""
-    try:
-        first, *parts = config_path.split(path)
-    except (ValueError, AttributeError, TypeError):
+    parts = _parts(path)
+    if not parts:
         raise InputError(f"{flag}: '{path}' names no field; expected a name such as train.steps, "
-                         "or sweep[0].name for what is inside an entry") from None
+                         "or sweep[0].name for what is inside an entry")
     name, outer = "config", at
-    for part in (first, *parts):
+    for part in parts:
         outer = at
         at = _inside(flag, name, at, part, hint)
         hint = _type_below(hint, part)
@@ -67,6 +69,14 @@ def _check(flag: str, path: str, at: Any, hint: Any) -> None:
         raise InputError(f"{flag}: a group of fields, and those that are not given would lose what "
                          "the config file says; set them one by one, as "
                          f"--{name}.{next(iter(at), 'name')}=…")
+
+
+def _parts(path: str) -> list[str | int]:
+    """The names and numbers that a path has; none if it is no path."""
+    try:
+        return list(config_path.split(path))
+    except (ValueError, AttributeError, TypeError):
+        return []
 
 
 def _inside(flag: str, name: str, at: Any, part: Any, hint: Any) -> Any:

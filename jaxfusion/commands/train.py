@@ -26,7 +26,7 @@ from jaxfusion.cli import (
     typed,
 )
 from jaxfusion.commands.configs import list_configs, offer_common, with_paths
-from jaxfusion.commands.overrides import check_overrides
+from jaxfusion.commands.overrides import CheckedParser
 from jaxfusion.config import from_config_dict, one_by_seeds
 from jaxfusion.errors import InputError
 
@@ -34,6 +34,7 @@ FLAGS = flags.FlagValues()
 text, switch = (partial(x, flag_values=FLAGS) for x in (flags.DEFINE_string, flags.DEFINE_bool))
 CONFIG = config_flags.DEFINE_config_file("config", None, "NAME[:words], or the path of a file",
                                          lock_config=True, flag_values=FLAGS)
+FLAGS["config"].parser = CheckedParser(FLAGS["config"].parser)
 WORKDIR = text("workdir", None, "directory of the run; default: runs/<config name>")
 COMPILE_ONLY = switch("compile_only", False, "compile the step, print what it takes")
 TOPOLOGY = text("topology", None, "TPU slice to compile for, such as v4-32")
@@ -133,11 +134,4 @@ def run() -> None:
     end_on_sigterm()
     offer_common()
     about = __doc__.replace("jaxfusion/fields.py", fields.__file__)
-    run_main(main, about, FLAGS, GROUPS, _read)
-
-
-def _read(argv: list[str]) -> list[str]:
-    """The command line with the config's path, and fields that the config has."""
-    argv = with_paths(argv)
-    check_overrides(argv)
-    return argv
+    run_main(main, about, FLAGS, GROUPS, with_paths)

@@ -21,7 +21,7 @@ from jaxfusion.nn.bridge import Batch, Bridge, Params
 from jaxfusion.nn.cache import Cache, Extra
 from jaxfusion.sharding.rules import constrain, replicated
 
-PARTS = 4  # of a batch: so many refills replace all of its rows
+PARTS = 4  # refills that replace all rows of a batch
 
 
 @dataclass(frozen=True)
@@ -57,8 +57,9 @@ class Programs:
     """What runs on the devices, compiled for every shape of prompts.
 
     Attributes:
-      begin: `(params, batch, numbers)` reads the first prompts. refill: `(params, running, batch,
-        numbers, places)` reads others into these rows of the batch; a place of B is dropped.
+      begin: `(params, batch, numbers)` reads prompts. refill: `(running, new, places)` puts others
+        that were read into these rows of the batch; a place of B is dropped. It is a program of its
+        own, as it depends on both shapes, and prompts are not compiled again for each pair.
       proceed: `(params, running, ends, most)` goes on until at most `most` answers are unfinished;
         also returns `done` and `tokens`.
     """
@@ -82,8 +83,7 @@ def make_programs(bridge: Bridge, decoding: Decoding, bare: bool, shared: int = 
             jnp.full((rows, most), decoding.eos, jnp.int32), jnp.zeros(rows, jnp.int32),
             ~jnp.any(batch.dec_segments != 0, axis=1), numbers, jnp.zeros((), jnp.int32))
 
-    def refill(params: Params, running: Running, batch: Batch, numbers, places) -> Running:
-        new = begin(params, batch, numbers)
+    def refill(running: Running, new: Running, places: Int[Array, "b"]) -> Running:
         by_row = {x: _put(getattr(running, x), getattr(new, x), places) for x in
                   ("logits", "position", "tokens", "count", "done", "numbers")}
         return Running(_put_cache(running.cache, new.cache, places), step=running.step, **by_row)
@@ -108,7 +108,7 @@ def make_programs(bridge: Bridge, decoding: Decoding, bare: bool, shared: int = 
         return Running(cache, logits, now.position + 1, tokens, count, now.done | ended,
                        now.numbers, now.step + 1)
 
-    return Programs(jax.jit(begin), jax.jit(refill, donate_argnums=1),
+    return Programs(jax.jit(begin), jax.jit(refill, donate_argnums=0),
                     jax.jit(proceed, donate_argnums=1))
 
 
@@ -167,4 +167,5 @@ def answer_all(
             places = np.full(share, batch_size)
             places[: len(new)] = np.flatnonzero(placed < 0)[: len(new)]
             placed[places[: len(new)]] = new
-            running = programs.refill(params, running, *read(new, share), places)
+            running = programs.refill(
+                running, programs.begin(params, *read(new, share)), places)

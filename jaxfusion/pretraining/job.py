@@ -135,7 +135,7 @@ def _every_text(
 
 
 def read_texts(config: PretrainConfig) -> tuple[list[Document], dict[str, list[tuple[str, str]]]]:
-    """The texts that the objective learns from, and sentence pairs by language.
+    """The texts that the objective learns from, and, where it reads them, pairs by language.
 
     Raises:
       InputError: the objective does not train such a tower, or text that it needs is missing.
@@ -158,7 +158,7 @@ def read_texts(config: PretrainConfig) -> tuple[list[Document], dict[str, list[t
     if name == "code_switch" and not corpus.pairs:
         raise InputError(f"{path} has no pairs-LANGUAGE.tsv, which objective "
                          "code_switch needs; use masked_lm")
-    return texts, corpus.pairs
+    return texts, corpus.pairs if name == "code_switch" else {}
 
 
 def hold_out(texts: Sequence[Document], dev_rows: int, seed: int) -> tuple[np.ndarray, list[int]]:

@@ -89,7 +89,7 @@ def check_origin(workdir: Path, now: Mapping[str, str]) -> None:
     Raises:
       InputError: it is another model; or the record is damaged.
     """
-    file, was = _recorded(workdir)
+    records, was = _recorded(workdir)
     if not was.keys() & now.keys() & PARTS.keys():
         logger.warning("%s has no record of the model that it was made from: whether %s is still "
                        "that model is not known", workdir, now["source"])
@@ -97,7 +97,8 @@ def check_origin(workdir: Path, now: Mapping[str, str]) -> None:
     if not (parts := different(was, now)):
         return
     part, what = parts[0], PARTS[parts[0]].split()[-1]
-    repair = f"or train again with another --workdir; to use it all the same, remove {file}"
+    repair = ("or train again with another --workdir; to use it all the same, move away "
+              f"{' and '.join(map(str, records))}")
     if part == "prompts":
         raise InputError(f"{workdir} was trained on other prompts than its files have now: put the "
                          f"earlier ones back, {repair}")
@@ -107,14 +108,16 @@ def check_origin(workdir: Path, now: Mapping[str, str]) -> None:
         f"{now['source']} ({what} {now[part]:.8}): put the earlier one back, {repair}")
 
 
-def _recorded(workdir: Path) -> tuple[Path, dict[str, str]]:
-    """What a run of a sweep was trained on, and the file that says so; nothing where none does."""
-    file = workdir / ORIGIN
+def _recorded(workdir: Path) -> tuple[list[Path], dict[str, str]]:
+    """The files that say what a run of a sweep was trained on, and what the first of them says;
+    nothing where none does."""
+    file, probe = workdir / ORIGIN, workdir.absolute().parent / PROBE_FILE
+    files = [x for x in (file, probe) if x.is_file()]
     if file.is_file():
-        return file, read_json(file, "put back a copy, or remove it: nothing is compared then")
-    probe = workdir.absolute().parent / PROBE_FILE
+        repair = "put back a copy, or remove it: then the probe in the directory above tells"
+        return files, read_json(file, repair)
     try:
         with safe_open(probe, framework="numpy") as opened:
-            return probe, dict(json.loads(opened.metadata()["identity"]))
+            return files, dict(json.loads(opened.metadata()["identity"]))
     except (OSError, SafetensorError, KeyError, TypeError, ValueError):
-        return probe, {}
+        return files, {}

@@ -97,13 +97,13 @@ class Checkpoints:
         """What writes; it reads every score, so damaged checkpoints have to be set aside before."""
         policy = keep.AnyPreservationPolicy([
             keep.LatestN(2),
-            keep.BestN(get_metric_fn=lambda metrics: metrics[SCORE], n=1, reverse=False,
+            keep.BestN(get_metric_fn=lambda metrics: _rank(metrics[SCORE]), n=1, reverse=False,
                        keep_checkpoints_without_metrics=False),
         ])
         return ocp.CheckpointManager(
             self.path,
             options=ocp.CheckpointManagerOptions(
-                preservation_policy=policy, best_fn=lambda metrics: metrics[SCORE],
+                preservation_policy=policy, best_fn=lambda metrics: _rank(metrics[SCORE]),
                 cleanup_tmp_directories=True,
             ),
             item_handlers={
@@ -359,7 +359,12 @@ def chosen_by(workdir: Path) -> set[str | None]:
 
 def _highest(notes: dict[int, Notes], scored: list[int]) -> int:
     """The step of the highest score; the last one of several."""
-    return max(scored, key=lambda step: (notes[step].score, step))
+    return max(scored, key=lambda step: (_rank(notes[step].score), step))
+
+
+def _rank(score: float) -> float:
+    """The score to sort by: one that is not a number compares with none, and is the lowest."""
+    return -math.inf if math.isnan(score) else score
 
 
 def saved_steps(workdir: Path) -> list[int]:

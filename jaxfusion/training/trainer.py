@@ -17,7 +17,7 @@ from jaxfusion.data.pipeline import iterate
 from jaxfusion.errors import InputError
 from jaxfusion.fields import Job, OptimizerConfig, TrainConfig
 from jaxfusion.sharding.mesh import sharding
-from jaxfusion.training.checkpoint import Best, Checkpoints, abstract_like
+from jaxfusion.training.checkpoint import Best, Checkpoints, abstract_like, best_of
 from jaxfusion.training.optimizer import make_optimizer, make_schedules
 from jaxfusion.training.state import Flat, State, count_params
 from jaxfusion.training.step import Loss, Metrics, make_train_step
@@ -119,8 +119,9 @@ class Trainer:
         if notes.data:  # adopted checkpoints have none
             self.data.set_state(notes.data)
         self.done, self.best = int(self.state.step), notes.best
-        if self.best is None and notes.score is not None:  # as earlier versions left it
-            self.best = Best(self.done, notes.score)
+        # As earlier versions left it.
+        if self.best is None and notes.score is not None:
+            self.best = best_of(None, self.done, notes.score)
         scored = self.run.score is None or notes.score is not None
         self.unscored = not scored and self.due(stop=False).score and self.done > 0
         if self.best and by_another(self.best, self.run.best):
