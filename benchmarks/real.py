@@ -162,7 +162,8 @@ def prompt_of(task: Task) -> tuple[str, str]:
     """What precedes all rows of a prompt for the LLM alone, and the form of a row."""
     if task.prompt != "{text}":  # it says itself what is asked
         return "", "{}"
-    return f"The topic of a text is one of: {', '.join(task.labels)}.\n\n", "Text: {}\nTopic:"
+    # The space at the end goes to the label, as the LLM has read words.
+    return f"The topic of a text is one of: {', '.join(task.labels)}.\n\n", "Text: {}\nTopic: "
 
 
 BASELINES = {LLM: llm_alone, FEW: partial(llm_alone, shots=SHOTS), REGRESSION: regression}

@@ -146,21 +146,6 @@ def cost(result: dict[str, Any]) -> list[str]:
     return table(["", "trained parameters", "GFLOP in matrix products", "median ms"], rows)
 
 
-def keep_llm(run: Path) -> None:
-    """Copies what the LLM alone got right, in the languages in which it was measured."""
-    kept = json.loads((run / "baselines.json").read_text("utf-8"))
-    found = {name: {language: sum(rows) / len(rows) for language, rows in by["correct"].items()}
-             for name, by in kept.items() if name.startswith("LLM")}
-    (RESULTS / "llm_alone.json").write_text(json.dumps(found, indent=1) + "\n", "utf-8")
-
-
-def llm_alone(found: dict[str, dict[str, float]], languages: int) -> list[str]:
-    """What the LLM alone got right, a line for each number of examples in its prompt."""
-    return [f"{name}, topics named in its prompt ({len(by)} of {languages} languages measured): "
-            + ", ".join(f"{language} {100 * x:.1f}" for language, x in by.items()) + "."
-            for name, by in found.items() if by]
-
-
 def phases(result: dict[str, Any]) -> list[str]:
     """Wall time of a small comparison with kept states and without."""
     by = result["seconds"]
@@ -186,8 +171,6 @@ def main() -> None:
     args = parser.parse_args()
     for picture in ("accuracy", "layers") if args.real_topics else ():
         copy_picture(args.real_topics / f"real_{picture}.png", f"real_topics_{picture}")
-    if args.real_topics:
-        keep_llm(args.real_topics)
     for name in ("quickstart", "lens", "lens_ceiling"):
         if getattr(args, name):
             keep(name, getattr(args, name))
@@ -196,7 +179,6 @@ def main() -> None:
         "lens_ceiling", "lens_seeds"))
     parts = [
         HEAD, "## Topics of real sentences in 20 languages", "", TOPICS, "",
-        *llm_alone(read("llm_alone"), 20), "",
         f"Seeds: {', '.join(map(str, real['seeds']))}.", "", real["table"],
         "![accuracy by language](pictures/real_topics_accuracy.png)", "",
         "![layer weights](pictures/real_topics_layers.png)", "", on(real), "",

@@ -45,7 +45,8 @@ def get_config(arg=None):
 
 def score_tasks(config):
     config.tasks = {"topics": {
-        "prompt": f"The topic of a text is one of: {', '.join(TOPICS)}.\n\nText: {{text}}\nTopic:",
+        # The space at the end goes to the label, as the LLM has read words.
+        "prompt": f"The topic of a text is one of: {', '.join(TOPICS)}.\n\nText: {{text}}\nTopic: ",
         "labels": TOPICS, "languages": tuple(SIB), "names": SIB, "source": "hub:Davlan/sib200",
         "subset": "{language}", "columns": {"label": "category"}, "parallel": True}}
     config.eval.tasks = ("topics", "xcopa", "xwinograd")
