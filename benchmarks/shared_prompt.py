@@ -36,7 +36,7 @@ class Again(Scorer):
 
 
 def prompts(place: Path) -> list[Example]:
-    """Test rows behind five training rows, as in benchmarks/real_topics.py."""
+    """Test rows behind five training rows."""
     train, test = (read_examples("sib200", TASK, split, LANGUAGE, str(place))
                    for split in ("train", "test"))
     shown = list({row.label: row for row in reversed(train)}.values())[:SHOTS]

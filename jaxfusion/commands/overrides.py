@@ -72,7 +72,7 @@ def _check(flag: str, path: str, at: Any, hint: Any) -> None:
 
 
 def _parts(path: str) -> list[str | int]:
-    """The names and numbers that a path has; none if it is no path."""
+    """The names and numbers in a path; empty if it is malformed."""
     try:
         return list(config_path.split(path))
     except (ValueError, AttributeError, TypeError):

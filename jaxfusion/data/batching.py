@@ -389,10 +389,8 @@ def epoch_plan(buckets: np.ndarray, batch_size: int, seed: int, epoch: int) -> l
 def in_order(
     rows: Sequence[TokenRow], shapes: Shapes, tokenizers: Tokenizers, batch_size: int
 ) -> Iterator[tuple[np.ndarray, Batch]]:
-    """Every row once, for evaluation: row numbers and their batch, largest shapes last.
-
-    The first batch may be short, as what fills it up then has the smallest shape.
-    """
+    """Every row once, for evaluation: row numbers and their batch, largest shapes last. The first
+    batch may be short: what fills it up then has the smallest shape."""
     buckets = shapes.buckets_of(rows)
     order = np.argsort(buckets, kind="stable")
     for numbers in np.split(order, range(len(rows) % batch_size, len(rows), batch_size)):
