@@ -9,7 +9,8 @@ Takes one comparison or more on the same task and rows, with any towers: set `co
 Needs scikit-learn. The encoder alone is a logistic regression on its mean-pooled last states,
 trained on the same English rows, its regularisation chosen on the English development rows. The LLM
 alone reads the task's prompt, without examples and with five English ones; of topics, a prompt that
-names them. What was measured is kept in the first workdir, and a second start goes on.
+names them. Which rows the two get right is kept in `--out`, and a second start goes on, with other
+bridges too.
 """
 
 import argparse
@@ -40,7 +41,7 @@ from jaxfusion.runs.open_run import OpenRun, open_run
 
 LLM, FEW, REGRESSION = "LLM, no example", "LLM, 5 examples", "encoder + regression"
 STRENGTHS = [0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0]  # 1 / L2 penalty
-SHOTS = 5
+SHOTS, ROW = 5, "{row}"
 LLM_ROWS = 4  # of a batch: prompts differ much in length, and a CPU gains nothing from more
 
 
@@ -54,13 +55,14 @@ def main() -> None:
     config, models = read_models(args.workdirs, args.seeds)
     bridges = side_by_side(config, models, {})
     run, first = open_run(Path(next(iter(models.values()))[0].place)), args.workdirs[0]
-    alone = measure(run, args.baselines, list(bridges.languages), config.rows, first)
-    correct = {name: alone[name]["correct"] for name in args.baselines}
+    alone = measure(run, args.baselines, list(bridges.languages), config.rows, args.out)
+    correct = {name: {language: [*map(int, alone[name]["correct"][language])]
+                      for language in bridges.languages} for name in args.baselines}
     comparison = replace(bridges, correct={**correct, **bridges.correct}, reference=REGRESSION)
     result = {"table": markdown(comparison), **as_json(comparison), "seeds": list(config.seeds),
               "rows": len(next(iter(bridges.correct.values()))[bridges.languages[0]][0]),
               "seconds": {name: {"score": alone[name]["seconds"]} for name in args.baselines},
-              "machine": machine()}
+              "alone": alone, "machine": machine()}
     args.out.write_text(json.dumps(result, indent=1) + "\n", "utf-8")
     draw_accuracy(comparison, first / "real_accuracy.png")
     draw_layers(bridges, first / "real_layers.png")
@@ -90,20 +92,30 @@ def read_models(workdirs: list[Path], seeds: list[int] | None) -> tuple[CompareC
 
 
 def measure(
-    run: OpenRun, names: list[str], languages: list[str], limit: int | None, workdir: Path
+    run: OpenRun, names: list[str], languages: list[str], limit: int | None, out: Path
 ) -> dict[str, dict[str, Any]]:
-    """Which test rows the baselines get right, by language, and seconds; kept in the workdir."""
-    kept = workdir / "baselines.json"
-    alone = json.loads(kept.read_text("utf-8")) if kept.is_file() else {}
+    """The baselines with the test rows they get right, a digit for each row of a language.
+
+    They are kept in the file, beside what else it has. What was measured with another prompt, or of
+    another number of rows, is measured again.
+    """
+    kept = json.loads(out.read_text("utf-8")) if out.is_file() else {}
+    alone = kept.setdefault("alone", {})
     for name in names:
-        found = alone.setdefault(name, {"correct": {}, "seconds": 0.0})
+        fresh = {"prompt": PROMPTS[name](run), "rows": limit, "correct": {}, "seconds": 0.0,
+                 "machine": machine()}
+        found = alone.get(name, fresh)
+        if any(found[x] != fresh[x] for x in ("prompt", "rows")):
+            found = fresh
+        alone[name] = found
         left = [language for language in languages if language not in found["correct"]]
         # The regression is fitted once; the LLM takes minutes for each language.
         for part in [left] if name == REGRESSION and left else [[x] for x in left]:
             clock = time.monotonic()
-            found["correct"] |= BASELINES[name](run, part, limit)
+            correct = BASELINES[name](run, part, limit)
+            found["correct"] |= {x: "".join(map(str, rows)) for x, rows in correct.items()}
             found["seconds"] += time.monotonic() - clock
-            write_whole(kept, json.dumps(alone))
+            write_whole(out, json.dumps(kept, indent=1) + "\n")
             print(f"{name}: {', '.join(part)}", flush=True)
         print(f"{name}: {found['seconds']:.0f} s", flush=True)
     return alone
@@ -138,35 +150,42 @@ def regression(run: OpenRun, languages: list[str], limit: int | None) -> dict[st
 def llm_alone(
     run: OpenRun, languages: list[str], limit: int | None, shots: int = 0
 ) -> dict[str, list[int]]:
-    """Which test rows the LLM gets right, with `shots` examples in its prompt: the first English
-    training row of each label."""
-    task, shown = run.task, {}
-    for row in rows_of(run, "train", run.config.data.language):
-        shown.setdefault(row.label, row)
-    heading, asked = prompt_of(task)
-    before = heading + "".join(f"{asked.format(row.query).rstrip()} {row.target}\n\n"
-                               for row in list(shown.values())[:shots])
+    """Which test rows the LLM gets right, with `shots` examples in its prompt."""
+    task, prompt = run.task, few_shot(run, shots)
     settings = replace(for_task(run.config.eval, task), max_new_tokens=0, max_decoder_tokens=1024,
                        batch_size=LLM_ROWS)
     scorer, correct = Scorer(run.model.bridge, run.tokenizers, settings, bare=True), {}
     for language in languages:
         rows = rows_of(run, "test", language, limit)
-        prompts = [replace(row, query=before + asked.format(row.query)) for row in rows]
+        prompts = [replace(row, query=prompt.replace(ROW, row.query)) for row in rows]
         with run.on_mesh():
             scored = scorer(run.params, prompts, task)
         correct[language] = [int(x) for x in scored.correct["likelihood"]]
     return correct
 
 
+def few_shot(run: OpenRun, shots: int = 0) -> str:
+    """The prompt of the LLM alone, with `ROW` in place of a row; its examples are the first English
+    training row of each label."""
+    heading, asked = prompt_of(run.task)
+    shown = {}
+    for row in rows_of(run, "train", run.config.data.language):
+        shown.setdefault(row.label, row)
+    examples = [f"{asked.replace(ROW, row.query).rstrip()} {row.target}\n\n"
+                for row in list(shown.values())[:shots]]
+    return "".join((heading, *examples, asked))
+
+
 def prompt_of(task: Task) -> tuple[str, str]:
     """What precedes all rows of a prompt for the LLM alone, and the form of a row."""
     if task.prompt != "{text}":  # it says itself what is asked
-        return "", "{}"
+        return "", ROW
     # The space at the end goes to the label, as the LLM has read words.
-    return f"The topic of a text is one of: {', '.join(task.labels)}.\n\n", "Text: {}\nTopic: "
+    return f"The topic of a text is one of: {', '.join(task.labels)}.\n\n", f"Text: {ROW}\nTopic: "
 
 
 BASELINES = {LLM: llm_alone, FEW: partial(llm_alone, shots=SHOTS), REGRESSION: regression}
+PROMPTS = {LLM: few_shot, FEW: partial(few_shot, shots=SHOTS), REGRESSION: lambda run: None}
 
 
 if __name__ == "__main__":

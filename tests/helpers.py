@@ -20,6 +20,7 @@ import pytest
 import transformers
 from absl import app
 from absl.testing import flagsaver
+from safetensors.numpy import load_file, save_file
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -42,6 +43,7 @@ from jaxfusion.fields import (
     OptimizerConfig,
     ProjectorConfig,
 )
+from jaxfusion.files import write_checked
 from jaxfusion.hf.save import write_tower
 from jaxfusion.miniatures.checkpoints import random_params
 from jaxfusion.miniatures.inputs import make_inputs
@@ -53,6 +55,7 @@ from jaxfusion.training.checkpoint import Checkpoints
 from jaxfusion.training.frozen import to_keep, write_frozen
 from jaxfusion.training.load import load_model
 from jaxfusion.training.logs import RunLog
+from jaxfusion.training.origin import ORIGIN
 from jaxfusion.training.state import State, merge
 
 ROOT = Path(__file__).parent.parent
@@ -351,7 +354,14 @@ def make_run(workdir, tiny, fusion="last", projector="linear", decoder=None, tra
     checkpoints.save(State(jnp.array(3), trainable, ()), {}, None)
     checkpoints.close()
     write_frozen(workdir, to_keep(model, ()))
+    write_checked(workdir / ORIGIN, json.dumps(model.origin))
     return replace(model, trainable=trainable)
+
+
+def change_tower(directory):
+    """Gives a checkpoint other weights of the same shapes."""
+    tensors = load_file(directory / "model.safetensors")
+    save_file({name: -x for name, x in tensors.items()}, directory / "model.safetensors")
 
 
 def theirs_of(out):

@@ -253,13 +253,13 @@ def test_a_probe_reads_the_last_real_token_and_comes_back(tokenizers, tmp_path):
         assert relative(found.means[:, k], np.mean(states, axis=0)) < 1e-5
         assert relative(found.variances[:, k], np.var(np.array(states, np.float64), axis=0)) < 1e-5
     file, names = tmp_path / "probe.safetensors", found.languages
-    save_probe(found, file, {"model": "a", "tokenizer": "b"}, {"by": "test"})
-    again = load_probe(file, names, {"model": "a", "tokenizer": "b"})
+    save_probe(found, file, {"decoder": "a", "decoder_tokenizer": "b"}, {"by": "test"})
+    again = load_probe(file, names, {"decoder": "a", "decoder_tokenizer": "b"})
     assert again.languages == names and np.array_equal(again.means, found.means)
-    with pytest.raises(InputError, match="was made with another tokenizer than this config's"):
-        load_probe(file, names, {"model": "a", "tokenizer": "c"})
-    with pytest.raises(InputError, match="was made with another model"):
-        load_probe(file, names, {"model": "c", "tokenizer": "b"})
+    with pytest.raises(InputError, match="was made with another tokenizer of the LLM"):
+        load_probe(file, names, {"decoder": "a", "decoder_tokenizer": "c"})
+    with pytest.raises(InputError, match="was made with another LLM than"):
+        load_probe(file, names, {"decoder": "c", "decoder_tokenizer": "b"})
     with pytest.raises(InputError, match="has languages en, sw, ta, expected en, ta, the central"):
         load_probe(file, ("en", "ta"), {})
     file.write_bytes(b"no probe")
@@ -507,7 +507,7 @@ def test_an_llm_that_changes_meanwhile_is_said(cache_dir, tmp_path, monkeypatch)
 
     def other(config, mesh):
         model, config = load(config, mesh)
-        return replace(model, identity={**model.identity, "model": "another"}), config
+        return replace(model, identity={**model.identity, "decoder": "another"}), config
 
     monkeypatch.setattr(lens_train, "load_lens_model", other)
     with pytest.raises(InputError, match="was changed while the top blocks trained"):
@@ -569,7 +569,7 @@ def test_without_losses_nothing_changes(cache_dir, tmp_path):
     # What was trained on one LLM is not scored on another, nor trained further.
     save_file({name: 1.5 * x for name, x in was.items()}, llm / "model.safetensors")
     (tmp_path / "run" / "probe.safetensors").unlink()
-    with pytest.raises(InputError, match=rf"run/lens was made from {llm} \(model \w+\), and now"):
+    with pytest.raises(InputError, match=rf"run/lens was made from {llm} \(LLM \w+\), and now"):
         job.lens(config, tmp_path / "run")
 
 
@@ -608,7 +608,7 @@ def test_a_probe_of_another_run_serves_and_is_checked(cache_dir, tmp_path):
     config = replace(config, data=replace(config.data, path=str(own)))
     job.lens(config, tmp_path / "a")
     own.write_text(own.read_text().partition("\n")[2])
-    with pytest.raises(InputError, match=r"safetensors was made with other prompts than this conf"):
+    with pytest.raises(InputError, match=r"safetensors was made with other rows than this conf"):
         job.lens(config, tmp_path / "a")
     file = str(tmp_path / "a" / "probe.safetensors")
     job.lens(debug_config(lens={"method": "none"}, data={"probe": file}), tmp_path / "b")
@@ -621,7 +621,7 @@ def test_a_probe_of_another_run_serves_and_is_checked(cache_dir, tmp_path):
     name = next(x for x in tensors if "layers.0" in x and x.endswith("o_proj.weight"))
     save_file({**tensors, name: tensors[name] * 1.5}, other / "model.safetensors")
     again = debug_config(lens={"method": "none"}, data={"probe": file})
-    with pytest.raises(InputError, match="made with another model than this config's"):
+    with pytest.raises(InputError, match="made with another LLM than this config's"):
         job.lens(replace(again, decoder=replace(again.decoder, checkpoint=str(other))),
                  tmp_path / "c")
 

@@ -12,8 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import traverse_util
-from helpers import equal, make_run, run_script
-from safetensors.numpy import load_file, save_file
+from helpers import change_tower, equal, make_run, run_script
+from safetensors.numpy import save_file
 from starlette.testclient import TestClient
 
 from jaxfusion import config as configs
@@ -27,13 +27,12 @@ from jaxfusion.runs.export.tower import export_lens
 from jaxfusion.runs.exported import open_export
 from jaxfusion.runs.open_llm import open_checkpoint, open_lens
 from jaxfusion.runs.open_run import open_run
-from jaxfusion.runs.origin import check_origin, origin_of_bridge, origin_of_llm
 from jaxfusion.serving.app import make_app
 from jaxfusion.serving.batcher import Batcher
 from jaxfusion.serving.served import open_models
 from jaxfusion.training.checkpoint import Checkpoints
+from jaxfusion.training.origin import ORIGIN, check_origin, origin_of
 from jaxfusion.training.state import State
-from jaxfusion.training.workdir import ORIGIN
 
 TEXT = "la ru so. bako dimofu"
 
@@ -167,13 +166,13 @@ def test_a_run_of_lens_behind_a_bridge_is_the_bridge_with_its_llm(tiny, lensed, 
     assert equal(served["mine"].params, wanted["together"].params)
     assert equal(served["llm"].params["decoder"], wanted["llm"].params["decoder"])
     assert not equal(served["llm"].params["decoder"], before["llm"].params["decoder"])
-    write_checked(place / ORIGIN, json.dumps(origin_of_bridge(open_run(run))))
+    write_checked(place / ORIGIN, json.dumps(open_run(run).origin))
     open_lens(place)
     # The bridge is trained further. An export has the LLM alone, which is the same.
     save_step(run, 4, {path: 1.5 * x for path, x in model.trainable.items()})
     with pytest.raises(InputError, match=(
-            rf"mine was made from step 3 of {run} \(model \w{{8}}\), and now there is step 4 of "
-            rf"{run} \(model \w{{8}}\): put the earlier one back, .* away {place}/model.json")):
+            rf"mine was made from step 3 of {run} \(bridge \w{{8}}\), and now there is step 4 of "
+            rf"{run} \(bridge \w{{8}}\): put the earlier one back, .* away {place}/model.json")):
         open_models(place)
     export_lens(place, tmp_path / "lensed", overwrite=True)
     shutil.rmtree(run)
@@ -189,35 +188,34 @@ def test_a_run_of_lens_is_that_of_the_llm_it_was_trained_on(tiny, lensed, tmp_pa
     config = configs.load(place / "config.json")
     configs.save(replace(config, decoder=DecoderSettings(str(llm))), place / "config.json")
     export_lens(place, tmp_path / "out")
-    assert f"whether {llm} is still that model is not known" in caplog.text
+    assert f"{llm} is not compared with it" in caplog.text
     caplog.clear()
 
     def now():
-        return origin_of_llm(llm, load_tokenizer(llm, 512, "decoder"), str(llm))
+        return origin_of({"decoder": (llm, load_tokenizer(llm, 512, "decoder"))}, str(llm))
 
     before = now()
-    tensors = load_file(llm / "model.safetensors")
-    save_file({name: -x for name, x in tensors.items()}, llm / "model.safetensors")
+    change_tower(llm)
     save_file({}, sweep / "probe.safetensors", {"identity": json.dumps(
-        {"model": before["model"], "tokenizer": before["tokenizer"]})})
-    with pytest.raises(InputError, match=r"from another model .* away .*run/probe\.safetensors$"):
+        {**before, "source": "an LLM"})})
+    with pytest.raises(InputError, match=r"from an LLM .* away .*run/probe\.safetensors$"):
         open_lens(place)
-    write_checked(place / ORIGIN, json.dumps({**before, "prompts": "a"}))
-    with pytest.raises(InputError, match=rf"made from {llm} \(model .* away {place}/model\.json "
+    write_checked(place / ORIGIN, json.dumps({**before, "rows": "a"}))
+    with pytest.raises(InputError, match=rf"made from {llm} \(LLM .* away {place}/model\.json "
                        r"and .*safetensors$") as said:
         export_lens(place, tmp_path / "changed")
     files = re.search(r"move away (.*) and (.*)", str(said.value)).groups()
     for file in files:  # what the line advises is enough
         Path(file).rename(f"{file}.away")
     check_origin(place, now())
-    assert f"whether {llm} is still that model is not known" in caplog.text
+    assert f"{llm} is not compared with it" in caplog.text
     caplog.clear()
     for file in files:
         Path(f"{file}.away").rename(file)
     with pytest.raises(InputError, match=r"\(LLM \w{8}\)"):
-        check_origin(place, {"llm": now()["llm"], "source": "an LLM"})
-    with pytest.raises(InputError, match="trained on other prompts than its files have now"):
-        check_origin(place, {"prompts": "b"})
+        check_origin(place, {**now(), "source": "an LLM"})
+    with pytest.raises(InputError, match="trained on other rows than its files have now"):
+        check_origin(place, {**before, "rows": "b"})
     write_checked(place / ORIGIN, json.dumps(now()))
     export_lens(place, tmp_path / "changed")
     assert not caplog.text

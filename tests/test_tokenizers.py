@@ -12,7 +12,7 @@ from tokenizers import normalizers
 
 from jaxfusion.data import sentencepiece_backend as sentencepiece
 from jaxfusion.data.batching import tokenize, tokenize_bare
-from jaxfusion.data.coverage import check_reading, lost_marks
+from jaxfusion.data.coverage import check_joints, check_reading, lost_marks
 from jaxfusion.data.languages import language_tokens, token_of
 from jaxfusion.data.rows.examples import Example, at_hand, read_examples
 from jaxfusion.data.tasks.catalogue import TASKS
@@ -441,6 +441,21 @@ def test_what_a_tokenizer_loses_is_said(tiny, caplog):
     stripped.backend_tokenizer.normalizer = normalizers.Sequence(
         [normalizers.NFD(), normalizers.StripAccents()])
     assert lost_marks(stripped, ["සිංහල භාෂාව"]) > 0.5 and lost_marks(encoder, ["සිංහල"]) == 0
+
+
+@pytest.mark.parametrize(("prompt", "answer", "glued"), [
+    ("Text: x\nTopic:", "science/technology", "Topic:science/technology"),
+    ("The topic is", "travel", "istravel"),
+    ("විෂය", "ක්‍රීඩා", "විෂයක්‍රීඩා"), ("हिंदी", "खेल", "हिंदीखेल"),
+    ("Topic: ", "travel", ""), ("Topic:\n", "travel", ""), ("", "travel", ""),
+    ("(", "A", ""), ("x =", "-3", ""),
+    ("Translation:", "科学", ""), ("หัวข้อ:", "กีฬา", ""),  # scripts without spaces
+])
+def test_an_answer_glued_to_its_prompt_is_said(tiny, caplog, prompt, answer, glued):
+    plain = Tokenizers(None, load_tokenizer(tiny / "decoder", 544, "decoder"))
+    check_joints(plain, ["", prompt], ["", answer])
+    assert bool(caplog.records) == bool(glued)
+    assert f"glued to its prompt: '{glued}'" in caplog.text or not glued
 
 
 def test_offsets_are_of_the_text_as_written(languages, tmp_path):

@@ -17,11 +17,20 @@ import numpy as np
 import pytest
 import torch
 import torch_reference as reference
-from helpers import ROOT, equal, interrupt_at, losses, make_config, records, relative
+from helpers import (
+    ROOT,
+    change_tower,
+    equal,
+    interrupt_at,
+    losses,
+    make_config,
+    records,
+    relative,
+)
 
 from jaxfusion import config as configs
 from jaxfusion.bridge import job
-from jaxfusion.bridge.job import _compare_towers, prepare, train
+from jaxfusion.bridge.job import prepare, train
 from jaxfusion.config import default_config, from_config_dict
 from jaxfusion.costs import chips
 from jaxfusion.data.contamination import read_seen
@@ -31,13 +40,11 @@ from jaxfusion.data.tasks.catalogue import TASKS
 from jaxfusion.errors import InputError, Stopped
 from jaxfusion.evaluation.scoring import Scorer, for_task
 from jaxfusion.fields import (
-    Config,
-    DecoderSettings,
-    EncoderSettings,
     GroupConfig,
     OptimizerConfig,
 )
 from jaxfusion.miniatures.checkpoints import write_checkpoints
+from jaxfusion.runs.open_run import open_run
 from jaxfusion.runs.score import seen_by
 from jaxfusion.sharding.mesh import make_mesh
 from jaxfusion.training import loop
@@ -45,6 +52,7 @@ from jaxfusion.training.checkpoint import Checkpoints, trained_part
 from jaxfusion.training.load import load_model
 from jaxfusion.training.loop import fit
 from jaxfusion.training.optimizer import group_of_each, make_optimizer, make_schedule
+from jaxfusion.training.origin import ORIGIN
 from jaxfusion.training.state import State, merge
 from jaxfusion.training.step import gradient, make_train_step
 from jaxfusion.training.trainer import Trainer, compiled_step, put_batch
@@ -348,29 +356,59 @@ def test_a_second_stage_starts_from_the_first(undisturbed, cache_dir, tmp_path, 
 
 
 def test_other_towers_than_the_first_stage_had_are_told(undisturbed, cache_dir, tmp_path, caplog):
-    """The same shapes load; whether they are the same weights only their names can tell."""
+    """The same shapes load; whether they are the same weights the run's record tells."""
     _, first, _ = undisturbed
-    copy = tmp_path / "another_llm"
-    shutil.copytree(make_config(cache_dir).decoder.checkpoint, copy)
-    config = make_config(cache_dir, "transformer_softmax,debug", train__init_from=str(first),
+    another, shown = tmp_path / "another_llm", tmp_path / "first"
+    shutil.copytree(make_config(cache_dir).decoder.checkpoint, another)
+    shutil.copytree(first, shown)
+    config = make_config(cache_dir, "transformer_softmax,debug", train__init_from=str(shown),
                          train__steps=1)
-    config = replace(config, decoder=replace(config.decoder, checkpoint=str(copy)))
+    config = replace(config, decoder=replace(config.decoder, checkpoint=str(another)))
     prepare(config, make_mesh())
-    assert f"and this run has {copy}: what it learned fits" in caplog.text
-    assert "learned with the encoder" not in caplog.text
+    assert "learned with" not in caplog.text  # the same by another name
+    change_tower(another)
+    prepare(config, make_mesh())
+    assert f"{shown} learned with another LLM than this run has: what it learned" in caplog.text
+    assert "another encoder" not in caplog.text
+    (shown / ORIGIN).unlink()
+    prepare(config, make_mesh())
+    assert f"{shown} has no record of its towers" in caplog.text
 
 
-def test_a_directory_by_another_name_is_no_other_tower(tmp_path, caplog, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    for name in ("enc", "run"):
-        (tmp_path / name).mkdir()
-    before = Config(encoder=EncoderSettings("enc"), decoder=DecoderSettings("hub/llm", "a" * 40))
-    configs.save(before, tmp_path / "run" / "config.json")
-    now = replace(before, encoder=EncoderSettings(f"{tmp_path}/enc/"))
-    _compare_towers(now, tmp_path / "run")
-    assert not caplog.text
-    _compare_towers(replace(now, decoder=DecoderSettings("hub/llm", "b" * 40)), tmp_path / "run")
-    assert f"the decoder hub/llm@{'a' * 40}, and this run has hub/llm@{'b' * 40}" in caplog.text
+def test_a_run_belongs_to_its_towers_and_rows(cache_dir, tmp_path, unscored, caplog):
+    """A name or a path may have other weights, another tokenizer or other labels one day."""
+    data, llm, run = tmp_path / "rows", tmp_path / "llm", tmp_path / "run"
+    data.mkdir()
+    rows = [{"premise": f"la {i}", "hypothesis": "ru", "label": i % 3} for i in range(8)]
+    for split in ("train", "dev"):
+        (data / f"{split}-en.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    config = make_config(cache_dir, "last,debug", train__steps=2, train__checkpoint_every=1,
+                         data__task="xnli", data__language="en", data__path=str(data))
+    shutil.copytree(config.decoder.checkpoint, llm)
+    config = replace(config, decoder=replace(config.decoder, checkpoint=str(llm)))
+    train(config, run)
+    open_run(run).model  # noqa: B018
+    assert "no record" not in caplog.text
+    kept = (llm / "model.safetensors").read_bytes()
+    change_tower(llm)
+    refused = rf"{run} was made from \S+ and {llm} \(LLM \w{{8}}\), and now there is .* put the "
+    with pytest.raises(InputError, match=refused):
+        open_run(run).model  # noqa: B018
+    with pytest.raises(InputError, match=refused):
+        train(config, run)
+    (llm / "model.safetensors").write_bytes(kept)
+    template = llm / "chat_template.jinja"
+    template.write_text("{{ messages[0].content }}")
+    with pytest.raises(InputError, match=r"\(tokenizer of the LLM \w{8}\)"):
+        open_run(run).model  # noqa: B018
+    template.unlink()
+    rows[5]["label"] = 1
+    (data / "train-en.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    with pytest.raises(InputError, match="trained on other rows than its files have now, or in"):
+        train(config, run)
+    rows[5]["label"] = 2
+    (data / "train-en.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    train(config, run)
 
 
 def test_two_stages_are_one_command(cache_dir, tmp_path, unscored, monkeypatch):

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import jax
 
-from jaxfusion import config as configs
 from jaxfusion.background import in_background
 from jaxfusion.bridge.development import Rows, deciding, make_score, read_development
 from jaxfusion.bridge.rows import shapes_of, tokenized
@@ -16,7 +15,7 @@ from jaxfusion.bridge.warm_start import warm_start
 from jaxfusion.config import CONFIG_FILE, first_stage, stage_before
 from jaxfusion.data.batching import TokenRows
 from jaxfusion.data.contamination import check_seen, fingerprints
-from jaxfusion.data.coverage import check_reading
+from jaxfusion.data.coverage import SAMPLE, check_joints, check_reading
 from jaxfusion.data.packing import find_packing
 from jaxfusion.data.pipeline import Batches, first_rows, subset, total_steps
 from jaxfusion.data.rows.examples import Example, find_source, in_turn, read_stream
@@ -30,12 +29,20 @@ from jaxfusion.evaluation.kept_states import keep_states
 from jaxfusion.evaluation.scoring import check_scorable
 from jaxfusion.fields import Config
 from jaxfusion.nn.bridge import Bridge
-from jaxfusion.sharding.hosts import all_or_none
+from jaxfusion.sharding.hosts import all_or_none, check_peers
 from jaxfusion.sharding.mesh import sharding
 from jaxfusion.training.build import plain, plan_model
 from jaxfusion.training.frozen import earlier_part, frozen_of, to_keep
 from jaxfusion.training.load import Model, open_towers, overlay, read_model
 from jaxfusion.training.loop import fit
+from jaxfusion.training.origin import (
+    PARTS,
+    check_origin,
+    different,
+    digest_rows,
+    is_known,
+    read_origin,
+)
 from jaxfusion.training.state import Flat, State, merge
 from jaxfusion.training.trainer import Run, batch_multiple
 from jaxfusion.training.workdir import begin, only_run
@@ -62,6 +69,7 @@ def train(config: Config, workdir: Path, profile: tuple[int, int] | None = None)
     with begin(config, workdir) as start:
         with all_or_none():
             run = prepare(start.config, start.mesh, start.fresh, workdir)
+        check_peers(origin=str(run.origin))
         return fit(run, start, profile)
 
 
@@ -77,6 +85,9 @@ def prepare(config: Config, mesh, fresh: bool = True, workdir: Path | None = Non
     if not fresh:
         check_seen(workdir, seen)
     towers = open_towers(config)
+    origin = {**towers.origin, "rows": digest_rows([(x.query, x.target) for x in examples])}
+    if not fresh:
+        check_origin(workdir, origin)
     check_reading(towers.tokenizers, examples)
     # Not only when the run is scored.
     towers.tokenizers.check_languages((*dev, *config.eval.languages))
@@ -107,6 +118,7 @@ def prepare(config: Config, mesh, fresh: bool = True, workdir: Path | None = Non
         steps, make_score(model, dev, task, mesh), best=deciding(config, task),
         plain_loss=plain(model.bridge).loss, seen=seen,
         kept=to_keep(model, earlier) if fresh else None, patience=config.data.dev_patience,
+        origin=origin if fresh else None,
     )
 
 
@@ -161,7 +173,9 @@ def read_data(config: Config) -> tuple[Config, Task, list[Example], Rows]:
 def _tokenize(
     config: Config, task: Task, examples: list[Example], bridge: Bridge, tokenizers: Tokenizers
 ) -> TokenRows | Continued:
-    clock = time.monotonic()
+    clock, first = time.monotonic(), examples[:SAMPLE]
+    check_joints(tokenizers, [config.data.text_prompt.replace("{query}", x.query) for x in first],
+                 [x.target for x in first])
     rows, cut = tokenized(config, task, examples, tokenizers, bridge.latents)
     if isinstance(rows, Continued) and rows.short:
         logger.warning("%d texts of fewer than two tokens left out", rows.short)
@@ -186,7 +200,7 @@ def start_from(model: Model, workdir: Path) -> tuple[Model, Flat]:
     two-stage recipe); also returns them."""
     if not (workdir / CONFIG_FILE).is_file():
         raise InputError(f"train.init_from: {workdir} is not a workdir of a run")
-    _compare_towers(model.config, workdir)
+    _compare_towers(model, workdir)
     step, earlier = earlier_part(workdir)
     logger.info("starting from step %d of %s", step, workdir)
     absent = sorted(set(model.trainable) - set(earlier))
@@ -195,19 +209,13 @@ def start_from(model: Model, workdir: Path) -> tuple[Model, Flat]:
     return overlay(model, earlier, str(workdir)), earlier
 
 
-def _compare_towers(config: Config, workdir: Path) -> None:
-    """Warns where an earlier run had other checkpoints: shapes alone do not tell."""
-    before = configs.load(workdir / CONFIG_FILE)
-    for role in ("encoder", "decoder"):
-        theirs, ours = getattr(before, role, None), getattr(config, role)
-        names = [_named(x.checkpoint, x.revision) for x in (theirs, ours) if x]
-        if len(set(names)) > 1:
-            logger.warning("%s learned with the %s %s, and this run has %s: what it learned fits "
-                           "the same weights alone", workdir, role, *names)
-
-
-def _named(checkpoint: str, revision: str | None) -> str:
-    """A checkpoint by the one name that it has, whatever way a directory was written."""
-    place = Path(checkpoint).expanduser()
-    name = str(place.resolve()) if place.is_dir() else checkpoint
-    return f"{name}@{revision}" if revision else name
+def _compare_towers(model: Model, workdir: Path) -> None:
+    """Warns where an earlier run had other towers: shapes alone do not tell."""
+    _, was = read_origin(workdir)
+    if not is_known(was, model.origin):
+        logger.warning("%s has no record of its towers: what it learned fits the same weights "
+                       "alone, and whether this run has them is not known", workdir)
+    for part in different(was, model.origin):
+        if part != "rows":
+            logger.warning("%s learned with %s than this run has: what it learned fits the "
+                           "same weights alone", workdir, PARTS[part])

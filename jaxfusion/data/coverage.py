@@ -1,6 +1,7 @@
-"""What an encoder's tokenizer loses of a language's texts, which no model can bring back."""
+"""What is lost between texts and ids: a language's characters, the space before an answer."""
 
 import logging
+import re
 import unicodedata
 from collections.abc import Sequence
 
@@ -10,6 +11,10 @@ from jaxfusion.data.tokenizers import Tokenizers
 logger = logging.getLogger(__name__)
 SAMPLE = 256  # texts that are looked at
 MOST_LOST = 0.05  # share of tokens or marks from which a loss is worth a warning
+# With vowel signs and the danda of Indic scripts, which `\w` does not match.
+WORD_ENDS = re.compile("[\\w.,:;?!\u061f\u0900-\u0dff]\\Z")
+# A word of a script that separates words: not Thai, Lao, Tibetan, Burmese, Khmer, nor East Asian.
+WORD_STARTS = re.compile("(?![\u0e00-\u109f\u1780-\u17ff\u3000-\u9fff\uf900-\ufaff])\\w")
 
 
 def check_reading(tokenizers: Tokenizers, examples: Sequence[Example]) -> None:
@@ -25,6 +30,23 @@ def check_reading(tokenizers: Tokenizers, examples: Sequence[Example]) -> None:
             sample.append(example.query)
     for language, sample in texts.items():
         _check_language(tokenizers, language, sample)
+
+
+def check_joints(tokenizers: Tokenizers, prompts: Sequence[str], answers: Sequence[str]) -> None:
+    """Warns where a word is glued to the prompt that it answers, as in `Topic:science`: LLMs have
+    hardly read such text, and both training and scoring suffer.
+
+    Args:
+      prompts: what the LLM reads before each answer; with a chat template nothing is glued.
+    """
+    if tokenizers.turn is not None:
+        return
+    for prompt, answer in zip(prompts, answers, strict=True):
+        if WORD_ENDS.search(prompt) and WORD_STARTS.match(answer):
+            both = f"{prompt.split()[-1]}{answer.split()[0]}"
+            logger.warning("the LLM reads an answer glued to its prompt: '%s'; end the prompt "
+                           "(data.text_prompt, or the task's) with a space", both)
+            return
 
 
 def _check_language(tokenizers: Tokenizers, language: str, texts: list[str]) -> None:

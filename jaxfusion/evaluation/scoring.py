@@ -204,7 +204,7 @@ class Scorer:
         """The examples as ids, without answers."""
         c = self.config
         if self.bare:
-            texts = [replace(x, query=self._text_of(x)) for x in examples]
+            texts = [replace(x, query=self.text_of(x)) for x in examples]
             return tokenize_bare(texts, self.tokenizers, c.max_decoder_tokens)
         return tokenize(
             examples, self.tokenizers, text_prompt=self.text_prompt,
@@ -214,7 +214,7 @@ class Scorer:
 
     def options(self, examples: Sequence[Example], labels: Sequence[str]) -> Options:
         """Every row's labels; without labels, one empty option."""
-        prompts = [self._text_of(example) for example in examples]
+        prompts = [self.text_of(example) for example in examples]
         end = [] if self.bare else self.tokenizers.ending
         ids = [
             [answer + end for answer in self.tokenizers.encode_answers(
@@ -223,7 +223,7 @@ class Scorer:
         ] or [[[] for _ in prompts]]
         return make_options(ids, self.config.batch_size)
 
-    def _text_of(self, example: Example) -> str:
+    def text_of(self, example: Example) -> str:
         """What the LLM reads before the answer in its own words: alone, the query too."""
         if self.bare and "{query}" not in self.text_prompt:
             return example.query + self.text_prompt

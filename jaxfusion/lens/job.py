@@ -18,6 +18,7 @@ from jax.sharding import Mesh
 
 from jaxfusion import config as configs
 from jaxfusion.config import CONFIG_FILE
+from jaxfusion.data.coverage import check_joints
 from jaxfusion.errors import InputError
 from jaxfusion.fields import DTYPES, LensRunConfig, ParallelConfig
 from jaxfusion.lens import probe as probing
@@ -34,10 +35,10 @@ from jaxfusion.reports.colours import colours_of
 from jaxfusion.reports.comparison import Comparison
 from jaxfusion.reports.pictures import draw_languages
 from jaxfusion.runs.open_run import open_run
-from jaxfusion.runs.origin import PROBE_FILE, check_origin, digest_of
 from jaxfusion.sharding.hosts import all_or_none, check_peers, is_first
 from jaxfusion.sharding.mesh import make_mesh
 from jaxfusion.training.checkpoint import saved_steps, trained_part
+from jaxfusion.training.origin import PROBE_FILE, check_origin, digest_of
 from jaxfusion.training.state import Flat
 from jaxfusion.training.trainer import batch_multiple
 from jaxfusion.training.workdir import check_workdir, only_run
@@ -135,7 +136,7 @@ class LensRun:
         identity = self.model.identity
         if self.config.data.probe:  # which may have read other prompts
             probe = load_probe(Path(self.config.data.probe), languages,
-                               {part: x for part, x in identity.items() if part != "prompts"})
+                               {part: x for part, x in identity.items() if part != "rows"})
         elif own.is_file():
             probe = load_probe(own, languages, identity)
         elif self.config.lens.recipe == "paper_code":
@@ -221,10 +222,13 @@ def prepare(config: LensRunConfig, workdir: Path, mesh: Mesh) -> LensRun:
     model, config = load_lens_model(config, mesh)
     probed = probe_texts(config.data, texts)
     model = replace(model, identity={
-        **model.identity, "prompts": digest_of([texts, answers, probed])})
+        **model.identity, "rows": digest_of([texts, answers, probed])})
     for folder in (folder_of(name, workdir) for name in runs):
         if saved_steps(folder):
             check_origin(folder, model.identity)
+    if model.bare:
+        first = [x for rows in questions.tasks.values() for x in rows[:1]]
+        check_joints(model.tokenizers, [x.query for x in first], [x.target for x in first])
     check_layers(runs, model.bridge.decoder.config.num_layers)
     # A saved run must name the LLM that it was trained on.
     runs = {name: replace(run, decoder=config.decoder) for name, run in runs.items()}

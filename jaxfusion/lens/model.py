@@ -8,7 +8,6 @@ from jaxfusion.errors import InputError
 from jaxfusion.fields import LensRunConfig
 from jaxfusion.nn.bridge import Bridge, Params
 from jaxfusion.runs.open_run import open_run
-from jaxfusion.runs.origin import origin_of_bridge, origin_of_llm
 from jaxfusion.training.load import load_llm
 from jaxfusion.training.state import merge
 
@@ -21,7 +20,7 @@ class LensModel:
       bridge: without an encoder if the LLM is alone.
       text_prompt: the text after a bridge's prefix.
       identity: what it is, to check that a probe and trained blocks belong to it; see
-        `runs/origin.py`.
+        `training/origin.py`.
     """
 
     bridge: Bridge
@@ -49,8 +48,7 @@ def _alone(config: LensRunConfig, mesh) -> tuple[LensModel, LensRunConfig]:
     tower = config.decoder
     llm = load_llm(tower, config.data.chat_template, config.data.bos, mesh)
     model = LensModel(
-        Bridge(None, llm.decoder, None, "last"), llm.params, llm.tokenizers, "",
-        origin_of_llm(llm.path, llm.tokenizers.decoder, tower.checkpoint))
+        Bridge(None, llm.decoder, None, "last"), llm.params, llm.tokenizers, "", llm.origin)
     return model, replace(config, decoder=replace(tower, revision=llm.commit or tower.revision))
 
 
@@ -63,5 +61,5 @@ def _behind_bridge(config: LensRunConfig) -> tuple[LensModel, LensRunConfig]:
         raise InputError(f"{workdir} also trained {own[0]}: expected a bridge with a frozen LLM, "
                          "so that the LLM can be exported after Lens")
     loaded = LensModel(model.bridge, merge(model.trainable, model.frozen), model.tokenizers,
-                       run.config.data.text_prompt, origin_of_bridge(run))
+                       run.config.data.text_prompt, run.origin)
     return loaded, config

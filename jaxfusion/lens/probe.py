@@ -1,6 +1,7 @@
 """Probes an LLM's languages: mean states of the last prompt token, layer by layer."""
 
 import json
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -20,8 +21,10 @@ from jaxfusion.errors import InputError, first_line
 from jaxfusion.files import read_checked, write_checked
 from jaxfusion.lens.subspace import Subspaces, directions, displacements, factorise
 from jaxfusion.nn.bridge import Batch, Bridge, Params
-from jaxfusion.runs.origin import PARTS, different
 from jaxfusion.sharding.rules import constrain, replicated
+from jaxfusion.training.origin import PARTS, different, is_known
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -166,6 +169,9 @@ def load_probe(file: Path, languages: tuple[str, ...], identity: dict[str, str])
             saved_identity = json.loads(header["identity"])
     except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
         raise InputError(f"{file} is not a probe of a Lens run: {first_line(error)}") from None
+    if not is_known(saved_identity, identity):
+        logger.warning("%s has no record of the model that it was made with: whether it is this "
+                       "one is not known", file)
     for part in different(saved_identity, identity):
         raise InputError(f"{file} was made with {PARTS[part]} than this config's; remove "
                          "data.probe to probe again, or, if it is the workdir's own, start again "

@@ -28,12 +28,12 @@ from jaxfusion.lens.objective import Manipulation, Supervised, aims, make_goals
 from jaxfusion.lens.probe import Probe
 from jaxfusion.lens.prompts import training_rows
 from jaxfusion.nn.decoder import Decoder
-from jaxfusion.runs.origin import different
 from jaxfusion.sharding.hosts import all_or_none, check_peers
 from jaxfusion.sharding.mesh import sharding
 from jaxfusion.training.checkpoint import saved_steps, trained_part
 from jaxfusion.training.loop import fit
 from jaxfusion.training.optimizer import group_of_each
+from jaxfusion.training.origin import different
 from jaxfusion.training.state import Flat
 from jaxfusion.training.step import Loss
 from jaxfusion.training.trainer import Run

@@ -24,10 +24,10 @@ from jaxfusion.hf.load import open_tensors
 from jaxfusion.nn.bridge import Bridge, Params
 from jaxfusion.runs.exported import PLAIN
 from jaxfusion.runs.open_run import OpenRun, open_run
-from jaxfusion.runs.origin import check_origin, origin_of_bridge, origin_of_llm
 from jaxfusion.sharding.mesh import make_mesh
 from jaxfusion.training.checkpoint import trained_part
 from jaxfusion.training.load import LLM, load_llm
+from jaxfusion.training.origin import check_origin
 from jaxfusion.training.state import Flat
 
 ANSWER = 128  # default limit of a checkpoint's answer, in tokens
@@ -101,8 +101,7 @@ def open_lens(workdir: Path) -> OpenLLM | OpenRun:
     mesh = make_mesh(**vars(lens.mesh))
     with jax.set_mesh(mesh):
         llm = load_llm(lens.decoder, lens.data.chat_template, lens.data.bos, mesh)
-        check_origin(workdir, origin_of_llm(llm.path, llm.tokenizers.decoder,
-                                            lens.decoder.checkpoint))
+        check_origin(workdir, llm.origin)
         params = with_top(llm.params, trained)
     return OpenLLM(_asked(lens), mesh, llm, params, llm.params)
 
@@ -117,7 +116,7 @@ def _behind_bridge(workdir: Path, lens: LensRunConfig, trained: Flat) -> OpenRun
                          "(docs/lens.md) and give that workdir") from None
     run = replace(run, config=replace(run.config, mesh=lens.mesh, decoder=lens.decoder))
     with run.on_mesh():
-        check_origin(workdir, origin_of_bridge(run))
+        check_origin(workdir, run.origin)
     return run.with_frozen(lambda frozen: _on_top(frozen, trained))
 
 

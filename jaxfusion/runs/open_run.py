@@ -24,10 +24,12 @@ from jaxfusion.evaluation.scoring import Scorer, for_task
 from jaxfusion.fields import CompareConfig, Config
 from jaxfusion.nn.bridge import Params
 from jaxfusion.reports.scored_runs import lens_report
+from jaxfusion.sharding.hosts import fetch
 from jaxfusion.sharding.mesh import make_mesh
 from jaxfusion.training.checkpoint import trained_part
 from jaxfusion.training.frozen import frozen_of
 from jaxfusion.training.load import Model, load_model, overlay
+from jaxfusion.training.origin import check_origin, digest_trained
 from jaxfusion.training.state import Flat, merge
 
 
@@ -114,9 +116,17 @@ class OpenRun:
             model = load_model(self.config, self.mesh)
             if self.llm_only:
                 return step, model, True
+            check_origin(self.workdir, model.origin)
             own = frozen_of(model, self.workdir, self.config) | trained
             untouched = not any(path.startswith("decoder/") for path in own)
             return step, overlay(model, own, str(self.workdir)), untouched
+
+    @property
+    def origin(self) -> dict[str, str]:
+        """Digests of its towers and of what it trained; see `training/origin.py`."""
+        trained = {name: fetch(x) for name, x in self.model.trainable.items()}
+        return {**self.model.origin, "bridge": digest_trained(trained),
+                "source": f"step {self.step} of {self.workdir}"}
 
     def bare(self) -> "OpenRun":
         """The bare LLM of this bridge. It shares the bridge's parameters in memory, unless the run

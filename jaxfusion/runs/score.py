@@ -14,7 +14,7 @@ from rich.progress import Progress
 
 from jaxfusion.config import CONFIG_FILE, stage_before
 from jaxfusion.data.contamination import fingerprints, read_seen
-from jaxfusion.data.coverage import check_reading
+from jaxfusion.data.coverage import SAMPLE, check_joints, check_reading
 from jaxfusion.data.languages import by_every_code
 from jaxfusion.data.rows.examples import Example, at_hand, read_examples
 from jaxfusion.data.tasks.catalogue import check_languages, get_task
@@ -272,6 +272,9 @@ def _score_task(
         scorer = run.scorer(task, languages[0])
         examples = [x for language in languages for x in by_language[language]]
         numbers = [i for language in languages for i in range(len(by_language[language]))]
+        if run.llm_only and task.labels:
+            check_joints(run.tokenizers, [scorer.text_of(x) for x in examples[:SAMPLE]],
+                         [x.target for x in examples[:SAMPLE]])
         scored = scorer(run.params, examples, task, progress, numbers)
         if scored.cut.any:
             logger.warning("%s, longer than the limits: %s", name, scored.cut)

@@ -2,6 +2,7 @@
 
 import logging
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 import jax
@@ -28,6 +29,7 @@ from jaxfusion.nn.bridge import Bridge, Params
 from jaxfusion.nn.decoder import Decoder, DecoderConfig
 from jaxfusion.nn.encoder import EncoderConfig
 from jaxfusion.training.build import Plan, describe, initialise_own, kernel_for, plan_model
+from jaxfusion.training.origin import origin_of
 from jaxfusion.training.state import Flat
 
 logger = logging.getLogger(__name__)
@@ -41,6 +43,7 @@ class Model:
       config: with the hub commits that were resolved.
       trainable, frozen: parameters by path; together all of them.
       groups: the optimiser group of every trained parameter.
+      origin: digests of both towers; see `training/origin.py`.
     """
 
     config: Config
@@ -49,6 +52,7 @@ class Model:
     trainable: Flat
     frozen: Flat
     groups: dict[str, str]
+    origin: dict[str, str]
 
 
 @dataclass(frozen=True)
@@ -63,6 +67,13 @@ class Towers:
     paths: dict[str, Path]
     shapes: dict[str, EncoderConfig | DecoderConfig]
     tokenizers: Tokenizers
+
+    @cached_property
+    def origin(self) -> dict[str, str]:
+        """Digests of both; see `training/origin.py`."""
+        names = [getattr(self.config, role).checkpoint for role in ROLES]
+        return origin_of({role: (self.paths[role], getattr(self.tokenizers, role))
+                          for role in ROLES}, " and ".join(names))
 
 
 def open_towers(config: Config) -> Towers:
@@ -107,6 +118,7 @@ def read_model(towers: Towers, plan: Plan) -> Model:
         trainable={path: flat[path] for path in flat if path in plan.groups},
         frozen={path: flat[path] for path in flat if path not in plan.groups},
         groups=plan.groups,
+        origin=towers.origin,
     )
 
 
@@ -115,15 +127,16 @@ class LLM:
     """An LLM alone, on the mesh.
 
     Attributes:
-      path, commit: where its files are, and the hub commit that they have.
+      commit: the hub commit of its files.
       params: with `decoder`. tokenizers: without an encoder's.
+      origin: digests of it; see `training/origin.py`.
     """
 
-    path: Path
     commit: str | None
     decoder: Decoder
     params: Params
     tokenizers: Tokenizers
+    origin: dict[str, str]
 
 
 def load_llm(tower: DecoderSettings, chat: bool | None, bos: bool | None, mesh: Mesh) -> LLM:
@@ -146,9 +159,10 @@ def load_llm(tower: DecoderSettings, chat: bool | None, bos: bool | None, mesh: 
     params = traverse_util.unflatten_dict(load_params(path, tower_table(shape), places), sep="/")
     tokenizer = load_tokenizer(path, shape.vocab_size, "decoder")
     chat = bool(tokenizer.chat_template) if chat is None else chat
-    return LLM(path, commit, decoder, {"decoder": params}, Tokenizers(
-        None, tokenizer, chat_turn(tokenizer) if chat else None,
-        read_end_tokens(path, shape.vocab_size), bos=bos))
+    tokenizers = Tokenizers(None, tokenizer, chat_turn(tokenizer) if chat else None,
+                            read_end_tokens(path, shape.vocab_size), bos=bos)
+    return LLM(commit, decoder, {"decoder": params}, tokenizers,
+               origin_of({"decoder": (path, tokenizer)}, tower.checkpoint))
 
 
 def overlay(model: Model, trained: dict[str, np.ndarray], source: str) -> Model:

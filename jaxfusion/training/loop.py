@@ -11,9 +11,10 @@ from jaxfusion.files import write_checked
 from jaxfusion.sharding.hosts import is_first, wait_for_peers
 from jaxfusion.training.frozen import write_frozen
 from jaxfusion.training.hooks import Log, Profile, Save, Signals
+from jaxfusion.training.origin import ORIGIN
 from jaxfusion.training.state import State
 from jaxfusion.training.trainer import Run, Trainer
-from jaxfusion.training.workdir import ORIGIN, Start
+from jaxfusion.training.workdir import Start
 
 
 def fit(run: Run, start: Start, profile: tuple[int, int] | None = None) -> State:

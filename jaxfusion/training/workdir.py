@@ -25,9 +25,9 @@ from jaxfusion.training.checkpoint import Checkpoints
 from jaxfusion.training.frozen import FROZEN_FILE
 from jaxfusion.training.hooks import PROFILE
 from jaxfusion.training.logs import METRICS
+from jaxfusion.training.origin import ORIGIN
 from jaxfusion.training.trackers import IDS, TENSORBOARD, WANDB, check_trackers
 
-ORIGIN = "model.json"  # what a run that trains a part of a model began with
 TEMPORARY = ".orbax-checkpoint-tmp"  # in the name of what is being written
 # Files of a run that never started, and of one that started but saved no step.
 LOCK_FILES = {WRITER, *(f".{CONFIG_FILE}{end}" for end in (".partial", ".sum", ".sum.partial"))}

@@ -22,8 +22,8 @@ from jaxfusion.pretraining.job import CHECKPOINT
 from jaxfusion.runs.export.bridge import check_dtype, check_out, trained_tensors
 from jaxfusion.runs.export.card import base_of, listed_fields, write_card
 from jaxfusion.runs.open_llm import check_trained
-from jaxfusion.runs.origin import check_origin, origin_of_llm
 from jaxfusion.training.checkpoint import trained_part
+from jaxfusion.training.origin import check_origin, origin_of
 
 
 def export_tower(
@@ -74,9 +74,8 @@ def export_lens(
     check_out(out, workdir, source)
     shape = read_shape("decoder", source)
     tokenizer = load_tokenizer(source, shape.vocab_size, "decoder")
-    now = origin_of_llm(source, tokenizer, config.decoder.checkpoint)
-    # Behind a bridge `model` and `tokenizer` are of both; an export has the LLM alone.
-    check_origin(workdir, {x: now[x] for x in ("llm", "source")} if config.bridge else now)
+    # Of the LLM alone, where it was behind a bridge too.
+    check_origin(workdir, origin_of({"decoder": (source, tokenizer)}, config.decoder.checkpoint))
     rows, first = tower_table(shape), shape.num_layers - config.lens.blocks
     replaced = {  # the checkpoint numbers blocks from the first trained one
         re.sub(r"(?<=layers\.)\d+", lambda match: str(int(match[0]) + first), name): x
