@@ -21,11 +21,14 @@ docs/pictures/.
 import argparse
 import json
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 from timing import machine
 
+from configs.real_topics import SEEN
 from jaxfusion.reports.pictures import dark
 
 ROOT = Path(__file__).parent.parent
@@ -89,13 +92,36 @@ def in_short(report: dict[str, Any]) -> list[str]:
 
 def topics_in_short(report: dict[str, Any]) -> list[str]:
     """Accuracy on real topics in English, some languages, and by group."""
-    models = list(report["languages"])
-    rows = [[name, *(f"{100 * report['languages'][m][code]['accuracy']:.1f}" for m in models)]
+    models, llm = list(report["languages"]), llm_alone(report)
+
+    def row(name: str, bridges: list[float], languages: Iterable[str]) -> list[str]:
+        means = [mean(by[x] for x in languages) for by in llm.values()]
+        return [name, *(f"{100 * x:.1f}" for x in (*means, *bridges))]
+
+    rows = [row(name, [report["languages"][m][code]["accuracy"] for m in models], [code])
             for code, name in SHOWN.items()]
-    rows += [["mean of all" if group == "all groups" else f"mean of those with {group} in CC-100",
-              *(f"{100 * report['groups'][m][group]['accuracy']:.1f}" for m in models)]
-             for group in report["groups"][models[0]]]
-    return table(["", *models], rows)
+    every = [language for languages in SEEN.values() for language in languages]
+    for group in report["groups"][models[0]]:
+        name = f"those with {group} in CC-100" if group in SEEN else "all"
+        rows.append(row(f"mean of {name}", [report["groups"][m][group]["accuracy"] for m in models],
+                        SEEN.get(group, every)))
+    return table(["", *llm, *models], rows)
+
+
+def llm_alone(report: dict[str, Any]) -> dict[str, dict[str, float]]:
+    """Accuracy of the LLM alone by language, where it was scored in all of them."""
+    languages = report["languages"][report["reference"]]
+    return {name: {x: mean(map(int, right)) for x, right in found["correct"].items()}
+            for name, found in report.get("alone", {}).items()
+            if name not in report["languages"] and languages.keys() == found["correct"].keys()}
+
+
+def llm_by_language(report: dict[str, Any]) -> list[str]:
+    """Accuracy of the LLM alone in every language."""
+    llm = llm_alone(report)
+    rows = [[language, *(f"{100 * by[language]:.1f}" for by in llm.values())]
+            for language in report["languages"][report["reference"]]]
+    return ["The LLM alone:", "", *table(["", *llm], rows), ""] if llm else []
 
 
 def lens_seeds(result: dict[str, Any]) -> list[str]:
@@ -182,6 +208,7 @@ def main() -> None:
         f"Seeds: {', '.join(map(str, real['seeds']))}.", "", real["table"],
         "![accuracy by language](pictures/real_topics_accuracy.png)", "",
         "![layer weights](pictures/real_topics_layers.png)", "", on(real), "",
+        *llm_by_language(real),
         "### What kept states save", "", PHASES.format(**short), "", *phases(short), "",
         on(short), "",
         "## The quickstart, one seed", "", quick["table"], seconds(quick), "",
@@ -224,6 +251,11 @@ to SmolLM2-135M-Instruct, both from 4-bit files. Beside them is a logistic regre
 encoder's mean-pooled last states, trained on the same rows. The recipe was chosen on development
 rows of English, Bengali and Swahili, for Global Softmax; means exclude the latter two. Groups are
 by how much text CC-100 has of a language.
+
+These bridges learned answers glued to their prompt (`istravel`): its space at the end came to the
+recipe later. `--config.base.data.text_prompt=$'\\nThe topic of this text is'` makes them again. In
+one run of Global Softmax with the space, development rows of English, Bengali and Swahili had 86.9,
+78.8 and 68.7, after 82.8, 78.8 and 61.6 with the same seed.
 
 Layer 11 is level with the regression. Global Softmax is 2 points below it, which its interval does
 not tell from level. Transformer Softmax is below it: it put all weight on layers 3 and 4 for every

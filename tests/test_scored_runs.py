@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from helpers import XNLI, get_config, leave_unscored, run_script
 
+from jaxfusion import config as configs
 from jaxfusion.bridge.compare import check_unseen, compare, gather, report
 from jaxfusion.bridge.job import read_data, train
 from jaxfusion.config import from_config_dict, one_by_seeds, run_folders
@@ -224,7 +225,11 @@ def test_what_differs_between_runs_is_said_or_left_out(bridge, tmp_path, caplog)
     assert len(c.notes) == 1 and c.notes[0].startswith("Different decoding: ")
     assert '"temperature": 0.5' in c.notes[0]
     # The bare LLM on other rows is left out of the report, and an old file of details is refused.
+    config = configs.load(copy / "config.json")
+    configs.save(replace(config, data=replace(config.data, text_prompt="so:")),
+                 copy / "config.json")
     evaluate(copy, limit=5, llm_only=True)
+    assert re.search("glued to its prompt: 'so:(Entailment|Neutral|Contradiction)'", caplog.text)
     assert "LLM alone" not in report([copy]).read_text()
     details = json.loads((copy / "eval" / "details.json").read_text())
     del details["xnli"]["ar"]["labels"]

@@ -383,12 +383,14 @@ def test_a_run_belongs_to_its_towers_and_rows(cache_dir, tmp_path, unscored, cap
     for split in ("train", "dev"):
         (data / f"{split}-en.jsonl").write_text("\n".join(map(json.dumps, rows)))
     config = make_config(cache_dir, "last,debug", train__steps=2, train__checkpoint_every=1,
-                         data__task="xnli", data__language="en", data__path=str(data))
+                         data__task="xnli", data__language="en", data__path=str(data),
+                         data__text_prompt="The label is")
     shutil.copytree(config.decoder.checkpoint, llm)
     config = replace(config, decoder=replace(config.decoder, checkpoint=str(llm)))
     train(config, run)
     open_run(run).model  # noqa: B018
     assert "no record" not in caplog.text
+    assert "the LLM reads an answer glued to its prompt: 'isEntailment'" in caplog.text
     kept = (llm / "model.safetensors").read_bytes()
     change_tower(llm)
     refused = rf"{run} was made from \S+ and {llm} \(LLM \w{{8}}\), and now there is .* put the "

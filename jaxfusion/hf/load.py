@@ -97,13 +97,21 @@ class TensorFiles:
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Every tensor's shape, from the files' headers."""
-        shapes = {}
+        return {name: tuple(stored.get_shape()) for name, stored in self._slices()}
+
+    def middle_rows(self) -> dict[str, np.ndarray]:
+        """The middle row of every tensor that has rows, as it is stored."""
+        middles = ((name, stored, shape[0] // 2) for name, stored in self._slices()
+                   if (shape := stored.get_shape()))
+        return {name: stored[row : row + 1] for name, stored, row in middles}
+
+    def _slices(self) -> Iterator[tuple[str, Any]]:
+        """Every tensor, unread; each file is opened once."""
         for file_name in sorted(set(self.files.values())):
             with safe_open(self.path / file_name, framework="numpy") as file:
                 present = set(file.keys())
                 for name in (n for n, f in self.files.items() if f == file_name and n in present):
-                    shapes[name] = tuple(file.get_slice(name).get_shape())
-        return shapes
+                    yield name, file.get_slice(name)
 
 
 def open_tensors(path: Path) -> TensorFiles:

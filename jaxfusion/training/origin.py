@@ -46,9 +46,9 @@ def origin_of(towers: Mapping[str, tuple[Path, Any]], source: str) -> dict[str, 
 def digest(path: Path) -> str:
     """A digest of every tensor's name, shape and some of its bytes, without reading all weights."""
     hasher, tensors = hashlib.sha256(), open_tensors(path)
+    rows = tensors.middle_rows()
     for name, shape in sorted(tensors.shapes().items()):
-        row = tensors.read(name, (slice(shape[0] // 2, shape[0] // 2 + 1),)) if shape else None
-        sample = b"" if row is None else row.tobytes()[:SAMPLE]
+        sample = rows[name].tobytes()[:SAMPLE] if name in rows else b""
         hasher.update(f"{name} {shape}".encode() + sample)
     return hasher.hexdigest()
 
