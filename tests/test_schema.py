@@ -190,7 +190,9 @@ def test_whatever_is_in_a_field_ends_in_one_line(where, value):
         ("quickstart", "variants[9].name=x", "--config.variants[9].name: no such entry of config."
          "variants, which has 4; expected one from config.variants[0] to config.variants[3]"),
         ("quickstart", "variants[0]=x", "--config.variants[0]: an entry is not set alone; set a "
-         "field of it, as --config.variants[0].name=…"))),
+         "field of it, as --config.variants[0].name=…"),
+        ("lens_quickstart", "sweep[0].lens={{}}", "--config.sweep[0].lens: a group of fields, and "
+         "those that are not given would lose what the config file says; set them one by one"))),
     (("export.py",), "error: missing: --workdir, --out; --help says what they are"),
     (("train.py", "--config={file}"), "invalid syntax"),
     (("train.py", "--config=configs/xnli_paper.py:debug", "--config.train.seed=-1"),

@@ -65,7 +65,8 @@ def _check(flag: str, path: str, at: Any, hint: Any) -> None:
         how = (f"a field of it, as --{name}.name=…" if isinstance(at, GROUP) else
                f"all entries together, as --{name.rpartition('[')[0]}=…")
         raise InputError(f"{flag}: an entry is not set alone; set {how}")
-    if is_dataclass(hint) and isinstance(at, GROUP):
+    in_an_entry = any(isinstance(part, int) for part in parts)  # what it changes, by group
+    if isinstance(at, GROUP) and (is_dataclass(hint) or in_an_entry):
         raise InputError(f"{flag}: a group of fields, and those that are not given would lose what "
                          "the config file says; set them one by one, as "
                          f"--{name}.{next(iter(at), 'name')}=…")
