@@ -174,9 +174,9 @@ def read_data(config: Config) -> tuple[Config, Task, list[Example], Rows]:
 def _tokenize(
     config: Config, task: Task, examples: list[Example], bridge: Bridge, tokenizers: Tokenizers
 ) -> TokenRows | Continued:
-    clock, first = time.monotonic(), examples[:SAMPLE]
-    check_joints(tokenizers, [config.data.text_prompt.replace("{query}", x.query) for x in first],
-                 [x.target for x in first])
+    clock, prompt = time.monotonic(), config.data.text_prompt
+    check_joints(tokenizers, [(prompt.replace("{query}", x.query), x.target)
+                              for x in examples[:SAMPLE]])
     rows, cut = tokenized(config, task, examples, tokenizers, bridge.latents)
     if isinstance(rows, Continued) and rows.short:
         logger.warning("%d texts of fewer than two tokens left out", rows.short)
