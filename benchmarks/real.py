@@ -10,7 +10,7 @@ Needs scikit-learn. The encoder alone is a logistic regression on its mean-poole
 trained on the same English rows, its regularisation chosen on the English development rows. The LLM
 alone reads the task's prompt, without examples and with five English ones; of topics, a prompt that
 names them. Which rows the two get right is kept in `--out`, and a second start goes on, with other
-bridges too.
+bridges too. With another tower, prompt, task or number of rows a baseline is measured again.
 """
 
 import argparse
@@ -38,6 +38,7 @@ from jaxfusion.reports.comparison import as_json, markdown
 from jaxfusion.reports.pictures import draw_accuracy, draw_layers
 from jaxfusion.reports.scored_runs import Models, read_run
 from jaxfusion.runs.open_run import OpenRun, open_run
+from jaxfusion.training.load import open_towers
 
 LLM, FEW, REGRESSION = "LLM, no example", "LLM, 5 examples", "encoder + regression"
 STRENGTHS = [0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0]  # 1 / L2 penalty
@@ -58,12 +59,13 @@ def main() -> None:
     alone = measure(run, args.baselines, list(bridges.languages), config.rows, args.out)
     correct = {name: {language: [*map(int, alone[name]["correct"][language])]
                       for language in bridges.languages} for name in args.baselines}
-    comparison = replace(bridges, correct={**correct, **bridges.correct}, reference=REGRESSION)
+    comparison = replace(bridges, correct={**correct, **bridges.correct},
+                         reference=REGRESSION if REGRESSION in correct else bridges.reference)
     result = {"table": markdown(comparison), **as_json(comparison), "seeds": list(config.seeds),
               "rows": len(next(iter(bridges.correct.values()))[bridges.languages[0]][0]),
               "seconds": {name: {"score": alone[name]["seconds"]} for name in args.baselines},
               "alone": alone, "machine": machine()}
-    args.out.write_text(json.dumps(result, indent=1) + "\n", "utf-8")
+    write_whole(args.out, json.dumps(result, indent=1) + "\n")
     draw_accuracy(comparison, first / "real_accuracy.png")
     draw_layers(bridges, first / "real_layers.png")
     print(result["table"])
@@ -96,18 +98,15 @@ def measure(
 ) -> dict[str, dict[str, Any]]:
     """The baselines with the test rows they get right, a digit for each row of a language.
 
-    They are kept in the file, beside what else it has. What was measured with another prompt, or of
-    another number of rows, is measured again.
+    They are kept in the file, beside what else it has; those of other settings are dropped.
     """
     kept = json.loads(out.read_text("utf-8")) if out.is_file() else {}
-    alone = kept.setdefault("alone", {})
+    settings, was = settings_of(run, limit), kept.get("alone", {})
+    kept["alone"] = alone = {name: was[name] for name, x in settings.items()
+                             if name in was and x.items() <= was[name].items()}
     for name in names:
-        fresh = {"prompt": PROMPTS[name](run), "rows": limit, "correct": {}, "seconds": 0.0,
-                 "machine": machine()}
-        found = alone.get(name, fresh)
-        if any(found[x] != fresh[x] for x in ("prompt", "rows")):
-            found = fresh
-        alone[name] = found
+        found = alone.setdefault(name, {**settings[name], "correct": {}, "seconds": 0.0,
+                                        "machine": machine()})
         left = [language for language in languages if language not in found["correct"]]
         # The regression is fitted once; the LLM takes minutes for each language.
         for part in [left] if name == REGRESSION and left else [[x] for x in left]:
@@ -119,6 +118,14 @@ def measure(
             print(f"{name}: {', '.join(part)}", flush=True)
         print(f"{name}: {found['seconds']:.0f} s", flush=True)
     return alone
+
+
+def settings_of(run: OpenRun, limit: int | None) -> dict[str, dict[str, Any]]:
+    """What decides the rows that a baseline gets right; its tower by digests."""
+    origin = open_towers(run.config).origin
+    return {name: {"tower": {part: x for part, x in origin.items() if part.startswith(role)},
+                   "dtype": getattr(run.config, role).dtype, "prompt": PROMPTS[name](run),
+                   "task": run.config.data.task, "rows": limit} for name, role in TOWERS.items()}
 
 
 def rows_of(run: OpenRun, split: str, language: str, limit: int | None = None) -> list[Example]:
@@ -185,7 +192,9 @@ def prompt_of(task: Task) -> tuple[str, str]:
 
 
 BASELINES = {LLM: llm_alone, FEW: partial(llm_alone, shots=SHOTS), REGRESSION: regression}
-PROMPTS = {LLM: few_shot, FEW: partial(few_shot, shots=SHOTS), REGRESSION: lambda run: None}
+TOWERS = {LLM: "decoder", FEW: "decoder", REGRESSION: "encoder"}
+PROMPTS = {LLM: few_shot, FEW: partial(few_shot, shots=SHOTS),
+           REGRESSION: lambda run: run.config.encoder.prefix}
 
 
 if __name__ == "__main__":

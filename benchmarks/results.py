@@ -111,9 +111,9 @@ def topics_in_short(report: dict[str, Any]) -> list[str]:
 def llm_alone(report: dict[str, Any]) -> dict[str, dict[str, float]]:
     """Accuracy of the LLM alone by language, where it was scored in all of them."""
     languages = report["languages"][report["reference"]]
-    return {name: {x: mean(map(int, right)) for x, right in found["correct"].items()}
-            for name, found in report.get("alone", {}).items()
-            if name not in report["languages"] and languages.keys() == found["correct"].keys()}
+    return {name: {x: mean(map(int, found["correct"][x])) for x in languages}
+            for name, found in report.get("alone", {}).items() if name.startswith("LLM")
+            and name not in report["languages"] and languages.keys() <= found["correct"].keys()}
 
 
 def llm_by_language(report: dict[str, Any]) -> list[str]:

@@ -24,6 +24,7 @@ from jaxfusion.hf.save import to_tensors, write_shards
 from jaxfusion.hf.tables import tower_table
 from jaxfusion.miniatures.checkpoints import random_params
 from jaxfusion.runs.export.card import base_of
+from jaxfusion.training.origin import digest
 
 
 def config_of(path):
@@ -316,6 +317,8 @@ def test_quantized_weights_are_refused(checkpoint, dtype):
 
     file = checkpoint / "decoder" / SINGLE
     tensors, name = load_torch(file), "model.layers.0.mlp.up_proj.weight"
+    save_torch(tensors | {name: tensors[name].to(dtype), "empty": torch.ones(0, 2)}, file)
+    digest(checkpoint / "decoder")  # comes first, and leaves the refusal to what loads them
     save_torch(tensors | {name: tensors[name].to(dtype)}, file)
     with pytest.raises(InputError, match=f"{name} has type .*quantized checkpoints are not"):
         load(checkpoint / "decoder")

@@ -258,6 +258,8 @@ def test_a_probe_reads_the_last_real_token_and_comes_back(tokenizers, tmp_path):
     assert again.languages == names and np.array_equal(again.means, found.means)
     with pytest.raises(InputError, match="was made with another tokenizer of the LLM"):
         load_probe(file, names, {"decoder": "a", "decoder_tokenizer": "c"})
+    with pytest.raises(InputError, match="was made with another bridge than"):  # it had none
+        load_probe(file, names, {"decoder": "a", "decoder_tokenizer": "b", "bridge": "c"})
     with pytest.raises(InputError, match="was made with another LLM than"):
         load_probe(file, names, {"decoder": "c", "decoder_tokenizer": "b"})
     with pytest.raises(InputError, match="has languages en, sw, ta, expected en, ta, the central"):

@@ -450,10 +450,12 @@ def test_what_a_tokenizer_loses_is_said(tiny, caplog):
     ("Topic: ", "travel", ""), ("Topic:\n", "travel", ""), ("", "travel", ""),
     ("(", "A", ""), ("x =", "-3", ""),
     ("Translation:", "科学", ""), ("หัวข้อ:", "กีฬา", ""),  # scripts without spaces
+    ("この文の話題は", "travel", ""), ("주제는", "과학", "주제는과학"),
+    ("الموضوع:", "علوم", "الموضوع:علوم"), ("x" * 90, "A", "x" * 40 + "A"),
 ])
 def test_an_answer_glued_to_its_prompt_is_said(tiny, caplog, prompt, answer, glued):
     plain = Tokenizers(None, load_tokenizer(tiny / "decoder", 544, "decoder"))
-    check_joints(plain, ["", prompt], ["", answer])
+    check_joints(plain, [("", ""), (prompt, answer)])
     assert bool(caplog.records) == bool(glued)
     assert f"glued to its prompt: '{glued}'" in caplog.text or not glued
 

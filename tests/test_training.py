@@ -43,7 +43,9 @@ from jaxfusion.fields import (
     GroupConfig,
     OptimizerConfig,
 )
+from jaxfusion.files import write_checked
 from jaxfusion.miniatures.checkpoints import write_checkpoints
+from jaxfusion.runs.export.bridge import export
 from jaxfusion.runs.open_run import open_run
 from jaxfusion.runs.score import seen_by
 from jaxfusion.sharding.mesh import make_mesh
@@ -398,6 +400,10 @@ def test_a_run_belongs_to_its_towers_and_rows(cache_dir, tmp_path, unscored, cap
         open_run(run).model  # noqa: B018
     with pytest.raises(InputError, match=refused):
         train(config, run)
+    with pytest.raises(InputError, match=refused):
+        export(run, tmp_path / "exported")
+    with pytest.raises(InputError, match=refused):
+        open_run(run, llm_only=True).model  # noqa: B018
     (llm / "model.safetensors").write_bytes(kept)
     template = llm / "chat_template.jinja"
     template.write_text("{{ messages[0].content }}")
@@ -408,9 +414,16 @@ def test_a_run_belongs_to_its_towers_and_rows(cache_dir, tmp_path, unscored, cap
     (data / "train-en.jsonl").write_text("\n".join(map(json.dumps, rows)))
     with pytest.raises(InputError, match="trained on other rows than its files have now, or in"):
         train(config, run)
-    rows[5]["label"] = 2
-    (data / "train-en.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (run / ORIGIN).rename(tmp_path / ORIGIN)  # as the line says
+    caplog.clear()
     train(config, run)
+    assert f"{run} has no record of what it was made from" in caplog.text
+    caplog.clear()
+    train(config, run)
+    assert "no record" not in caplog.text
+    write_checked(run / ORIGIN, json.dumps({"decoder": "0"}))
+    with pytest.raises(InputError, match=rf"{run} was made from another LLM \(LLM 0\), and now"):
+        train(config, run)
 
 
 def test_two_stages_are_one_command(cache_dir, tmp_path, unscored, monkeypatch):

@@ -69,7 +69,6 @@ def train(config: Config, workdir: Path, profile: tuple[int, int] | None = None)
     with begin(config, workdir) as start:
         with all_or_none():
             run = prepare(start.config, start.mesh, start.fresh, workdir)
-        check_peers(origin=str(run.origin))
         return fit(run, start, profile)
 
 
@@ -80,23 +79,25 @@ def prepare(config: Config, mesh, fresh: bool = True, workdir: Path | None = Non
       workdir: holds what was frozen in a run that is resumed, and the first stage of others.
     """
     shares = batch_multiple(config.train, mesh)
-    config, task, examples, dev = read_data(config)
-    seen = fingerprints(example.query for example in examples)
-    if not fresh:
-        check_seen(workdir, seen)
-    towers = open_towers(config)
-    origin = {**towers.origin, "rows": digest_rows([(x.query, x.target) for x in examples])}
-    if not fresh:
-        check_origin(workdir, origin)
-    check_reading(towers.tokenizers, examples)
-    # Not only when the run is scored.
-    towers.tokenizers.check_languages((*dev, *config.eval.languages))
-    plan = plan_model(towers.config, towers.shapes, mesh)
-    _check_kept(config, task, plan.groups)
-    tokenized = in_background(
-        lambda: _tokenize(config, task, examples, plan.bridge, towers.tokenizers))
-    model = read_model(towers, plan)
-    rows = tokenized.result()
+    with all_or_none():  # before anything that processes compute together
+        config, task, examples, dev = read_data(config)
+        seen = fingerprints(example.query for example in examples)
+        if not fresh:
+            check_seen(workdir, seen)
+        towers = open_towers(config)
+        origin = {**towers.origin, "rows": digest_rows([(x.query, x.target) for x in examples])}
+        if not fresh:
+            check_origin(workdir, origin)
+        check_reading(towers.tokenizers, examples)
+        # Not only when the run is scored.
+        towers.tokenizers.check_languages((*dev, *config.eval.languages))
+        plan = plan_model(towers.config, towers.shapes, mesh)
+        _check_kept(config, task, plan.groups)
+        tokenized = in_background(
+            lambda: _tokenize(config, task, examples, plan.bridge, towers.tokenizers))
+        model = read_model(towers, plan)
+        rows = tokenized.result()
+    check_peers(origin=str(origin))
     earlier = {}
     if not fresh:
         model = overlay(model, frozen_of(model, workdir, config), str(workdir))
@@ -118,7 +119,7 @@ def prepare(config: Config, mesh, fresh: bool = True, workdir: Path | None = Non
         steps, make_score(model, dev, task, mesh), best=deciding(config, task),
         plain_loss=plain(model.bridge).loss, seen=seen,
         kept=to_keep(model, earlier) if fresh else None, patience=config.data.dev_patience,
-        origin=origin if fresh else None,
+        origin=origin,
     )
 
 
@@ -173,9 +174,9 @@ def read_data(config: Config) -> tuple[Config, Task, list[Example], Rows]:
 def _tokenize(
     config: Config, task: Task, examples: list[Example], bridge: Bridge, tokenizers: Tokenizers
 ) -> TokenRows | Continued:
-    clock, first = time.monotonic(), examples[:SAMPLE]
-    check_joints(tokenizers, [config.data.text_prompt.replace("{query}", x.query) for x in first],
-                 [x.target for x in first])
+    clock, prompt = time.monotonic(), config.data.text_prompt
+    check_joints(tokenizers, [(prompt.replace("{query}", x.query), x.target)
+                              for x in examples[:SAMPLE]])
     rows, cut = tokenized(config, task, examples, tokenizers, bridge.latents)
     if isinstance(rows, Continued) and rows.short:
         logger.warning("%d texts of fewer than two tokens left out", rows.short)

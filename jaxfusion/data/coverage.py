@@ -3,7 +3,7 @@
 import logging
 import re
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from jaxfusion.data.rows.examples import Example
 from jaxfusion.data.tokenizers import Tokenizers
@@ -11,10 +11,12 @@ from jaxfusion.data.tokenizers import Tokenizers
 logger = logging.getLogger(__name__)
 SAMPLE = 256  # texts that are looked at
 MOST_LOST = 0.05  # share of tokens or marks from which a loss is worth a warning
+# Thai, Lao, Tibetan, Burmese, Khmer and East Asian but Hangul, which do not separate words.
+UNSPACED = "\u0e00-\u109f\u1780-\u17ff\u3000-\u9fff\uf900-\ufaff"
 # With vowel signs and the danda of Indic scripts, which `\w` does not match.
-WORD_ENDS = re.compile("[\\w.,:;?!\u061f\u0900-\u0dff]\\Z")
-# A word of a script that separates words: not Thai, Lao, Tibetan, Burmese, Khmer, nor East Asian.
-WORD_STARTS = re.compile("(?![\u0e00-\u109f\u1780-\u17ff\u3000-\u9fff\uf900-\ufaff])\\w")
+WORD_ENDS = re.compile(f"(?![{UNSPACED}])[\\w.,:;?!\u061f\u0900-\u0dff]\\Z")
+WORD_STARTS = re.compile(f"(?![{UNSPACED}])\\w")
+SHOWN = 40  # characters of a word in messages: a text without spaces is one
 
 
 def check_reading(tokenizers: Tokenizers, examples: Sequence[Example]) -> None:
@@ -32,18 +34,18 @@ def check_reading(tokenizers: Tokenizers, examples: Sequence[Example]) -> None:
         _check_language(tokenizers, language, sample)
 
 
-def check_joints(tokenizers: Tokenizers, prompts: Sequence[str], answers: Sequence[str]) -> None:
+def check_joints(tokenizers: Tokenizers, read: Iterable[tuple[str, str]]) -> None:
     """Warns where a word is glued to the prompt that it answers, as in `Topic:science`: LLMs have
     hardly read such text, and both training and scoring suffer.
 
     Args:
-      prompts: what the LLM reads before each answer; with a chat template nothing is glued.
+      read: prompts that the LLM reads, with their answers; with a chat template nothing is glued.
     """
     if tokenizers.turn is not None:
         return
-    for prompt, answer in zip(prompts, answers, strict=True):
+    for prompt, answer in read:
         if WORD_ENDS.search(prompt) and WORD_STARTS.match(answer):
-            both = f"{prompt.split()[-1]}{answer.split()[0]}"
+            both = f"{prompt.split()[-1][-SHOWN:]}{answer.split()[0][:SHOWN]}"
             logger.warning("the LLM reads an answer glued to its prompt: '%s'; end the prompt "
                            "(data.text_prompt, or the task's) with a space", both)
             return

@@ -100,9 +100,9 @@ class TensorFiles:
         return {name: tuple(stored.get_shape()) for name, stored in self._slices()}
 
     def middle_rows(self) -> dict[str, np.ndarray]:
-        """The middle row of every tensor that has rows, as it is stored."""
+        """The middle row of every tensor of floats that has rows, as it is stored."""
         middles = ((name, stored, shape[0] // 2) for name, stored in self._slices()
-                   if (shape := stored.get_shape()))
+                   if (shape := stored.get_shape()) and shape[0] and stored.get_dtype() in FLOATS)
         return {name: stored[row : row + 1] for name, stored, row in middles}
 
     def _slices(self) -> Iterator[tuple[str, Any]]:

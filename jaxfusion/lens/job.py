@@ -18,7 +18,8 @@ from jax.sharding import Mesh
 
 from jaxfusion import config as configs
 from jaxfusion.config import CONFIG_FILE
-from jaxfusion.data.coverage import check_joints
+from jaxfusion.data.coverage import SAMPLE, check_joints
+from jaxfusion.data.tasks.catalogue import get_task
 from jaxfusion.errors import InputError
 from jaxfusion.fields import DTYPES, LensRunConfig, ParallelConfig
 from jaxfusion.lens import probe as probing
@@ -227,8 +228,11 @@ def prepare(config: LensRunConfig, workdir: Path, mesh: Mesh) -> LensRun:
         if saved_steps(folder):
             check_origin(folder, model.identity)
     if model.bare:
-        first = [x for rows in questions.tasks.values() for x in rows[:1]]
-        check_joints(model.tokenizers, [x.query for x in first], [x.target for x in first])
+        asked = [(x.query, x.target) for (name, _), rows in questions.tasks.items()
+                 if get_task(name, config.tasks).labels for x in rows[:1]]
+        if any(run.lens.method == "supervised" for run in runs.values()):
+            asked += zip(texts[config.data.central][:SAMPLE], answers[:SAMPLE], strict=True)
+        check_joints(model.tokenizers, asked)
     check_layers(runs, model.bridge.decoder.config.num_layers)
     # A saved run must name the LLM that it was trained on.
     runs = {name: replace(run, decoder=config.decoder) for name, run in runs.items()}

@@ -172,6 +172,8 @@ def load_probe(file: Path, languages: tuple[str, ...], identity: dict[str, str])
     if not is_known(saved_identity, identity):
         logger.warning("%s has no record of the model that it was made with: whether it is this "
                        "one is not known", file)
+    elif ("bridge" in saved_identity) != ("bridge" in identity):
+        saved_identity, identity = ({"bridge": "none", **x} for x in (saved_identity, identity))
     for part in different(saved_identity, identity):
         raise InputError(f"{file} was made with {PARTS[part]} than this config's; remove "
                          "data.probe to probe again, or, if it is the workdir's own, start again "

@@ -202,4 +202,4 @@ def train_top(
                                     sharding(start.mesh, "batch"))
         # Methods are scored side by side at the end, so the newest checkpoint counts.
         fit(Run(start.config, job.loss, trainable, frozen, job.groups, batches, steps,
-                None, None, job.loss, origin=identity if start.fresh else None), start)
+                None, None, job.loss, origin=identity), start)

@@ -24,7 +24,7 @@ from jaxfusion.evaluation.scoring import Scorer, for_task
 from jaxfusion.fields import CompareConfig, Config
 from jaxfusion.nn.bridge import Params
 from jaxfusion.reports.scored_runs import lens_report
-from jaxfusion.sharding.hosts import fetch
+from jaxfusion.sharding.hosts import all_or_none, fetch
 from jaxfusion.sharding.mesh import make_mesh
 from jaxfusion.training.checkpoint import trained_part
 from jaxfusion.training.frozen import frozen_of
@@ -113,10 +113,12 @@ class OpenRun:
         """Step and model, and whether the LLM is the checkpoint's own."""
         step, trained = self.trained()  # before the towers, which take longer to load
         with self.on_mesh():
-            model = load_model(self.config, self.mesh)
+            with all_or_none():  # before anything that processes compute together
+                model = load_model(self.config, self.mesh)
+                check_origin(self.workdir, {part: x for part, x in model.origin.items()
+                                            if not (self.llm_only and part.startswith("encoder"))})
             if self.llm_only:
                 return step, model, True
-            check_origin(self.workdir, model.origin)
             own = frozen_of(model, self.workdir, self.config) | trained
             untouched = not any(path.startswith("decoder/") for path in own)
             return step, overlay(model, own, str(self.workdir)), untouched
@@ -124,7 +126,7 @@ class OpenRun:
     @property
     def origin(self) -> dict[str, str]:
         """Digests of its towers and of what it trained; see `training/origin.py`."""
-        trained = {name: fetch(x) for name, x in self.model.trainable.items()}
+        trained = ((name, fetch(x)) for name, x in sorted(self.model.trainable.items()))
         return {**self.model.origin, "bridge": digest_trained(trained),
                 "source": f"step {self.step} of {self.workdir}"}
 

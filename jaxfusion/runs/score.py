@@ -273,8 +273,8 @@ def _score_task(
         examples = [x for language in languages for x in by_language[language]]
         numbers = [i for language in languages for i in range(len(by_language[language]))]
         if run.llm_only and task.labels:
-            check_joints(run.tokenizers, [scorer.text_of(x) for x in examples[:SAMPLE]],
-                         [x.target for x in examples[:SAMPLE]])
+            check_joints(run.tokenizers,
+                         [(scorer.text_of(x), x.target) for x in examples[:SAMPLE]])
         scored = scorer(run.params, examples, task, progress, numbers)
         if scored.cut.any:
             logger.warning("%s, longer than the limits: %s", name, scored.cut)

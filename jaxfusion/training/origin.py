@@ -3,7 +3,7 @@
 import hashlib
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +44,7 @@ def origin_of(towers: Mapping[str, tuple[Path, Any]], source: str) -> dict[str, 
 
 
 def digest(path: Path) -> str:
-    """A digest of every tensor's name, shape and some of its bytes, without reading all weights."""
+    """A digest of every tensor's name, shape and, of floats, some bytes; the rest is not read."""
     hasher, tensors = hashlib.sha256(), open_tensors(path)
     rows = tensors.middle_rows()
     for name, shape in sorted(tensors.shapes().items()):
@@ -54,17 +54,18 @@ def digest(path: Path) -> str:
 
 
 def digest_tokenizer(tokenizer) -> str:
-    """A digest of a tokenizer's ids of some texts, some of its tokens, and its chat template: of
-    what it does, which no release of a library writes in another way."""
+    """A digest of a tokenizer's ids of some texts, some of its tokens, its two ends, and its chat
+    template: of what it does, which no release of a library writes in another way."""
     ids = tokenizer(list(TEXTS))["input_ids"]
     tokens = tokenizer.convert_ids_to_tokens(list(range(0, len(tokenizer), EVERY)))
-    return digest_of([len(tokenizer), ids, tokens, tokenizer.chat_template])
+    ends = [tokenizer.bos_token_id, tokenizer.eos_token_id]  # answers end there in training
+    return digest_of([len(tokenizer), ids, tokens, ends, tokenizer.chat_template])
 
 
-def digest_trained(trained: Mapping[str, np.ndarray]) -> str:
-    """A digest of all bytes of these parameters."""
+def digest_trained(trained: Iterable[tuple[str, np.ndarray]]) -> str:
+    """A digest of all bytes of parameters, which are read one at a time."""
     hasher = hashlib.sha256()
-    for name, x in sorted(trained.items()):
+    for name, x in trained:
         hasher.update(name.encode() + x.tobytes())
     return hasher.hexdigest()
 
@@ -118,8 +119,9 @@ def check_origin(workdir: Path, now: Mapping[str, str]) -> None:
         raise InputError(f"{workdir} was trained on other rows than its files have now, or in "
                          f"another order, or with other answers: put the earlier ones back, "
                          f"{repair}")
+    source = was.get("source", PARTS[part])  # a hand may have changed the file
     raise InputError(
-        f"{workdir} was made from {was['source']} ({what} {was[part]:.8}), and now there is "
+        f"{workdir} was made from {source} ({what} {was[part]:.8}), and now there is "
         f"{now['source']} ({what} {now[part]:.8}): put the earlier one back, {repair}")
 
 

@@ -40,8 +40,7 @@ class Run:
       seen: fingerprints of the texts that are trained on; kept in the workdir.
       kept: frozen parameters that the workdir has to hold; None where it holds them already.
       patience: scores that may be no better, one after the other; None: any number.
-      origin: digests of models and rows, for the workdir of a fresh run; None where it has them,
-        or where there are none.
+      origin: digests of models and rows, for the workdir; None where there are none.
     """
 
     config: Job

@@ -44,6 +44,7 @@ from jaxfusion.training.build import initialise_own, plan_model
 from jaxfusion.training.checkpoint import read_notes
 from jaxfusion.training.frozen import frozen_part
 from jaxfusion.training.load import open_towers
+from jaxfusion.training.origin import check_origin
 from jaxfusion.training.state import Flat
 
 CODE = ("modeling_jaxfusion.py", "tokenization_jaxfusion.py")
@@ -99,11 +100,13 @@ class Trained:
 
 
 def collect(workdir: Path, out: Path) -> Trained:
-    """Reads the workdir; raises InputError if `out` would overwrite it or its backbones."""
+    """Reads the workdir; raises InputError if `out` would overwrite it or its backbones, or if they
+    are not those that it was trained on."""
     run = open_run(workdir)
     check_out(out, workdir)
     step, trained = run.trained()
     towers = open_towers(run.config)
+    check_origin(workdir, towers.origin)
     check_out(out, *towers.paths.values())
     config, shapes = towers.config, towers.shapes
     own = bridge_table(config.fusion.name, config.projector.name, config.aligner.name)
