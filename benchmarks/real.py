@@ -9,8 +9,9 @@ Takes one comparison or more on the same task and rows, with any towers: set `co
 Needs scikit-learn. The encoder alone is a logistic regression on its mean-pooled last states,
 trained on the same English rows, its regularisation chosen on the English development rows. The LLM
 alone reads the task's prompt, without examples and with five English ones; of topics, a prompt that
-names them. Which rows the two get right is kept in `--out`, and a second start goes on, with other
-bridges too. With another tower, prompt, task or number of rows a baseline is measured again.
+names them. Which rows all of them get right is kept in `--out`: a second start goes on, and adds
+other variants or seeds (`--config.seeds=3,4`) to those that are there. What was measured with
+another recipe, tower, prompt, task or number of rows is dropped.
 """
 
 import argparse
@@ -34,15 +35,18 @@ from jaxfusion.errors import InputError
 from jaxfusion.evaluation.scoring import Scorer, for_task
 from jaxfusion.fields import CompareConfig
 from jaxfusion.files import write_whole
-from jaxfusion.reports.comparison import as_json, markdown
+from jaxfusion.reports.comparison import Comparison, as_json, markdown
 from jaxfusion.reports.pictures import draw_accuracy, draw_layers
-from jaxfusion.reports.scored_runs import Models, read_run
+from jaxfusion.reports.scored_runs import Models, ScoredRun, mean_weights, read_run
 from jaxfusion.runs.open_run import OpenRun, open_run
 from jaxfusion.training.load import open_towers
+from jaxfusion.training.origin import digest_of, read_origin
 
 LLM, FEW, REGRESSION = "LLM, no example", "LLM, 5 examples", "encoder + regression"
 STRENGTHS = [0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0]  # 1 / L2 penalty
 SHOTS, ROW = 5, "{row}"
+# By variant and seed: `recipe`, `correct` with a digit for each row of a language, and `weights`.
+Runs = dict[str, dict[str, dict[str, Any]]]
 LLM_ROWS = 4  # of a batch: prompts differ much in length, and a CPU gains nothing from more
 
 
@@ -54,17 +58,19 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
     config, models = read_models(args.workdirs, args.seeds)
-    bridges = side_by_side(config, models, {})
+    seen = side_by_side(config, models, {})
+    bridges, runs = with_kept(seen, models, args.out)
     run, first = open_run(Path(next(iter(models.values()))[0].place)), args.workdirs[0]
     alone = measure(run, args.baselines, list(bridges.languages), config.rows, args.out)
     correct = {name: {language: [*map(int, alone[name]["correct"][language])]
                       for language in bridges.languages} for name in args.baselines}
     comparison = replace(bridges, correct={**correct, **bridges.correct},
                          reference=REGRESSION if REGRESSION in correct else bridges.reference)
-    result = {"table": markdown(comparison), **as_json(comparison), "seeds": list(config.seeds),
+    seeds = sorted({int(seed) for by_seed in runs.values() for seed in by_seed})
+    result = {"table": markdown(comparison), **as_json(comparison), "seeds": seeds,
               "rows": len(next(iter(bridges.correct.values()))[bridges.languages[0]][0]),
               "seconds": {name: {"score": alone[name]["seconds"]} for name in args.baselines},
-              "alone": alone, "machine": machine()}
+              "alone": alone, "runs": runs, "machine": machine()}
     write_whole(args.out, json.dumps(result, indent=1) + "\n")
     draw_accuracy(comparison, first / "real_accuracy.png")
     draw_layers(bridges, first / "real_layers.png")
@@ -91,6 +97,44 @@ def read_models(workdirs: list[Path], seeds: list[int] | None) -> tuple[CompareC
                 print(f"not scored yet, and left out: {name}")
     first = configs.load(workdirs[0] / "config.json")
     return replace(first, seeds=tuple(seeds or first.seeds)), models
+
+
+def with_kept(seen: Comparison, models: Models, out: Path) -> tuple[Comparison, Runs]:
+    """The comparison with the runs that the file has besides, and all runs as it keeps them."""
+    kept: Runs = json.loads(out.read_text("utf-8")).get("runs", {}) if out.is_file() else {}
+    for name, scored in models.items():
+        for run in scored:
+            recipe = recipe_of(run)
+            same = {seed: x for seed, x in kept.get(name, {}).items() if x["recipe"] == recipe}
+            by_language = run.details[seen.task]
+            kept[name] = {**same, str(run.config["train"]["seed"]): {
+                "recipe": recipe,
+                "correct": {x: "".join(map(str, by_language[x]["correct"][seen.scoring]))
+                            for x in seen.languages},
+                "weights": mean_weights(seen.task, seen.languages, [run])}}
+    runs = {name: [by_seed[seed] for seed in sorted(by_seed, key=int)]
+            for name, by_seed in kept.items()}
+    for name, by_seed in kept.items():
+        print(f"{name}: seeds {', '.join(sorted(by_seed, key=int))}, of which "
+              f"{len(models.get(name, ()))} are in the workdirs")
+    correct = {name: {x: [[*map(int, run["correct"][x])] for run in every] for x in seen.languages}
+               for name, every in runs.items()}
+    weights = {name: {x: np.mean([run["weights"][x] for run in every], axis=0).tolist()
+                      for x in every[0]["weights"]} for name, every in runs.items()}
+    return replace(seen, correct=correct, layer_weights={
+        name: by_language for name, by_language in weights.items() if by_language}), kept
+
+
+def recipe_of(run: ScoredRun) -> str:
+    """A digest of what a run learned from and was scored on, wherever that was, and whatever the
+    seed."""
+    places = {"encoder": ("checkpoint", "revision"), "decoder": ("checkpoint", "revision"),
+              "data": ("path", "revision"), "train": ("seed",)}
+    same = {group: {x: value for x, value in fields.items() if x not in places.get(group, ())}
+            if isinstance(fields, dict) else fields for group, fields in run.config.items()}
+    _, origin = read_origin(Path(run.place))
+    return digest_of([same, {part: x for part, x in origin.items() if part != "source"},
+                      run.about["limit"]])
 
 
 def measure(
