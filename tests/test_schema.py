@@ -191,6 +191,8 @@ def test_whatever_is_in_a_field_ends_in_one_line(where, value):
          "variants, which has 4; expected one from config.variants[0] to config.variants[3]"),
         ("quickstart", "variants[0]=x", "--config.variants[0]: an entry is not set alone; set a "
          "field of it, as --config.variants[0].name=…"),
+        ("xnli_paper", "eval.languages=en,sw", "--config.eval.languages=en,sw: would be one text "
+         "with a comma in it; for several write --config.eval.languages=\"('en', 'sw')\""),
         ("lens_quickstart", "sweep[0].lens={{}}", "--config.sweep[0].lens: a group of fields, and "
          "those that are not given would lose what the config file says; set them one by one"))),
     (("export.py",), "error: missing: --workdir, --out; --help says what they are"),

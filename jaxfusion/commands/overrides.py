@@ -1,5 +1,6 @@
 """Fields on the command line, as `--config.train.steps=100`: each has to name one of the config."""
 
+import ast
 import re
 import sys
 from dataclasses import is_dataclass
@@ -34,23 +35,38 @@ class CheckedParser(flags.ArgumentParser):
 
 
 def check_overrides(argv: list[str], config: Any) -> None:
-    """Checks the names of all fields that a command line sets in a config, not their values.
+    """Checks the names of all fields that a command line sets in a config; of their values, only
+    that several texts are not taken for one.
 
     Args:
       config: what a file gave; anything but a group of fields is left to whoever reads it next.
 
     Raises:
-      InputError: a flag names no field, or sets a whole group of them.
+      InputError: a flag names no field, sets a whole group of them, or several texts as one.
     """
     if not isinstance(config, GROUP):
         return
     for word in argv[1:]:
-        if found := re.fullmatch(r"(--?(?:no)?config\.([^=]*))=?.*", word, re.DOTALL):
-            _check(found[1], found[2], config, JOBS.get(str(config.get("job", "bridge"))))
+        if found := re.fullmatch(r"(--?(?:no)?config\.([^=]*))=?(.*)", word, re.DOTALL):
+            flag, path, value = found.groups()
+            hint = _check(flag, path, config, JOBS.get(str(config.get("job", "bridge"))))
+            if "," in value and hint == tuple[str, ...] and not _is_literal(value):
+                listed = ", ".join(repr(x.strip()) for x in value.split(","))
+                raise InputError(f"{flag}={value}: would be one text with a comma in it; for "
+                                 f"several write {flag}=\"({listed})\"")
 
 
-def _check(flag: str, path: str, at: Any, hint: Any) -> None:
-    """Goes from the config to the field. `hint` is the type of `at`; None where any value goes."""
+def _is_literal(value: str) -> bool:
+    try:
+        ast.literal_eval(value)
+    except (ValueError, SyntaxError):
+        return False
+    return True
+
+
+def _check(flag: str, path: str, at: Any, hint: Any) -> Any:
+    """Goes from the config to the field, and returns its type. `hint` is the type of `at`; None
+    where any value goes."""
     parts = _parts(path)
     if not parts:
         raise InputError(f"{flag}: '{path}' names no field; expected a name such as train.steps, "
@@ -70,6 +86,7 @@ def _check(flag: str, path: str, at: Any, hint: Any) -> None:
         raise InputError(f"{flag}: a group of fields, and those that are not given would lose what "
                          "the config file says; set them one by one, as "
                          f"--{name}.{next(iter(at), 'name')}=…")
+    return hint
 
 
 def _parts(path: str) -> list[str | int]:
