@@ -7,9 +7,9 @@ LLM alone and a lookup of surface features in every language of the pocket world
 runs/quickstart/report.html, report.md, accuracy.png, layers.png and a run's workdir for each
 bridge.
 
-Needs: two CPU cores, three minutes. The projector starts at a regression onto the LLM's embeddings,
-which is no part of the papers' method: `--config.base.projector.warm_start=False` starts it at
-random.
+Needs: two CPU cores, three to five minutes. The projector starts at a regression onto the LLM's
+embeddings, which is not part of the papers' method: `--config.base.projector.warm_start=False`
+starts it at random.
 """
 
 from pathlib import Path
