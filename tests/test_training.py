@@ -289,7 +289,8 @@ def test_parts_of_a_batch_are_its_whole(cache_dir):
         value, n, parted = jax.device_get(grads[parts])
         assert n == count and relative(value, loss) < 1e-5
         for name in whole:
-            assert relative(parted[name], whole[name]) < 1e-4  # of `t` a sum that cancels
+            bound = 1e-4 if name == "fusion/t" else 1e-5  # of `t` a sum that cancels
+            assert relative(parted[name], whole[name]) < bound
 
 
 def test_a_trace_and_speeds_are_written(cache_dir, tmp_path, unscored, monkeypatch):
